@@ -1,0 +1,60 @@
+"""Protects the running statistics of PyTorch's BatchNorm, and its relatives, at run time.
+
+``frozen`` holds the statistics of a model still, or says who moves them; ``strict`` does so around every call of a
+function. Importing bnguard alone does not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bnguard._changes import GuardedLayer as GuardedLayer
+    from bnguard._changes import StatsChange as StatsChange
+    from bnguard._frozen import frozen as frozen
+    from bnguard._layers import LayerRegistration as LayerRegistration
+    from bnguard._layers import register_layer as register_layer
+    from bnguard._strict import strict as strict
+    from bnguard.errors import BNGuardError as BNGuardError
+    from bnguard.errors import BNGuardWarning as BNGuardWarning
+    from bnguard.errors import StatsChangedError as StatsChangedError
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "BNGuardError": "errors",
+    "BNGuardWarning": "errors",
+    "GuardedLayer": "_changes",
+    "LayerRegistration": "_layers",
+    "StatsChange": "_changes",
+    "StatsChangedError": "errors",
+    "frozen": "_frozen",
+    "register_layer": "_layers",
+    "strict": "_strict",
+}
+
+__all__ = [
+    "BNGuardError",
+    "BNGuardWarning",
+    "GuardedLayer",
+    "LayerRegistration",
+    "StatsChange",
+    "StatsChangedError",
+    "__version__",
+    "frozen",
+    "register_layer",
+    "strict",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'bnguard' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"bnguard.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

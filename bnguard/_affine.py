@@ -1,0 +1,78 @@
+"""Hold the weights and biases of layers: no gradient reaches them, and no optimizer moves them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from bnguard._layers import StatsLayer
+
+__all__ = ["AffineHold", "affine_parameters"]
+
+
+def affine_parameters(layer: StatsLayer) -> tuple[str, ...]:
+    """Names of the layer's affine parameters: ``weight`` and ``bias``, where they have the shape of its statistics."""
+    module = layer.module
+    shapes = {tensor.shape for name in layer.buffers if (tensor := module._buffers.get(name)) is not None and not is_lazy(tensor)}
+    names = []
+    for name in ("weight", "bias"):
+        parameter = module._parameters.get(name)
+        if parameter is not None and (is_lazy(parameter) or parameter.shape in shapes):
+            names.append(name)
+    return tuple(names)
+
+
+@dataclass(slots=True)
+class _Held:
+    parameter: nn.Parameter
+    requires_grad: bool
+    grad: Tensor | None
+    holders: int
+
+
+# Blocks of several threads may overlap and end in any order: the first one in saves, the last one out restores.
+_held: Final[dict[int, _Held]] = {}
+_lock: Final = threading.Lock()
+
+
+class AffineHold:
+    """Holds some parameters until ``release``: ``requires_grad`` is off and ``grad`` is None.
+
+    A parameter without a gradient is passed over by torch's optimizers, weight decay and momentum included. A zero
+    gradient would not do. Releasing twice does nothing.
+    """
+
+    __slots__ = ("_taken",)
+
+    def __init__(self) -> None:
+        self._taken: list[nn.Parameter] = []
+
+    def take(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Holds ``parameters`` as well; each one is released by ``release`` even if a later one fails."""
+        for parameter in parameters:
+            with _lock:
+                held = _held.get(id(parameter))
+                if held is None:
+                    held = _held[id(parameter)] = _Held(parameter, parameter.requires_grad, parameter.grad, 0)
+                held.holders += 1
+                self._taken.append(parameter)
+            parameter.requires_grad_(False)
+            parameter.grad = None
+
+    def release(self) -> None:
+        """Gives each parameter the flag and the gradient that it had before anybody held it."""
+        while self._taken:
+            with _lock:
+                held = _held[id(self._taken[-1])]
+                if held.holders == 1:
+                    held.parameter.requires_grad_(held.requires_grad)
+                    held.parameter.grad = held.grad
+                    del _held[id(held.parameter)]
+                else:
+                    held.holders -= 1
+                self._taken.pop()

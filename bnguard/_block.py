@@ -1,0 +1,295 @@
+"""One extent of a guard: enter, check, leave."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from torch import nn
+
+from bnguard import _report
+from bnguard._affine import AffineHold, affine_parameters
+from bnguard._callsite import call_site
+from bnguard._changes import GuardedLayer, StatsChange
+from bnguard._claims import Claim, Stance, count
+from bnguard._hooks import attach, detach
+from bnguard._layers import StatsLayer, find_layers
+from bnguard._select import Selector, select_layers
+from bnguard._snapshot import Difference, Snapshot, largest_mean_shift
+from bnguard.errors import BNGuardWarning, StatsChangedError
+
+__all__ = ["Block", "OnChange", "Settings"]
+
+OnChange: TypeAlias = Literal["raise", "warn", "restore"]
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The options of ``frozen``, checked."""
+
+    on_change: OnChange = "raise"
+    use_running_stats: bool = False
+    affine: bool = False
+    updates: int = 0
+    include: tuple[Selector, ...] = ()
+    exclude: tuple[Selector, ...] = ()
+
+    @property
+    def stance(self) -> Stance:
+        """What becomes of an update beyond the budget."""
+        return "running" if self.use_running_stats else self.on_change
+
+
+class Block:
+    """One extent of one guard on one model.
+
+    Args:
+        model: The model; its layers are looked up now.
+        settings: What to guard, and how.
+
+    Raises:
+        ValueError: ``include`` or ``exclude`` selects nothing.
+    """
+
+    def __init__(self, model: nn.Module, settings: Settings) -> None:
+        self._model = model
+        self._settings = settings
+        self._layers = select_layers(model, settings.include, settings.exclude)
+        self._claims: list[Claim] = []
+        self._affine = AffineHold()
+        self._statistics: Snapshot | None = None
+        self._parameters: Snapshot | None = None
+        self._found: dict[int, StatsChange] = {}  # by owner: what a comparison found
+        self._verified: dict[int, int] = {}  # by owner: updates when it was last compared
+        self._errors: set[str] = set()  # texts of the errors that forwards raised
+        self._warned = False
+        self._is_open = False
+        self._refreshing = threading.Lock()
+
+    def enter(self) -> None:
+        """Guards the layers from now on. If that fails, the model is as it was."""
+        settings, modules = self._settings, [layer.module for layer in self._layers]
+        self._is_open = True
+        try:
+            # The claims first: what other threads run in the meantime is then held already.
+            for owner, layer in enumerate(self._layers):
+                claim = Claim(self, owner, settings.stance, settings.updates)
+                self._claims.append(claim)
+                attach(layer, claim)
+            self._statistics = Snapshot(modules, [layer.buffers for layer in self._layers])
+            if settings.affine:
+                names = [affine_parameters(layer) for layer in self._layers]
+                self._parameters = Snapshot(modules, names, "_parameters")
+                self._affine.take([p for owner in range(len(modules)) for p in self._parameters.objects_of(owner)])
+        except BaseException:
+            self._let_go()
+            raise
+
+    def check(self) -> None:
+        """Compares now, and acts as the end of the block would."""
+        if self._is_open:
+            self._act(self._verify(), None)
+
+    def leave(self, error: BaseException | None) -> None:
+        """Compares, lets go of the model and acts on what was found. Leaving twice does nothing.
+
+        Args:
+            error: The exception on its way out of the block.
+
+        Raises:
+            StatsChangedError: As ``on_change="raise"`` says, and no exception is on its way.
+        """
+        if not self._is_open:
+            return
+        # While the claims still stand: what other threads run in the meantime is held.
+        try:
+            found = self._verify()
+        finally:
+            self._let_go()
+        if error is None:
+            self._warn_about_added_layers()
+        self._act(found, error)
+
+    @property
+    def changes(self) -> tuple[StatsChange, ...]:
+        """What changed, or was about to, in the order of the layers."""
+        changes = []
+        for owner, claim in enumerate(self._claims):
+            if owner in self._found:
+                changes.append(self._found[owner])
+            elif claim.updates > (0 if claim.stance == "raise" else self._verified.get(owner, 0)):
+                changes.append(self._change(claim))
+        return tuple(changes)
+
+    @property
+    def layers(self) -> tuple[GuardedLayer, ...]:
+        """The layers, and how each is protected."""
+        return tuple(
+            [
+                GuardedLayer(layer.names, type(layer.module).__name__, layer.buffers, self._protection(layer))
+                for layer in self._layers
+            ]
+        )
+
+    # What a forward calls.
+
+    def stopped(self, claim: Claim) -> StatsChangedError:
+        """Records an update that is stopped before it happens; returns the error to raise."""
+        count(claim, str(call_site()))
+        change = self._change(claim)
+        text = _report.stopped_text(change, self._mode(claim), claim.budget)
+        self._errors.add(text)
+        return StatsChangedError(text, (change,))
+
+    def stood(self, claim: Claim) -> None:
+        """Records an update that stands; the first one of the block is warned about, at the user's line."""
+        if claim.where is not None:
+            count(claim, claim.where)
+            return
+        site = call_site()
+        count(claim, str(site))
+        if not self._warned:
+            self._warned = True
+            text = _report.stood_text(self._change(claim), self._mode(claim), claim.budget)
+            warnings.warn(text, BNGuardWarning, stacklevel=site.stacklevel)
+
+    def allowed(self, claim: Claim) -> None:
+        """Takes what an update within the budget has written for the state to hold."""
+        with self._refreshing:
+            if self._statistics is not None:
+                self._statistics.refresh(claim.owner)
+
+    # Parts.
+
+    def _verify(self) -> list[StatsChange]:
+        """Compares, and puts back unless changes are to stand. Returns what differed."""
+        changes: dict[int, StatsChange] = {}
+        keep = self._settings.on_change != "warn"
+        for snapshot in filter(None, (self._statistics, self._parameters)):
+            is_intact = False
+            try:
+                differences = snapshot.changed()
+                is_intact = not differences and not snapshot.has_strays()
+                for difference in differences:
+                    change = self._found_change(snapshot, difference)
+                    earlier = changes.get(difference.owner)
+                    changes[difference.owner] = _joined(earlier, change) if earlier else change
+            finally:
+                # Also if comparing fails: the promise is about the statistics, not about the report.
+                if keep and not is_intact:
+                    snapshot.restore()
+        if self._settings.on_change == "warn":
+            self._found.clear()  # they stand, and have just been found again
+        self._found.update(changes)
+        self._verified = {owner: claim.updates for owner, claim in enumerate(self._claims)}
+        return [changes[owner] for owner in sorted(changes)]
+
+    def _let_go(self) -> None:
+        """Takes everything off the model, whatever fails on the way."""
+        self._is_open = False
+        failure: BaseException | None = None
+        for claim in self._claims:
+            module = self._layers[claim.owner].module
+            try:
+                detach(module, claim)
+            except BaseException as error:
+                failure = failure or error
+                detach(module, claim)
+        self._affine.release()
+        if failure is not None:
+            raise failure
+
+    def _act(self, found: list[StatsChange], error: BaseException | None) -> None:
+        on_change = self._settings.on_change
+        texts = []
+        if found and not (on_change == "warn" and self._warned):
+            texts.append(_report.changed_text(found, restored=on_change != "warn"))
+        swallowed = self._errors and not _reports(error, self._errors)
+        if swallowed:
+            texts.append(_report.swallowed_text([change for change in self.changes if change.prevented]))
+        if not texts:
+            return
+        text = "\n".join(texts)
+        if on_change == "raise" and error is None:
+            raise StatsChangedError(text, self.changes)
+        self._warned = True
+        if error is not None:
+            error.add_note(f"bnguard: {text}")
+        if on_change != "raise" or isinstance(error, (GeneratorExit, StopIteration, StopAsyncIteration)):
+            try:
+                warnings.warn(text, BNGuardWarning, stacklevel=call_site().stacklevel)
+            except BNGuardWarning:
+                if error is None:
+                    raise
+
+    def _warn_about_added_layers(self) -> None:
+        if self._statistics is None or not self._layers:
+            return
+        known = {id(layer.module) for layer in self._layers}
+        tensors = {id(tensor) for owner in range(len(self._layers)) for tensor in self._statistics.objects_of(owner)}
+        added = [
+            layer
+            for layer in find_layers(self._model)
+            if id(layer.module) not in known and not all(id(layer.module._buffers[n]) in tensors for n in layer.buffers)
+        ]
+        if added:
+            text = _report.added_text([layer.names[0] for layer in added])
+            warnings.warn(text, BNGuardWarning, stacklevel=call_site().stacklevel)
+
+    def _change(self, claim: Claim) -> StatsChange:
+        layer, prevented = self._layers[claim.owner], claim.stance == "raise"
+        return StatsChange(
+            layer.names, type(layer.module).__name__, layer.buffers, claim.updates, claim.where, None, prevented
+        )
+
+    def _found_change(self, snapshot: Snapshot, difference: Difference) -> StatsChange:
+        layer, claim = self._layers[difference.owner], self._claims[difference.owner]
+        shift = None
+        if snapshot is self._statistics:
+            eps = getattr(layer.module, "eps", 0.0)
+            shift = largest_mean_shift(
+                snapshot.before(difference.owner), snapshot.now(difference.owner), eps if isinstance(eps, float) else 0.0
+            )
+        seen = claim.updates if claim.stance == "warn" else 0
+        where = claim.where if seen else None
+        return StatsChange(layer.names, type(layer.module).__name__, difference.names, seen, where, shift)
+
+    def _mode(self, claim: Claim) -> str:
+        return "train" if self._layers[claim.owner].module.training else "eval"
+
+    def _protection(self, layer: StatsLayer) -> str:
+        settings, kind = self._settings, layer.kind
+        if kind.hold == "none":
+            return "compared at exit only (a ScriptModule runs no hooks)"
+        if settings.stance in ("restore", "running") or (settings.updates and kind.predict is not None):
+            return "held in its forward; compared at exit"
+        if kind.predict is not None:
+            return "judged before each forward; compared at exit"
+        if settings.stance == "warn" and not settings.updates:
+            return "compared after each forward and at exit"
+        return "run on copies of its statistics and compared at each forward; compared at exit"
+
+
+def _joined(one: StatsChange, other: StatsChange) -> StatsChange:
+    return StatsChange(
+        one.names, one.type, one.buffers + other.buffers, one.updates, one.where, one.mean_shift or other.mean_shift
+    )
+
+
+def _reports(error: BaseException | None, texts: set[str]) -> bool:
+    """Whether an exception on its way is, or was caused by, one of ours. DataParallel rebuilds ours from its text."""
+    seen: set[int] = set()
+    waiting = [error]
+    while waiting:
+        current = waiting.pop()
+        if current is None or id(current) in seen:
+            continue
+        seen.add(id(current))
+        if isinstance(current, StatsChangedError) and any(text in str(current) for text in texts):
+            return True
+        waiting += [current.__cause__, current.__context__]
+        if isinstance(current, BaseExceptionGroup):
+            waiting += current.exceptions
+    return False

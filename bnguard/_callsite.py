@@ -1,0 +1,92 @@
+"""The user's line: where, in code that is neither torch's nor ours, something was called."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import sysconfig
+from dataclasses import dataclass
+from types import FrameType
+
+import torch
+import wrapt
+
+__all__ = ["CallSite", "call_site"]
+
+
+@dataclass(frozen=True, slots=True)
+class CallSite:
+    """One line of the user's code.
+
+    Attributes:
+        filename: Path as the interpreter knows it.
+        lineno: Line number, from 1.
+        function: Name of the function, ``"<module>"`` at top level.
+        stacklevel: What ``warnings.warn`` needs, when called from the caller of ``call_site``, to point here.
+    """
+
+    filename: str
+    lineno: int
+    function: str
+    stacklevel: int
+
+    def __str__(self) -> str:
+        return f"{_short(self.filename)}:{self.lineno} in {self.function}"
+
+
+def call_site() -> CallSite:
+    """Finds the innermost frame of the user's code.
+
+    That is the innermost frame outside torch, bnguard, the standard library and every installed package; where there
+    is none (a command-line tool of an installed package), the innermost one outside torch and bnguard.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    stacklevel = 1
+    fallback: CallSite | None = None
+    outermost = CallSite("<unknown>", 0, "<unknown>", 1)
+    while frame is not None:
+        origin = _origin(frame.f_code.co_filename)
+        if origin != "machinery":
+            site = CallSite(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name, stacklevel)
+            if origin == "user":
+                return site
+            fallback = fallback or site
+        outermost = CallSite(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name, stacklevel)
+        frame = frame.f_back
+        stacklevel += 1
+    return fallback or outermost
+
+
+def _folder(path: str) -> str:
+    return os.path.dirname(os.path.abspath(path)) + os.sep
+
+
+_BNGUARD = _folder(__file__)
+_DEMO = os.path.join(_BNGUARD, "demo.py")  # plays the user
+_MACHINERY = (_folder(torch.__file__), _BNGUARD, _folder(wrapt.__file__))
+_LIBRARIES = tuple({os.path.join(sysconfig.get_paths()[key], "") for key in ("stdlib", "platstdlib", "purelib", "platlib")})
+
+
+@functools.lru_cache(maxsize=4096)
+def _origin(filename: str) -> str:
+    """Tells "machinery" (torch, bnguard), "library" (installed code) and "user" apart."""
+    path = os.path.abspath(filename) if not filename.startswith("<") else filename
+    if path == _DEMO:
+        return "user"
+    if path.startswith(_MACHINERY) or filename.startswith("<eval_with_key>"):
+        return "machinery"
+    if path.startswith(_LIBRARIES) or filename.startswith("<frozen "):
+        return "library"
+    return "user"
+
+
+def _short(filename: str) -> str:
+    """The path relative to the working directory where it lies below it."""
+    if filename.startswith("<"):
+        return filename
+    try:
+        relative = os.path.relpath(filename)
+    except (OSError, ValueError):  # the working directory is gone, or another drive
+        return filename
+    return filename if relative.startswith(os.pardir) else relative

@@ -1,0 +1,111 @@
+"""What the guards around one layer say about one forward, the innermost first."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, Literal, Protocol
+
+from bnguard.errors import StatsChangedError
+
+__all__ = ["Claim", "Stance", "Verdict", "decide", "settle"]
+
+Stance = Literal["raise", "warn", "restore", "running"]
+
+
+class Judge(Protocol):
+    """The block behind a claim, as far as a forward needs it."""
+
+    def stopped(self, claim: Claim) -> StatsChangedError:
+        """Records an update that was stopped; returns the error to raise."""
+
+    def stood(self, claim: Claim) -> None:
+        """Records an update that stands, and warns about the first one of the block."""
+
+    def allowed(self, claim: Claim) -> None:
+        """Takes over what an update within the budget has written."""
+
+
+class Claim:
+    """One block's say about one layer.
+
+    Attributes:
+        judge: The block.
+        owner: The layer's index in the block.
+        stance: What becomes of an update beyond the budget; ``"running"`` is ``use_running_stats=True``.
+        budget: Updates that the block allows the layer.
+        spent: Updates within the budget so far.
+        updates: Updates beyond the budget so far: those that stood, or were stopped.
+        where: The user's line of the first one of those.
+    """
+
+    __slots__ = ("budget", "judge", "owner", "spent", "stance", "updates", "where")
+
+    def __init__(self, judge: Judge, owner: int, stance: Stance, budget: int) -> None:
+        self.judge = judge
+        self.owner = owner
+        self.stance: Stance = stance
+        self.budget = budget
+        self.spent = 0
+        self.updates = 0
+        self.where: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What happens to one forward that would update.
+
+    Attributes:
+        stance: ``"stand"``: it updates; ``"raise"``, ``"restore"``, ``"running"``: as the deciding claim says.
+        decider: The claim that decided; None for ``"stand"``.
+        warned: Claims under ``"warn"`` that see an update of theirs stand.
+        within: Claims whose budget pays for it.
+    """
+
+    stance: Literal["stand", "raise", "restore", "running"]
+    decider: Claim | None = None
+    warned: tuple[Claim, ...] = ()
+    within: tuple[Claim, ...] = ()
+
+
+STAND: Final = Verdict("stand")
+
+
+def decide(claims: Sequence[Claim]) -> Verdict:
+    """Asks the innermost claim first; what it lets stand is up to the next one.
+
+    A claim under ``"warn"``, and one with budget left, let the update stand. An update that a claim further out prevents
+    never happens: nothing is recorded or spent for it.
+    """
+    warned: list[Claim] = []
+    within: list[Claim] = []
+    for claim in claims:
+        if claim.spent < claim.budget:
+            within.append(claim)
+        elif claim.stance == "warn":
+            warned.append(claim)
+        else:
+            return Verdict(claim.stance, claim)
+    return Verdict("stand", None, tuple(warned), tuple(within))
+
+
+_lock: Final = threading.Lock()
+
+
+def settle(claims: Sequence[Claim]) -> Verdict:
+    """Decides, and pays from the budgets in the same breath, so that two threads never share one update."""
+    with _lock:
+        verdict = decide(claims)
+        for claim in verdict.within:
+            claim.spent += 1
+        return verdict
+
+
+def count(claim: Claim, where: str) -> bool:
+    """Adds one update to a claim; True for the first."""
+    with _lock:
+        claim.updates += 1
+        if claim.where is None:
+            claim.where = where
+        return claim.updates == 1

@@ -1,0 +1,132 @@
+"""Run a function inside a guard: plain functions, coroutines, generators and asynchronous generators."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import AsyncGenerator, Callable, Generator
+from contextlib import AbstractContextManager
+from typing import Any, TypeAlias
+
+import wrapt
+
+__all__ = ["guard_function"]
+
+# Given the instance a function is bound to (or None), and its arguments: something that opens a block, again and again.
+Opener: TypeAlias = Callable[[Any, Any, tuple[Any, ...], dict[str, Any]], Callable[[], AbstractContextManager[Any]]]
+
+
+def guard_function(function: Any, opener: Opener, decorator: str) -> Any:
+    """Wraps ``function`` so that its code runs inside a block.
+
+    A coroutine, a generator and an asynchronous generator are inside only while they run: each resumption is a block of
+    its own, and what the caller does in between is in none.
+
+    Args:
+        function: A function, method, class method or static method.
+        opener: Says which block, once for each call.
+        decorator: What to call the decorator in an error.
+
+    Raises:
+        TypeError: ``function`` is a class, or cannot be called.
+    """
+    inner = function.__func__ if isinstance(function, (classmethod, staticmethod)) else function
+    if isinstance(inner, type) or not callable(inner):
+        raise TypeError(f"{decorator} decorates functions, got {inner!r}")
+    if inspect.isasyncgenfunction(inner):
+        run: Callable[..., Any] = _run_async_generator
+    elif inspect.iscoroutinefunction(inner):
+        run = _run_coroutine
+    elif inspect.isgeneratorfunction(inner):
+        run = _run_generator
+    else:
+        run = _run_function
+
+    def wrapper(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return run(opener(wrapped, instance, args, kwargs), wrapped, args, kwargs)
+
+    return _GuardedFunction(function, wrapper)
+
+
+class _BoundGuardedFunction(wrapt.BoundFunctionWrapper):  # type: ignore[misc]  # untyped in wrapt before 2
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return getattr, (self._self_instance, self.__wrapped__.__name__)
+
+
+class _GuardedFunction(wrapt.FunctionWrapper):  # type: ignore[misc]
+    """A function wrapper that pickles as functions do: by name."""
+
+    __bound_function_wrapper__ = _BoundGuardedFunction
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.__wrapped__.__qualname__
+
+
+def _run_function(
+    block: Callable[[], AbstractContextManager[Any]], function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    with block():
+        return function(*args, **kwargs)
+
+
+def _run_generator(
+    block: Callable[[], AbstractContextManager[Any]], function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Generator[Any, Any, Any]:
+    return (yield from _legs(block, function(*args, **kwargs)))
+
+
+async def _run_coroutine(
+    block: Callable[[], AbstractContextManager[Any]], function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    return await _awaitable_legs(block, function(*args, **kwargs))
+
+
+async def _run_async_generator(
+    block: Callable[[], AbstractContextManager[Any]], function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> AsyncGenerator[Any, Any]:
+    generator = function(*args, **kwargs)
+    step = generator.asend(None)
+    while True:
+        try:
+            item = await _awaitable_legs(block, step)
+        except StopAsyncIteration:
+            return
+        try:
+            step = generator.asend((yield item))
+        except GeneratorExit:
+            await _awaitable_legs(block, generator.aclose())
+            raise
+        except BaseException as error:
+            step = generator.athrow(error)
+
+
+def _legs(block: Callable[[], AbstractContextManager[Any]], inner: Any) -> Generator[Any, Any, Any]:
+    """Drives ``inner`` (``send``, ``throw``, ``close``), each resumption in a block. See PEP 380."""
+    resume, value = inner.send, None
+    while True:
+        is_done = False
+        try:
+            with block():
+                try:
+                    item = resume(value)
+                except StopIteration as stop:
+                    # The end of a generator is no error: the block must not see one.
+                    is_done, item = True, stop.value
+        except BaseException:
+            inner.close()
+            raise
+        if is_done:
+            return item
+        try:
+            resume, value = inner.send, (yield item)
+        except GeneratorExit:
+            with block():
+                inner.close()
+            raise
+        except BaseException as error:
+            resume, value = inner.throw, error
+
+
+@types.coroutine
+def _awaitable_legs(block: Callable[[], AbstractContextManager[Any]], inner: Any) -> Generator[Any, Any, Any]:
+    return (yield from _legs(block, inner))

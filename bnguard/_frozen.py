@@ -1,0 +1,251 @@
+"""``frozen``: hold the running statistics of a model still for the extent of a block."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Final, TypeVar, get_args
+
+from torch import nn
+
+from bnguard import _report
+from bnguard._block import Block, OnChange, Settings
+from bnguard._callsite import call_site
+from bnguard._changes import GuardedLayer, StatsChange
+from bnguard._decorate import guard_function
+from bnguard._layers import any_layer
+from bnguard._select import Selector, as_selectors, select_layers
+from bnguard.errors import BNGuardWarning
+
+__all__ = ["check_settings", "frozen"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+_POLICIES: Final[tuple[str, ...]] = get_args(OnChange)
+
+
+def check_settings(
+    on_change: Any, use_running_stats: Any, affine: Any, updates: Any, include: Any, exclude: Any
+) -> Settings:
+    """Checks the options of ``frozen``. See there for the errors."""
+    if on_change not in _POLICIES:
+        valid = _report.listing([repr(policy) for policy in _POLICIES])
+        raise ValueError(f"on_change={on_change!r}: {_report.suggestion(on_change, _POLICIES)} (valid are {valid})")
+    for name, value in (("use_running_stats", use_running_stats), ("affine", affine)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {value!r}")
+    if isinstance(updates, bool) or not isinstance(updates, int):
+        raise TypeError(f"updates must be a whole number of updates that each layer may make, got {updates!r}")
+    if updates < 0:
+        raise ValueError(f"updates={updates}: the number of updates that each layer may make cannot be negative")
+    if use_running_stats and updates:
+        raise ValueError(
+            f"use_running_stats=True contradicts updates={updates}: a layer that normalises with its running statistics "
+            "makes no update; leave one of them out"
+        )
+    return Settings(
+        on_change, use_running_stats, affine, updates, as_selectors("include", include), as_selectors("exclude", exclude)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Extent:
+    block: Block
+    thread: int
+
+
+class frozen:  # noqa: N801  # lower case, as torch.no_grad
+    """Holds the running statistics of a model still: a context manager, a decorator, and ``start()``/``stop()``.
+
+    Guarded are the buffers ``running_mean``, ``running_var`` and ``num_batches_tracked`` of every layer that owns one, and
+    what other libraries call the same thing. Whatever happens inside the block, under ``"raise"`` and ``"restore"`` they
+    are the same tensors with the same bits afterwards. Outputs, gradients and random numbers are those of the unguarded
+    model. Nothing is left on the model afterwards.
+
+    ::
+
+        with bnguard.frozen(model):                      # raise where an update is about to happen
+            evaluate(model)
+
+        with bnguard.frozen(teacher, "restore"):         # normalise with the batch, keep the statistics
+            targets = teacher(images)
+
+        @bnguard.frozen(backbone, use_running_stats=True)   # as in eval mode, whatever train() says
+        def train(...): ...
+
+        guard = bnguard.frozen(model).start()            # for a whole run
+        ...
+        guard.stop()
+
+    Guards may be nested, entered again, shared by threads. The innermost one decides about a forward; what it lets stand
+    is a change for the guard around it. Decorating a coroutine or a generator function guards each resumption; what the
+    caller does in between is not inside.
+
+    Not covered: after the block, activation checkpointing recomputes its region in an unguarded forward; run that backward
+    inside the block. Under ``torch.compile`` nothing can be raised, warned about or counted at the forward: the comparison
+    at the end of the block finds it.
+
+    Args:
+        model: The model, or one layer.
+        on_change: What to do about an update.
+            ``"raise"``: ``StatsChangedError`` from inside the forward, before anything changed. What only the comparison
+            at the end can see (``load_state_dict()``, a write to ``.data``, a compiled graph) is put back, then raised.
+            ``"warn"``: the change stands; one ``BNGuardWarning`` a block, all of them in ``changes``.
+            ``"restore"``: no update happens, and the layer still normalises with the statistics of the batch. Silent for
+            forwards; a change from elsewhere is put back with a warning.
+        use_running_stats: Guarded layers normalise with their running statistics, as in eval mode, however often
+            ``model.train()`` is called. Nothing else changes mode.
+        affine: Hold ``weight`` and ``bias`` of the guarded layers too: they get no gradient inside and no optimizer moves
+            them. Their ``requires_grad`` flags and gradients of entry come back at the end, also after a ``zero_grad()``
+            inside.
+        updates: Updates that each layer may make inside the block; one more is the change. ``updates=1`` around a train
+            step finds a step with several forwards.
+        include: Guard only these layers: glob patterns on names in ``state_dict()`` (one that names a container selects
+            all in it; the model itself is ``"(root)"``), modules, predicates ``(name, module) -> bool``, or a list of them.
+        exclude: Do not guard these layers; as ``include``.
+
+    Raises:
+        TypeError: ``model`` is no module; an option has the wrong type.
+        ValueError: An ``on_change`` that does not exist, a negative ``updates``, options that contradict each other, a
+            pattern that selects nothing.
+
+    Warns:
+        BNGuardWarning: The model has no layer with running statistics.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        on_change: OnChange = "raise",
+        *,
+        use_running_stats: bool = False,
+        affine: bool = False,
+        updates: int = 0,
+        include: Selector | Iterable[Selector] | None = None,
+        exclude: Selector | Iterable[Selector] | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(_no_module_text(model))
+        settings = check_settings(on_change, use_running_stats, affine, updates, include, exclude)
+        if not any_layer(model):
+            text = _report.unguarded_text(type(model).__name__)
+            warnings.warn(text, BNGuardWarning, stacklevel=call_site().stacklevel)
+        elif settings.include or settings.exclude:
+            select_layers(model, settings.include, settings.exclude)
+        self._set(model, settings)
+
+    def _set(self, model: nn.Module, settings: Settings) -> None:
+        self._model = model
+        self._settings = settings
+        self._extents: list[_Extent] = []
+        self._last: Block | None = None
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> frozen:
+        block = Block(self._model, self._settings)
+        extent = _Extent(block, threading.get_ident())
+        with self._lock:
+            self._extents.append(extent)
+            self._last = block
+        try:
+            block.enter()
+        except BaseException:
+            self._close(extent)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._leave(error)
+
+    def __call__(self, function: F) -> F:
+        """Decorates ``function``: its code runs inside a block of this guard."""
+        guarded: F = guard_function(function, lambda *call: lambda: self, "frozen(...)")
+        return guarded
+
+    def start(self) -> frozen:
+        """Enters a block that lasts until ``stop()``; returns the guard."""
+        return self.__enter__()
+
+    def stop(self) -> None:
+        """Leaves the block that this thread entered last, else the last one of all. Without one, does nothing.
+
+        Raises:
+            StatsChangedError: As at the end of a ``with`` block.
+        """
+        self._leave(None)
+
+    def check(self) -> None:
+        """Compares the statistics now, without leaving, and acts as the end of the block would.
+
+        Without an open block, does nothing.
+
+        Raises:
+            StatsChangedError: Under ``on_change="raise"``, if something changed or the error of a forward was caught.
+        """
+        extent = self._innermost()
+        if extent is not None:
+            extent.block.check()
+
+    @property
+    def changes(self) -> tuple[StatsChange, ...]:
+        """What changed, or was about to, in the current or last block, in the order of ``state_dict()``.
+
+        At any time what the forwards showed; complete after ``check()`` and at the end of the block.
+        """
+        return () if self._last is None else self._last.changes
+
+    @property
+    def layers(self) -> tuple[GuardedLayer, ...]:
+        """The guarded layers of the current or last block, or those a block would have now, and how each is protected."""
+        return (self._last or Block(self._model, self._settings)).layers
+
+    def report(self) -> str:
+        """What is guarded, how, and what changed, as text."""
+        return _report.report_text(self.changes, self.layers, self._settings.on_change)
+
+    def __repr__(self) -> str:
+        state = "open" if self._extents else "closed"
+        return f"<bnguard.frozen of a {type(self._model).__name__}, on_change={self._settings.on_change!r}, {state}>"
+
+    def __getstate__(self) -> tuple[nn.Module, Settings]:
+        # A copy or a pickle guards the copy of the model, and is not open.
+        return self._model, self._settings
+
+    def __setstate__(self, state: tuple[nn.Module, Settings]) -> None:
+        self._set(*state)
+
+    def _innermost(self) -> _Extent | None:
+        """The extent that this thread entered last, else the last of all."""
+        with self._lock:
+            own = [extent for extent in self._extents if extent.thread == threading.get_ident()]
+            return (own or self._extents or [None])[-1]
+
+    def _leave(self, error: BaseException | None) -> None:
+        extent = self._innermost()
+        if extent is not None:
+            try:
+                extent.block.leave(error)
+            finally:
+                self._close(extent)
+                self._last = extent.block
+
+    def _close(self, extent: _Extent) -> None:
+        with self._lock:
+            self._extents = [other for other in self._extents if other is not extent]
+
+
+def _no_module_text(value: Any) -> str:
+    if isinstance(value, type) and issubclass(value, nn.Module):
+        return f"frozen() takes a model, got the class {value.__name__}: make an instance of it first"
+    if isinstance(value, (list, tuple)) and value and all(isinstance(item, nn.Module) for item in value):
+        return f"frozen() takes one model, got a {type(value).__name__} of {len(value)}: wrap them in nn.ModuleList"
+    return f"frozen() takes a torch.nn.Module, got {type(value).__name__}: {_short_repr(value)}"
+
+
+def _short_repr(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,364 @@
+"""See, judge and hold the forwards of one layer, for all guards around it."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections import OrderedDict
+from types import FrameType
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import stateless
+
+from bnguard import _hold
+from bnguard._claims import STAND, Claim, Verdict, decide, settle
+from bnguard._layers import BATCH_NORM, INSTANCE_FORWARD, INSTANCE_NORM, SYNC_BATCH_NORM, StatsLayer
+from bnguard._snapshot import same_bits
+
+__all__ = ["attach", "detach"]
+
+_sentries: Final[dict[int, Sentry]] = {}
+# Reentrant: a signal handler may enter or leave a guard while the main thread does.
+_lock: Final = threading.RLock()
+
+
+def attach(layer: StatsLayer, claim: Claim) -> None:
+    """Puts ``claim`` innermost on the layer. Where it fails, ``detach`` takes back what was done."""
+    with _lock:
+        sentry = _sentries.get(id(layer.module))
+        if sentry is None:
+            cls = _BatchNormSentry if _is_batch_norm(layer) else Sentry
+            sentry = _sentries[id(layer.module)] = cls(layer)
+        sentry.set_claims((claim, *sentry.claims))
+
+
+def detach(module: nn.Module, claim: Claim) -> None:
+    """Takes ``claim`` off the layer; the last one takes everything else along. Doing it twice does nothing."""
+    with _lock:
+        sentry = _sentries.get(id(module))
+        if sentry is None:
+            return
+        claims = tuple(other for other in sentry.claims if other is not claim)
+        try:
+            sentry.set_claims(claims)
+        finally:
+            if not claims:
+                _sentries.pop(id(module), None)
+
+
+def _is_batch_norm(layer: StatsLayer) -> bool:
+    return layer.kind is BATCH_NORM and "forward" not in layer.module.__dict__
+
+
+class Sentry:
+    """What stands on one layer while at least one guard is around it.
+
+    Updates that can be predicted are judged in a forward pre-hook, as long as every guard only raises or warns. Where a
+    guard holds or counts, or nothing can be predicted, a ``forward`` on the instance does both. An instance-level
+    ``__getstate__`` keeps all of it out of copies and pickles. Once nobody claims the layer any more, whoever still keeps
+    that ``forward`` gets the layer's own.
+    """
+
+    __slots__ = ("_installed", "_known", "_names", "_previous", "claims", "kind", "module", "verdict")
+
+    def __init__(self, layer: StatsLayer) -> None:
+        self.module: Any = layer.module
+        self._names = layer.buffers
+        self._previous = layer.module.__dict__.get("forward")
+        self.kind = layer.kind if self._previous is None or layer.kind.hold == "none" else INSTANCE_FORWARD
+        self.claims: tuple[Claim, ...] = ()
+        self.verdict: Verdict | None = STAND  # None: depends on budgets
+        self._known: tuple[Tensor | None, ...] | None = None
+        self._installed: dict[str, Any] = {}
+        self._remember()
+
+    def set_claims(self, claims: tuple[Claim, ...]) -> None:
+        """Takes over ``claims``, the innermost first, and installs or removes what they need."""
+        # First, so that a thread that is between two steps meets the new ones with either equipment.
+        self.claims = claims
+        self.verdict = None if any(claim.budget for claim in claims) else decide(claims)
+        if self.kind.hold == "none":
+            return
+        predictable = self.kind.predict is not None
+        holds = any(claim.budget or claim.stance in ("restore", "running") for claim in claims)
+        forward = bool(claims) and (holds or not predictable)
+        if claims:
+            self._install("__getstate__", self.getstate)
+        if forward:
+            self._install("_replicate_for_data_parallel", self.replicate)
+            self._install("forward", self.forward)
+        self._set_hook(bool(claims) and not forward)
+        if not forward:
+            self._uninstall("forward")
+            self._uninstall("_replicate_for_data_parallel")
+        if not claims:
+            self._uninstall("__getstate__")
+
+    # The pre-hook.
+
+    def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Judges a forward that would update, before it runs."""
+        predict = self.kind.predict
+        if type(module) is not type(self.module):
+            return  # fusing moves hooks to other modules
+        if predict is None or not predict(module) or torch.compiler.is_compiling():
+            return
+        verdict = self.verdict
+        if verdict is None or verdict is STAND or self._is_foreign(module) or self._rejects(args):
+            return
+        self._pronounce(verdict)
+
+    # The forward.
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer's forward, as the guards around it want it."""
+        module, verdict, predict = self.module, self.verdict, self.kind.predict
+        if not self.claims or self._is_foreign(module):
+            return self._original(*args, **kwargs)
+        stance = None if verdict is None else verdict.stance
+        if stance == "running" and (predict is None or module.training or predict(module)):
+            return self._run_in_eval_mode(args, kwargs)
+        if predict is not None:
+            if not predict(module):
+                return self._original(*args, **kwargs)
+            if stance == "restore":
+                return self._run_held(args, kwargs)
+            return self._run_judged(args, kwargs)
+        if stance == "restore":
+            return self._run_held(args, kwargs)
+        if torch.compiler.is_compiling():
+            return self._original(*args, **kwargs)
+        if stance == "stand":
+            return self._run_observed(args, kwargs)
+        return self._run_on_trial(args, kwargs)
+
+    def _original(self, *args: Any, **kwargs: Any) -> Any:
+        if self._previous is not None:
+            return self._previous(*args, **kwargs)
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+    def _held(self, statistics: dict[str, Tensor], training: bool | None = None) -> _hold.StandIn | _hold.Exchange:
+        """The layer with ``statistics`` in place of its own."""
+        if self.kind.hold == "exchange":
+            return _hold.Exchange(self.module, statistics, training, self._previous)
+        return _hold.StandIn(self.module, statistics, training)
+
+    def _run_held(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs the layer so that its update goes nowhere."""
+        # In train mode the output of torch's own layers depends on the batch alone: no need to copy the statistics.
+        stock = self.kind in (SYNC_BATCH_NORM, INSTANCE_NORM) and not torch.compiler.is_compiling()
+        statistics = (_hold.scratch if stock else _hold.copies)(self.module, self._names)
+        return self._held(statistics).forward(*args, **kwargs)
+
+    def _run_in_eval_mode(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs the layer as in eval mode."""
+        module = self.module
+        reads_only = self.kind is SYNC_BATCH_NORM or (self.kind is INSTANCE_NORM and module.track_running_stats)
+        statistics = {} if reads_only else _hold.copies(module, self._names)
+        return self._held(statistics, training=False).forward(*args, **kwargs)
+
+    def _run_judged(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Judges an update that is known to come, then runs the layer accordingly."""
+        if torch.compiler.is_compiling() or self._rejects(args):
+            return self._original(*args, **kwargs)
+        verdict = settle(self.claims)
+        self._pronounce(verdict)
+        if verdict.stance == "restore":
+            return self._run_held(args, kwargs)
+        if verdict.stance == "running":
+            return self._run_in_eval_mode(args, kwargs)
+        try:
+            return self._original(*args, **kwargs)
+        finally:
+            for claim in verdict.within:
+                claim.judge.allowed(claim)
+
+    def _run_observed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs the layer as it is, and compares after the call."""
+        before = _hold.copies(self.module, self._names)
+        result = self._original(*args, **kwargs)
+        if self._differ(before, self.module._buffers):
+            self._pronounce(settle(self.claims))
+        return result
+
+    def _run_on_trial(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs the layer on copies of its statistics, and judges what it did to them."""
+        held = self._held(_hold.copies(self.module, self._names))
+        try:
+            result = held.forward(*args, **kwargs)
+        except Exception:
+            # A forward can fail after it has counted the batch. The error on its way is worth more than ours.
+            self._conclude(held, failed=True)
+            raise
+        verdict = self._conclude(held)
+        return self._run_in_eval_mode(args, kwargs) if verdict.stance == "running" else result
+
+    def _conclude(self, held: _hold.StandIn | _hold.Exchange, failed: bool = False) -> Verdict:
+        after = held.statistics()
+        if not self._differ(self.module._buffers, after):
+            return STAND
+        verdict = settle(self.claims)
+        if not failed:
+            self._pronounce(verdict)
+        if verdict.stance == "stand":
+            with torch.inference_mode(False), torch.no_grad():
+                for name, tensor in after.items():
+                    self.module._buffers[name].data.copy_(tensor)
+            for claim in verdict.within:
+                claim.judge.allowed(claim)
+        return verdict
+
+    def _differ(self, one: dict[str, Any], other: dict[str, Any]) -> bool:
+        names = [name for name in self._names if one.get(name) is not None and other.get(name) is not None]
+        return not all(same_bits(one[name], other[name]) for name in names)
+
+    @staticmethod
+    def _pronounce(verdict: Verdict) -> None:
+        if verdict.stance == "raise":
+            assert verdict.decider is not None
+            raise verdict.decider.judge.stopped(verdict.decider)
+        for claim in verdict.warned:
+            claim.judge.stood(claim)
+
+    def _rejects(self, args: tuple[Any, ...]) -> bool:
+        """Whether torch turns the input down before it counts the batch."""
+        check = getattr(self.module, "_check_input_dim", None)
+        if check is None or len(args) != 1:
+            return False
+        try:
+            check(args[0])
+        except Exception:  # whatever it is, the layer's own forward raises it again
+            return True
+        return False
+
+    # Whose tensors are in the layer.
+
+    def _remember(self) -> None:
+        buffers = self.module._buffers
+        self._known = tuple([buffers.get(name) for name in self._names])
+
+    def _is_foreign(self, module: nn.Module) -> bool:
+        """Whether ``functional_call`` has lent the layer other statistics for this call: their update is theirs.
+
+        Statistics that the user replaced for good are the layer's own from then on.
+        """
+        if torch.compiler.is_compiling():
+            return False
+        buffers = module._buffers
+        for name, tensor in zip(self._names, self._known, strict=True):
+            if buffers.get(name) is not tensor:
+                if module is not self.module or _in_functional_call():
+                    return module is self.module
+                self._remember()
+                return False
+        return False
+
+    # What a guard adds to the layer.
+
+    def getstate(self) -> Any:
+        """The layer's state for a copy or a pickle: without anything of bnguard."""
+        state = type(self.module).__getstate__(self.module)
+        if isinstance(state, dict):
+            state = dict(state)
+            for name, value in self._installed.items():
+                if state.get(name) is value:
+                    del state[name]
+            if self._previous is not None and "forward" not in state:
+                state["forward"] = self._previous
+            hooks = state.get("_forward_pre_hooks")
+            if hooks:
+                state["_forward_pre_hooks"] = OrderedDict((k, hook) for k, hook in hooks.items() if hook != self.before)
+        return state
+
+    def replicate(self) -> nn.Module:
+        """A replica for ``nn.DataParallel``, with the same guards around it: the first one shares the statistics."""
+        replica: nn.Module = type(self.module)._replicate_for_data_parallel(self.module)
+        sentry = type(self)(StatsLayer(replica, (), self._names, self.kind))
+        for name, value in self._installed.items():
+            if replica.__dict__.get(name) is value:
+                del replica.__dict__[name]
+        sentry._previous, sentry.kind = self._previous, self.kind
+        sentry.claims, sentry.verdict = self.claims, self.verdict
+        replica.__dict__["forward"] = sentry.forward
+        return replica
+
+    def _install(self, name: str, value: Any) -> None:
+        if name not in self._installed:
+            self._installed[name] = value
+            self.module.__dict__[name] = value
+
+    def _uninstall(self, name: str) -> None:
+        value = self._installed.get(name)
+        if value is None:
+            return
+        # Only if it is still ours: somebody may have wrapped it, and then calls it for ever.
+        if self.module.__dict__.get(name) is value:
+            if name == "forward" and self._previous is not None:
+                self.module.__dict__[name] = self._previous
+            else:
+                del self.module.__dict__[name]
+        del self._installed[name]
+
+    def _set_hook(self, wanted: bool) -> None:
+        # Found by what it is, not by a handle: a registration that fails half-way returns none.
+        hooks = self.module._forward_pre_hooks
+        ours = [key for key, hook in hooks.items() if hook == self.before]
+        if wanted and not ours:
+            self.module.register_forward_pre_hook(self.before)
+        if not wanted:
+            for key in ours:
+                del hooks[key]
+
+
+class _BatchNormSentry(Sentry):
+    """A sentry on a layer that runs torch's ``_BatchNorm.forward``: its held forward is one call of ``F.batch_norm``."""
+
+    __slots__ = ("_mean", "_var")
+
+    def _remember(self) -> None:
+        super()._remember()
+        self._mean, self._var = map(self.module._buffers.get, ("running_mean", "running_var"))
+
+    def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]  # the signature of the layer's own
+        module = self.module
+        if not (module.training and self.claims):
+            return self._original(input)
+        buffers = module._buffers
+        if buffers.get("running_mean") is not self._mean or buffers.get("running_var") is not self._var:
+            if self._is_foreign(module):
+                return self._original(input)
+        verdict = self.verdict
+        if verdict is None:
+            if torch.compiler.is_compiling() or not self.kind.predict(module):
+                return self._original(input)
+            return self._run_judged((input,), {})
+        if verdict.stance == "running":
+            return _hold.normalise_with_running_stats(module, input)
+        if not module.track_running_stats:
+            return self._original(input)
+        if verdict.stance == "restore":
+            return _hold.normalise_with_batch(module, input)
+        return self._run_judged((input,), {})
+
+    # Errors about the arguments are worded as the layer's own.
+    forward.__qualname__ = nn.BatchNorm2d.forward.__qualname__
+
+    def _run_held(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return _hold.normalise_with_batch(self.module, *args)
+
+    def _run_in_eval_mode(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return _hold.normalise_with_running_stats(self.module, *args)
+
+
+def _in_functional_call() -> bool:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _FUNCTIONAL_CALL:
+            return True
+        frame = frame.f_back
+    return False
+
+
+_FUNCTIONAL_CALL: Final = stateless._functional_call.__code__

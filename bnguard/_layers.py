@@ -1,0 +1,262 @@
+"""Which modules carry running statistics, under which names, and how each updates them."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+__all__ = ["LayerKind", "LayerRegistration", "StatsLayer", "find_layers", "is_torch_source_known", "register_layer"]
+
+_STATISTIC: Final = re.compile(
+    r"(?:running|moving)_(?:\w+_)?(?:mean|var|variance|std|cov|covar|covariance|wm|projection)(?:_\w+)?"
+    r"|num_batches_tracked"
+)
+
+# Wrappers whose own attribute is no part of the name that users know, and mostly none of the state_dict key.
+_WRAPPERS: Final = {
+    "DataParallel": "module",
+    "DistributedDataParallel": "module",
+    "FullyShardedDataParallel": "_fsdp_wrapped_module",
+    "OptimizedModule": "_orig_mod",
+    "CheckpointWrapper": "_checkpoint_wrapped_module",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKind:
+    """How the layers of one family update, and how an update is kept away from them.
+
+    Attributes:
+        predict: Tells on the host, from flags alone, whether a forward now would update; None where only a
+            comparison after the call can tell.
+        hold: How a forward runs without touching the statistics. ``"scratch"``: ``F.batch_norm`` with statistics
+            nobody reads; ``"stand-in"``: the layer's own forward on a stand-in for the layer; ``"exchange"``: a forward
+            that somebody put on the instance, with the layer's buffers exchanged; ``"none"``: no way to hold it.
+    """
+
+    predict: Callable[[nn.Module], bool] | None
+    hold: Literal["scratch", "stand-in", "exchange", "none"]
+
+
+@dataclass(slots=True)
+class StatsLayer:
+    """A module that owns running statistics.
+
+    Attributes:
+        module: The layer.
+        names: Key prefixes in ``model.state_dict()``; ``""`` is the model itself.
+        buffers: Names of the buffers that are guarded, in the order of registration.
+        kind: How it updates.
+    """
+
+    module: nn.Module
+    names: tuple[str, ...]
+    buffers: tuple[str, ...]
+    kind: LayerKind
+
+
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    buffers: tuple[str, ...]
+    kind: LayerKind
+
+
+class LayerRegistration:
+    """What ``register_layer`` returns: ``remove()`` takes the registration back, once or often."""
+
+    def __init__(self, cls: type[nn.Module], rule: _Rule) -> None:
+        self._cls = cls
+        self._rule = rule
+
+    def remove(self) -> None:
+        """Takes the registration back, unless a later one for the same class has replaced it."""
+        if _registered.get(self._cls) is self._rule:
+            del _registered[self._cls]
+
+
+_registered: dict[type[nn.Module], _Rule] = {}
+
+
+def register_layer(
+    cls: type[nn.Module], buffers: Sequence[str], *, updates: Callable[[Any], bool] | None = None
+) -> LayerRegistration:
+    """Teaches bnguard a layer that names its running statistics otherwise.
+
+    Buffers called ``running_*`` or ``moving_*`` (mean, var, variance, std, covariance, ...) and
+    ``num_batches_tracked`` are found without this. Applies to subclasses too, to guards entered from now on, and in
+    this process.
+
+    Args:
+        cls: The layer's class.
+        buffers: Names of the buffers that hold running statistics; one that a layer does not have, or that is None
+            there, is passed over.
+        updates: Given the layer, tells from its flags, without reading a tensor, whether a forward now would update
+            (``lambda layer: layer.training``). With it, ``on_change="raise"`` needs no comparison after each forward.
+            Leave it out where that cannot be known.
+
+    Returns:
+        A registration whose ``remove()`` takes it back.
+
+    Raises:
+        TypeError: ``cls`` is no subclass of ``torch.nn.Module``, ``buffers`` is no sequence of strings, or
+            ``updates`` is not callable.
+        ValueError: ``buffers`` is empty.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise TypeError(f"register_layer() takes a subclass of torch.nn.Module, got {cls!r}")
+    if isinstance(buffers, str) or not all(isinstance(name, str) for name in buffers):
+        raise TypeError(f"buffers must be a sequence of buffer names, such as ['ema_mean'], got {buffers!r}")
+    if not buffers:
+        raise ValueError(f"buffers is empty: name at least one buffer of {cls.__name__} that holds running statistics")
+    if updates is not None and not callable(updates):
+        raise TypeError(f"updates must be callable, as in updates=lambda layer: layer.training, got {updates!r}")
+    rule = _Rule(tuple(buffers), LayerKind(updates, "stand-in"))
+    _registered[cls] = rule
+    return LayerRegistration(cls, rule)
+
+
+def find_layers(model: nn.Module) -> list[StatsLayer]:
+    """Lists the layers of ``model`` that own running statistics, in the order of ``state_dict()``.
+
+    A layer that is reached under several names is listed once, with all of them.
+    """
+    found: dict[int, StatsLayer] = {}
+    _visit(model, "", found, set())
+    return list(found.values())
+
+
+def any_layer(model: nn.Module) -> bool:
+    """Whether at least one layer of ``model`` owns running statistics."""
+    return any(_statistics(module)[0] for module in model.modules())
+
+
+def walk_names(model: nn.Module) -> Iterator[str]:
+    """The names of all submodules, wrapper prefixes taken off, in the order of ``named_modules()``."""
+    yield from _walk_names(model, "", set())
+
+
+def _walk_names(module: nn.Module, prefix: str, path: set[int]) -> Iterator[str]:
+    yield prefix[:-1]
+    path.add(id(module))
+    for key, child in module._modules.items():
+        if child is not None and id(child) not in path:
+            yield from _walk_names(child, _child_prefix(module, prefix, key), path)
+    path.discard(id(module))
+
+
+def _visit(module: nn.Module, prefix: str, found: dict[int, StatsLayer], path: set[int]) -> None:
+    if module._buffers:
+        identity = id(module)
+        known = found.get(identity)
+        if known is not None:
+            if prefix[:-1] not in known.names:
+                known.names = (*known.names, prefix[:-1])
+        else:
+            buffers, kind = _statistics(module)
+            if buffers:
+                found[identity] = StatsLayer(module, (prefix[:-1],), buffers, kind)
+    children = module._modules
+    if children:
+        path.add(id(module))
+        for key, child in children.items():
+            if child is not None and id(child) not in path:
+                _visit(child, _child_prefix(module, prefix, key), found, path)
+        path.discard(id(module))
+
+
+def _child_prefix(module: nn.Module, prefix: str, key: str) -> str:
+    return prefix if _WRAPPERS.get(type(module).__name__) == key else f"{prefix}{key}."
+
+
+def _statistics(module: nn.Module) -> tuple[tuple[str, ...], LayerKind]:
+    """The guarded buffers of one module and how it updates them."""
+    for cls in type(module).__mro__ if _registered else ():
+        rule = _registered.get(cls)
+        if rule is not None:
+            return tuple(name for name in rule.buffers if module._buffers.get(name) is not None), rule.kind
+    buffers = tuple([name for name, tensor in module._buffers.items() if tensor is not None and _is_statistic(name)])
+    return buffers, _kind(module) if buffers else OWN_FORWARD
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_statistic(name: str) -> bool:
+    return _STATISTIC.fullmatch(name) is not None
+
+
+def _kind(module: nn.Module) -> LayerKind:
+    if isinstance(module, torch.jit.ScriptModule):
+        return SCRIPTED
+    cls = type(module)
+    kind = _STOCK.get(cls.forward)
+    if kind is None or not is_torch_source_known(cls.forward):
+        return OWN_FORWARD
+    if kind is INSTANCE_NORM and not (
+        getattr(cls, "_apply_instance_norm", None) is _APPLY_INSTANCE_NORM and is_torch_source_known(_APPLY_INSTANCE_NORM)
+    ):
+        return OWN_FORWARD
+    return kind
+
+
+def _batch_norm_updates(module: Any) -> bool:
+    """What ``_BatchNorm.forward`` and ``SyncBatchNorm.forward`` decide before they write."""
+    if not (module.training and module.track_running_stats):
+        return False
+    buffers = module._buffers
+    if buffers.get("num_batches_tracked") is not None:
+        return True
+    # Without a counter, momentum 0 writes old * 1 + batch * 0: the same bits, infinities and NaN aside.
+    return module.momentum != 0 and (buffers.get("running_mean") is not None or buffers.get("running_var") is not None)
+
+
+def _instance_norm_updates(module: Any) -> bool:
+    """What ``_InstanceNorm.forward`` decides: the flag off makes it update in eval mode as well."""
+    if not (module.training or not module.track_running_stats):
+        return False
+    # Momentum 0 is no exception: the mean over the batch's copies of the statistics rounds.
+    return module._buffers.get("running_mean") is not None or module._buffers.get("running_var") is not None
+
+
+BATCH_NORM: Final = LayerKind(_batch_norm_updates, "scratch")
+SYNC_BATCH_NORM: Final = LayerKind(_batch_norm_updates, "stand-in")
+INSTANCE_NORM: Final = LayerKind(_instance_norm_updates, "stand-in")
+OWN_FORWARD: Final = LayerKind(None, "stand-in")
+INSTANCE_FORWARD: Final = LayerKind(None, "exchange")
+SCRIPTED: Final = LayerKind(None, "none")
+
+_APPLY_INSTANCE_NORM: Final = _InstanceNorm._apply_instance_norm
+_STOCK: Final[dict[Callable[..., Any], LayerKind]] = {
+    _BatchNorm.forward: BATCH_NORM,
+    nn.SyncBatchNorm.forward: SYNC_BATCH_NORM,
+    _InstanceNorm.forward: INSTANCE_NORM,
+}
+
+# What torch decides before it writes is read off these functions. A torch whose source says something else is not
+# believed: its layers are treated as layers with a forward of their own, which is slower and just as safe.
+_KNOWN_SOURCES: Final = frozenset(
+    {
+        "9886e47efe62f4d2",  # _BatchNorm.forward
+        "534e3aacd9feed97",  # SyncBatchNorm.forward
+        "9ca012652fe66334",  # _InstanceNorm.forward
+        "d997b839a49b40e4",  # _InstanceNorm._apply_instance_norm
+    }
+)
+
+
+@functools.cache
+def is_torch_source_known(function: Callable[..., Any]) -> bool:
+    """Whether the source of ``function`` is one whose behaviour bnguard was tested against."""
+    try:
+        source = inspect.getsource(function)
+    except (OSError, TypeError):
+        return False
+    return hashlib.sha256(" ".join(source.split()).encode()).hexdigest()[:16] in _KNOWN_SOURCES

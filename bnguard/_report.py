@@ -1,0 +1,161 @@
+"""Changes into text: errors, warnings and notes, the same words everywhere."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+from bnguard._changes import GuardedLayer, StatsChange
+
+__all__ = ["changed_text", "layer_text", "report_text", "stopped_text", "stood_text", "suggestion", "swallowed_text"]
+
+_SHOWN = 3
+
+
+def layer_text(names: Sequence[str], type_name: str) -> str:
+    """One layer, as every message prints it: ``stem.bn (BatchNorm2d)``."""
+    shown = [name or "(root)" for name in names]
+    return f"{' = '.join(shown)} ({type_name})"
+
+
+def listing(words: Sequence[str]) -> str:
+    """``a``, ``a and b``, ``a, b and c``."""
+    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
+
+
+def stopped_text(change: StatsChange, mode: str, budget: int) -> str:
+    """The error that a forward raises instead of updating."""
+    if budget:
+        what = (
+            f"{layer_text(change.names, change.type)} has updated {_times(budget)} inside frozen(updates={budget}):\n"
+            f"this forward would update {listing(change.buffers)} once more."
+        )
+        advice = (
+            f"A step should update each layer {_times(budget)}: run the batches through the model in one forward, or\n"
+            f'  frozen(model, on_change="restore", updates={budget})    let the first {_forwards(budget)} update, not the rest'
+        )
+    else:
+        what = (
+            f"{layer_text(change.names, change.type)} is in {mode} mode inside frozen():\n"
+            f"this forward would update {listing(change.buffers)}."
+        )
+        choose = "Call eval() on it after model.train(), or choose" if mode == "train" else "Choose"
+        advice = (
+            f"{choose} what you meant:\n"
+            "  frozen(model, use_running_stats=True)    normalise with the frozen statistics\n"
+            '  frozen(model, on_change="restore")       normalise with the batch, keep the statistics'
+        )
+    return f"{what}\n  at {change.where}\n{advice}"
+
+
+def stood_text(change: StatsChange, mode: str, budget: int) -> str:
+    """The one warning of a block under ``on_change="warn"``, at the line of the first update."""
+    if budget:
+        what = f"has updated {_times(budget)} inside frozen(updates={budget}) and updates once more"
+    else:
+        what = f"is in {mode} mode inside frozen() and updates its running statistics"
+    return (
+        f"{layer_text(change.names, change.type)} {what}: {listing(change.buffers)}.\n"
+        f"  at {change.where}\n"
+        "The update stands. Further ones are not warned about; guard.changes lists them all."
+    )
+
+
+def swallowed_text(stopped: Sequence[StatsChange]) -> str:
+    """The error at the end of a block in which somebody caught the error of a forward."""
+    return "\n".join(
+        [
+            f"{_layers(len(stopped))} would have updated inside frozen(), and the StatsChangedError that said so was caught:",
+            *_lines(stopped),
+            "The updates did not happen. Let the error through, or use on_change='restore' where they are expected.",
+        ]
+    )
+
+
+def changed_text(changes: Sequence[StatsChange], restored: bool) -> str:
+    """What only the comparison at the end of a block, or of ``check()``, could see."""
+    seen = [change for change in changes if change.updates]
+    causes = (
+        []
+        if len(seen) == len(changes)
+        else [
+            "No forward that bnguard can see explains it: look for load_state_dict(), reset_running_stats(), an assignment,",
+            "F.batch_norm or forward() called directly, a compiled or scripted model, or another thread or process.",
+        ]
+    )
+    outcome = "The statistics of entry are back." if restored else "The changes stand."
+    return "\n".join(
+        [f"running statistics of {_layers(len(changes))} changed inside frozen():", *_lines(changes), *causes, outcome]
+    )
+
+
+def added_text(names: Sequence[str]) -> str:
+    """The warning about layers that came into the model inside a block."""
+    shown = ", ".join(name or "(root)" for name in names[:_SHOWN])
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return (
+        f"{shown}{more} came into the model inside frozen() and was not guarded there.\n"
+        "Change the model before the block, or open another block after the change."
+    )
+
+
+def unguarded_text(type_name: str) -> str:
+    """The warning about a model without any layer to guard."""
+    return (
+        f"{type_name} has no layer with running statistics: frozen() has nothing to guard.\n"
+        "If one of its layers keeps statistics under other names, see bnguard.register_layer()."
+    )
+
+
+def report_text(changes: Sequence[StatsChange], layers: Sequence[GuardedLayer], on_change: str) -> str:
+    """All of it, for people."""
+    if not layers:
+        return f'frozen(on_change="{on_change}") guards no layer.'
+    head = f'frozen(on_change="{on_change}") guards {_layers(len(layers))}.'
+    kinds = list(dict.fromkeys(layer.protection for layer in layers))
+    ways = [f"  {sum(layer.protection == kind for layer in layers)} {kind}" for kind in kinds]
+    if not changes:
+        return "\n".join([head, *ways, "No change."])
+    return "\n".join([head, *ways, f"{_layers(len(changes))} changed:", *_lines(changes, limit=None)])
+
+
+def suggestion(value: object, valid: Iterable[str]) -> str:
+    """``did you mean 'restore'?`` or a list of what is valid."""
+    valid = list(valid)
+    nearest = difflib.get_close_matches(str(value), valid, n=1, cutoff=0.5)
+    return f"did you mean {nearest[0]!r}?" if nearest else f"valid are {listing([repr(name) for name in valid])}"
+
+
+def _lines(changes: Sequence[StatsChange], limit: int | None = _SHOWN) -> list[str]:
+    shown = changes if limit is None else changes[:limit]
+    lines = [f"  {_change_text(change)}" for change in shown]
+    if len(changes) > len(shown):
+        lines.append(f"  and {len(changes) - len(shown)} more")
+    return lines
+
+
+def _change_text(change: StatsChange) -> str:
+    parts = [listing(change.buffers)]
+    if change.mean_shift is not None:
+        parts.append(f"mean moved by up to {change.mean_shift:.3g} standard deviations")
+    if change.updates:
+        verb = "stopped" if change.prevented else "seen"
+        first = "" if change.updates == 1 else ", first"
+        parts.append(f"{_count(change.updates, 'update')} {verb}{first} at {change.where}")
+    return f"{layer_text(change.names, change.type)}: {'; '.join(parts)}"
+
+
+def _layers(number: int) -> str:
+    return _count(number, "layer")
+
+
+def _forwards(number: int) -> str:
+    return "one" if number == 1 else str(number)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _times(number: int) -> str:
+    return {1: "once", 2: "twice"}.get(number, f"{number} times")

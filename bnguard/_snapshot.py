@@ -1,0 +1,327 @@
+"""Capture tensors of modules, compare them later bit for bit, and write them back."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+__all__ = ["Difference", "Snapshot", "largest_mean_shift"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Tensors of one module that are gone or have other bits than at capture.
+
+    Attributes:
+        owner: Index of the module in the snapshot.
+        names: The names of those tensors.
+    """
+
+    owner: int
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Tensors of one dtype and device, side by side in the image of that device."""
+
+    dtype: torch.dtype
+    tensors: list[Tensor]
+    sizes: list[int]
+    shapes: list[torch.Size] | None  # None where all are one-dimensional
+    scalars: bool  # all of them
+
+
+@dataclass(frozen=True, slots=True)
+class _Image:
+    """The bytes of all captured tensors of one device, as one flat tensor: one comparison, one synchronisation."""
+
+    parts: list[_Part]
+    bytes: Tensor
+
+
+def _aside(function: Callable[P, R]) -> Callable[P, R]:
+    """Runs ``function`` outside autograd and outside inference mode, so that what it makes is an ordinary tensor."""
+
+    @functools.wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.inference_mode(False), torch.no_grad():
+            return function(*args, **kwargs)
+
+    return wrapper
+
+
+class Snapshot:
+    """The bits of named tensors of some modules, and which tensor objects they were.
+
+    A tensor that hangs at several places is kept once. No value is kept of tensors that have none: on the meta device,
+    fake, or not yet initialised (those are taken to start as torch initialises them: mean 0, variance 1).
+
+    Args:
+        modules: The modules that own the tensors.
+        names: For each module the names of its tensors; each must be there.
+        table: Which tensors are meant, buffers or parameters.
+    """
+
+    __slots__ = ("_images", "_names", "_objects", "_odd", "_saved_by_id", "_starts", "_table", "modules")
+
+    @_aside
+    def __init__(
+        self,
+        modules: Sequence[nn.Module],
+        names: Sequence[tuple[str, ...]],
+        table: Literal["_buffers", "_parameters"] = "_buffers",
+    ) -> None:
+        self.modules = modules
+        self._names = names
+        self._table = table
+        self._objects: list[Tensor] = [tensor for tensor in self._current() if tensor is not None]
+        self._starts: list[int] | None = None  # of each owner's objects; made when first needed
+        self._odd: dict[int, Tensor] = {}
+        self._saved_by_id: dict[int, Tensor | None] | None = None
+        groups: dict[torch.device, dict[torch.dtype, dict[int, Tensor]]] = {}
+        for tensor in self._objects:
+            if type(tensor) in _PLAIN and not tensor.is_meta:
+                groups.setdefault(tensor.device, {}).setdefault(tensor.dtype, {})[id(tensor)] = tensor
+            else:
+                self._odd[id(tensor)] = tensor
+        odd_values = {key: tensor.detach().clone() for key, tensor in self._odd.items() if _has_values(tensor)}
+        self._images = [_capture(of_device) for of_device in groups.values()]
+        if self._odd:
+            self._saved_by_id = {**self._index(), **dict.fromkeys(self._odd), **odd_values}
+
+    @_aside
+    def changed(self) -> list[Difference]:
+        """Lists the tensors that are gone, or have other bits than at capture.
+
+        A tensor that was converted since (another dtype or device) counts as changed where it is not the converted
+        value of capture. Another object with the same bits does not count.
+        """
+        current = list(self._current())
+        if not self._odd and not self.has_strays():
+            try:
+                if all(_is_unchanged(image) for image in self._images):
+                    return []
+            except RuntimeError:
+                pass  # converted in place through .data: other shapes or devices. One by one, then.
+        differences = []
+        tensors = iter(zip(current, self._objects, strict=True))
+        for owner, names in enumerate(self._names):
+            differing = tuple([name for name in names if not self._is_intact(name, *next(tensors))])
+            if differing:
+                differences.append(Difference(owner, differing))
+        return differences
+
+    def has_strays(self) -> bool:
+        """Whether some place holds another object than at capture, or none."""
+        return any(now is not then for now, then in zip(self._current(), self._objects, strict=True))
+
+    @_aside
+    def restore(self) -> None:
+        """Puts the captured objects and values back, wherever they are not.
+
+        Writes past autograd (no version counter moves: a backward pass that comes later is not disturbed) and only
+        where bits differ. An object of another dtype or device that replaced the captured one stays if it holds the
+        captured values, cast; else a fresh tensor with those values takes its place. No tensor that somebody else put
+        there is written to.
+        """
+        current = self._current()
+        originals = iter(self._objects)
+        for owner, names in enumerate(self._names):
+            for name in names:
+                self._restore(self.modules[owner], name, next(current), next(originals))
+
+    @_aside
+    def refresh(self, owner: int) -> None:
+        """Takes the current values of one module's tensors for the captured ones."""
+        table = self.modules[owner].__dict__[self._table]
+        for name, original in zip(self._names[owner], self.objects_of(owner), strict=True):
+            saved, now = self._saved(original), table.get(name)
+            if saved is not None and now is not None and now.shape == saved.shape:
+                saved.copy_(now)
+
+    @_aside
+    def before(self, owner: int) -> dict[str, Tensor]:
+        """The captured values (shape as captured) of one module's tensors, by name."""
+        values = {}
+        for name, original in zip(self._names[owner], self.objects_of(owner), strict=True):
+            value = self._value(name, original)
+            if value is not None:
+                values[name] = value.clone()
+        return values
+
+    def now(self, owner: int) -> dict[str, Tensor]:
+        """The current tensors of one module, by name, as far as they have values."""
+        table = self.modules[owner].__dict__[self._table]
+        tensors = {name: table.get(name) for name in self._names[owner]}
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None and _has_values(tensor)}
+
+    def _current(self) -> Iterator[Tensor | None]:
+        for module, names in zip(self.modules, self._names, strict=True):
+            table = module.__dict__[self._table]
+            for name in names:
+                yield table.get(name)
+
+    def objects_of(self, owner: int) -> list[Tensor]:
+        """The captured tensor objects of one module, in the order of their names."""
+        if self._starts is None:
+            self._starts = list(itertools.accumulate(map(len, self._names), initial=0))
+        return self._objects[self._starts[owner] : self._starts[owner + 1]]
+
+    def _restore(self, module: nn.Module, name: str, current: Tensor | None, original: Tensor) -> None:
+        value = self._value(name, original)
+        if current is not None and current is not original and _is_converted(current, original):
+            if value is not None and _has_values(current):
+                expected = value.to(current.device, current.dtype)
+                if not _same_bits(current, expected):
+                    as_parameter = isinstance(current, nn.Parameter)
+                    self._put(module, name, nn.Parameter(expected, current.requires_grad) if as_parameter else expected)
+            return
+        if value is not None and _has_values(original):
+            expected = value.to(original.device, original.dtype)
+            if original.shape != expected.shape:
+                original.data = expected
+            elif not _same_bits(original, expected):
+                original.data.copy_(expected)
+        if current is not original:
+            self._put(module, name, original)
+
+    def _put(self, module: nn.Module, name: str, tensor: Tensor) -> None:
+        """Hangs ``tensor`` under ``name``, whatever took that name since."""
+        for table in (module._buffers, module._parameters, module._modules, module.__dict__):
+            if table is not module.__dict__[self._table]:
+                table.pop(name, None)
+        module.__dict__[self._table][name] = tensor
+
+    def _is_intact(self, name: str, current: Tensor | None, original: Tensor) -> bool:
+        """Whether ``current`` has the captured value of ``original``, converted as ``current`` is."""
+        if current is None:
+            return False
+        value = self._value(name, original)
+        if value is None or not _has_values(current):
+            return True
+        return current.shape == value.shape and _same_bits(current, value.to(current.device, current.dtype))
+
+    def _value(self, name: str, original: Tensor) -> Tensor | None:
+        """The captured value; for a tensor that was uninitialised then, what torch initialises it with."""
+        saved = self._saved(original)
+        if saved is None and name in _INITIAL and not original.is_meta and _has_values(original):
+            return torch.full_like(original.data, _INITIAL[name])
+        return saved
+
+    def _saved(self, original: Tensor) -> Tensor | None:
+        if self._saved_by_id is None:
+            self._saved_by_id = self._index()
+        return self._saved_by_id[id(original)]
+
+    def _index(self) -> dict[int, Tensor | None]:
+        """Views of the images, by the id of the tensor that they show."""
+        views: dict[int, Tensor | None] = {}
+        for image in self._images:
+            start = 0
+            for part in image.parts:
+                for position, (tensor, size) in enumerate(zip(part.tensors, part.sizes, strict=True)):
+                    stop = start + size * part.dtype.itemsize
+                    view = _from_bytes(image.bytes[start:stop], part.dtype)
+                    views[id(tensor)] = view.reshape(part.shapes[position]) if part.shapes else view
+                    start = stop
+        return views
+
+
+def largest_mean_shift(before: dict[str, Tensor], after: dict[str, Tensor], eps: float) -> float | None:
+    """Largest shift of a channel's mean, in standard deviations before: ``max |new - old| / sqrt(var_old + eps)``.
+
+    Args:
+        before: Statistics of one layer by buffer name, each of shape ``(C,)``.
+        after: The same, later.
+        eps: Added to the variance, as the layer itself does.
+
+    Returns:
+        The shift, without a unit; NaN where a statistic is; None where the layer keeps no mean with a variance.
+    """
+    shifts = []
+    for name in before:
+        variance = next((key for part in _VARIANCES if (key := name.replace("mean", part)) in before), None)
+        if "mean" not in name or variance is None or name not in after:
+            continue
+        old, new, var = (tensor.detach().double().cpu() for tensor in (before[name], after[name], before[variance]))
+        if old.shape == new.shape == var.shape and old.numel():
+            shifts.append(((new - old).abs() / (var + eps).sqrt()).max().item())
+    return max(shifts) if shifts else None
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have the same dtype, shape and bits: NaN equals itself, and -0.0 is not 0.0."""
+    return one.dtype == other.dtype and one.shape == other.shape and _same_bits(one, other)
+
+
+_PLAIN: Final = (Tensor, nn.Parameter)
+_INITIAL: Final = {"running_mean": 0.0, "running_var": 1.0}
+_VARIANCES: Final = ("var", "variance")
+
+
+def _capture(groups: dict[torch.dtype, dict[int, Tensor]]) -> _Image:
+    # Widest first, so that each part is aligned for a view as its own dtype.
+    parts = [_part(dtype, list(groups[dtype].values())) for dtype in sorted(groups, key=lambda dtype: -dtype.itemsize)]
+    return _Image(parts, _bytes_of(parts))
+
+
+def _part(dtype: torch.dtype, tensors: list[Tensor]) -> _Part:
+    ranks = {tensor.dim() for tensor in tensors}
+    shapes = None if ranks == {1} else [tensor.shape for tensor in tensors]
+    return _Part(dtype, tensors, [tensor.numel() for tensor in tensors], shapes, ranks == {0})
+
+
+def _bytes_of(parts: Iterable[_Part]) -> Tensor:
+    images = []
+    for part in parts:
+        if part.scalars:
+            flat = torch.stack(part.tensors)
+        elif part.shapes is None:
+            flat = torch.cat(part.tensors)
+        else:
+            flat = torch.cat([tensor.reshape(-1) for tensor in part.tensors])
+        images.append(_as_bytes(flat))
+    return images[0] if len(images) == 1 else torch.cat(images)
+
+
+def _is_unchanged(image: _Image) -> bool:
+    now = _bytes_of(image.parts)
+    if now.shape != image.bytes.shape or now.device != image.bytes.device:
+        return False
+    # Wide words compare eight times as fast as bytes.
+    word = {0: torch.int64, 4: torch.int32}.get(now.numel() % 8, torch.uint8)
+    return torch.equal(now.view(word), image.bytes.view(word))
+
+
+def _as_bytes(flat: Tensor) -> Tensor:
+    return (torch.view_as_real(flat).reshape(-1) if flat.is_complex() else flat).view(torch.uint8)
+
+
+def _from_bytes(flat: Tensor, dtype: torch.dtype) -> Tensor:
+    if dtype.is_complex:
+        return torch.view_as_complex(flat.view(dtype.to_real()).reshape(-1, 2))
+    return flat.view(dtype)
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(_as_bytes(one.detach().reshape(-1)), _as_bytes(other.detach().reshape(-1)))
+
+
+def _is_converted(current: Tensor, original: Tensor) -> bool:
+    return current.dtype != original.dtype or current.device != original.device
+
+
+def _has_values(tensor: Any) -> bool:
+    """Whether bits can be read: not lazy, not on the meta device, not fake."""
+    return not is_lazy(tensor) and not tensor.is_meta and not isinstance(tensor, torch._subclasses.FakeTensor)

@@ -1,0 +1,229 @@
+"""``strict``: ``frozen`` around every call of a function, on the models that it finds there."""
+
+from __future__ import annotations
+
+import dis
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from types import CodeType, FunctionType
+from typing import Any, Final, TypeVar, overload
+
+from torch import nn
+
+from bnguard._block import OnChange, Settings
+from bnguard._decorate import guard_function
+from bnguard._frozen import check_settings, frozen
+from bnguard._layers import any_layer
+from bnguard._select import Selector
+
+__all__ = ["strict"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+ModelSource = nn.Module | str | Callable[..., Any]
+
+
+@overload
+def strict(function: F, /) -> F: ...
+
+
+@overload
+def strict(
+    *,
+    model: ModelSource | None = None,
+    on_change: OnChange = "raise",
+    use_running_stats: bool = False,
+    affine: bool = False,
+    updates: int = 0,
+    include: Selector | Iterable[Selector] | None = None,
+    exclude: Selector | Iterable[Selector] | None = None,
+) -> Callable[[F], F]: ...
+
+
+def strict(
+    function: Any = None,
+    /,
+    *,
+    model: ModelSource | None = None,
+    on_change: OnChange = "raise",
+    use_running_stats: bool = False,
+    affine: bool = False,
+    updates: int = 0,
+    include: Any = None,
+    exclude: Any = None,
+) -> Any:
+    """Runs each call of a function inside ``frozen``, on the models that the call is about.
+
+    ::
+
+        @bnguard.strict
+        def validate(model, loader): ...
+
+        @bnguard.strict(model="teacher", on_change="restore")
+        def distill(student, teacher, batch): ...
+
+    Which models: those that ``model`` names; else modules among the arguments (inside lists, tuples, sets and dicts too);
+    else ``self``; else modules that are attributes of ``self``; else modules that the function reads from its closure or
+    its globals. The first of these places that has a model with running statistics decides.
+
+    Works on functions, methods, class and static methods (above or below those decorators), coroutines and generators
+    (each resumption is a block). Signature, docstring, name and pickling of the function stay as they are.
+
+    Args:
+        function: The function, where the decorator is used without parentheses.
+        model: The model itself; the name of a parameter (``"teacher"``, ``"self.encoder"``); or a callable that is given
+            the arguments of the call (``self`` first) and returns a model or several.
+        on_change: See ``frozen``, as for the options that follow.
+        use_running_stats: See ``frozen``.
+        affine: See ``frozen``.
+        updates: See ``frozen``.
+        include: See ``frozen``.
+        exclude: See ``frozen``.
+
+    Raises:
+        TypeError: At decoration: what is decorated is no function, or an option has the wrong type. At the call: no model
+            was found.
+        ValueError: As ``frozen``; and a ``model`` that is the name of no parameter.
+    """
+    if isinstance(function, nn.Module):
+        raise TypeError("strict decorates functions; to guard a model use frozen(model), or strict(model=model)")
+    settings = check_settings(on_change, use_running_stats, affine, updates, include, exclude)
+    if not (model is None or isinstance(model, (nn.Module, str)) or callable(model)):
+        raise TypeError(f"model must be a module, the name of a parameter or a callable, got {model!r}")
+
+    def decorate(function: Any) -> Any:
+        if isinstance(model, str):
+            _check_parameter(function, model)
+
+        def opener(
+            wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> Callable[[], AbstractContextManager[Any]]:
+            models = _models(model, wrapped, instance, args, kwargs)
+            return functools.partial(_all_frozen, models, settings)
+
+        return guard_function(function, opener, "strict")
+
+    return decorate if function is None else decorate(function)
+
+
+@contextmanager
+def _all_frozen(models: list[nn.Module], settings: Settings) -> Iterator[None]:
+    with ExitStack() as stack:
+        for model in models:
+            stack.enter_context(frozen(model, **_options(settings)))
+        yield
+
+
+def _options(settings: Settings) -> dict[str, Any]:
+    return {
+        "on_change": settings.on_change,
+        "use_running_stats": settings.use_running_stats,
+        "affine": settings.affine,
+        "updates": settings.updates,
+        "include": settings.include or None,
+        "exclude": settings.exclude or None,
+    }
+
+
+_PLACES: Final = "its arguments, self, the attributes of self, and what it reads from its closure and globals"
+
+
+def _models(
+    source: ModelSource | None, wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[nn.Module]:
+    """The models that one call is about, none of them a part of another."""
+    if source is not None:
+        named = list(dict.fromkeys(_modules_in(_named(source, wrapped, instance, args, kwargs))))
+        if not named:
+            what = f"{source!r}" if isinstance(source, str) else "the callable"
+            raise TypeError(f"strict: model={what} gave no torch.nn.Module at the call of {wrapped.__qualname__}()")
+        return _roots(named)
+    bare: list[nn.Module] = []
+    for place in _places(wrapped, instance, args, kwargs):
+        found = list(dict.fromkeys(_modules_in(place)))
+        guarded = [module for module in found if any_layer(module)]
+        if guarded:
+            return _roots(guarded)
+        bare = bare or found
+    if not bare:
+        raise TypeError(
+            f"strict: {wrapped.__qualname__}() has no model: looked in {_PLACES}; "
+            'say which with strict(model=...), a module, the name of a parameter, or a callable'
+        )
+    return bare[:1]
+
+
+def _named(source: ModelSource, wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if isinstance(source, nn.Module):
+        return source
+    if isinstance(source, str):
+        name, *path = source.split(".")
+        arguments = inspect.signature(wrapped).bind(*args, **kwargs)
+        arguments.apply_defaults()
+        value = arguments.arguments[name] if name in arguments.arguments else instance
+        for attribute in path:
+            value = getattr(value, attribute)
+        return value
+    return source(*args, **kwargs) if instance is None else source(instance, *args, **kwargs)
+
+
+def _places(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:
+    yield [*args, *kwargs.values()]
+    yield instance
+    if instance is not None and not isinstance(instance, type):
+        yield list(getattr(instance, "__dict__", {}).values())
+    elif isinstance(instance, type):
+        yield list(vars(instance).values())
+    yield list(_read_by(wrapped))
+
+
+def _modules_in(value: Any) -> Iterator[nn.Module]:
+    """Modules in a value, and inside lists, tuples, sets and dicts."""
+    if isinstance(value, nn.Module):
+        yield value
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        for item in value:
+            yield from _modules_in(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _modules_in(item)
+
+
+def _read_by(function: Any) -> Iterator[Any]:
+    """What a function reads from its closure and its globals, functions defined inside it included."""
+    plain = inspect.unwrap(getattr(function, "__func__", function))
+    if not isinstance(plain, FunctionType):
+        return
+    for cell in plain.__closure__ or ():
+        try:
+            yield cell.cell_contents
+        except ValueError:  # not yet assigned
+            continue
+    for name in _global_names(plain.__code__):
+        if name in plain.__globals__:
+            yield plain.__globals__[name]
+
+
+@functools.lru_cache(maxsize=1024)
+def _global_names(code: CodeType) -> tuple[str, ...]:
+    names = {step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    inner = [name for const in code.co_consts if isinstance(const, CodeType) for name in _global_names(const)]
+    return tuple(sorted(names.union(inner)))
+
+
+def _roots(models: list[nn.Module]) -> list[nn.Module]:
+    """``models`` without those that are a part of another one."""
+    parts = {id(part) for model in models for part in model.modules() if part is not model}
+    return [model for model in models if id(model) not in parts] or models[:1]
+
+
+def _check_parameter(function: Any, path: str) -> None:
+    inner = function.__func__ if isinstance(function, (classmethod, staticmethod)) else function
+    name = path.split(".")[0]
+    parameters = inspect.signature(inner).parameters if callable(inner) else {}
+    if callable(inner) and name not in parameters:
+        raise ValueError(
+            f"strict(model={path!r}): {getattr(inner, '__qualname__', inner)}() has no parameter {name!r}; "
+            f"it has {', '.join(parameters) or 'none'}"
+        )
