@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from bnguard._layers import StatsLayer
@@ -18,7 +18,11 @@ __all__ = ["AffineHold", "affine_parameters"]
 def affine_parameters(layer: StatsLayer) -> tuple[str, ...]:
     """Names of the layer's affine parameters: ``weight`` and ``bias``, where they have the shape of its statistics."""
     module = layer.module
-    shapes = {tensor.shape for name in layer.buffers if (tensor := module._buffers.get(name)) is not None and not is_lazy(tensor)}
+    shapes = {
+        tensor.shape
+        for name in layer.buffers
+        if (tensor := module._buffers.get(name)) is not None and not is_lazy(tensor)
+    }
     names = []
     for name in ("weight", "bias"):
         parameter = module._parameters.get(name)
@@ -29,7 +33,7 @@ def affine_parameters(layer: StatsLayer) -> tuple[str, ...]:
 
 @dataclass(slots=True)
 class _Held:
-    parameter: nn.Parameter
+    parameter: Tensor
     requires_grad: bool
     grad: Tensor | None
     holders: int
@@ -50,9 +54,9 @@ class AffineHold:
     __slots__ = ("_taken",)
 
     def __init__(self) -> None:
-        self._taken: list[nn.Parameter] = []
+        self._taken: list[Tensor] = []
 
-    def take(self, parameters: Sequence[nn.Parameter]) -> None:
+    def take(self, parameters: Sequence[Tensor]) -> None:
         """Holds ``parameters`` as well; each one is released by ``release`` even if a later one fails."""
         for parameter in parameters:
             with _lock:
@@ -61,7 +65,7 @@ class AffineHold:
                     held = _held[id(parameter)] = _Held(parameter, parameter.requires_grad, parameter.grad, 0)
                 held.holders += 1
                 self._taken.append(parameter)
-            parameter.requires_grad_(False)
+            parameter.requires_grad = False
             parameter.grad = None
 
     def release(self) -> None:
@@ -70,7 +74,7 @@ class AffineHold:
             with _lock:
                 held = _held[id(self._taken[-1])]
                 if held.holders == 1:
-                    held.parameter.requires_grad_(held.requires_grad)
+                    held.parameter.requires_grad = held.requires_grad
                     held.parameter.grad = held.grad
                     del _held[id(held.parameter)]
                 else:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, TypeAlias
 
 from torch import nn
@@ -14,10 +16,11 @@ from bnguard._affine import AffineHold, affine_parameters
 from bnguard._callsite import call_site
 from bnguard._changes import GuardedLayer, StatsChange
 from bnguard._claims import Claim, Stance, count
+from bnguard._drift import largest_mean_shift
 from bnguard._hooks import attach, detach
 from bnguard._layers import StatsLayer, find_layers
 from bnguard._select import Selector, select_layers
-from bnguard._snapshot import Difference, Snapshot, largest_mean_shift
+from bnguard._snapshot import Difference, Snapshot
 from bnguard.errors import BNGuardWarning, StatsChangedError
 
 __all__ = ["Block", "OnChange", "Settings"]
@@ -82,7 +85,9 @@ class Block:
             if settings.affine:
                 names = [affine_parameters(layer) for layer in self._layers]
                 self._parameters = Snapshot(modules, names, "_parameters")
-                self._affine.take([p for owner in range(len(modules)) for p in self._parameters.objects_of(owner)])
+                self._affine.take(
+                    [tensor for owner in range(len(modules)) for tensor in self._parameters.objects_of(owner)]
+                )
         except BaseException:
             self._let_go()
             raise
@@ -110,6 +115,7 @@ class Block:
             self._let_go()
         if error is None:
             self._warn_about_added_layers()
+        self._statistics = self._parameters = None  # a guard that is kept for later keeps no copies
         self._act(found, error)
 
     @property
@@ -179,7 +185,7 @@ class Block:
             finally:
                 # Also if comparing fails: the promise is about the statistics, not about the report.
                 if keep and not is_intact:
-                    snapshot.restore()
+                    _finish(snapshot.restore)
         if self._settings.on_change == "warn":
             self._found.clear()  # they stand, and have just been found again
         self._found.update(changes)
@@ -190,14 +196,12 @@ class Block:
         """Takes everything off the model, whatever fails on the way."""
         self._is_open = False
         failure: BaseException | None = None
-        for claim in self._claims:
-            module = self._layers[claim.owner].module
+        undos = [partial(detach, self._layers[claim.owner].module, claim) for claim in self._claims]
+        for undo in [*undos, self._affine.release]:
             try:
-                detach(module, claim)
+                _finish(undo)
             except BaseException as error:
                 failure = failure or error
-                detach(module, claim)
-        self._affine.release()
         if failure is not None:
             raise failure
 
@@ -250,7 +254,9 @@ class Block:
         if snapshot is self._statistics:
             eps = getattr(layer.module, "eps", 0.0)
             shift = largest_mean_shift(
-                snapshot.before(difference.owner), snapshot.now(difference.owner), eps if isinstance(eps, float) else 0.0
+                snapshot.before(difference.owner),
+                snapshot.now(difference.owner),
+                eps if isinstance(eps, float) else 0.0,
             )
         seen = claim.updates if claim.stance == "warn" else 0
         where = claim.where if seen else None
@@ -270,6 +276,15 @@ class Block:
         if settings.stance == "warn" and not settings.updates:
             return "compared after each forward and at exit"
         return "run on copies of its statistics and compared at each forward; compared at exit"
+
+
+def _finish(undo: Callable[[], None]) -> None:
+    """Runs an undo that may be run again, once more if it was interrupted, by Ctrl-C say."""
+    try:
+        undo()
+    except BaseException:
+        undo()
+        raise
 
 
 def _joined(one: StatsChange, other: StatsChange) -> StatsChange:

@@ -65,7 +65,9 @@ def _folder(path: str) -> str:
 _BNGUARD = _folder(__file__)
 _DEMO = os.path.join(_BNGUARD, "demo.py")  # plays the user
 _MACHINERY = (_folder(torch.__file__), _BNGUARD, _folder(wrapt.__file__))
-_LIBRARIES = tuple({os.path.join(sysconfig.get_paths()[key], "") for key in ("stdlib", "platstdlib", "purelib", "platlib")})
+_LIBRARIES = tuple(
+    {os.path.join(sysconfig.get_paths()[key], "") for key in ("stdlib", "platstdlib", "purelib", "platlib")}
+)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -36,7 +36,8 @@ class StatsChange:
             elsewhere.
         where: The user's line of the first update, ``"train.py:42 in train_step"``, or None when nobody saw it.
         mean_shift: Largest shift of a channel's mean, in standard deviations at entry
-            (``|new - old| / sqrt(running_var + eps)``); None where nothing moved or the layer keeps no mean and variance.
+            (``|new - old| / sqrt(running_var + eps)``); None where nothing moved or the layer keeps no mean and
+            variance.
         prevented: True if the update was stopped before it happened and nothing moved.
     """
 

@@ -75,8 +75,8 @@ STAND: Final = Verdict("stand")
 def decide(claims: Sequence[Claim]) -> Verdict:
     """Asks the innermost claim first; what it lets stand is up to the next one.
 
-    A claim under ``"warn"``, and one with budget left, let the update stand. An update that a claim further out prevents
-    never happens: nothing is recorded or spent for it.
+    A claim under ``"warn"``, and one with budget left, let the update stand. An update that a claim further out
+    prevents never happens: nothing is recorded or spent for it.
     """
     warned: list[Claim] = []
     within: list[Claim] = []

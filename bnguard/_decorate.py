@@ -48,12 +48,12 @@ def guard_function(function: Any, opener: Opener, decorator: str) -> Any:
     return _GuardedFunction(function, wrapper)
 
 
-class _BoundGuardedFunction(wrapt.BoundFunctionWrapper):  # type: ignore[misc]  # untyped in wrapt before 2
+class _BoundGuardedFunction(wrapt.BoundFunctionWrapper[..., Any]):
     def __reduce_ex__(self, protocol: Any) -> Any:
         return getattr, (self._self_instance, self.__wrapped__.__name__)
 
 
-class _GuardedFunction(wrapt.FunctionWrapper):  # type: ignore[misc]
+class _GuardedFunction(wrapt.FunctionWrapper[..., Any]):
     """A function wrapper that pickles as functions do: by name."""
 
     __bound_function_wrapper__ = _BoundGuardedFunction

@@ -42,11 +42,16 @@ def check_settings(
         raise ValueError(f"updates={updates}: the number of updates that each layer may make cannot be negative")
     if use_running_stats and updates:
         raise ValueError(
-            f"use_running_stats=True contradicts updates={updates}: a layer that normalises with its running statistics "
-            "makes no update; leave one of them out"
+            f"use_running_stats=True contradicts updates={updates}: "
+            "a layer that normalises with its running statistics makes no update; leave one of them out"
         )
     return Settings(
-        on_change, use_running_stats, affine, updates, as_selectors("include", include), as_selectors("exclude", exclude)
+        on_change,
+        use_running_stats,
+        affine,
+        updates,
+        as_selectors("include", include),
+        as_selectors("exclude", exclude),
     )
 
 
@@ -59,10 +64,10 @@ class _Extent:
 class frozen:  # noqa: N801  # lower case, as torch.no_grad
     """Holds the running statistics of a model still: a context manager, a decorator, and ``start()``/``stop()``.
 
-    Guarded are the buffers ``running_mean``, ``running_var`` and ``num_batches_tracked`` of every layer that owns one, and
-    what other libraries call the same thing. Whatever happens inside the block, under ``"raise"`` and ``"restore"`` they
-    are the same tensors with the same bits afterwards. Outputs, gradients and random numbers are those of the unguarded
-    model. Nothing is left on the model afterwards.
+    Guarded are the buffers ``running_mean``, ``running_var`` and ``num_batches_tracked`` of every layer that owns one,
+    and what other libraries call the same thing. Whatever happens inside the block, under ``"raise"`` and ``"restore"``
+    they are the same tensors with the same bits afterwards. Outputs, gradients and random numbers are those of the
+    unguarded model. Nothing is left on the model afterwards.
 
     ::
 
@@ -79,31 +84,33 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
         ...
         guard.stop()
 
-    Guards may be nested, entered again, shared by threads. The innermost one decides about a forward; what it lets stand
-    is a change for the guard around it. Decorating a coroutine or a generator function guards each resumption; what the
-    caller does in between is not inside.
+    Guards may be nested, entered again, shared by threads. The innermost one decides about a forward; what it lets
+    stand is a change for the guard around it. Decorating a coroutine or a generator function guards each resumption;
+    what the caller does in between is not inside.
 
-    Not covered: after the block, activation checkpointing recomputes its region in an unguarded forward; run that backward
-    inside the block. Under ``torch.compile`` nothing can be raised, warned about or counted at the forward: the comparison
-    at the end of the block finds it.
+    Not covered: after the block, activation checkpointing recomputes its region in an unguarded forward; run that
+    backward inside the block. Under ``torch.compile`` nothing can be raised, warned about or counted at the forward:
+    the comparison at the end of the block finds it.
 
     Args:
         model: The model, or one layer.
         on_change: What to do about an update.
-            ``"raise"``: ``StatsChangedError`` from inside the forward, before anything changed. What only the comparison
-            at the end can see (``load_state_dict()``, a write to ``.data``, a compiled graph) is put back, then raised.
+            ``"raise"``: ``StatsChangedError`` from inside the forward, before anything changed. What only the
+            comparison at the end can see (``load_state_dict()``, a write to ``.data``, a compiled graph) is put back,
+            then raised.
             ``"warn"``: the change stands; one ``BNGuardWarning`` a block, all of them in ``changes``.
-            ``"restore"``: no update happens, and the layer still normalises with the statistics of the batch. Silent for
-            forwards; a change from elsewhere is put back with a warning.
+            ``"restore"``: no update happens, and the layer still normalises with the statistics of the batch. Silent
+            for forwards; a change from elsewhere is put back with a warning.
         use_running_stats: Guarded layers normalise with their running statistics, as in eval mode, however often
             ``model.train()`` is called. Nothing else changes mode.
-        affine: Hold ``weight`` and ``bias`` of the guarded layers too: they get no gradient inside and no optimizer moves
-            them. Their ``requires_grad`` flags and gradients of entry come back at the end, also after a ``zero_grad()``
-            inside.
+        affine: Hold ``weight`` and ``bias`` of the guarded layers too: they get no gradient inside and no optimizer
+            moves them. Their ``requires_grad`` flags and gradients of entry come back at the end, also after a
+            ``zero_grad()`` inside.
         updates: Updates that each layer may make inside the block; one more is the change. ``updates=1`` around a train
             step finds a step with several forwards.
         include: Guard only these layers: glob patterns on names in ``state_dict()`` (one that names a container selects
-            all in it; the model itself is ``"(root)"``), modules, predicates ``(name, module) -> bool``, or a list of them.
+            all in it; the model itself is ``"(root)"``), modules, predicates ``(name, module) -> bool``, or a list of
+            them.
         exclude: Do not guard these layers; as ``include``.
 
     Raises:
@@ -151,10 +158,10 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
             self._last = block
         try:
             block.enter()
+            return self
         except BaseException:
             self._close(extent)
             raise
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -200,7 +207,7 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
 
     @property
     def layers(self) -> tuple[GuardedLayer, ...]:
-        """The guarded layers of the current or last block, or those a block would have now, and how each is protected."""
+        """The layers of the current or last block, or those a block would have now, and how each is protected."""
         return (self._last or Block(self._model, self._settings)).layers
 
     def report(self) -> str:
@@ -222,7 +229,8 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
         """The extent that this thread entered last, else the last of all."""
         with self._lock:
             own = [extent for extent in self._extents if extent.thread == threading.get_ident()]
-            return (own or self._extents or [None])[-1]
+            candidates = own or self._extents
+            return candidates[-1] if candidates else None
 
     def _leave(self, error: BaseException | None) -> None:
         extent = self._innermost()

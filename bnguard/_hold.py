@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bnguard._equipment import OWN_ATTRIBUTES
+
 __all__ = ["Exchange", "StandIn", "copies", "normalise_with_batch", "normalise_with_running_stats", "scratch"]
 
 
@@ -32,7 +34,7 @@ def normalise_with_batch(module: Any, input: Tensor) -> Tensor:
     else:
         mean, var = _scratch_like(mean, 0), _scratch_like(var, 1)
     factor = 0.0 if module.momentum is None else module.momentum
-    return F.batch_norm(input, mean, var, module.weight, module.bias, True, factor, module.eps)
+    return F.batch_norm(input, mean, var, module.weight, module.bias, True, factor, module.eps)  # noqa: FBT003  # by position, as torch
 
 
 def normalise_with_running_stats(module: Any, input: Tensor) -> Tensor:
@@ -95,10 +97,6 @@ class StandIn:
                 module._buffers[name] = tensor
 
 
-# What a guard adds to a layer's __dict__.
-OWN_ATTRIBUTES: Final = ("forward", "__getstate__", "_replicate_for_data_parallel")
-
-
 class Exchange:
     """A layer whose statistics, and mode if asked for, are exchanged while a forward runs that knows only this layer.
 
@@ -137,7 +135,8 @@ class Exchange:
             return self._forward(*args, **kwargs)
         finally:
             with nullcontext() if compiling else _exchange_lock:
-                self._after = {name: module._buffers[name] for name in self._after if name in module._buffers}
+                now = module._buffers
+                self._after = {name: tensor for name in self._after if (tensor := now.get(name)) is not None}
                 _exchange_calls[id(module)] -= 1
                 if not _exchange_calls[id(module)]:
                     del _exchange_calls[id(module)]
@@ -157,18 +156,22 @@ def copies(module: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
     """Fresh copies of some buffers, made outside autograd."""
     if torch.compiler.is_compiling():
         return {name: tensor.detach().clone() for name in names if (tensor := module._buffers.get(name)) is not None}
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.inference_mode(mode=False), torch.no_grad():
         return {name: tensor.clone() for name in names if (tensor := module._buffers.get(name)) is not None}
 
 
 def scratch(module: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
     """Tensors like some buffers, for a forward that writes them and whose output does not depend on them."""
-    found = {name: _scratch_like(module._buffers.get(name), slot) for slot, name in enumerate(names)}
-    return {name: tensor for name, tensor in found.items() if tensor is not None}
+    tensors = {}
+    for slot, name in enumerate(names):
+        tensor = _scratch_like(module._buffers.get(name), slot)
+        if tensor is not None:
+            tensors[name] = tensor
+    return tensors
 
 
-# Shared by all layers of a shape, by all guards, and never freed: nobody reads them, so that threads and CUDA streams may
-# write them at the same time, and a kernel on a side stream that still writes when the block is over harms nobody.
+# Shared by all layers of a shape, by all guards, and never freed: nobody reads them, so that threads and CUDA streams
+# may write them at the same time, and a kernel on a side stream that still writes when the block is over harms nobody.
 _scratch: Final[dict[tuple[Any, ...], Tensor]] = {}
 
 
@@ -183,7 +186,7 @@ def _scratch_like(tensor: Tensor | None, slot: int) -> Tensor | None:
     key = (slot, tensor.shape, tensor.dtype, tensor.device)
     found = _scratch.get(key)
     if found is None:
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(mode=False), torch.no_grad():
             found = torch.ones_like(tensor)
         if type(tensor) in (Tensor, nn.Parameter) and type(found) is Tensor:
             _scratch[key] = found

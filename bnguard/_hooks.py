@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections import OrderedDict
 from types import FrameType
 from typing import Any, Final
 
@@ -13,9 +12,17 @@ from torch import Tensor, nn
 from torch.nn.utils import stateless
 
 from bnguard import _hold
+from bnguard._bits import same_bits
 from bnguard._claims import STAND, Claim, Verdict, decide, settle
-from bnguard._layers import BATCH_NORM, INSTANCE_FORWARD, INSTANCE_NORM, SYNC_BATCH_NORM, StatsLayer
-from bnguard._snapshot import same_bits
+from bnguard._equipment import Equipment
+from bnguard._layers import (
+    BATCH_NORM,
+    INSTANCE_FORWARD,
+    INSTANCE_NORM,
+    SYNC_BATCH_NORM,
+    StatsLayer,
+    batch_norm_updates,
+)
 
 __all__ = ["attach", "detach"]
 
@@ -41,60 +48,56 @@ def detach(module: nn.Module, claim: Claim) -> None:
         if sentry is None:
             return
         claims = tuple(other for other in sentry.claims if other is not claim)
-        try:
-            sentry.set_claims(claims)
-        finally:
-            if not claims:
-                _sentries.pop(id(module), None)
+        sentry.set_claims(claims)
+        if not claims:  # only now: what was interrupted above can be done again
+            del _sentries[id(module)]
 
 
 def _is_batch_norm(layer: StatsLayer) -> bool:
     return layer.kind is BATCH_NORM and "forward" not in layer.module.__dict__
 
 
-class Sentry:
+class Sentry(Equipment):
     """What stands on one layer while at least one guard is around it.
 
     Updates that can be predicted are judged in a forward pre-hook, as long as every guard only raises or warns. Where a
     guard holds or counts, or nothing can be predicted, a ``forward`` on the instance does both. An instance-level
-    ``__getstate__`` keeps all of it out of copies and pickles. Once nobody claims the layer any more, whoever still keeps
-    that ``forward`` gets the layer's own.
+    ``__getstate__`` keeps all of it out of copies and pickles. Once nobody claims the layer any more, whoever still
+    keeps that ``forward`` gets the layer's own.
     """
 
-    __slots__ = ("_installed", "_known", "_names", "_previous", "claims", "kind", "module", "verdict")
+    __slots__ = ("_known", "_names", "claims", "kind", "verdict")
 
     def __init__(self, layer: StatsLayer) -> None:
-        self.module: Any = layer.module
+        super().__init__(layer.module)
         self._names = layer.buffers
-        self._previous = layer.module.__dict__.get("forward")
         self.kind = layer.kind if self._previous is None or layer.kind.hold == "none" else INSTANCE_FORWARD
         self.claims: tuple[Claim, ...] = ()
         self.verdict: Verdict | None = STAND  # None: depends on budgets
-        self._known: tuple[Tensor | None, ...] | None = None
-        self._installed: dict[str, Any] = {}
         self._remember()
 
     def set_claims(self, claims: tuple[Claim, ...]) -> None:
         """Takes over ``claims``, the innermost first, and installs or removes what they need."""
         # First, so that a thread that is between two steps meets the new ones with either equipment.
         self.claims = claims
-        self.verdict = None if any(claim.budget for claim in claims) else decide(claims)
+        self.verdict = None if any([claim.budget for claim in claims]) else decide(claims)
         if self.kind.hold == "none":
             return
-        predictable = self.kind.predict is not None
-        holds = any(claim.budget or claim.stance in ("restore", "running") for claim in claims)
-        forward = bool(claims) and (holds or not predictable)
+        counts_or_holds = self.verdict is None or any([claim.stance in ("restore", "running") for claim in claims])
         if claims:
-            self._install("__getstate__", self.getstate)
-        if forward:
-            self._install("_replicate_for_data_parallel", self.replicate)
-            self._install("forward", self.forward)
-        self._set_hook(bool(claims) and not forward)
-        if not forward:
-            self._uninstall("forward")
-            self._uninstall("_replicate_for_data_parallel")
-        if not claims:
-            self._uninstall("__getstate__")
+            self.install("__getstate__", self.getstate)
+        if claims and (counts_or_holds or self.kind.predict is None):
+            self.install("_replicate_for_data_parallel", self.replicate)
+            self.install("forward", self.forward)
+            self.unhook()
+        else:
+            if claims:
+                self.hook()
+            else:
+                self.unhook()
+                self.uninstall("__getstate__")
+            self.uninstall("forward")
+            self.uninstall("_replicate_for_data_parallel")
 
     # The pre-hook.
 
@@ -141,7 +144,7 @@ class Sentry:
 
     def _held(self, statistics: dict[str, Tensor], training: bool | None = None) -> _hold.StandIn | _hold.Exchange:
         """The layer with ``statistics`` in place of its own."""
-        if self.kind.hold == "exchange":
+        if self._previous is not None:
             return _hold.Exchange(self.module, statistics, training, self._previous)
         return _hold.StandIn(self.module, statistics, training)
 
@@ -203,7 +206,7 @@ class Sentry:
         if not failed:
             self._pronounce(verdict)
         if verdict.stance == "stand":
-            with torch.inference_mode(False), torch.no_grad():
+            with torch.inference_mode(mode=False), torch.no_grad():
                 for name, tensor in after.items():
                     self.module._buffers[name].data.copy_(tensor)
             for claim in verdict.within:
@@ -237,7 +240,7 @@ class Sentry:
 
     def _remember(self) -> None:
         buffers = self.module._buffers
-        self._known = tuple([buffers.get(name) for name in self._names])
+        self._known: tuple[Tensor | None, ...] = tuple([buffers.get(name) for name in self._names])
 
     def _is_foreign(self, module: nn.Module) -> bool:
         """Whether ``functional_call`` has lent the layer other statistics for this call: their update is theirs.
@@ -255,65 +258,19 @@ class Sentry:
                 return False
         return False
 
-    # What a guard adds to the layer.
-
-    def getstate(self) -> Any:
-        """The layer's state for a copy or a pickle: without anything of bnguard."""
-        state = type(self.module).__getstate__(self.module)
-        if isinstance(state, dict):
-            state = dict(state)
-            for name, value in self._installed.items():
-                if state.get(name) is value:
-                    del state[name]
-            if self._previous is not None and "forward" not in state:
-                state["forward"] = self._previous
-            hooks = state.get("_forward_pre_hooks")
-            if hooks:
-                state["_forward_pre_hooks"] = OrderedDict((k, hook) for k, hook in hooks.items() if hook != self.before)
-        return state
-
     def replicate(self) -> nn.Module:
         """A replica for ``nn.DataParallel``, with the same guards around it: the first one shares the statistics."""
         replica: nn.Module = type(self.module)._replicate_for_data_parallel(self.module)
+        self.strip(replica)
         sentry = type(self)(StatsLayer(replica, (), self._names, self.kind))
-        for name, value in self._installed.items():
-            if replica.__dict__.get(name) is value:
-                del replica.__dict__[name]
-        sentry._previous, sentry.kind = self._previous, self.kind
+        sentry._previous = self._previous
         sentry.claims, sentry.verdict = self.claims, self.verdict
         replica.__dict__["forward"] = sentry.forward
         return replica
 
-    def _install(self, name: str, value: Any) -> None:
-        if name not in self._installed:
-            self._installed[name] = value
-            self.module.__dict__[name] = value
-
-    def _uninstall(self, name: str) -> None:
-        value = self._installed.get(name)
-        if value is None:
-            return
-        # Only if it is still ours: somebody may have wrapped it, and then calls it for ever.
-        if self.module.__dict__.get(name) is value:
-            if name == "forward" and self._previous is not None:
-                self.module.__dict__[name] = self._previous
-            else:
-                del self.module.__dict__[name]
-        del self._installed[name]
-
-    def _set_hook(self, wanted: bool) -> None:
-        # Found by what it is, not by a handle: a registration that fails half-way returns none.
-        hooks = self.module._forward_pre_hooks
-        ours = [key for key, hook in hooks.items() if hook == self.before]
-        if wanted and not ours:
-            self.module.register_forward_pre_hook(self.before)
-        if not wanted:
-            for key in ours:
-                del hooks[key]
-
 
 class _BatchNormSentry(Sentry):
-    """A sentry on a layer that runs torch's ``_BatchNorm.forward``: its held forward is one call of ``F.batch_norm``."""
+    """A sentry on a layer that runs torch's ``_BatchNorm.forward``: held, that is one call of ``F.batch_norm``."""
 
     __slots__ = ("_mean", "_var")
 
@@ -321,19 +278,18 @@ class _BatchNormSentry(Sentry):
         super()._remember()
         self._mean, self._var = map(self.module._buffers.get, ("running_mean", "running_var"))
 
-    def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]  # the signature of the layer's own
+    def forward(self, input: Tensor) -> Any:
         module = self.module
         if not (module.training and self.claims):
             return self._original(input)
         buffers = module._buffers
-        if buffers.get("running_mean") is not self._mean or buffers.get("running_var") is not self._var:
-            if self._is_foreign(module):
-                return self._original(input)
+        if (
+            buffers.get("running_mean") is not self._mean or buffers.get("running_var") is not self._var
+        ) and self._is_foreign(module):
+            return self._original(input)
         verdict = self.verdict
         if verdict is None:
-            if torch.compiler.is_compiling() or not self.kind.predict(module):
-                return self._original(input)
-            return self._run_judged((input,), {})
+            return self._run_judged((input,), {}) if batch_norm_updates(module) else self._original(input)
         if verdict.stance == "running":
             return _hold.normalise_with_running_stats(module, input)
         if not module.track_running_stats:

@@ -201,13 +201,14 @@ def _kind(module: nn.Module) -> LayerKind:
     if kind is None or not is_torch_source_known(cls.forward):
         return OWN_FORWARD
     if kind is INSTANCE_NORM and not (
-        getattr(cls, "_apply_instance_norm", None) is _APPLY_INSTANCE_NORM and is_torch_source_known(_APPLY_INSTANCE_NORM)
+        getattr(cls, "_apply_instance_norm", None) is _APPLY_INSTANCE_NORM
+        and is_torch_source_known(_APPLY_INSTANCE_NORM)
     ):
         return OWN_FORWARD
     return kind
 
 
-def _batch_norm_updates(module: Any) -> bool:
+def batch_norm_updates(module: Any) -> bool:
     """What ``_BatchNorm.forward`` and ``SyncBatchNorm.forward`` decide before they write."""
     if not (module.training and module.track_running_stats):
         return False
@@ -226,8 +227,8 @@ def _instance_norm_updates(module: Any) -> bool:
     return module._buffers.get("running_mean") is not None or module._buffers.get("running_var") is not None
 
 
-BATCH_NORM: Final = LayerKind(_batch_norm_updates, "scratch")
-SYNC_BATCH_NORM: Final = LayerKind(_batch_norm_updates, "stand-in")
+BATCH_NORM: Final = LayerKind(batch_norm_updates, "scratch")
+SYNC_BATCH_NORM: Final = LayerKind(batch_norm_updates, "stand-in")
 INSTANCE_NORM: Final = LayerKind(_instance_norm_updates, "stand-in")
 OWN_FORWARD: Final = LayerKind(None, "stand-in")
 INSTANCE_FORWARD: Final = LayerKind(None, "exchange")

@@ -7,9 +7,13 @@ from collections.abc import Iterable, Sequence
 
 from bnguard._changes import GuardedLayer, StatsChange
 
-__all__ = ["changed_text", "layer_text", "report_text", "stopped_text", "stood_text", "suggestion", "swallowed_text"]
+__all__ = ["changed_text", "layer_text", "report_text", "stood_text", "stopped_text", "suggestion", "swallowed_text"]
 
 _SHOWN = 3
+_CAUSES = (
+    "No forward that bnguard can see explains it: look for load_state_dict(), reset_running_stats(), an assignment,",
+    "F.batch_norm() or forward() called directly, a compiled or scripted model, or another thread or process.",
+)
 
 
 def layer_text(names: Sequence[str], type_name: str) -> str:
@@ -32,7 +36,8 @@ def stopped_text(change: StatsChange, mode: str, budget: int) -> str:
         )
         advice = (
             f"A step should update each layer {_times(budget)}: run the batches through the model in one forward, or\n"
-            f'  frozen(model, on_change="restore", updates={budget})    let the first {_forwards(budget)} update, not the rest'
+            f'  frozen(model, on_change="restore", updates={budget})    '
+            f"let the first {_forwards(budget)} update, not the rest"
         )
     else:
         what = (
@@ -63,9 +68,11 @@ def stood_text(change: StatsChange, mode: str, budget: int) -> str:
 
 def swallowed_text(stopped: Sequence[StatsChange]) -> str:
     """The error at the end of a block in which somebody caught the error of a forward."""
+    number = _layers(len(stopped))
+    head = f"{number} would have updated inside frozen(), and the StatsChangedError that said so was caught:"
     return "\n".join(
         [
-            f"{_layers(len(stopped))} would have updated inside frozen(), and the StatsChangedError that said so was caught:",
+            head,
             *_lines(stopped),
             "The updates did not happen. Let the error through, or use on_change='restore' where they are expected.",
         ]
@@ -75,14 +82,7 @@ def swallowed_text(stopped: Sequence[StatsChange]) -> str:
 def changed_text(changes: Sequence[StatsChange], restored: bool) -> str:
     """What only the comparison at the end of a block, or of ``check()``, could see."""
     seen = [change for change in changes if change.updates]
-    causes = (
-        []
-        if len(seen) == len(changes)
-        else [
-            "No forward that bnguard can see explains it: look for load_state_dict(), reset_running_stats(), an assignment,",
-            "F.batch_norm or forward() called directly, a compiled or scripted model, or another thread or process.",
-        ]
-    )
+    causes = () if len(seen) == len(changes) else _CAUSES
     outcome = "The statistics of entry are back." if restored else "The changes stand."
     return "\n".join(
         [f"running statistics of {_layers(len(changes))} changed inside frozen():", *_lines(changes), *causes, outcome]

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-__all__ = ["Difference", "Snapshot", "largest_mean_shift"]
+from bnguard._bits import as_bytes, from_bytes, same_bits
+
+__all__ = ["Difference", "Snapshot"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -55,7 +57,7 @@ def _aside(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(mode=False), torch.no_grad():
             return function(*args, **kwargs)
 
     return wrapper
@@ -183,15 +185,15 @@ class Snapshot:
         if current is not None and current is not original and _is_converted(current, original):
             if value is not None and _has_values(current):
                 expected = value.to(current.device, current.dtype)
-                if not _same_bits(current, expected):
+                if not same_bits(current, expected):
                     as_parameter = isinstance(current, nn.Parameter)
                     self._put(module, name, nn.Parameter(expected, current.requires_grad) if as_parameter else expected)
             return
         if value is not None and _has_values(original):
             expected = value.to(original.device, original.dtype)
             if original.shape != expected.shape:
-                original.data = expected
-            elif not _same_bits(original, expected):
+                original.data = expected.clone()
+            elif not same_bits(original, expected):
                 original.data.copy_(expected)
         if current is not original:
             self._put(module, name, original)
@@ -210,7 +212,7 @@ class Snapshot:
         value = self._value(name, original)
         if value is None or not _has_values(current):
             return True
-        return current.shape == value.shape and _same_bits(current, value.to(current.device, current.dtype))
+        return same_bits(current, value.to(current.device, current.dtype))
 
     def _value(self, name: str, original: Tensor) -> Tensor | None:
         """The captured value; for a tensor that was uninitialised then, what torch initialises it with."""
@@ -232,42 +234,14 @@ class Snapshot:
             for part in image.parts:
                 for position, (tensor, size) in enumerate(zip(part.tensors, part.sizes, strict=True)):
                     stop = start + size * part.dtype.itemsize
-                    view = _from_bytes(image.bytes[start:stop], part.dtype)
+                    view = from_bytes(image.bytes[start:stop], part.dtype)
                     views[id(tensor)] = view.reshape(part.shapes[position]) if part.shapes else view
                     start = stop
         return views
 
 
-def largest_mean_shift(before: dict[str, Tensor], after: dict[str, Tensor], eps: float) -> float | None:
-    """Largest shift of a channel's mean, in standard deviations before: ``max |new - old| / sqrt(var_old + eps)``.
-
-    Args:
-        before: Statistics of one layer by buffer name, each of shape ``(C,)``.
-        after: The same, later.
-        eps: Added to the variance, as the layer itself does.
-
-    Returns:
-        The shift, without a unit; NaN where a statistic is; None where the layer keeps no mean with a variance.
-    """
-    shifts = []
-    for name in before:
-        variance = next((key for part in _VARIANCES if (key := name.replace("mean", part)) in before), None)
-        if "mean" not in name or variance is None or name not in after:
-            continue
-        old, new, var = (tensor.detach().double().cpu() for tensor in (before[name], after[name], before[variance]))
-        if old.shape == new.shape == var.shape and old.numel():
-            shifts.append(((new - old).abs() / (var + eps).sqrt()).max().item())
-    return max(shifts) if shifts else None
-
-
-def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors have the same dtype, shape and bits: NaN equals itself, and -0.0 is not 0.0."""
-    return one.dtype == other.dtype and one.shape == other.shape and _same_bits(one, other)
-
-
 _PLAIN: Final = (Tensor, nn.Parameter)
 _INITIAL: Final = {"running_mean": 0.0, "running_var": 1.0}
-_VARIANCES: Final = ("var", "variance")
 
 
 def _capture(groups: dict[torch.dtype, dict[int, Tensor]]) -> _Image:
@@ -291,7 +265,7 @@ def _bytes_of(parts: Iterable[_Part]) -> Tensor:
             flat = torch.cat(part.tensors)
         else:
             flat = torch.cat([tensor.reshape(-1) for tensor in part.tensors])
-        images.append(_as_bytes(flat))
+        images.append(as_bytes(flat))
     return images[0] if len(images) == 1 else torch.cat(images)
 
 
@@ -302,20 +276,6 @@ def _is_unchanged(image: _Image) -> bool:
     # Wide words compare eight times as fast as bytes.
     word = {0: torch.int64, 4: torch.int32}.get(now.numel() % 8, torch.uint8)
     return torch.equal(now.view(word), image.bytes.view(word))
-
-
-def _as_bytes(flat: Tensor) -> Tensor:
-    return (torch.view_as_real(flat).reshape(-1) if flat.is_complex() else flat).view(torch.uint8)
-
-
-def _from_bytes(flat: Tensor, dtype: torch.dtype) -> Tensor:
-    if dtype.is_complex:
-        return torch.view_as_complex(flat.view(dtype.to_real()).reshape(-1, 2))
-    return flat.view(dtype)
-
-
-def _same_bits(one: Tensor, other: Tensor) -> bool:
-    return torch.equal(_as_bytes(one.detach().reshape(-1)), _as_bytes(other.detach().reshape(-1)))
 
 
 def _is_converted(current: Tensor, original: Tensor) -> bool:

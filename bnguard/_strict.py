@@ -63,17 +63,17 @@ def strict(
         @bnguard.strict(model="teacher", on_change="restore")
         def distill(student, teacher, batch): ...
 
-    Which models: those that ``model`` names; else modules among the arguments (inside lists, tuples, sets and dicts too);
-    else ``self``; else modules that are attributes of ``self``; else modules that the function reads from its closure or
-    its globals. The first of these places that has a model with running statistics decides.
+    Which models: those that ``model`` names; else modules among the arguments (inside lists, tuples, sets and dicts
+    too); else ``self``; else modules that are attributes of ``self``; else modules that the function reads from its
+    closure or its globals. The first of these places that has a model with running statistics decides.
 
     Works on functions, methods, class and static methods (above or below those decorators), coroutines and generators
     (each resumption is a block). Signature, docstring, name and pickling of the function stay as they are.
 
     Args:
         function: The function, where the decorator is used without parentheses.
-        model: The model itself; the name of a parameter (``"teacher"``, ``"self.encoder"``); or a callable that is given
-            the arguments of the call (``self`` first) and returns a model or several.
+        model: The model itself; the name of a parameter (``"teacher"``, ``"self.encoder"``); or a callable that is
+            given the arguments of the call (``self`` first) and returns a model or several.
         on_change: See ``frozen``, as for the options that follow.
         use_running_stats: See ``frozen``.
         affine: See ``frozen``.
@@ -82,8 +82,8 @@ def strict(
         exclude: See ``frozen``.
 
     Raises:
-        TypeError: At decoration: what is decorated is no function, or an option has the wrong type. At the call: no model
-            was found.
+        TypeError: At decoration: what is decorated is no function, or an option has the wrong type. At the call: no
+            model was found.
         ValueError: As ``frozen``; and a ``model`` that is the name of no parameter.
     """
     if isinstance(function, nn.Module):
@@ -149,7 +149,7 @@ def _models(
     if not bare:
         raise TypeError(
             f"strict: {wrapped.__qualname__}() has no model: looked in {_PLACES}; "
-            'say which with strict(model=...), a module, the name of a parameter, or a callable'
+            "say which with strict(model=...), a module, the name of a parameter, or a callable"
         )
     return bare[:1]
 
@@ -161,7 +161,7 @@ def _named(source: ModelSource, wrapped: Any, instance: Any, args: tuple[Any, ..
         name, *path = source.split(".")
         arguments = inspect.signature(wrapped).bind(*args, **kwargs)
         arguments.apply_defaults()
-        value = arguments.arguments[name] if name in arguments.arguments else instance
+        value = arguments.arguments.get(name, instance)
         for attribute in path:
             value = getattr(value, attribute)
         return value

@@ -1,0 +1,44 @@
+"""The drift that the demo measured, per layer and step, as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from bnguard.demo import DemoResult
+
+__all__ = ["draw", "problem_with"]
+
+
+def problem_with(path: Path) -> str | None:
+    """Why no picture can be written to ``path``, or None."""
+    if path.is_dir():
+        return f"{path} is a folder"
+    if not path.absolute().parent.is_dir():
+        return f"no folder {path.parent}"
+    formats = Figure().canvas.get_supported_filetypes()
+    if _format(path) not in formats:
+        return f"{path.name}: no format {path.suffix!r}; there are {', '.join(sorted(formats))}"
+    return None
+
+
+def draw(result: DemoResult, path: Path) -> None:
+    """Draws one panel a run, one line a layer, and writes the picture to ``path``."""
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    panels = figure.subplots(1, len(result.runs), sharex=True, sharey=True)
+    for axes, run in zip(panels, result.runs, strict=True):
+        for layer, shifts in run.drift.items():
+            axes.plot(range(1, len(shifts) + 1), shifts, label=layer)
+        axes.set_title(run.name)
+        axes.set_xlabel("fine-tuning step")
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("largest shift of a running mean\n(standard deviations)")
+    panels[0].legend(frameon=False, loc="center right")
+    figure.suptitle("Drift of a backbone frozen with requires_grad_(False)")
+    figure.savefig(path, format=_format(path), dpi=120)
+
+
+def _format(path: Path) -> str:
+    return path.suffix[1:].lower() or "png"

@@ -1,0 +1,90 @@
+"""What a guard puts on a layer, and how it gets off again."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, Final
+
+from torch import nn
+
+__all__ = ["OWN_ATTRIBUTES", "Equipment"]
+
+# In the layer's __dict__, where they go before the class's own.
+OWN_ATTRIBUTES: Final = ("forward", "__getstate__", "_replicate_for_data_parallel")
+
+
+class Equipment:
+    """A forward pre-hook, and attributes in the ``__dict__`` of one layer.
+
+    Every undo is known before the thing it undoes, and looks at the layer rather than at a handle: what fails half-way
+    is taken off all the same, and what somebody else has put in the meantime stays.
+
+    Args:
+        module: The layer.
+    """
+
+    __slots__ = ("_installed", "_previous", "module")
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module: Any = module
+        self._installed: dict[str, Any] = {}
+        # A forward that somebody put on the instance before.
+        self._previous: Callable[..., Any] | None = module.__dict__.get("forward")
+
+    def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """The forward pre-hook."""
+        raise NotImplementedError
+
+    def install(self, name: str, value: Any) -> None:
+        """Puts ``value`` on the layer, unless something of ours is there already."""
+        if name not in self._installed:
+            self._installed[name] = value
+            self.module.__dict__[name] = value
+
+    def uninstall(self, name: str) -> None:
+        """Takes ours off, if it is still there: somebody may have wrapped it, and goes on calling it."""
+        if name not in self._installed:
+            return
+        if self.module.__dict__.get(name) is self._installed[name]:
+            if name == "forward" and self._previous is not None:
+                self.module.__dict__[name] = self._previous
+            else:
+                del self.module.__dict__[name]
+        del self._installed[name]
+
+    def hook(self) -> None:
+        """Registers the forward pre-hook, unless it is there."""
+        if not self._hook_ids():
+            self.module.register_forward_pre_hook(self.before)
+
+    def unhook(self) -> None:
+        """Removes the forward pre-hook."""
+        for key in self._hook_ids():
+            del self.module._forward_pre_hooks[key]
+
+    def getstate(self) -> Any:
+        """The layer's state for a copy or a pickle: nothing of bnguard is in it."""
+        cls: Any = type(self.module)
+        state = cls.__getstate__(self.module)
+        if isinstance(state, dict):
+            state = dict(state)
+            for name, value in self._installed.items():
+                if state.get(name) is value:
+                    del state[name]
+                    if name == "forward" and self._previous is not None:
+                        state[name] = self._previous
+            hooks = state.get("_forward_pre_hooks")
+            if hooks:
+                state["_forward_pre_hooks"] = OrderedDict((k, hook) for k, hook in hooks.items() if hook != self.before)
+        return state
+
+    def strip(self, replica: nn.Module) -> None:
+        """Takes off what a replica has inherited with the layer's ``__dict__``."""
+        for name, value in self._installed.items():
+            if replica.__dict__.get(name) is value:
+                del replica.__dict__[name]
+
+    def _hook_ids(self) -> list[int]:
+        hooks = self.module._forward_pre_hooks
+        return [key for key, hook in hooks.items() if hook == self.before] if hooks else []
