@@ -176,9 +176,8 @@ class Block:
         for snapshot in filter(None, (self._statistics, self._parameters)):
             is_intact = False
             try:
-                differences = snapshot.changed()
-                is_intact = not differences and not snapshot.has_strays()
-                for difference in differences:
+                is_intact = snapshot.is_intact()
+                for difference in () if is_intact else snapshot.changed():
                     change = self._found_change(snapshot, difference)
                     earlier = changes.get(difference.owner)
                     changes[difference.owner] = _joined(earlier, change) if earlier else change
@@ -196,8 +195,9 @@ class Block:
         """Takes everything off the model, whatever fails on the way."""
         self._is_open = False
         failure: BaseException | None = None
-        undos = [partial(detach, self._layers[claim.owner].module, claim) for claim in self._claims]
-        for undo in [*undos, self._affine.release]:
+        undos: list[Callable[[], None]] = [self._affine.release]
+        undos += [partial(detach, self._layers[claim.owner].module, claim) for claim in self._claims]
+        for undo in undos:
             try:
                 _finish(undo)
             except BaseException as error:

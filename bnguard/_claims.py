@@ -9,7 +9,7 @@ from typing import Final, Literal, Protocol
 
 from bnguard.errors import StatsChangedError
 
-__all__ = ["Claim", "Stance", "Verdict", "decide", "settle"]
+__all__ = ["Claim", "Stance", "Verdict", "count", "decide", "settle", "standing_order"]
 
 Stance = Literal["raise", "warn", "restore", "running"]
 
@@ -69,7 +69,14 @@ class Verdict:
     within: tuple[Claim, ...] = ()
 
 
-STAND: Final = Verdict("stand")
+def standing_order(claims: Sequence[Claim]) -> Stance | None:
+    """What happens to every update as long as ``claims`` stay; None where that depends on budgets."""
+    for claim in claims:
+        if claim.budget:
+            return None
+        if claim.stance != "warn":
+            return claim.stance
+    return "warn"
 
 
 def decide(claims: Sequence[Claim]) -> Verdict:

@@ -6,9 +6,15 @@ import inspect
 import types
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import AbstractContextManager
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import wrapt
+
+if TYPE_CHECKING:
+    _Wrapper: TypeAlias = wrapt.FunctionWrapper[..., Any]
+    _BoundWrapper: TypeAlias = wrapt.BoundFunctionWrapper[..., Any]
+else:  # no generic classes before wrapt 2
+    _Wrapper, _BoundWrapper = wrapt.FunctionWrapper, wrapt.BoundFunctionWrapper
 
 __all__ = ["guard_function"]
 
@@ -48,12 +54,12 @@ def guard_function(function: Any, opener: Opener, decorator: str) -> Any:
     return _GuardedFunction(function, wrapper)
 
 
-class _BoundGuardedFunction(wrapt.BoundFunctionWrapper[..., Any]):
+class _BoundGuardedFunction(_BoundWrapper):
     def __reduce_ex__(self, protocol: Any) -> Any:
         return getattr, (self._self_instance, self.__wrapped__.__name__)
 
 
-class _GuardedFunction(wrapt.FunctionWrapper[..., Any]):
+class _GuardedFunction(_Wrapper):
     """A function wrapper that pickles as functions do: by name."""
 
     __bound_function_wrapper__ = _BoundGuardedFunction

@@ -63,6 +63,12 @@ class Equipment:
         for key in self._hook_ids():
             del self.module._forward_pre_hooks[key]
 
+    def remove(self) -> None:
+        """Takes everything off."""
+        self.unhook()
+        for name in tuple(self._installed):
+            self.uninstall(name)
+
     def getstate(self) -> Any:
         """The layer's state for a copy or a pickle: nothing of bnguard is in it."""
         cls: Any = type(self.module)

@@ -13,7 +13,7 @@ from torch.nn.utils import stateless
 
 from bnguard import _hold
 from bnguard._bits import same_bits
-from bnguard._claims import STAND, Claim, Verdict, decide, settle
+from bnguard._claims import Claim, Stance, Verdict, settle, standing_order
 from bnguard._equipment import Equipment
 from bnguard._layers import (
     BATCH_NORM,
@@ -66,38 +66,35 @@ class Sentry(Equipment):
     keeps that ``forward`` gets the layer's own.
     """
 
-    __slots__ = ("_known", "_names", "claims", "kind", "verdict")
+    __slots__ = ("_known", "_names", "claims", "kind", "order")
 
     def __init__(self, layer: StatsLayer) -> None:
         super().__init__(layer.module)
         self._names = layer.buffers
         self.kind = layer.kind if self._previous is None or layer.kind.hold == "none" else INSTANCE_FORWARD
         self.claims: tuple[Claim, ...] = ()
-        self.verdict: Verdict | None = STAND  # None: depends on budgets
+        self.order: Stance | None = None
         self._remember()
 
     def set_claims(self, claims: tuple[Claim, ...]) -> None:
         """Takes over ``claims``, the innermost first, and installs or removes what they need."""
         # First, so that a thread that is between two steps meets the new ones with either equipment.
         self.claims = claims
-        self.verdict = None if any([claim.budget for claim in claims]) else decide(claims)
+        self.order = standing_order(claims)
         if self.kind.hold == "none":
             return
-        counts_or_holds = self.verdict is None or any([claim.stance in ("restore", "running") for claim in claims])
-        if claims:
-            self.install("__getstate__", self.getstate)
-        if claims and (counts_or_holds or self.kind.predict is None):
+        if not claims:
+            self.remove()
+            return
+        self.install("__getstate__", self.getstate)
+        if self.kind.predict is not None and self.order in ("raise", "warn"):
+            self.hook()
+            self.uninstall("forward")
+            self.uninstall("_replicate_for_data_parallel")
+        else:
             self.install("_replicate_for_data_parallel", self.replicate)
             self.install("forward", self.forward)
             self.unhook()
-        else:
-            if claims:
-                self.hook()
-            else:
-                self.unhook()
-                self.uninstall("__getstate__")
-            self.uninstall("forward")
-            self.uninstall("_replicate_for_data_parallel")
 
     # The pre-hook.
 
@@ -108,32 +105,30 @@ class Sentry(Equipment):
             return  # fusing moves hooks to other modules
         if predict is None or not predict(module) or torch.compiler.is_compiling():
             return
-        verdict = self.verdict
-        if verdict is None or verdict is STAND or self._is_foreign(module) or self._rejects(args):
+        if not self.claims or self._is_foreign(module) or self._rejects(args):
             return
-        self._pronounce(verdict)
+        self._pronounce(settle(self.claims))
 
     # The forward.
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's forward, as the guards around it want it."""
-        module, verdict, predict = self.module, self.verdict, self.kind.predict
+        module, order, predict = self.module, self.order, self.kind.predict
         if not self.claims or self._is_foreign(module):
             return self._original(*args, **kwargs)
-        stance = None if verdict is None else verdict.stance
-        if stance == "running" and (predict is None or module.training or predict(module)):
+        if order == "running" and (predict is None or module.training or predict(module)):
             return self._run_in_eval_mode(args, kwargs)
         if predict is not None:
             if not predict(module):
                 return self._original(*args, **kwargs)
-            if stance == "restore":
+            if order == "restore":
                 return self._run_held(args, kwargs)
             return self._run_judged(args, kwargs)
-        if stance == "restore":
+        if order == "restore":
             return self._run_held(args, kwargs)
         if torch.compiler.is_compiling():
             return self._original(*args, **kwargs)
-        if stance == "stand":
+        if order == "warn":
             return self._run_observed(args, kwargs)
         return self._run_on_trial(args, kwargs)
 
@@ -196,12 +191,13 @@ class Sentry(Equipment):
             self._conclude(held, failed=True)
             raise
         verdict = self._conclude(held)
-        return self._run_in_eval_mode(args, kwargs) if verdict.stance == "running" else result
+        return self._run_in_eval_mode(args, kwargs) if verdict is not None and verdict.stance == "running" else result
 
-    def _conclude(self, held: _hold.StandIn | _hold.Exchange, failed: bool = False) -> Verdict:
+    def _conclude(self, held: _hold.StandIn | _hold.Exchange, failed: bool = False) -> Verdict | None:
+        """Judges what a held forward did; None if it did nothing."""
         after = held.statistics()
         if not self._differ(self.module._buffers, after):
-            return STAND
+            return None
         verdict = settle(self.claims)
         if not failed:
             self._pronounce(verdict)
@@ -264,7 +260,7 @@ class Sentry(Equipment):
         self.strip(replica)
         sentry = type(self)(StatsLayer(replica, (), self._names, self.kind))
         sentry._previous = self._previous
-        sentry.claims, sentry.verdict = self.claims, self.verdict
+        sentry.claims, sentry.order = self.claims, self.order
         replica.__dict__["forward"] = sentry.forward
         return replica
 
@@ -287,16 +283,14 @@ class _BatchNormSentry(Sentry):
             buffers.get("running_mean") is not self._mean or buffers.get("running_var") is not self._var
         ) and self._is_foreign(module):
             return self._original(input)
-        verdict = self.verdict
-        if verdict is None:
-            return self._run_judged((input,), {}) if batch_norm_updates(module) else self._original(input)
-        if verdict.stance == "running":
+        order = self.order
+        if order == "running":
             return _hold.normalise_with_running_stats(module, input)
         if not module.track_running_stats:
             return self._original(input)
-        if verdict.stance == "restore":
+        if order == "restore":
             return _hold.normalise_with_batch(module, input)
-        return self._run_judged((input,), {})
+        return self._run_judged((input,), {}) if batch_norm_updates(module) else self._original(input)
 
     # Errors about the arguments are worded as the layer's own.
     forward.__qualname__ = nn.BatchNorm2d.forward.__qualname__

@@ -245,10 +245,15 @@ _STOCK: Final[dict[Callable[..., Any], LayerKind]] = {
 # believed: its layers are treated as layers with a forward of their own, which is slower and just as safe.
 _KNOWN_SOURCES: Final = frozenset(
     {
+        # torch 2.13
         "9886e47efe62f4d2",  # _BatchNorm.forward
         "534e3aacd9feed97",  # SyncBatchNorm.forward
         "9ca012652fe66334",  # _InstanceNorm.forward
-        "d997b839a49b40e4",  # _InstanceNorm._apply_instance_norm
+        "d997b839a49b40e4",  # _InstanceNorm._apply_instance_norm, as in 2.6
+        # torch 2.6
+        "8a4aa9c26518a1e1",  # _BatchNorm.forward
+        "b9a812e841ba3ba8",  # SyncBatchNorm.forward
+        "776a62de5e50fc7c",  # _InstanceNorm.forward
     }
 )
 

@@ -103,30 +103,29 @@ class Snapshot:
             self._saved_by_id = {**self._index(), **dict.fromkeys(self._odd), **odd_values}
 
     @_aside
+    def is_intact(self) -> bool:
+        """Whether every place holds the object of capture with the bits of capture: one comparison for each device."""
+        if self._odd or any([now is not then for now, then in zip(self._current(), self._objects, strict=True)]):
+            return False
+        try:
+            return all([_is_unchanged(image) for image in self._images])
+        except RuntimeError:  # converted in place, through .data: other shapes or devices
+            return False
+
+    @_aside
     def changed(self) -> list[Difference]:
         """Lists the tensors that are gone, or have other bits than at capture.
 
         A tensor that was converted since (another dtype or device) counts as changed where it is not the converted
         value of capture. Another object with the same bits does not count.
         """
-        current = list(self._current())
-        if not self._odd and not self.has_strays():
-            try:
-                if all(_is_unchanged(image) for image in self._images):
-                    return []
-            except RuntimeError:
-                pass  # converted in place through .data: other shapes or devices. One by one, then.
         differences = []
-        tensors = iter(zip(current, self._objects, strict=True))
+        tensors = iter(zip(self._current(), self._objects, strict=True))
         for owner, names in enumerate(self._names):
             differing = tuple([name for name in names if not self._is_intact(name, *next(tensors))])
             if differing:
                 differences.append(Difference(owner, differing))
         return differences
-
-    def has_strays(self) -> bool:
-        """Whether some place holds another object than at capture, or none."""
-        return any(now is not then for now, then in zip(self._current(), self._objects, strict=True))
 
     @_aside
     def restore(self) -> None:

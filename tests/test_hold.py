@@ -1,0 +1,346 @@
+"""How a forward runs without touching the statistics: scratch, stand-in, exchange."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import bnguard
+from bnguard import _claims, _hold, _layers
+from tests.asserts import assert_clean, assert_same_bits
+
+
+def make_input() -> torch.Tensor:
+    """A batch for three channels."""
+    return torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(1))
+
+
+def state_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of the state dict."""
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+class Remembering(nn.Module):
+    """A layer of its own that keeps things on itself as it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(3))
+        self.register_buffer("last", torch.zeros(()))
+        self.calls = 0
+        self.draft: str | None = "set"
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        mean = input.mean((0, 2, 3))
+        self.calls += 1
+        self.last = input.sum().detach()
+        if "draft" in self.__dict__:
+            del self.draft
+        if self.training:
+            self.running_mean = 0.9 * self.running_mean + 0.1 * mean.detach()
+        return input - mean[None, :, None, None] + self.running_mean[None, :, None, None]
+
+
+@pytest.fixture
+def unknown_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A torch whose normalisation layers have a source that nobody has read yet."""
+    source = inspect.getsource
+    monkeypatch.setattr(inspect, "getsource", lambda thing: source(thing) + "    # changed")
+    _layers.is_torch_source_known.cache_clear()
+    yield
+    _layers.is_torch_source_known.cache_clear()
+
+
+@pytest.mark.parametrize("function", _layers._STOCK, ids=lambda function: function.__qualname__)
+def test_pin_knows_the_installed_torch(function: Callable[..., Any]) -> None:
+    """The sources of the torch that the suite runs with are among those that bnguard was tested against."""
+    assert _layers.is_torch_source_known(function)
+
+
+@pytest.mark.usefixtures("unknown_torch")
+@pytest.mark.parametrize("cls", [nn.BatchNorm2d, nn.SyncBatchNorm])
+def test_pin_does_not_trust_another_source(cls: type[nn.Module]) -> None:
+    """A layer whose source has changed counts as one with a forward of its own."""
+    assert _layers.find_layers(cls(3))[0].kind is _layers.OWN_FORWARD
+
+
+@pytest.mark.usefixtures("unknown_torch")
+@pytest.mark.parametrize("layer", [nn.BatchNorm2d(3), nn.SyncBatchNorm(3), nn.InstanceNorm2d(3, track_running_stats=True)])
+def test_unknown_source_is_held_all_the_same(layer: nn.Module) -> None:
+    """Without knowing the forward, restore gives the twin's output and keeps the statistics; raise raises."""
+    layer = copy.deepcopy(layer)
+    twin, before, x = copy.deepcopy(layer), state_of(layer), make_input()
+    with bnguard.frozen(layer, "restore"):
+        assert_same_bits(layer(x), twin(x))
+    assert_same_bits(layer.state_dict(), before)
+    with pytest.raises(bnguard.StatsChangedError), bnguard.frozen(layer):
+        layer(x)
+    assert_same_bits(layer.state_dict(), before)
+
+
+@pytest.mark.usefixtures("unknown_torch")
+def test_source_that_cannot_be_read_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where Python finds no source, as in a frozen application, nothing is taken for known."""
+
+    def fail(thing: object) -> str:
+        raise OSError("could not get source code")
+
+    monkeypatch.setattr(inspect, "getsource", fail)
+    assert not _layers.is_torch_source_known(nn.BatchNorm2d.forward)
+
+
+def test_stock_layer_never_reads_its_statistics_in_train_mode() -> None:
+    """Under restore the layer's own buffers are not what F.batch_norm is given."""
+    layer, seen = nn.BatchNorm2d(3), []
+
+    def spy(input: torch.Tensor, mean: torch.Tensor, *rest: Any) -> torch.Tensor:
+        seen.append(mean)
+        return torch.nn.functional.layer_norm(input, input.shape[1:])
+
+    with pytest.MonkeyPatch.context() as patch, bnguard.frozen(layer, "restore"):
+        patch.setattr(F, "batch_norm", spy)
+        layer(make_input())
+    assert len(seen) == 1
+    assert seen[0] is not layer.running_mean
+
+
+def test_stand_in_hands_over_what_the_layer_set_on_itself() -> None:
+    """Attributes, deleted attributes and other buffers end up on the layer; the statistics do not."""
+    layer = Remembering()
+    twin, before, x = copy.deepcopy(layer), layer.running_mean, make_input()
+    with bnguard.frozen(layer, "restore"):
+        output = layer(x)
+    assert_same_bits(output, twin(x))
+    assert layer.calls == twin.calls == 1
+    assert not hasattr(layer, "draft")
+    assert_same_bits(layer.last, twin.last)
+    assert layer.running_mean is before
+    assert_same_bits(before, torch.zeros(3))
+    assert_clean(layer)
+
+
+def test_own_forward_with_budget_updates_as_its_twin() -> None:
+    """Within the budget a layer with a forward of its own moves as unguarded; beyond, it stays."""
+    layer, x = Remembering(), make_input()
+    twin = copy.deepcopy(layer)
+    twin(x)
+    with bnguard.frozen(layer, "restore", updates=1):
+        layer(x)
+        assert_same_bits(layer.running_mean, twin.running_mean)
+        layer(x)
+    assert_same_bits(layer.running_mean, twin.running_mean)
+
+
+def test_own_forward_that_fails_within_the_budget_has_counted_the_batch() -> None:
+    """What an unguarded layer writes before it fails, it writes within the budget too; the error is the layer's."""
+
+    class Failing(nn.BatchNorm2d):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            self.num_batches_tracked.add_(1)
+            raise ZeroDivisionError("mine")
+
+    layer = Failing(3)
+    with bnguard.frozen(layer, "restore", updates=1):
+        for _ in range(2):
+            with pytest.raises(ZeroDivisionError, match="mine"):
+                layer(make_input())
+    assert layer.num_batches_tracked == 1
+    with pytest.raises(ZeroDivisionError, match="mine"), bnguard.frozen(layer):
+        layer(make_input())
+    assert layer.num_batches_tracked == 1
+
+
+def test_own_forward_beyond_the_budget_in_an_eval_mode_guard() -> None:
+    """An update that the inner budget lets stand is up to the guard around it: use_running_stats runs it in eval mode."""
+    layer, x = Remembering(), make_input()
+    twin = copy.deepcopy(layer).eval()
+    with bnguard.frozen(layer, use_running_stats=True), bnguard.frozen(layer, updates=1):
+        assert_same_bits(layer(x), twin(x))
+    assert_same_bits(layer.running_mean, torch.zeros(3))
+
+
+@pytest.mark.parametrize("options", [{"on_change": "restore"}, {"use_running_stats": True}])
+def test_functional_call_updates_the_tensors_that_it_is_given(options: dict[str, Any]) -> None:
+    """Statistics lent by functional_call are the caller's: they move as without a guard, the layer's own do not."""
+    layer, x = nn.BatchNorm2d(3), make_input()
+    twin, before = copy.deepcopy(layer), state_of(layer)
+    lent = {name: tensor.clone() for name, tensor in layer.named_buffers()}
+    lent_twin = copy.deepcopy(lent)
+    with bnguard.frozen(layer, **options):
+        output = torch.func.functional_call(layer, lent, (x,))
+    assert_same_bits(output, torch.func.functional_call(twin, lent_twin, (x,)))
+    assert_same_bits(lent, lent_twin)
+    assert_same_bits(layer.state_dict(), before)
+
+
+def test_functional_call_is_no_finding_under_raise() -> None:
+    """Lent statistics may move; the layer's own may not, in a functional_call either."""
+    layer, x = nn.BatchNorm2d(3), make_input()
+    with bnguard.frozen(layer) as guard:
+        torch.func.functional_call(layer, {name: t.clone() for name, t in layer.named_buffers()}, (x,))
+    assert guard.changes == ()
+    with pytest.raises(bnguard.StatsChangedError), bnguard.frozen(layer):
+        torch.func.functional_call(layer, {"weight": torch.ones(3)}, (x,))
+
+
+def test_statistics_that_the_user_replaced_are_held_too() -> None:
+    """Converted or assigned statistics are the layer's own: a forward on them does not move them."""
+    layer, x = nn.BatchNorm2d(3), make_input().double()
+    with bnguard.frozen(layer, "restore"):
+        layer.double()
+        replaced = layer.running_mean
+        layer(x)
+        layer(x)
+        assert_same_bits(replaced, torch.zeros(3, dtype=torch.float64))
+
+
+def test_kept_forward_is_inert_after_the_block() -> None:
+    """Whoever keeps the layer's forward of inside a block gets the layer's own behaviour from it afterwards."""
+    layer, x = nn.BatchNorm2d(3), make_input()
+    twin = copy.deepcopy(layer)
+    with bnguard.frozen(layer, "restore"):
+        kept = layer.forward
+    assert_same_bits(kept(x), twin(x))
+    assert_same_bits(layer.state_dict(), twin.state_dict())
+
+
+def test_wrapped_forward_stays_after_the_block() -> None:
+    """A forward that somebody put over ours inside the block is theirs, and still there afterwards."""
+    layer, x = nn.BatchNorm2d(3), make_input()
+    twin = copy.deepcopy(layer)
+    with bnguard.frozen(layer, "restore"):
+        inner = layer.forward
+        layer.forward = lambda input: inner(input) + 1
+        wrapped = layer.forward
+    assert layer.__dict__["forward"] is wrapped
+    assert_same_bits(layer(x), twin(x) + 1)
+    assert_same_bits(layer.state_dict(), twin.state_dict())
+
+
+@pytest.mark.parametrize("mode", ["restore", "running"])
+def test_forward_on_the_instance_overlaps_with_itself(mode: str) -> None:
+    """Two threads inside a forward that somebody put on the instance: the statistics are back when both are out."""
+    layer, x = nn.BatchNorm2d(3), make_input()
+    both_in, own = threading.Barrier(2), layer.forward
+    errors: list[BaseException] = []
+
+    def slow(input: torch.Tensor) -> torch.Tensor:
+        both_in.wait(20)
+        return own(input)
+
+    def run() -> None:
+        try:
+            layer(x)
+        except BaseException as error:
+            errors.append(error)
+
+    layer.forward = slow
+    before, mean = state_of(layer), layer.running_mean
+    guard = bnguard.frozen(layer, use_running_stats=True) if mode == "running" else bnguard.frozen(layer, "restore")
+    with guard:
+        threads = [threading.Thread(target=run) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+    assert not errors
+    assert layer.running_mean is mean
+    assert layer.training
+    assert_same_bits(layer.state_dict(), before)
+    assert layer.__dict__["forward"] is slow
+
+
+def test_budget_is_never_spent_twice() -> None:
+    """Two threads that ask at the same moment share a budget of one: one update stands."""
+    both_ask = threading.Barrier(2)
+
+    class SlowClaim(_claims.Claim):
+        @property
+        def spent(self) -> int:
+            value: int = self.__dict__.get("spent_so_far", 0)
+            try:
+                both_ask.wait(0.3)  # met only if both are in here at the same time
+            except threading.BrokenBarrierError:
+                pass
+            return value
+
+        @spent.setter
+        def spent(self, value: int) -> None:
+            self.__dict__["spent_so_far"] = value
+
+    claim = SlowClaim(judge=None, owner=0, stance="restore", budget=1)  # type: ignore[arg-type]
+    verdicts: list[str] = []
+    threads = [threading.Thread(target=lambda: verdicts.append(_claims.settle([claim]).stance)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert sorted(verdicts) == ["restore", "stand"]
+
+
+def test_guards_of_many_threads_leave_nothing_behind() -> None:
+    """Blocks that open and close all the time in several threads lose none of each other's claims."""
+    net = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2))
+    before, errors = state_of(net), []
+    interval = sys.getswitchinterval()
+
+    def run() -> None:
+        try:
+            for _ in range(150):
+                with bnguard.frozen(net, "restore", affine=True):
+                    net(torch.ones(2, 2))
+        except BaseException as error:
+            errors.append(error)
+
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=run) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+    finally:
+        sys.setswitchinterval(interval)
+    assert not errors
+    assert_same_bits(net.state_dict(), before)
+    assert all(parameter.requires_grad for parameter in net.parameters())
+    assert_clean(net)
+
+
+def test_scratch_is_shared_by_shape_and_follows_the_buffer() -> None:
+    """Layers of one shape share scratch statistics; another dtype gets others."""
+    one, other = nn.BatchNorm2d(5), nn.BatchNorm2d(5)
+    names = ("running_mean", "running_var")
+    assert _hold.scratch(one, names)["running_mean"] is _hold.scratch(other, names)["running_mean"]
+    assert _hold.scratch(one, names)["running_mean"] is not _hold.scratch(one, names)["running_var"]
+    assert _hold.scratch(one.double(), names)["running_mean"].dtype == torch.float64
+
+
+def test_scratch_made_in_inference_mode_serves_training() -> None:
+    """The first forward of a shape may run under inference_mode; a later one still trains."""
+    layer = nn.BatchNorm2d(77)
+    x = torch.randn(2, 77, 2, 2)
+    with bnguard.frozen(layer, "restore"):
+        with torch.inference_mode():
+            layer(x)
+        layer(x).sum().backward()
+    assert layer.weight.grad is not None
+
+
+def test_argument_errors_are_worded_as_the_layers_own() -> None:
+    """A call with wrong arguments fails with the words of the unguarded layer."""
+    layer = nn.BatchNorm2d(3)
+    with pytest.raises(TypeError) as plain:
+        layer()
+    with bnguard.frozen(layer, "restore"), pytest.raises(TypeError) as held:
+        layer()
+    assert str(held.value) == str(plain.value)
