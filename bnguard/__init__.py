@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from bnguard._frozen import frozen as frozen
     from bnguard._layers import LayerRegistration as LayerRegistration
     from bnguard._layers import register_layer as register_layer
+    from bnguard._recompute import recompute_frozen as recompute_frozen
     from bnguard._strict import strict as strict
     from bnguard.errors import BNGuardError as BNGuardError
     from bnguard.errors import BNGuardWarning as BNGuardWarning
@@ -30,6 +31,7 @@ _HOMES = {
     "StatsChange": "_changes",
     "StatsChangedError": "errors",
     "frozen": "_frozen",
+    "recompute_frozen": "_recompute",
     "register_layer": "_layers",
     "strict": "_strict",
 }
@@ -43,6 +45,7 @@ __all__ = [
     "StatsChangedError",
     "__version__",
     "frozen",
+    "recompute_frozen",
     "register_layer",
     "strict",
 ]

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, Protocol
 
+import torch
+
 from bnguard.errors import StatsChangedError
 
 __all__ = ["Claim", "Stance", "Verdict", "count", "decide", "settle", "standing_order"]
 
-Stance = Literal["raise", "warn", "restore", "running"]
+Stance = Literal["raise", "warn", "restore", "running", "recompute"]
 
 
 class Judge(Protocol):
@@ -31,9 +33,10 @@ class Claim:
     """One block's say about one layer.
 
     Attributes:
-        judge: The block.
+        judge: The block; None for a claim that holds or lets stand, and has nothing to say about it.
         owner: The layer's index in the block.
-        stance: What becomes of an update beyond the budget; ``"running"`` is ``use_running_stats=True``.
+        stance: What becomes of an update beyond the budget. ``"running"`` is ``use_running_stats=True``;
+            ``"recompute"`` holds what runs inside a backward pass and lets everything else stand.
         budget: Updates that the block allows the layer.
         spent: Updates within the budget so far.
         updates: Updates beyond the budget so far: those that stood, or were stopped.
@@ -42,7 +45,7 @@ class Claim:
 
     __slots__ = ("budget", "judge", "owner", "spent", "stance", "updates", "where")
 
-    def __init__(self, judge: Judge, owner: int, stance: Stance, budget: int) -> None:
+    def __init__(self, judge: Judge | None, owner: int, stance: Stance, budget: int) -> None:
         self.judge = judge
         self.owner = owner
         self.stance: Stance = stance
@@ -50,6 +53,12 @@ class Claim:
         self.spent = 0
         self.updates = 0
         self.where: str | None = None
+
+    @property
+    def court(self) -> Judge:
+        """The block of a claim that raises, warns or counts."""
+        assert self.judge is not None
+        return self.judge
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,13 +79,18 @@ class Verdict:
 
 
 def standing_order(claims: Sequence[Claim]) -> Stance | None:
-    """What happens to every update as long as ``claims`` stay; None where that depends on budgets."""
+    """What happens to every update as long as ``claims`` stay; None where that depends on the forward."""
     for claim in claims:
-        if claim.budget:
+        if claim.budget or claim.stance == "recompute":
             return None
         if claim.stance != "warn":
             return claim.stance
     return "warn"
+
+
+def is_in_backward() -> bool:
+    """Whether this thread is inside a backward pass: what runs there is a recomputed forward."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def decide(claims: Sequence[Claim]) -> Verdict:
@@ -92,6 +106,9 @@ def decide(claims: Sequence[Claim]) -> Verdict:
             within.append(claim)
         elif claim.stance == "warn":
             warned.append(claim)
+        elif claim.stance == "recompute":
+            if is_in_backward():
+                return Verdict("restore", claim)
         else:
             return Verdict(claim.stance, claim)
     return Verdict("stand", None, tuple(warned), tuple(within))

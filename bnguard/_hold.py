@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from bnguard._equipment import OWN_ATTRIBUTES
 
-__all__ = ["Exchange", "StandIn", "copies", "normalise_with_batch", "normalise_with_running_stats", "scratch"]
+__all__ = ["Exchange", "StandIn", "copies", "normalise_with_batch", "normalise_with_running_stats"]
 
 
 def normalise_with_batch(module: Any, input: Tensor) -> Tensor:
@@ -160,16 +160,8 @@ def copies(module: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
         return {name: tensor.clone() for name in names if (tensor := module._buffers.get(name)) is not None}
 
 
-def scratch(module: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
-    """Tensors like some buffers, for a forward that writes them and whose output does not depend on them."""
-    tensors = {}
-    for slot, name in enumerate(names):
-        tensor = _scratch_like(module._buffers.get(name), slot)
-        if tensor is not None:
-            tensors[name] = tensor
-    return tensors
-
-
+# Only for F.batch_norm, which moves no version counter of the statistics that it saves for backward and writes;
+# whatever does (instance_norm, for one) would break the backward pass of every layer that shares them.
 # Shared by all layers of a shape, by all guards, and never freed: nobody reads them, so that threads and CUDA streams
 # may write them at the same time, and a kernel on a side stream that still writes when the block is over harms nobody.
 _scratch: Final[dict[tuple[Any, ...], Tensor]] = {}

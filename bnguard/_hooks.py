@@ -13,7 +13,7 @@ from torch.nn.utils import stateless
 
 from bnguard import _hold
 from bnguard._bits import same_bits
-from bnguard._claims import Claim, Stance, Verdict, settle, standing_order
+from bnguard._claims import Claim, Stance, Verdict, decide, settle, standing_order
 from bnguard._equipment import Equipment
 from bnguard._layers import (
     BATCH_NORM,
@@ -130,6 +130,11 @@ class Sentry(Equipment):
             return self._original(*args, **kwargs)
         if order == "warn":
             return self._run_observed(args, kwargs)
+        verdict = decide(self.claims)  # spends nothing yet
+        if verdict.stance == "restore":
+            return self._run_held(args, kwargs)
+        if verdict == Verdict("stand"):
+            return self._original(*args, **kwargs)
         return self._run_on_trial(args, kwargs)
 
     def _original(self, *args: Any, **kwargs: Any) -> Any:
@@ -145,9 +150,7 @@ class Sentry(Equipment):
 
     def _run_held(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs the layer so that its update goes nowhere."""
-        # In train mode the output of torch's own layers depends on the batch alone: no need to copy the statistics.
-        stock = self.kind in (SYNC_BATCH_NORM, INSTANCE_NORM) and not torch.compiler.is_compiling()
-        statistics = (_hold.scratch if stock else _hold.copies)(self.module, self._names)
+        statistics = _hold.copies(self.module, self._names)
         return self._held(statistics).forward(*args, **kwargs)
 
     def _run_in_eval_mode(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -171,7 +174,7 @@ class Sentry(Equipment):
             return self._original(*args, **kwargs)
         finally:
             for claim in verdict.within:
-                claim.judge.allowed(claim)
+                claim.court.allowed(claim)
 
     def _run_observed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs the layer as it is, and compares after the call."""
@@ -206,7 +209,7 @@ class Sentry(Equipment):
                 for name, tensor in after.items():
                     self.module._buffers[name].data.copy_(tensor)
             for claim in verdict.within:
-                claim.judge.allowed(claim)
+                claim.court.allowed(claim)
         return verdict
 
     def _differ(self, one: dict[str, Any], other: dict[str, Any]) -> bool:
@@ -217,9 +220,9 @@ class Sentry(Equipment):
     def _pronounce(verdict: Verdict) -> None:
         if verdict.stance == "raise":
             assert verdict.decider is not None
-            raise verdict.decider.judge.stopped(verdict.decider)
+            raise verdict.decider.court.stopped(verdict.decider)
         for claim in verdict.warned:
-            claim.judge.stood(claim)
+            claim.court.stood(claim)
 
     def _rejects(self, args: tuple[Any, ...]) -> bool:
         """Whether torch turns the input down before it counts the batch."""

@@ -316,13 +316,27 @@ def test_guards_of_many_threads_leave_nothing_behind() -> None:
     assert_clean(net)
 
 
-def test_scratch_is_shared_by_shape_and_follows_the_buffer() -> None:
-    """Layers of one shape share scratch statistics; another dtype gets others."""
-    one, other = nn.BatchNorm2d(5), nn.BatchNorm2d(5)
-    names = ("running_mean", "running_var")
-    assert _hold.scratch(one, names)["running_mean"] is _hold.scratch(other, names)["running_mean"]
-    assert _hold.scratch(one, names)["running_mean"] is not _hold.scratch(one, names)["running_var"]
-    assert _hold.scratch(one.double(), names)["running_mean"].dtype == torch.float64
+def test_scratch_survives_a_layer_that_writes_its_own_in_place() -> None:
+    """Layers of one shape share scratch statistics; none of them makes the backward pass of another fail."""
+    norms = [nn.BatchNorm2d(3), nn.InstanceNorm2d(3, track_running_stats=True), nn.SyncBatchNorm(3), Remembering()]
+    net, x = nn.Sequential(nn.Conv2d(3, 3, 1), *norms, nn.BatchNorm2d(3)), make_input()
+    twin = copy.deepcopy(net)
+    with bnguard.frozen(net, "restore"):
+        loss = net(x).square().sum()
+        net(x)
+    loss.backward()
+    twin(x).square().sum().backward()
+    for parameter, other in zip(net.parameters(), twin.parameters(), strict=True):
+        assert_same_bits(parameter.grad, other.grad)
+
+
+def test_scratch_follows_the_buffer() -> None:
+    """Another dtype gets other scratch statistics; two statistics of one layer never share one."""
+    layer = nn.BatchNorm2d(5)
+    mean, var = layer.running_mean, layer.running_var
+    assert _hold._scratch_like(mean, 0) is _hold._scratch_like(var, 0)
+    assert _hold._scratch_like(mean, 0) is not _hold._scratch_like(var, 1)
+    assert _hold._scratch_like(mean.double(), 0).dtype == torch.float64
 
 
 def test_scratch_made_in_inference_mode_serves_training() -> None:
