@@ -15,9 +15,10 @@ from bnguard import _report
 from bnguard._affine import AffineHold, affine_parameters
 from bnguard._callsite import call_site
 from bnguard._changes import GuardedLayer, StatsChange
+from bnguard._checkpoint import Region
 from bnguard._claims import Claim, Stance, count
 from bnguard._drift import largest_mean_shift
-from bnguard._hooks import attach, detach
+from bnguard._hooks import attach, detach, is_held
 from bnguard._layers import StatsLayer, find_layers
 from bnguard._select import Selector, select_layers
 from bnguard._snapshot import Difference, Snapshot
@@ -70,6 +71,7 @@ class Block:
         self._warned = False
         self._is_open = False
         self._refreshing = threading.Lock()
+        self._regions: dict[int, Region] = {}  # checkpointed, held, and not recomputed so far
 
     def enter(self) -> None:
         """Guards the layers from now on. If that fails, the model is as it was."""
@@ -115,6 +117,7 @@ class Block:
             self._let_go()
         if error is None:
             self._warn_about_added_layers()
+            self._warn_about_pending_regions()
         self._statistics = self._parameters = None  # a guard that is kept for later keeps no copies
         self._act(found, error)
 
@@ -166,6 +169,13 @@ class Block:
         with self._refreshing:
             if self._statistics is not None:
                 self._statistics.refresh(claim.owner)
+
+    def checkpointed(self, region: Region) -> None:
+        """Keeps a checkpointed region in mind until its backward pass."""
+        if region.is_recomputed:
+            self._regions.pop(region.key, None)
+        else:
+            self._regions.setdefault(region.key, region)
 
     # Parts.
 
@@ -240,6 +250,12 @@ class Block:
         ]
         if added:
             text = _report.added_text([layer.names[0] for layer in added])
+            warnings.warn(text, BNGuardWarning, stacklevel=call_site().stacklevel)
+
+    def _warn_about_pending_regions(self) -> None:
+        pending = any([region.is_pending() for region in self._regions.values()])
+        if pending and not any([is_held(layer.module) for layer in self._layers]):
+            text = _report.pending_text(self._settings.use_running_stats)
             warnings.warn(text, BNGuardWarning, stacklevel=call_site().stacklevel)
 
     def _change(self, claim: Claim) -> StatsChange:

@@ -9,6 +9,7 @@ from typing import Final, Literal, Protocol
 
 import torch
 
+from bnguard._checkpoint import Region
 from bnguard.errors import StatsChangedError
 
 __all__ = ["Claim", "Stance", "Verdict", "count", "decide", "settle", "standing_order"]
@@ -27,6 +28,9 @@ class Judge(Protocol):
 
     def allowed(self, claim: Claim) -> None:
         """Takes over what an update within the budget has written."""
+
+    def checkpointed(self, region: Region) -> None:
+        """Records that a forward was held in a checkpointed region."""
 
 
 class Claim:

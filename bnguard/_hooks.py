@@ -13,6 +13,7 @@ from torch.nn.utils import stateless
 
 from bnguard import _hold
 from bnguard._bits import same_bits
+from bnguard._checkpoint import current_region
 from bnguard._claims import Claim, Stance, Verdict, decide, settle, standing_order
 from bnguard._equipment import Equipment
 from bnguard._layers import (
@@ -24,9 +25,10 @@ from bnguard._layers import (
     batch_norm_updates,
 )
 
-__all__ = ["attach", "detach"]
+__all__ = ["attach", "detach", "is_held"]
 
 _sentries: Final[dict[int, Sentry]] = {}
+_HOLDING: Final = ("restore", "running")
 # Reentrant: a signal handler may enter or leave a guard while the main thread does.
 _lock: Final = threading.RLock()
 
@@ -51,6 +53,13 @@ def detach(module: nn.Module, claim: Claim) -> None:
         sentry.set_claims(claims)
         if not claims:  # only now: what was interrupted above can be done again
             del _sentries[id(module)]
+
+
+def is_held(module: nn.Module) -> bool:
+    """Whether some guard still keeps forwards of the layer from updating."""
+    with _lock:
+        sentry = _sentries.get(id(module))
+        return sentry is not None and any([claim.stance in _HOLDING for claim in sentry.claims])
 
 
 def _is_batch_norm(layer: StatsLayer) -> bool:
@@ -150,11 +159,13 @@ class Sentry(Equipment):
 
     def _run_held(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs the layer so that its update goes nowhere."""
+        self._note_checkpoint()
         statistics = _hold.copies(self.module, self._names)
         return self._held(statistics).forward(*args, **kwargs)
 
     def _run_in_eval_mode(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs the layer as in eval mode."""
+        self._note_checkpoint()
         module = self.module
         reads_only = self.kind is SYNC_BATCH_NORM or (self.kind is INSTANCE_NORM and module.track_running_stats)
         statistics = {} if reads_only else _hold.copies(module, self._names)
@@ -224,6 +235,16 @@ class Sentry(Equipment):
         for claim in verdict.warned:
             claim.court.stood(claim)
 
+    def _note_checkpoint(self) -> None:
+        """Tells the blocks that hold: a checkpointed region may be recomputed when they are over."""
+        if torch.compiler.is_compiling():
+            return
+        region = current_region()
+        if region is not None:
+            for claim in self.claims:
+                if claim.judge is not None and claim.stance in _HOLDING:
+                    claim.judge.checkpointed(region)
+
     def _rejects(self, args: tuple[Any, ...]) -> bool:
         """Whether torch turns the input down before it counts the batch."""
         check = getattr(self.module, "_check_input_dim", None)
@@ -288,20 +309,22 @@ class _BatchNormSentry(Sentry):
             return self._original(input)
         order = self.order
         if order == "running":
-            return _hold.normalise_with_running_stats(module, input)
+            return self._run_in_eval_mode((input,), {})
         if not module.track_running_stats:
             return self._original(input)
         if order == "restore":
-            return _hold.normalise_with_batch(module, input)
+            return self._run_held((input,), {})
         return self._run_judged((input,), {}) if batch_norm_updates(module) else self._original(input)
 
     # Errors about the arguments are worded as the layer's own.
     forward.__qualname__ = nn.BatchNorm2d.forward.__qualname__
 
     def _run_held(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._note_checkpoint()
         return _hold.normalise_with_batch(self.module, *args)
 
     def _run_in_eval_mode(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._note_checkpoint()
         return _hold.normalise_with_running_stats(self.module, *args)
 
 

@@ -7,7 +7,16 @@ from collections.abc import Iterable, Sequence
 
 from bnguard._changes import GuardedLayer, StatsChange
 
-__all__ = ["changed_text", "layer_text", "report_text", "stood_text", "stopped_text", "suggestion", "swallowed_text"]
+__all__ = [
+    "changed_text",
+    "layer_text",
+    "pending_text",
+    "report_text",
+    "stood_text",
+    "stopped_text",
+    "suggestion",
+    "swallowed_text",
+]
 
 _SHOWN = 3
 _CAUSES = (
@@ -96,6 +105,20 @@ def added_text(names: Sequence[str]) -> str:
     return (
         f"{shown}{more} came into the model inside frozen() and was not guarded there.\n"
         "Change the model before the block, or open another block after the change."
+    )
+
+
+def pending_text(in_eval_mode: bool) -> str:
+    """The warning about a checkpointed region whose backward pass is still to come when the block is over."""
+    consequence = (
+        "normalise with the batch: torch raises CheckpointError, or computes wrong gradients (use_reentrant=True)"
+        if in_eval_mode
+        else "update the running statistics"
+    )
+    return (
+        "a checkpointed region was run inside frozen(), and its backward pass has not been run there.\n"
+        f"That pass recomputes the region, without the guard, and will {consequence}.\n"
+        "Call backward() inside the block, or run the region under torch.no_grad() if it needs no gradient."
     )
 
 

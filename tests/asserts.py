@@ -1,0 +1,107 @@
+"""What the tests assert again and again: same bits, nothing left behind, a warning at the user's line."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import bnguard
+
+
+def state_of(module: nn.Module) -> dict[str, Tensor]:
+    """Copies of everything in the state dict."""
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def assert_same_bits(one: Any, other: Any) -> None:
+    """Two tensors, or mappings or sequences of them, have the same dtypes, shapes and bits: NaN is NaN, -0.0 not 0.0."""
+    if isinstance(one, Mapping):
+        assert list(one) == list(other)
+        for name in one:
+            try:
+                assert_same_bits(one[name], other[name])
+            except AssertionError as error:
+                raise AssertionError(f"{name}: {error}") from None
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other)
+        for left, right in zip(one, other, strict=True):
+            assert_same_bits(left, right)
+    elif one is None or other is None:
+        assert one is None, "expected None"
+        assert other is None, "unexpected None"
+    else:
+        assert one.dtype == other.dtype
+        assert one.shape == other.shape
+        left, right = (tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other))
+        assert torch.equal(left, right), f"bits differ:\n{one}\n{other}"
+
+
+def assert_same_gradients(one: nn.Module, other: nn.Module) -> None:
+    """The gradients of two models have the same bits."""
+    assert_same_bits([p.grad for p in one.parameters()], [p.grad for p in other.parameters()])
+
+
+def assert_clean(model: nn.Module) -> None:
+    """Nothing of bnguard is on any module."""
+    for name, module in model.named_modules():
+        for attribute, value in module.__dict__.items():
+            assert not _is_ours(value), f"{name or '(root)'}.{attribute}"
+        for attribute in ("_forward_pre_hooks", "_forward_hooks"):
+            hooks = getattr(module, attribute)
+            assert not any(_is_ours(hook) for hook in hooks.values()), f"{name or '(root)'}.{attribute}"
+        assert not isinstance(module.__dict__.get("__getstate__"), type(assert_clean))
+
+
+def assert_stats_unchanged(model: nn.Module, before: Mapping[str, Tensor], objects: Mapping[str, Tensor]) -> None:
+    """Every buffer is the same object with the same bits as before."""
+    now = dict(model.named_buffers(remove_duplicate=False))
+    assert list(now) == list(objects)
+    for name, tensor in now.items():
+        assert tensor is objects[name], name
+    assert_same_bits({name: model.state_dict()[name] for name in now}, {name: before[name] for name in now})
+
+
+def _is_ours(value: object) -> bool:
+    module = type(getattr(value, "__self__", value)).__module__
+    return module.startswith("bnguard")
+
+
+@dataclass
+class Caught:
+    """What ``warns`` has caught; ``message`` once the block is over."""
+
+    messages: list[str] = field(default_factory=list)
+
+    @property
+    def message(self) -> str:
+        """The one message."""
+        assert len(self.messages) == 1, self.messages
+        return self.messages[0]
+
+
+@contextmanager
+def warns(at: str | None = None, count: int = 1) -> Iterator[Caught]:
+    """Expects ``count`` BNGuardWarnings and no other warning, pointing at a line of this test that contains ``at``."""
+    caught = Caught()
+    with warnings.catch_warnings(record=True) as records:
+        warnings.simplefilter("always")
+        yield caught
+    assert [record.category for record in records] == [bnguard.BNGuardWarning] * count, [str(r.message) for r in records]
+    caught.messages += [str(record.message) for record in records]
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code.co_filename in (__file__, inspect.getsourcefile(contextmanager)):
+        frame = frame.f_back
+    if at is not None and frame is not None:
+        filename = frame.f_code.co_filename
+        with open(filename, encoding="utf-8") as file:
+            lines = file.read().splitlines()
+        for record in records:
+            assert record.filename == filename
+            assert at in lines[record.lineno - 1], lines[record.lineno - 1]
