@@ -12,11 +12,11 @@ __all__ = ["show"]
 
 _NOTES = """\
 source: this backbone with the head it was trained with, in eval mode
-same bits: the source network's output for one fixed test batch, before and after
 largest shift: of a channel's running mean, in standard deviations
-new head: accuracy on shifted images in eval mode, that is on the frozen statistics;
-  use_running_stats trained it on these, restore on those of each batch
-step time: the median, relative to unguarded
+same bits: the source's output for one fixed test batch, before and after
+new head: accuracy on shifted images in eval mode, on the frozen statistics;
+  use_running_stats has trained it on these, restore on those of each batch
+step time: relative to unguarded, the median over all steps
 """
 
 
@@ -30,9 +30,9 @@ def show(result: DemoResult) -> None:
         "what it was?\n"
     )
     console.print(_table(result))
-    console.print(_NOTES)
-    console.print('The same under on_change="raise", the default, ends at the first forward:\n')
     # print, because the console would wrap the lines.
+    print(_NOTES)
+    print('The same under on_change="raise", the default, ends at the first forward:\n')
     print(f"{type(result.error).__name__}: {result.error}")
 
 
@@ -57,6 +57,6 @@ def _table(result: DemoResult) -> Table:
             f"{run.largest_shift:.2f}",
             "yes" if run.is_same_output else "no",
             f"{run.new_head:.1%}",
-            f"{run.step_seconds / result.runs[0].step_seconds:.2f}",
+            f"{run.step_time:.2f}",
         )
     return table

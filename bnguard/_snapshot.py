@@ -140,7 +140,7 @@ class Snapshot:
         originals = iter(self._objects)
         for owner, names in enumerate(self._names):
             for name in names:
-                self._restore(self.modules[owner], name, next(current), next(originals))
+                self._restore(owner, name, next(current), next(originals))
 
     @_aside
     def refresh(self, owner: int) -> None:
@@ -179,14 +179,14 @@ class Snapshot:
             self._starts = list(itertools.accumulate(map(len, self._names), initial=0))
         return self._objects[self._starts[owner] : self._starts[owner + 1]]
 
-    def _restore(self, module: nn.Module, name: str, current: Tensor | None, original: Tensor) -> None:
+    def _restore(self, owner: int, name: str, current: Tensor | None, original: Tensor) -> None:
         value = self._value(name, original)
         if current is not None and current is not original and _is_converted(current, original):
             if value is not None and _has_values(current):
                 expected = value.to(current.device, current.dtype)
                 if not same_bits(current, expected):
                     as_parameter = isinstance(current, nn.Parameter)
-                    self._put(module, name, nn.Parameter(expected, current.requires_grad) if as_parameter else expected)
+                    self._put(owner, name, nn.Parameter(expected, current.requires_grad) if as_parameter else expected)
             return
         if value is not None and _has_values(original):
             expected = value.to(original.device, original.dtype)
@@ -195,14 +195,21 @@ class Snapshot:
             elif not same_bits(original, expected):
                 original.data.copy_(expected)
         if current is not original:
-            self._put(module, name, original)
+            self._put(owner, name, original)
 
-    def _put(self, module: nn.Module, name: str, tensor: Tensor) -> None:
-        """Hangs ``tensor`` under ``name``, whatever took that name since."""
+    def _put(self, owner: int, name: str, tensor: Tensor) -> None:
+        """Hangs ``tensor`` under ``name`` again, whatever took that name since, in the order of capture."""
+        module, names = self.modules[owner], self._names[owner]
+        own = module.__dict__[self._table]
         for table in (module._buffers, module._parameters, module._modules, module.__dict__):
-            if table is not module.__dict__[self._table]:
+            if table is not own:
                 table.pop(name, None)
-        module.__dict__[self._table][name] = tensor
+        is_missing = name not in own
+        own[name] = tensor
+        if is_missing:
+            for later in names[names.index(name) + 1 :]:
+                if later in own:
+                    own[later] = own.pop(later)
 
     def _is_intact(self, name: str, current: Tensor | None, original: Tensor) -> bool:
         """Whether ``current`` has the captured value of ``original``, converted as ``current`` is."""

@@ -9,11 +9,12 @@ This is written as a user's training script would be: the guard's errors name li
 
 from __future__ import annotations
 
-import contextlib
 import copy
+import operator
 import statistics
 import time
 from collections import OrderedDict
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -40,7 +41,7 @@ class FineTuning:
         source_after: The same afterwards. Backbone and source head are what they were, so it should be the same.
         new_head: Accuracy of the new head on the shifted test images, in eval mode.
         is_same_output: Whether the source network's output for one fixed test batch is the same bits before and after.
-        step_seconds: Median time of one fine-tuning step.
+        step_time: Time of a step relative to the same step of the unguarded run, the median over all steps.
         drift: By BatchNorm layer, after each step: the largest shift of a channel's mean since the start, in standard
             deviations at the start.
     """
@@ -50,7 +51,7 @@ class FineTuning:
     source_after: float
     new_head: float
     is_same_output: bool
-    step_seconds: float
+    step_time: float
     drift: dict[str, list[float]]
 
     @property
@@ -98,7 +99,7 @@ def run(seed: int = 0, source_epochs: int = 10, epochs: int = 10) -> DemoResult:
     The caller's random numbers are as they were afterwards.
 
     Args:
-        seed: Seed of the split, of the source network and of every fine-tuning.
+        seed: Seed of the split, the networks and the order of the batches.
         source_epochs: Epochs of the source network.
         epochs: Epochs of each fine-tuning.
     """
@@ -111,16 +112,15 @@ def run(seed: int = 0, source_epochs: int = 10, epochs: int = 10) -> DemoResult:
             for batch in train.batches():
                 train_step(source, source_head, optimizer, batch)
 
-        guards: dict[str, dict[str, Any] | None] = {
-            "unguarded": None,
-            "restore": {"on_change": "restore"},
-            "use_running_stats": {"use_running_stats": True},
-        }
-        runs = []
-        for name, options in guards.items():
-            torch.manual_seed(seed)
-            runs.append(_fine_tuning(name, options, source, source_head, train, test, epochs))
-        return DemoResult(len(train.labels), len(test.labels), tuple(runs), _raised(source, train))
+        head = _head()
+        learners = [
+            _Learner("unguarded", None, source, head),
+            _Learner("restore", {"on_change": "restore"}, source, head),
+            _Learner("use_running_stats", {"use_running_stats": True}, source, head),
+        ]
+        _fine_tune(learners, train.shifted(), epochs)
+        runs = [_judged(learner, learners[0], source, source_head, test) for learner in learners]
+        return DemoResult(len(train.labels), len(test.labels), tuple(runs), _raised(source, head, train.shifted()))
 
 
 def train_step(backbone: nn.Module, head: nn.Module, optimizer: torch.optim.Optimizer, batch: _Digits) -> None:
@@ -133,55 +133,61 @@ def train_step(backbone: nn.Module, head: nn.Module, optimizer: torch.optim.Opti
     optimizer.step()
 
 
-def _fine_tuning(
-    name: str,
-    options: dict[str, Any] | None,
-    source: nn.Module,
-    source_head: nn.Module,
-    train: _Digits,
-    test: _Digits,
-    epochs: int,
-) -> FineTuning:
-    backbone = copy.deepcopy(source).requires_grad_(False)  # frozen, one would think
-    head = _head()
-    optimizer = torch.optim.SGD(head.parameters(), lr=0.05, momentum=0.9)
-    fixed = test.images[:_BATCH]
-    accuracy_before, output_before = _accuracy(backbone, source_head, test), _output(backbone, source_head, fixed)
+class _Learner:
+    """A copy of the source's backbone under one guard, and a head that learns on top of it."""
 
-    shifted = train.shifted()
-    drift: dict[str, list[float]] = {layer: [] for layer in _shifts(source, backbone)}
-    seconds = []
-    with contextlib.nullcontext() if options is None else bnguard.frozen(backbone, **options):
+    def __init__(self, name: str, options: dict[str, Any] | None, source: nn.Module, head: nn.Module) -> None:
+        self.name = name
+        self.source = source
+        self.backbone = copy.deepcopy(source).requires_grad_(False)  # frozen, one would think
+        self.head = copy.deepcopy(head)
+        self.optimizer = torch.optim.SGD(self.head.parameters(), lr=0.05, momentum=0.9)
+        self.guard: AbstractContextManager[object] = nullcontext()
+        if options is not None:
+            self.guard = bnguard.frozen(self.backbone, **options)
+        self.seconds: list[float] = []
+        self.drift: dict[str, list[float]] = {layer: [] for layer in _shifts(source, source)}
+
+    def step(self, batch: _Digits) -> None:
+        start = time.perf_counter()
+        train_step(self.backbone, self.head, self.optimizer, batch)
+        self.seconds.append(time.perf_counter() - start)
+        for layer, shift in _shifts(self.source, self.backbone).items():
+            self.drift[layer].append(shift)
+
+
+def _fine_tune(learners: list[_Learner], images: _Digits, epochs: int) -> None:
+    with ExitStack() as guards:
+        for learner in learners:
+            guards.enter_context(learner.guard)
         for _ in range(epochs):
-            for batch in shifted.batches():
-                start = time.perf_counter()
-                train_step(backbone, head, optimizer, batch)
-                seconds.append(time.perf_counter() - start)
-                for layer, shift in _shifts(source, backbone).items():
-                    drift[layer].append(shift)
+            for batch in images.batches():
+                # In turns, so that what else the machine does slows them down alike.
+                for learner in learners:
+                    learner.step(batch)
 
+
+def _judged(
+    learner: _Learner, unguarded: _Learner, source: nn.Module, source_head: nn.Module, test: _Digits
+) -> FineTuning:
+    fixed = test.images[:_BATCH]
+    before, after = _output(source, source_head, fixed), _output(learner.backbone, source_head, fixed)
     return FineTuning(
-        name,
-        source_before=accuracy_before,
-        source_after=_accuracy(backbone, source_head, test),
-        new_head=_accuracy(backbone, head, test.shifted()),
+        learner.name,
+        source_before=_accuracy(source, source_head, test),
+        source_after=_accuracy(learner.backbone, source_head, test),
+        new_head=_accuracy(learner.backbone, learner.head, test.shifted()),
         # As integers: to torch.equal, 0.0 and -0.0 are the same.
-        is_same_output=torch.equal(
-            output_before.view(torch.int32), _output(backbone, source_head, fixed).view(torch.int32)
-        ),
-        step_seconds=statistics.median(seconds),
-        drift=drift,
+        is_same_output=torch.equal(before.view(torch.int32), after.view(torch.int32)),
+        step_time=statistics.median(map(operator.truediv, learner.seconds, unguarded.seconds)),
+        drift=learner.drift,
     )
 
 
-def _raised(source: nn.Module, train: _Digits) -> bnguard.StatsChangedError:
-    backbone = copy.deepcopy(source).requires_grad_(False)
-    head = _head()
-    optimizer = torch.optim.SGD(head.parameters(), lr=0.05)
+def _raised(source: nn.Module, head: nn.Module, images: _Digits) -> bnguard.StatsChangedError:
+    learner = _Learner("raise", {"on_change": "raise"}, source, head)
     try:
-        with bnguard.frozen(backbone):
-            for batch in train.shifted().batches():
-                train_step(backbone, head, optimizer, batch)
+        _fine_tune([learner], images, epochs=1)
     except bnguard.StatsChangedError as error:
         return error
     raise AssertionError("the guard let a forward in train mode pass")
