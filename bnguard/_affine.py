@@ -10,22 +10,20 @@ from typing import Final
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from bnguard._layers import StatsLayer
+from bnguard._layers import StatsLayer, tensor_table
 
 __all__ = ["AffineHold", "affine_parameters"]
 
 
 def affine_parameters(layer: StatsLayer) -> tuple[str, ...]:
     """Names of the layer's affine parameters: ``weight`` and ``bias``, where they have the shape of its statistics."""
-    module = layer.module
+    buffers, parameters = (tensor_table(layer.module, table) for table in ("_buffers", "_parameters"))
     shapes = {
-        tensor.shape
-        for name in layer.buffers
-        if (tensor := module._buffers.get(name)) is not None and not is_lazy(tensor)
+        tensor.shape for name in layer.buffers if (tensor := buffers.get(name)) is not None and not is_lazy(tensor)
     }
     names = []
     for name in ("weight", "bias"):
-        parameter = module._parameters.get(name)
+        parameter = parameters.get(name)
         if parameter is not None and (is_lazy(parameter) or parameter.shape in shapes):
             names.append(name)
     return tuple(names)

@@ -19,7 +19,7 @@ from bnguard._checkpoint import Region
 from bnguard._claims import Claim, Stance, count
 from bnguard._drift import largest_mean_shift
 from bnguard._hooks import attach, detach, is_held
-from bnguard._layers import StatsLayer, find_layers
+from bnguard._layers import StatsLayer, find_layers, tensor_table
 from bnguard._select import Selector, select_layers
 from bnguard._snapshot import Difference, Snapshot
 from bnguard.errors import BNGuardWarning, StatsChangedError
@@ -243,11 +243,11 @@ class Block:
             return
         known = {id(layer.module) for layer in self._layers}
         tensors = {id(tensor) for owner in range(len(self._layers)) for tensor in self._statistics.objects_of(owner)}
-        added = [
-            layer
-            for layer in find_layers(self._model)
-            if id(layer.module) not in known and not all(id(layer.module._buffers[n]) in tensors for n in layer.buffers)
-        ]
+        added = []
+        for layer in find_layers(self._model):
+            buffers = tensor_table(layer.module, "_buffers")
+            if id(layer.module) not in known and not all([id(buffers[name]) in tensors for name in layer.buffers]):
+                added.append(layer)
         if added:
             text = _report.added_text([layer.names[0] for layer in added])
             warnings.warn(text, BNGuardWarning, stacklevel=call_site().stacklevel)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -28,8 +29,9 @@ def draw(result: DemoResult, path: Path) -> None:
     figure = Figure(figsize=(11, 4), layout="constrained")
     panels = figure.subplots(1, len(result.runs), sharex=True, sharey=True)
     for axes, run in zip(panels, result.runs, strict=True):
-        for layer, shifts in run.drift.items():
-            axes.plot(range(1, len(shifts) + 1), shifts, label=layer)
+        # Styles, because lines of two layers may lie on each other.
+        for (layer, shifts), style in zip(run.drift.items(), itertools.cycle(("-", "--", ":"))):
+            axes.plot(range(1, len(shifts) + 1), shifts, style, label=layer, linewidth=2)
         axes.set_title(run.name)
         axes.set_xlabel("fine-tuning step")
         axes.grid(alpha=0.3)

@@ -23,6 +23,7 @@ from bnguard._layers import (
     SYNC_BATCH_NORM,
     StatsLayer,
     batch_norm_updates,
+    tensor_table,
 )
 
 __all__ = ["attach", "detach", "is_held"]
@@ -259,7 +260,7 @@ class Sentry(Equipment):
     # Whose tensors are in the layer.
 
     def _remember(self) -> None:
-        buffers = self.module._buffers
+        buffers = tensor_table(self.module, "_buffers")
         self._known: tuple[Tensor | None, ...] = tuple([buffers.get(name) for name in self._names])
 
     def _is_foreign(self, module: nn.Module) -> bool:

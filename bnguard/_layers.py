@@ -11,11 +11,19 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-__all__ = ["LayerKind", "LayerRegistration", "StatsLayer", "find_layers", "is_torch_source_known", "register_layer"]
+__all__ = [
+    "LayerKind",
+    "LayerRegistration",
+    "StatsLayer",
+    "find_layers",
+    "is_torch_source_known",
+    "register_layer",
+    "tensor_table",
+]
 
 _STATISTIC: Final = re.compile(
     r"(?:running|moving)_(?:\w+_)?(?:mean|var|variance|std|cov|covar|covariance|wm|projection)(?:_\w+)?"
@@ -133,6 +141,14 @@ def find_layers(model: nn.Module) -> list[StatsLayer]:
     found: dict[int, StatsLayer] = {}
     _visit(model, "", found, set())
     return list(found.values())
+
+
+def tensor_table(module: nn.Module, table: Literal["_buffers", "_parameters"]) -> dict[str, Tensor | None]:
+    """The module's own buffers or parameters by name: the dictionary itself, but for a ScriptModule a copy."""
+    tensors = module.__dict__[table]
+    if isinstance(tensors, dict):
+        return tensors
+    return dict(module.named_buffers(recurse=False) if table == "_buffers" else module.named_parameters(recurse=False))
 
 
 def any_layer(model: nn.Module) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from bnguard._bits import as_bytes, from_bytes, same_bits
+from bnguard._layers import tensor_table
 
 __all__ = ["Difference", "Snapshot"]
 
@@ -145,7 +146,7 @@ class Snapshot:
     @_aside
     def refresh(self, owner: int) -> None:
         """Takes the current values of one module's tensors for the captured ones."""
-        table = self.modules[owner].__dict__[self._table]
+        table = tensor_table(self.modules[owner], self._table)
         for name, original in zip(self._names[owner], self.objects_of(owner), strict=True):
             saved, now = self._saved(original), table.get(name)
             if saved is not None and now is not None and now.shape == saved.shape:
@@ -163,13 +164,13 @@ class Snapshot:
 
     def now(self, owner: int) -> dict[str, Tensor]:
         """The current tensors of one module, by name, as far as they have values."""
-        table = self.modules[owner].__dict__[self._table]
+        table = tensor_table(self.modules[owner], self._table)
         tensors = {name: table.get(name) for name in self._names[owner]}
         return {name: tensor for name, tensor in tensors.items() if tensor is not None and _has_values(tensor)}
 
     def _current(self) -> Iterator[Tensor | None]:
         for module, names in zip(self.modules, self._names, strict=True):
-            table = module.__dict__[self._table]
+            table = tensor_table(module, self._table)
             for name in names:
                 yield table.get(name)
 
@@ -200,6 +201,9 @@ class Snapshot:
     def _put(self, owner: int, name: str, tensor: Tensor) -> None:
         """Hangs ``tensor`` under ``name`` again, whatever took that name since, in the order of capture."""
         module, names = self.modules[owner], self._names[owner]
+        if isinstance(module, torch.jit.ScriptModule):
+            setattr(module, name, tensor)
+            return
         own = module.__dict__[self._table]
         for table in (module._buffers, module._parameters, module._modules, module.__dict__):
             if table is not own:

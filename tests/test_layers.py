@@ -1,0 +1,739 @@
+"""Every family of layers with running statistics, under every policy; the oracle is an unguarded twin, bit for bit."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+import bnguard
+from tests.asserts import assert_clean, assert_same_bits, outcome, statistics, values, warns
+from tests.nets import (
+    FrozenNorm,
+    MovingNorm,
+    OwnForward,
+    PlainSubclass,
+    ReassigningNorm,
+    ScaledNorm,
+    SharedNet,
+    TwoPasses,
+    images,
+    warmed,
+)
+
+
+@dataclass(frozen=True)
+class Family:
+    """How to make one layer for three channels, and the dimensions of its input."""
+
+    build: Callable[[], nn.Module]
+    dims: int = 2
+    is_own: bool = False
+
+    def net(self, device: torch.device, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """The layer alone, as a part called ``norm``."""
+        net = nn.Sequential()
+        net.add_module("norm", warmed(self.build()))
+        return net.to(device, dtype)
+
+    def input(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+        """A batch for it."""
+        shape = [4, 3, *[3] * self.dims]
+        return (torch.randn(shape, generator=torch.Generator().manual_seed(5)) * 2 + 1).to(device, dtype)
+
+
+def _family(cls: Any, dims: int = 2, is_own: bool = False, **options: Any) -> Family:
+    return Family(lambda: cls(3, **options), dims, is_own)
+
+
+def _instance_norm_off() -> nn.Module:
+    layer = nn.InstanceNorm2d(3, track_running_stats=True, affine=True)
+    layer.track_running_stats = False
+    return layer
+
+
+def _without_counter() -> nn.Module:
+    layer = nn.BatchNorm2d(3)
+    layer.num_batches_tracked = None
+    return layer
+
+
+FAMILIES = {
+    "BatchNorm1d-rows": _family(nn.BatchNorm1d, 0),
+    "BatchNorm1d": _family(nn.BatchNorm1d, 1),
+    "BatchNorm2d": _family(nn.BatchNorm2d),
+    "BatchNorm3d": _family(nn.BatchNorm3d, 3),
+    "BatchNorm2d-momentum-none": _family(nn.BatchNorm2d, momentum=None),
+    "BatchNorm2d-momentum-0": _family(nn.BatchNorm2d, momentum=0.0),
+    "BatchNorm2d-momentum-1": _family(nn.BatchNorm2d, momentum=1.0),
+    "BatchNorm2d-plain": _family(nn.BatchNorm2d, affine=False),
+    "BatchNorm2d-no-counter": Family(_without_counter),
+    "SyncBatchNorm": _family(nn.SyncBatchNorm),
+    "SyncBatchNorm-momentum-none": _family(nn.SyncBatchNorm, momentum=None),
+    "SyncBatchNorm-plain": _family(nn.SyncBatchNorm, affine=False),
+    "InstanceNorm1d": _family(nn.InstanceNorm1d, 1, track_running_stats=True),
+    "InstanceNorm2d": _family(nn.InstanceNorm2d, track_running_stats=True, affine=True),
+    "InstanceNorm3d": _family(nn.InstanceNorm3d, 3, track_running_stats=True),
+    "InstanceNorm2d-momentum-0": _family(nn.InstanceNorm2d, track_running_stats=True, momentum=0.0),
+    "InstanceNorm2d-off": Family(_instance_norm_off),
+    "subclass": _family(PlainSubclass),
+    "subclass-own-forward": _family(ScaledNorm, is_own=True),
+    "own": _family(OwnForward, is_own=True),
+    "own-reassigning": _family(ReassigningNorm, is_own=True),
+    "own-moving": _family(MovingNorm, is_own=True),
+}
+EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
+# What moves in every forward, whatever the momentum.
+STOCK = {name: family for name, family in FAMILIES.items() if not family.is_own}
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+HOLDS = pytest.mark.parametrize(
+    "options", [{"on_change": "restore"}, {"use_running_stats": True}], ids=["restore", "running"]
+)
+POLICIES = pytest.mark.parametrize("on_change", ["raise", "warn", "restore"])
+
+
+def eval_twin(net: nn.Module) -> nn.Module:
+    """A copy whose layers with statistics normalise with them."""
+    twin = copy.deepcopy(net)
+    for module in twin.modules():
+        if statistics(module) and not list(module.children()):
+            module.eval()
+            if isinstance(module, nn.modules.instancenorm._InstanceNorm):
+                module.track_running_stats = True
+    return twin
+
+
+@EVERY_FAMILY
+@DTYPES
+def test_restore_gives_the_twins_results(family: Family, dtype: torch.dtype, device: torch.device) -> None:
+    """Under restore outputs and gradients are the unguarded twin's, and the statistics do not move."""
+    net, x = family.net(device, dtype), family.input(device, dtype)
+    twin, before, objects = copy.deepcopy(net), values(statistics(net)), statistics(net)
+    with bnguard.frozen(net, "restore") as guard:
+        assert_same_bits(outcome(net, x), outcome(twin, x))
+        assert_same_bits(statistics(net), before)
+    assert guard.changes == ()
+    assert all(tensor is objects[name] for name, tensor in statistics(net).items())
+    assert_same_bits(objects, before)
+    assert_clean(net)
+
+
+@EVERY_FAMILY
+def test_twin_moves_where_restore_holds(family: Family, device: torch.device) -> None:
+    """The forward that restore holds is one that moves the statistics of an unguarded net."""
+    net = family.net(device)
+    before = values(statistics(net))
+    outcome(net, family.input(device))
+    with pytest.raises(AssertionError, match="bits differ"):
+        assert_same_bits(statistics(net), before)
+
+
+@EVERY_FAMILY
+def test_raise_names_the_layer_before_anything_moves(family: Family, device: torch.device) -> None:
+    """Under raise the forward raises, names the layer, and has moved nothing when it does."""
+    net, x = family.net(device), family.input(device)
+    before, objects = values(statistics(net)), statistics(net)
+    mode = r"norm \(\w+\) is in train mode inside frozen\(\)"
+    with pytest.raises(bnguard.StatsChangedError, match=mode) as caught, bnguard.frozen(net):  # noqa: PT012
+        try:
+            net(x)
+        finally:
+            assert_same_bits(statistics(net), before)
+    assert [change.names for change in caught.value.changes] == [("norm",)]
+    assert all(tensor is objects[name] for name, tensor in statistics(net).items())
+    assert_same_bits(objects, before)
+    assert_clean(net)
+
+
+@EVERY_FAMILY
+@DTYPES
+def test_warn_leaves_everything_as_unguarded(family: Family, dtype: torch.dtype, device: torch.device) -> None:
+    """Under warn results and statistics are the twin's, two forwards long, and one warning names the layer."""
+    net, x = family.net(device, dtype), family.input(device, dtype)
+    twin = copy.deepcopy(net)
+    with warns() as caught, bnguard.frozen(net, "warn") as guard:
+        one, two = outcome(net, x), outcome(net, x)
+    assert_same_bits([one, two], [outcome(twin, x), outcome(twin, x)])
+    assert_same_bits(statistics(net), statistics(twin))
+    assert caught.message.startswith(f"norm ({type(net.norm).__name__}) is in train mode inside frozen()")
+    assert [(change.names, change.updates) for change in guard.changes] == [(("norm",), 2)]
+    assert_clean(net)
+
+
+@EVERY_FAMILY
+@DTYPES
+def test_use_running_stats_gives_the_eval_twins_results(
+    family: Family, dtype: torch.dtype, device: torch.device
+) -> None:
+    """With use_running_stats a layer in train mode computes what its twin in eval mode computes, and keeps its mode."""
+    net, x = family.net(device, dtype), family.input(device, dtype)
+    twin, before = eval_twin(net), values(statistics(net))
+    with bnguard.frozen(net, use_running_stats=True) as guard:
+        net.train()
+        assert_same_bits(outcome(net, x), outcome(twin, x))
+        assert net.norm.training
+    assert guard.changes == ()
+    assert_same_bits(statistics(net), before)
+    assert_clean(net)
+
+
+@EVERY_FAMILY
+@POLICIES
+def test_eval_mode_is_no_finding(family: Family, on_change: Any, device: torch.device) -> None:
+    """A forward in eval mode of a layer that tracks its statistics is as unguarded, and silent."""
+    net, x = family.net(device).eval(), family.input(device)
+    if getattr(net.norm, "track_running_stats", True) is False:
+        net.norm.track_running_stats = True
+    twin = copy.deepcopy(net)
+    with bnguard.frozen(net, on_change) as guard:
+        assert_same_bits(outcome(net, x), outcome(twin, x))
+    assert guard.changes == ()
+
+
+@EVERY_FAMILY
+@HOLDS
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -0.0])
+def test_broken_statistics_keep_their_bits(family: Family, options: Any, value: float, device: torch.device) -> None:
+    """NaN, infinity and -0.0 in the statistics stay the bits they were, and break no result that they did not before."""
+    net, x = family.net(device), family.input(device)
+    for tensor in statistics(net).values():
+        if tensor.is_floating_point():
+            tensor[0] = value
+    twin, before = eval_twin(net) if "use_running_stats" in options else copy.deepcopy(net), values(statistics(net))
+    with bnguard.frozen(net, **options) as guard:
+        one, two = outcome(net, x), outcome(twin, x)
+    assert torch.equal(one["output"].isnan(), two["output"].isnan())
+    assert_same_bits(one["output"].nan_to_num(), two["output"].nan_to_num())
+    assert guard.changes == ()
+    assert_same_bits(statistics(net), before)
+
+
+MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+}
+
+
+@EVERY_FAMILY
+@pytest.mark.parametrize("mode", MODES)
+def test_restore_in_every_mode_of_torch(family: Family, mode: str) -> None:
+    """Under no_grad, inference_mode and autocast restore gives the twin's output, and gradients where there are any."""
+    cpu = torch.device("cpu")
+    net, x = (
+        nn.Sequential(nn.Conv2d(3, 3, 1), family.net(cpu)) if family.dims == 2 else family.net(cpu),
+        family.input(cpu),
+    )
+    twin, before = copy.deepcopy(net), values(statistics(net))
+    has_gradients = mode == "autocast"
+    with bnguard.frozen(net, "restore"):
+        with MODES[mode]():
+            one, two = (outcome(model, x, backward=has_gradients) for model in (net, twin))
+        assert_same_bits(one, two)
+        # What was made in that mode does not spoil an ordinary forward later.
+        assert_same_bits(statistics(net), before)
+        net.zero_grad()
+        outcome(net, x)
+    assert_same_bits(statistics(net), before)
+
+
+@EVERY_FAMILY
+@pytest.mark.parametrize("mode", MODES)
+def test_raise_in_every_mode_of_torch(family: Family, mode: str) -> None:
+    """Under no_grad, inference_mode and autocast an update is a finding all the same."""
+    cpu = torch.device("cpu")
+    net = family.net(cpu)
+    before = values(statistics(net))
+    with pytest.raises(bnguard.StatsChangedError), bnguard.frozen(net), MODES[mode]():
+        net(family.input(cpu))
+    assert_same_bits(statistics(net), before)
+
+
+@EVERY_FAMILY
+@pytest.mark.parametrize("mode", MODES)
+def test_warn_in_every_mode_of_torch(family: Family, mode: str) -> None:
+    """Under no_grad, inference_mode and autocast statistics move under warn as the twin's do."""
+    cpu = torch.device("cpu")
+    net = family.net(cpu)
+    twin = copy.deepcopy(net)
+    with warns(), bnguard.frozen(net, "warn"), MODES[mode]():
+        net(family.input(cpu))
+    with MODES[mode]():
+        twin(family.input(cpu))
+    assert_same_bits(statistics(net), statistics(twin))
+
+
+@EVERY_FAMILY
+@HOLDS
+def test_layer_made_in_inference_mode_is_held(family: Family, options: Any) -> None:
+    """Statistics that are inference tensors are compared and held like any other."""
+    with torch.inference_mode():
+        net, x = family.net(torch.device("cpu")), family.input(torch.device("cpu"))
+        twin = eval_twin(net) if "use_running_stats" in options else copy.deepcopy(net)
+    before = values(statistics(net))
+    with torch.inference_mode(), bnguard.frozen(net, **options):
+        assert_same_bits(net(x), twin(x))
+    assert_same_bits(values(statistics(net)), before)
+
+
+@pytest.mark.parametrize(
+    "family", [f for f in FAMILIES.values() if f.dims == 2], ids=[n for n in FAMILIES if FAMILIES[n].dims == 2]
+)
+@HOLDS
+def test_channels_last_keeps_format_and_results(family: Family, options: Any, device: torch.device) -> None:
+    """Inputs with channels last give the twin's results, in the twin's memory format."""
+    net, x = family.net(device), family.input(device).contiguous(memory_format=torch.channels_last)
+    twin = eval_twin(net) if "use_running_stats" in options else copy.deepcopy(net)
+    with bnguard.frozen(net, **options):
+        one, two = outcome(net, x), outcome(twin, x)
+    assert_same_bits(one, two)
+    assert one["output"].stride() == two["output"].stride()
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_counts_updates_of_every_family(name: str) -> None:
+    """Within the budget each family updates as unguarded, and not once more."""
+    cpu = torch.device("cpu")
+    net, x = STOCK[name].net(cpu), STOCK[name].input(cpu)
+    twin = copy.deepcopy(net)
+    twin(x)
+    expected = values(statistics(twin))
+    with bnguard.frozen(net, "restore", updates=1) as guard:
+        assert_same_bits(outcome(net, x)["output"], outcome(STOCK[name].net(cpu), x)["output"])
+        assert_same_bits(statistics(net), expected)
+        assert_same_bits(net(x), twin(x))
+    assert_same_bits(statistics(net), expected)
+    assert guard.changes == ()
+
+
+# Half-precision inputs to a layer that keeps its statistics in single precision, as autocast makes them.
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("affine", [True, False])
+@HOLDS
+def test_half_input_on_single_precision_statistics(dtype: torch.dtype, affine: bool, options: Any) -> None:
+    """A mixed-precision BatchNorm computes what its twin computes."""
+    net = warmed(nn.BatchNorm2d(2, affine=affine))
+    twin = copy.deepcopy(net)
+    if "use_running_stats" in options:
+        twin.eval()
+    with bnguard.frozen(net, **options):
+        assert_same_bits(outcome(net, images().to(dtype)), outcome(twin, images().to(dtype)))
+
+
+# Flags.
+
+
+def test_instance_norm_updates_in_eval_mode_when_the_flag_is_off() -> None:
+    """An InstanceNorm whose flag was turned off updates in eval mode: raise says so, and names the mode."""
+    net = _instance_norm_off().eval()
+    with (
+        pytest.raises(bnguard.StatsChangedError, match=r"\(root\) \(InstanceNorm2d\) is in eval mode"),
+        bnguard.frozen(net),
+    ):
+        net(torch.randn(2, 3, 2, 2))
+
+
+@pytest.mark.parametrize("on_change", ["restore", "warn"])
+def test_instance_norm_with_the_flag_off_has_its_twins_results(on_change: Any) -> None:
+    """In eval mode with the flag off, restore holds and warn reports what torch does there."""
+    net = warmed(_instance_norm_off()).eval()
+    twin, before, x = copy.deepcopy(net), values(statistics(net)), torch.randn(2, 3, 2, 2)
+    with warns(count=on_change == "warn"), bnguard.frozen(net, on_change):
+        assert_same_bits(outcome(net, x), outcome(twin, x))
+    assert_same_bits(statistics(net), before if on_change == "restore" else statistics(twin))
+
+
+def test_batch_norm_with_the_flag_off_is_no_finding() -> None:
+    """A BatchNorm whose flag was turned off does not update, and raise has nothing to say."""
+    net = warmed(nn.BatchNorm2d(2))
+    net.track_running_stats = False
+    twin = copy.deepcopy(net)
+    with bnguard.frozen(net) as guard:
+        assert_same_bits(outcome(net, images()), outcome(twin, images()))
+    assert guard.changes == ()
+    assert net.track_running_stats is False
+
+
+def test_use_running_stats_overrules_the_flag() -> None:
+    """With the flag off a BatchNorm in train mode still normalises with its statistics."""
+    net = warmed(nn.BatchNorm2d(2))
+    twin = copy.deepcopy(net).eval()
+    net.track_running_stats = False
+    with bnguard.frozen(net, use_running_stats=True):
+        assert_same_bits(outcome(net, images()), outcome(twin, images()))
+    assert net.track_running_stats is False
+
+
+def test_momentum_0_without_a_counter_is_no_finding() -> None:
+    """Nothing moves with momentum 0 and no counter: raise lets it run."""
+    net = nn.BatchNorm2d(2, momentum=0.0)
+    net.num_batches_tracked = None
+    before = values(statistics(net))
+    with bnguard.frozen(net) as guard:
+        net(images())
+    assert guard.changes == ()
+    assert_same_bits(statistics(net), before)
+
+
+def test_layers_without_statistics_are_not_guarded() -> None:
+    """LayerNorm, GroupNorm and an untracked BatchNorm have nothing to guard."""
+    net = nn.Sequential(nn.GroupNorm(1, 2), nn.BatchNorm2d(2, track_running_stats=False), nn.BatchNorm2d(2))
+    assert [layer.names for layer in bnguard.frozen(net).layers] == [("2",)]
+
+
+# FrozenBatchNorm and its like.
+
+
+@POLICIES
+def test_frozen_norm_is_no_finding(on_change: Any) -> None:
+    """A layer that only reads its statistics runs as unguarded, under every policy."""
+    net = warmed(FrozenNorm(2))
+    twin = copy.deepcopy(net)
+    with bnguard.frozen(net, on_change) as guard:
+        assert_same_bits(outcome(net, images()), outcome(twin, images()))
+    assert guard.changes == ()
+    assert [layer.buffers for layer in guard.layers] == [("running_mean", "running_var")]
+
+
+def test_frozen_norm_with_a_budget_spends_none_of_it() -> None:
+    """Forwards that do not update are not counted."""
+    with bnguard.frozen(nn.Sequential(FrozenNorm(2)), updates=1) as guard:
+        for _ in range(3):
+            guard._model(images())
+    assert guard.changes == ()
+
+
+# Lazy layers.
+
+
+LAZY = {1: nn.LazyBatchNorm1d, 2: nn.LazyBatchNorm2d, 3: nn.LazyBatchNorm3d}
+
+
+def lazy_input(dims: int) -> Tensor:
+    """A batch from which a lazy layer learns that it has three channels."""
+    return FAMILIES[f"BatchNorm{dims}d"].input(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("dims", LAZY)
+@pytest.mark.parametrize("on_change", ["restore", "warn"])
+def test_lazy_layer_materialised_inside(dims: int, on_change: Any) -> None:
+    """A lazy layer that gets its shape inside: the twin's results; under restore statistics as torch initialises them."""
+    net, x = nn.Sequential(LAZY[dims]()), lazy_input(dims)
+    twin = nn.Sequential(LAZY[dims]())
+    with warns(count=on_change == "warn"), bnguard.frozen(net, on_change):
+        assert_same_bits(outcome(net, x), outcome(twin, x))
+    initial = {
+        "0.running_mean": torch.zeros(3),
+        "0.running_var": torch.ones(3),
+        "0.num_batches_tracked": torch.tensor(0),
+    }
+    assert_same_bits(statistics(net), initial if on_change == "restore" else statistics(twin))
+    assert type(net[0]) is type(twin[0])
+    assert_clean(net)
+    assert_same_bits(outcome(net, x)["output"], outcome(twin, x)["output"])
+
+
+@pytest.mark.parametrize("dims", LAZY)
+def test_lazy_layer_materialised_inside_raises(dims: int) -> None:
+    """Under raise the first forward of a lazy layer raises; its statistics are as torch initialises them."""
+    net = nn.Sequential(LAZY[dims]())
+    with pytest.raises(bnguard.StatsChangedError, match=r"0 \(BatchNorm\dd\)"), bnguard.frozen(net):
+        net(lazy_input(dims))
+    assert_same_bits(net[0].running_mean, torch.zeros(3))
+    assert_same_bits(net[0].num_batches_tracked, torch.tensor(0))
+    assert_clean(net)
+
+
+@pytest.mark.parametrize("dims", LAZY)
+def test_lazy_layer_with_use_running_stats(dims: int) -> None:
+    """With use_running_stats the first forward of a lazy layer normalises with the initial statistics."""
+    net, x = nn.Sequential(LAZY[dims]()), lazy_input(dims)
+    twin = nn.Sequential(LAZY[dims]()).eval()
+    with bnguard.frozen(net, use_running_stats=True):
+        assert_same_bits(outcome(net, x), outcome(twin, x))
+    assert_same_bits(statistics(net), statistics(twin))
+
+
+@pytest.mark.parametrize("dims", LAZY)
+@POLICIES
+def test_lazy_layer_that_never_gets_its_shape(dims: int, on_change: Any) -> None:
+    """A block around a lazy layer that is not run is silent, and the layer is as lazy as before."""
+    net = nn.Sequential(LAZY[dims]())
+    objects = statistics(net)
+    with bnguard.frozen(net, on_change, affine=True) as guard:
+        pass
+    assert guard.changes == ()
+    assert all(tensor is objects[name] for name, tensor in statistics(net).items())
+    assert is_lazy(net[0].running_mean)
+    assert_clean(net)
+    net(lazy_input(dims))
+    assert net[0].num_batches_tracked == 1
+
+
+# Layers in other layers, and in several places.
+
+
+def qat_net() -> nn.Module:
+    """Quantisation-aware Conv and BatchNorm in one."""
+    from torch.ao.nn.intrinsic.qat import ConvBn2d
+    from torch.ao.quantization import get_default_qat_qconfig
+
+    torch.manual_seed(0)
+    return ConvBn2d(2, 3, 1, qconfig=get_default_qat_qconfig("fbgemm"))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Please use quant_min:UserWarning")
+@pytest.mark.parametrize(
+    "options", [{"on_change": "restore"}, {"on_change": "warn"}, {"use_running_stats": True}], ids=str
+)
+def test_qat_conv_bn(options: Any) -> None:
+    """A QAT ConvBn2d computes what its twin computes; its BatchNorm is held, or reported under its own name."""
+    net = qat_net()
+    twin, before = copy.deepcopy(net), values(statistics(net))
+    if "use_running_stats" in options:
+        twin.bn.eval()
+    is_warn = options.get("on_change") == "warn"
+    with warns(count=is_warn) as caught, bnguard.frozen(net, **options) as guard:
+        assert_same_bits(outcome(net, images()), outcome(twin, images()))
+    assert_same_bits(statistics(net), statistics(twin) if is_warn else before)
+    assert [layer.names for layer in guard.layers] == [("bn",)]
+    assert all(message.startswith("bn (BatchNorm2d)") for message in caught.messages)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Please use quant_min:UserWarning")
+def test_qat_conv_bn_raises() -> None:
+    """Under raise the BatchNorm inside a QAT ConvBn2d is named."""
+    net = qat_net()
+    before = values(statistics(net))
+    with pytest.raises(bnguard.StatsChangedError, match=r"bn \(BatchNorm2d\)"), bnguard.frozen(net):
+        net(images())
+    assert_same_bits(statistics(net), before)
+
+
+def test_shared_layer_is_one_layer_with_two_names() -> None:
+    """A layer under two names is listed once, with both, and every message prints both."""
+    net = SharedNet()
+    with (
+        pytest.raises(bnguard.StatsChangedError, match=r"^norm = again \(BatchNorm2d\) is in train mode"),
+        bnguard.frozen(net),
+    ):
+        net(images())
+    assert [layer.names for layer in bnguard.frozen(net).layers] == [("norm", "again")]
+
+
+def test_shared_layer_is_held_in_both_places() -> None:
+    """Under restore neither of the two forwards of a shared layer moves it; results are the twin's."""
+    net = warmed(SharedNet())
+    twin, before = copy.deepcopy(net), values(statistics(net))
+    with bnguard.frozen(net, "restore"):
+        assert_same_bits(outcome(net, images()), outcome(twin, images()))
+    assert_same_bits(statistics(net), before)
+    assert statistics(twin)["norm.num_batches_tracked"] == 5
+
+
+def test_shared_layer_updates_twice_in_a_forward() -> None:
+    """``updates=1`` around one forward finds the second update of a shared layer."""
+    with (
+        pytest.raises(bnguard.StatsChangedError, match="has updated once inside frozen"),
+        bnguard.frozen(net := SharedNet(), updates=1),
+    ):
+        net(images())
+
+
+@POLICIES
+def test_tied_buffers_are_held_as_one(on_change: Any) -> None:
+    """Two layers around the same tensors: both are held, the tensors return once, and both places keep them."""
+    net = warmed(nn.Sequential(nn.BatchNorm2d(2), nn.BatchNorm2d(2)))
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        setattr(net[1], name, getattr(net[0], name))
+    twin, before, mean = copy.deepcopy(net), values(statistics(net)), net[0].running_mean
+    if on_change == "raise":
+        with pytest.raises(bnguard.StatsChangedError), bnguard.frozen(net):
+            net(images())
+    else:
+        with warns(count=on_change == "warn"), bnguard.frozen(net, on_change):
+            assert_same_bits(outcome(net, images()), outcome(twin, images()))
+    assert_same_bits(statistics(net), statistics(twin) if on_change == "warn" else before)
+    assert net[0].running_mean is net[1].running_mean is mean
+
+
+def test_tied_buffers_of_a_guarded_and_an_unguarded_layer() -> None:
+    """A layer outside the guard that writes the tensors of one inside is found at the end, and undone."""
+    net = nn.Sequential(nn.BatchNorm2d(2), nn.BatchNorm2d(2))
+    net[1].running_mean = net[0].running_mean
+    with warns(), bnguard.frozen(net, "restore", include="0"):
+        net(images())
+    assert_same_bits(net[0].running_mean, torch.zeros(2))
+    assert net[1].num_batches_tracked == 1
+
+
+def test_layer_that_runs_twice_under_restore_has_one_pass_statistics() -> None:
+    """However often a layer runs in a forward, restore gives the output of a layer whose statistics nobody reads."""
+    net = warmed(TwoPasses(3))
+    twin, before = copy.deepcopy(net), values(statistics(net))
+    with bnguard.frozen(net, "restore"):
+        assert_same_bits(outcome(net, images()), outcome(twin, images()))
+    assert_same_bits(statistics(net), before)
+
+
+def test_modules_that_only_own_statistics_are_guarded() -> None:
+    """A bare owner of running statistics that others write is compared at the end."""
+    net = nn.Module()
+    net.register_buffer("running_mean", torch.zeros(2))
+    with pytest.raises(bnguard.StatsChangedError, match=r"\(root\) \(Module\): running_mean"), bnguard.frozen(net):
+        net.running_mean += 1
+    assert_same_bits(net.running_mean, torch.zeros(2))
+
+
+# A forward that somebody put on one layer before the block.
+
+
+@pytest.mark.parametrize(
+    "options", [{"on_change": "restore"}, {"on_change": "warn"}, {"use_running_stats": True}], ids=str
+)
+@pytest.mark.parametrize("cls", [nn.BatchNorm2d, nn.SyncBatchNorm, OwnForward])
+def test_foreign_forward_is_respected(cls: Any, options: Any) -> None:
+    """A forward on the instance runs, is held or reported, and is the same object afterwards."""
+    net = warmed(cls(2))
+
+    def patch(layer: nn.Module) -> Any:
+        layer.forward = lambda input: cls.forward(layer, input) * 3
+        return layer.forward
+
+    twin, before, foreign = copy.deepcopy(net), values(statistics(net)), patch(net)
+    patch(twin.eval() if "use_running_stats" in options else twin)
+    is_warn = options.get("on_change") == "warn"
+    with warns(count=is_warn), bnguard.frozen(net, **options):
+        assert_same_bits(outcome(net, images()), outcome(twin, images()))
+    assert net.__dict__["forward"] is foreign
+    assert_same_bits(statistics(net), statistics(twin) if is_warn else before)
+    assert_clean(net)
+
+
+def test_foreign_forward_is_judged_under_raise() -> None:
+    """A forward on the instance that updates raises, and nothing has moved."""
+    net = nn.BatchNorm2d(2)
+    own, before = net.forward, values(statistics(net))
+    net.forward = lambda input: own(input)
+    foreign = net.__dict__["forward"]
+    with pytest.raises(bnguard.StatsChangedError), bnguard.frozen(net):
+        net(images())
+    assert_same_bits(statistics(net), before)
+    assert net.__dict__["forward"] is foreign
+
+
+# DataParallel.
+
+
+@pytest.mark.parametrize("cls", [nn.BatchNorm2d, nn.SyncBatchNorm, ScaledNorm, OwnForward])
+@pytest.mark.parametrize("nested", [False, True])
+def test_replica_inside_a_block_updates_nothing_shared(cls: Any, nested: bool) -> None:
+    """A replica as DataParallel makes it, around the same tensors, is held too and computes what a twin computes."""
+    net = warmed(cls(2))
+    twin, before = copy.deepcopy(net), values(statistics(net))
+    with bnguard.frozen(net, "restore"), bnguard.frozen(net, "restore") if nested else nullcontext():
+        replica = net._replicate_for_data_parallel()
+        # The first replica shares the module's tensors; parameters become plain attributes.
+        replica._buffers = dict(net._buffers)
+        for name, parameter in net._parameters.items():
+            setattr(replica, name, parameter)
+        assert_same_bits(replica(images()), twin(images()))
+        assert_same_bits(statistics(net), before)
+    assert_same_bits(statistics(net), before)
+
+
+def test_replica_of_another_replica_is_guarded_by_the_same_block() -> None:
+    """Under raise a replica raises as its module would."""
+    net = nn.BatchNorm2d(2)
+    with pytest.raises(bnguard.StatsChangedError), bnguard.frozen(net):
+        net._replicate_for_data_parallel()(images())
+
+
+# register_layer.
+
+
+class EmaNorm(nn.Module):
+    """Names its statistics in a way that nobody else does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("ema", torch.zeros(2))
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.training:
+            self.ema.lerp_(input.mean((0, 2, 3)).detach(), 0.5)
+        return input - self.ema.view(1, -1, 1, 1)
+
+
+class SubEmaNorm(EmaNorm):
+    pass
+
+
+@pytest.mark.parametrize("cls", [EmaNorm, SubEmaNorm])
+@pytest.mark.parametrize("updates", [None, lambda layer: layer.training], ids=["compared", "predicted"])
+def test_registered_layer_is_guarded(cls: Any, updates: Any) -> None:
+    """A registered class and its subclasses are held under restore and judged under raise."""
+    net = cls()
+    registration = bnguard.register_layer(EmaNorm, ["ema"], updates=updates)
+    try:
+        with bnguard.frozen(net, "restore"):
+            assert_same_bits(net(images()), cls()(images()))
+        assert_same_bits(net.ema, torch.zeros(2))
+        with pytest.raises(bnguard.StatsChangedError, match="would update ema"), bnguard.frozen(net):
+            net(images())
+        assert_same_bits(net.ema, torch.zeros(2))
+        with bnguard.frozen(net, use_running_stats=True):
+            assert_same_bits(net(images()), cls().eval()(images()))
+    finally:
+        registration.remove()
+
+
+def test_registration_is_gone_after_remove() -> None:
+    """``remove()``, once or twice, makes the class unknown again."""
+    registration = bnguard.register_layer(EmaNorm, ["ema"])
+    assert len(bnguard.frozen(EmaNorm()).layers) == 1
+    registration.remove()
+    registration.remove()
+    with warns(at="bnguard.frozen(EmaNorm())"):
+        bnguard.frozen(EmaNorm())
+
+
+def test_removing_an_old_registration_keeps_a_newer_one() -> None:
+    """The last registration of a class counts; taking back an earlier one does not end it."""
+    older = bnguard.register_layer(EmaNorm, ["nothing"])
+    newer = bnguard.register_layer(EmaNorm, ["ema"])
+    older.remove()
+    assert bnguard.frozen(EmaNorm()).layers[0].buffers == ("ema",)
+    newer.remove()
+
+
+def test_registration_overrules_what_is_found_by_name() -> None:
+    """A registered class is guarded for the buffers that were named, and no others."""
+    registration = bnguard.register_layer(OwnForward, ["running_mean"])
+    try:
+        assert bnguard.frozen(OwnForward()).layers[0].buffers == ("running_mean",)
+    finally:
+        registration.remove()
+
+
+def test_unseen_write_by_the_functional_form_is_found() -> None:
+    """F.batch_norm on the buffers of any family is found at the end of the block."""
+    net = nn.SyncBatchNorm(2)
+    with (
+        pytest.raises(bnguard.StatsChangedError, match="No forward that bnguard can see explains it"),
+        bnguard.frozen(net),
+    ):
+        F.batch_norm(images(), net.running_mean, net.running_var, training=True)
+    assert_same_bits(net.running_mean, torch.zeros(2))
