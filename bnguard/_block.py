@@ -20,7 +20,7 @@ from bnguard._claims import Claim, Stance, count
 from bnguard._drift import largest_mean_shift
 from bnguard._hooks import attach, detach, is_held
 from bnguard._layers import StatsLayer, find_layers, tensor_table
-from bnguard._select import Selector, select_layers
+from bnguard._select import Selector, is_selected, select_layers
 from bnguard._snapshot import Difference, Snapshot
 from bnguard.errors import BNGuardWarning, StatsChangedError
 
@@ -60,7 +60,9 @@ class Block:
     def __init__(self, model: nn.Module, settings: Settings) -> None:
         self._model = model
         self._settings = settings
-        self._layers = select_layers(model, settings.include, settings.exclude)
+        layers = find_layers(model)
+        self._layers = select_layers(model, layers, settings.include, settings.exclude)
+        self._all_ids = {id(layer.module) for layer in layers}
         self._claims: list[Claim] = []
         self._affine = AffineHold()
         self._statistics: Snapshot | None = None
@@ -241,12 +243,15 @@ class Block:
     def _warn_about_added_layers(self) -> None:
         if self._statistics is None or not self._layers:
             return
-        known = {id(layer.module) for layer in self._layers}
         tensors = {id(tensor) for owner in range(len(self._layers)) for tensor in self._statistics.objects_of(owner)}
         added = []
         for layer in find_layers(self._model):
+            if id(layer.module) in self._all_ids:
+                continue
             buffers = tensor_table(layer.module, "_buffers")
-            if id(layer.module) not in known and not all([id(buffers[name]) in tensors for name in layer.buffers]):
+            # A new layer around guarded buffers, as convert_sync_batchnorm makes them, is compared like the old one.
+            is_compared = all([id(buffers[name]) in tensors for name in layer.buffers])
+            if not is_compared and is_selected(layer, self._settings.include, self._settings.exclude):
                 added.append(layer)
         if added:
             text = _report.added_text([layer.names[0] for layer in added])

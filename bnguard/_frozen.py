@@ -16,7 +16,7 @@ from bnguard._block import Block, OnChange, Settings
 from bnguard._callsite import call_site
 from bnguard._changes import GuardedLayer, StatsChange
 from bnguard._decorate import guard_function
-from bnguard._layers import any_layer
+from bnguard._layers import any_layer, find_layers
 from bnguard._select import Selector, as_selectors, select_layers
 from bnguard.errors import BNGuardWarning
 
@@ -140,7 +140,7 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
             text = _report.unguarded_text(type(model).__name__)
             warnings.warn(text, BNGuardWarning, stacklevel=call_site().stacklevel)
         elif settings.include or settings.exclude:
-            select_layers(model, settings.include, settings.exclude)
+            select_layers(model, find_layers(model), settings.include, settings.exclude)
         self._set(model, settings)
 
     def _set(self, model: nn.Module, settings: Settings) -> None:

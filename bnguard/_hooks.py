@@ -140,9 +140,11 @@ class Sentry(Equipment):
             return self._original(*args, **kwargs)
         if order == "warn":
             return self._run_observed(args, kwargs)
-        verdict = decide(self.claims)  # spends nothing yet
+        verdict = decide(self.claims)  # about an update, if there is one; spends nothing yet
         if verdict.stance == "restore":
             return self._run_held(args, kwargs)
+        if verdict.stance == "running":
+            return self._run_in_eval_mode(args, kwargs)
         if verdict == Verdict("stand"):
             return self._original(*args, **kwargs)
         return self._run_on_trial(args, kwargs)
@@ -205,14 +207,14 @@ class Sentry(Equipment):
             # A forward can fail after it has counted the batch. The error on its way is worth more than ours.
             self._conclude(held, failed=True)
             raise
-        verdict = self._conclude(held)
-        return self._run_in_eval_mode(args, kwargs) if verdict is not None and verdict.stance == "running" else result
+        self._conclude(held)
+        return result
 
-    def _conclude(self, held: _hold.StandIn | _hold.Exchange, failed: bool = False) -> Verdict | None:
-        """Judges what a held forward did; None if it did nothing."""
+    def _conclude(self, held: _hold.StandIn | _hold.Exchange, failed: bool = False) -> None:
+        """Judges what a held forward did, and does it to the layer if it is to stand."""
         after = held.statistics()
         if not self._differ(self.module._buffers, after):
-            return None
+            return
         verdict = settle(self.claims)
         if not failed:
             self._pronounce(verdict)
@@ -222,7 +224,6 @@ class Sentry(Equipment):
                     self.module._buffers[name].data.copy_(tensor)
             for claim in verdict.within:
                 claim.court.allowed(claim)
-        return verdict
 
     def _differ(self, one: dict[str, Any], other: dict[str, Any]) -> bool:
         names = [name for name in self._names if one.get(name) is not None and other.get(name) is not None]

@@ -9,9 +9,9 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from bnguard._layers import StatsLayer, find_layers, walk_names
+from bnguard._layers import StatsLayer, walk_names
 
-__all__ = ["Selector", "as_selectors", "select_layers"]
+__all__ = ["Selector", "as_selectors", "is_selected", "select_layers"]
 
 Selector: TypeAlias = "str | nn.Module | Callable[[str, nn.Module], bool]"
 
@@ -37,31 +37,32 @@ def as_selectors(option: str, value: Any) -> tuple[Selector, ...]:
     return tuple(several)
 
 
-def select_layers(model: nn.Module, include: Sequence[Selector], exclude: Sequence[Selector]) -> list[StatsLayer]:
-    """Lists the layers of ``model`` with running statistics that the selectors leave, in the order of ``state_dict()``.
+def is_selected(layer: StatsLayer, include: Sequence[Selector], exclude: Sequence[Selector]) -> bool:
+    """Whether the selectors leave one layer."""
+    taken = not include or any([_selects(selector, layer) for selector in include])
+    return taken and not any([_selects(selector, layer) for selector in exclude])
+
+
+def select_layers(
+    model: nn.Module, layers: list[StatsLayer], include: Sequence[Selector], exclude: Sequence[Selector]
+) -> list[StatsLayer]:
+    """Lists those of the model's layers that the selectors leave.
 
     Raises:
         ValueError: A selector selects none of them, or nothing is left.
     """
-    layers = find_layers(model)
-    if not layers or not (include or exclude):
+    if not layers:
+        return []
+    for option, selectors in (("include", include), ("exclude", exclude)):
+        for selector in selectors:
+            if not any([_selects(selector, layer) for layer in layers]):
+                raise ValueError(_nothing_text(model, layers, option, selector))
+    if not (include or exclude):
         return layers
-    taken = _union(model, layers, "include", include) if include else {id(layer.module) for layer in layers}
-    dropped = _union(model, layers, "exclude", exclude)
-    left = [layer for layer in layers if id(layer.module) in taken - dropped]
+    left = [layer for layer in layers if is_selected(layer, include, exclude)]
     if not left:
         raise ValueError(f"include and exclude leave none of the {len(layers)} layers with running statistics")
     return left
-
-
-def _union(model: nn.Module, layers: list[StatsLayer], option: str, selectors: Sequence[Selector]) -> set[int]:
-    union: set[int] = set()
-    for selector in selectors:
-        selected = {id(layer.module) for layer in layers if _selects(selector, layer)}
-        if not selected:
-            raise ValueError(_nothing_text(model, layers, option, selector))
-        union |= selected
-    return union
 
 
 def _selects(selector: Selector, layer: StatsLayer) -> bool:
