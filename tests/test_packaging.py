@@ -1,0 +1,132 @@
+"""The package as it is installed, and the files that install it."""
+
+import configparser
+import re
+import subprocess
+import sys
+from importlib import metadata, resources
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+import bnguard
+
+ROOT = Path(__file__).parents[1]
+SETUP = configparser.ConfigParser()
+SETUP.read(ROOT / "setup.cfg")
+PINS = dict(
+    line.split("==")
+    for line in (ROOT / "tests" / "constraints.txt").read_text().splitlines()
+    if line and not line.startswith("#")
+)
+
+
+def declared_requirements():
+    """What setup.cfg requires, by extra; ``""`` is the package itself."""
+    lists = {"": SETUP["options"]["install_requires"], **SETUP["options.extras_require"]}
+    return {extra: [Requirement(line) for line in text.split("\n") if line] for extra, text in lists.items()}
+
+
+def installed_requirements(name, extra):
+    """What an installed distribution requires on every system, with one of its extras or, as ``""``, without."""
+    for line in metadata.requires(name) or ():
+        requirement = Requirement(line)
+        marker = requirement.marker
+        # One system's own: colorama on Windows, CUDA's libraries on Linux.
+        if marker is None or (marker.evaluate({"extra": extra}) and not re.search("platform|os_name", str(marker))):
+            yield requirement
+
+
+def test_import_of_bnguard_leaves_torch_alone():
+    """``import bnguard`` alone imports neither torch nor wrapt nor anything of an extra."""
+    code = (
+        "import sys, bnguard; bnguard.__version__; dir(bnguard);"
+        "print([name for name in ('torch', 'wrapt', 'numpy', 'sklearn', 'rich', 'matplotlib') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_public_names_are_there():
+    """What ``dir()`` lists can be had, and nothing else."""
+    for name in dir(bnguard):
+        assert getattr(bnguard, name) is not None
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = bnguard.no_such_name
+
+
+def test_version_is_the_installed_one():
+    """The version in the code is the version in the metadata."""
+    assert metadata.version("bnguard") == bnguard.__version__
+
+
+@pytest.mark.parametrize(
+    "command",
+    [[sys.executable, "-m", "bnguard"], [Path(sys.executable).with_name("bnguard")]],
+    ids=["module", "script"],
+)
+def test_command_is_installed(command):
+    """``bnguard`` and ``python -m bnguard`` are the same command, and ask for no extra to say their version."""
+    done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"bnguard {bnguard.__version__}\n"
+
+
+def test_types_and_licence_ship():
+    """The package carries its marker for type checkers, and its metadata the licence."""
+    assert resources.files(bnguard).joinpath("py.typed").is_file()
+    assert "py.typed" in SETUP["options.package_data"]["bnguard"]
+    assert (ROOT / "LICENSE").read_text().startswith("MIT License")
+    fields = metadata.metadata("bnguard")
+    assert (fields.get("License-Expression") or fields.get("License")) == "MIT"
+
+
+def test_runtime_needs_torch_and_wrapt_only():
+    """Everything else is an extra."""
+    assert {requirement.name for requirement in declared_requirements()[""]} == {"torch", "wrapt"}
+
+
+def test_constraints_pin_what_is_declared():
+    """Every package that setup.cfg names is pinned, within the bounds that it names."""
+    for requirements in declared_requirements().values():
+        for requirement in requirements:
+            if requirement.name != "bnguard":
+                assert requirement.specifier.contains(PINS[canonicalize_name(requirement.name)])
+
+
+def test_constraints_pin_what_is_installed():
+    """Whatever the test extra brings into an environment with the constraints is pinned, transitively."""
+    if any(Version(metadata.version(name)).public != PINS[name] for name in ("torch", "numpy", "pytest", "hypothesis")):
+        pytest.skip("this environment was made without the constraints")
+    waiting, seen = [("bnguard", "test"), ("bnguard", "")], set()
+    while waiting:
+        name, extra = waiting.pop()
+        seen.add((name, extra))
+        for requirement in installed_requirements(name, extra):
+            found = {(canonicalize_name(requirement.name), part) for part in ("", *requirement.extras)}
+            waiting += sorted(found - seen)
+    brought = {name for name, _ in seen} - {"bnguard"}
+    assert {"torch", "sympy", "wrapt", "scikit-learn", "scipy", "rich", "matplotlib", "pytest"} <= brought
+    assert brought <= set(PINS)
+
+
+def test_constraints_are_exact():
+    """Every pin is one version of one package, in order."""
+    assert len(PINS) > 40
+    assert list(PINS) == sorted(PINS)
+    for name, version in PINS.items():
+        assert name == canonicalize_name(name)
+        assert str(Version(version)) == version
+
+
+def test_ci_runs_the_commands_of_the_readme():
+    """CI runs the README's test command, and stops where a step fails."""
+    script = (ROOT / ".ci" / "run").read_text()
+    command = re.search(
+        r"^(pip install -e '\.\[test\]'.*) && (pytest)$", (ROOT / "README.md").read_text(), re.MULTILINE
+    )
+    assert command is not None
+    assert "set -euo pipefail" in script
+    assert script.endswith(f"\n{command[1]}\n{command[2]}\n")

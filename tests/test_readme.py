@@ -1,0 +1,108 @@
+"""The README: its code runs, its error is a real one, and what it names exists."""
+
+import inspect
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+import bnguard
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.M | re.S)
+SCRIPT, PREAMBLE, *EXAMPLES = [code for language, code in BLOCKS if language == "python"]
+ERROR = next(code for language, code in BLOCKS if language == "text")
+
+
+def run_example(code, names):
+    """Runs one block after the preamble; an example of ``warn`` may warn, of bnguard's category only."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", bnguard.BNGuardWarning)
+        exec(compile(code, "README.md", "exec"), names)
+
+
+def test_error_is_the_one_that_the_script_gives(tmp_path):
+    """The first block, run as a file, ends with the error that the README shows, to the letter."""
+    (tmp_path / "finetune.py").write_text(SCRIPT)
+    done = subprocess.run([sys.executable, "finetune.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.endswith(ERROR)
+    lineno = next(number for number, line in enumerate(SCRIPT.splitlines(), 1) if "head(backbone(" in line)
+    assert f'finetune.py", line {lineno}, in train_step' in done.stderr
+
+
+def test_script_passes_with_what_the_error_advises(tmp_path):
+    """Each way out that the error names lets the script run to its end."""
+    advised = re.findall(r"frozen\(model, ([^)]*)\)", ERROR)
+    assert len(advised) == 2
+    for option in advised:
+        code = SCRIPT.replace("bnguard.frozen(backbone)", f"bnguard.frozen(backbone, {option})")
+        assert code != SCRIPT
+        run_example(code, {})
+
+
+def test_examples_run():
+    """The blocks of the quickstart run one after the other, with the preamble that they share."""
+    names = {}
+    run_example(PREAMBLE, names)
+    assert len(EXAMPLES) >= 4
+    for example in EXAMPLES:
+        run_example(example, names)
+    tests = [value for name, value in names.items() if name.startswith("test_")]
+    assert len(tests) == 2
+    for test in tests:
+        test()
+
+
+def test_examples_of_tests_fail_where_they_should():
+    """The README's tests are tests: a validation in train mode fails, and so does a second update."""
+    names = {}
+    for code in (PREAMBLE, *EXAMPLES):
+        run_example(code, names)
+    names["validate"] = lambda model, images: model.train()(images)
+    with pytest.raises(bnguard.StatsChangedError, match="in train mode"):
+        names["test_validation_leaves_the_statistics_alone"]()
+    names["model"] = _Twice(names["model"])
+    with pytest.raises(bnguard.StatsChangedError, match="has updated once"):
+        names["test_a_training_step_updates_each_layer_once"]()
+
+
+class _Twice(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, images):
+        return self.inner(images) + self.inner(images)
+
+
+def test_calls_in_the_text_are_valid():
+    """Every call of ``frozen`` in the text is one that it takes."""
+    model = nn.Sequential()
+    model.stem = nn.BatchNorm2d(2)
+    model.layer1 = nn.BatchNorm2d(2)
+    calls = re.findall(r"`(?:bnguard\.)?(frozen\(\w+(?:, [^`]*)?\))`", README)
+    assert len(calls) >= 8
+    names = dict.fromkeys(("model", "backbone", "discriminator", "teacher"), model)
+    for call in calls:
+        eval(call, {"frozen": bnguard.frozen, **names})
+
+
+def test_options_in_the_text_exist():
+    """Every option that the README writes is one of ``frozen`` or ``strict``, or of the command line."""
+    known = set(inspect.signature(bnguard.frozen).parameters) | set(inspect.signature(bnguard.strict).parameters)
+    prose = re.sub(r"^```.*?^```$", "", README, flags=re.M | re.S)
+    options = set(re.findall(r"`(\w+)=[^`]*`", prose))
+    assert options
+    assert options <= known
+
+
+def test_links_lead_to_files():
+    """Every relative link has its file."""
+    for target in re.findall(r"\]\((?!http)([^)#]+)", README):
+        assert (ROOT / target).is_file(), target
