@@ -176,7 +176,7 @@ class Block:
         """Keeps a checkpointed region in mind until its backward pass."""
         if region.is_recomputed:
             self._regions.pop(region.key, None)
-        else:
+        elif self._settings.use_running_stats or not region.is_recomputed_held:
             self._regions.setdefault(region.key, region)
 
     # Parts.

@@ -123,7 +123,7 @@ class Sentry(Equipment):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's forward, as the guards around it want it."""
-        module, order, predict = self.module, self.order, self.kind.predict
+        module, order, predict = self.module, self._order_now(), self.kind.predict
         if not self.claims or self._is_foreign(module):
             return self._original(*args, **kwargs)
         if order == "running" and (predict is None or module.training or predict(module)):
@@ -140,14 +140,15 @@ class Sentry(Equipment):
             return self._original(*args, **kwargs)
         if order == "warn":
             return self._run_observed(args, kwargs)
-        verdict = decide(self.claims)  # about an update, if there is one; spends nothing yet
-        if verdict.stance == "restore":
-            return self._run_held(args, kwargs)
-        if verdict.stance == "running":
-            return self._run_in_eval_mode(args, kwargs)
-        if verdict == Verdict("stand"):
+        if order == "stand" and decide(self.claims) == Verdict("stand"):
             return self._original(*args, **kwargs)
         return self._run_on_trial(args, kwargs)
+
+    def _order_now(self) -> str | None:
+        """What would become of an update now; nothing is spent yet. None in a graph, which counts nothing."""
+        if self.order is not None or torch.compiler.is_compiling():
+            return self.order
+        return decide(self.claims).stance
 
     def _original(self, *args: Any, **kwargs: Any) -> Any:
         if self._previous is not None:
@@ -309,7 +310,7 @@ class _BatchNormSentry(Sentry):
             buffers.get("running_mean") is not self._mean or buffers.get("running_var") is not self._var
         ) and self._is_foreign(module):
             return self._original(input)
-        order = self.order
+        order = self.order or self._order_now()
         if order == "running":
             return self._run_in_eval_mode((input,), {})
         if not module.track_running_stats:

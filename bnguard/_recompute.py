@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from types import TracebackType
 
 from torch import nn
 
+from bnguard._checkpoint import recomputed_held
 from bnguard._claims import Claim, Stance
 from bnguard._hooks import attach, detach
 from bnguard._layers import find_layers
@@ -51,7 +52,7 @@ class recompute_frozen:  # noqa: N801  # lower case, as frozen
 
     def __call__(self) -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
         """The contexts for the forward and for the recomputed forward, as ``context_fn`` returns them."""
-        return nullcontext(), _Holding(self._model, "restore")
+        return recomputed_held(), _Holding(self._model, "restore")
 
     def __enter__(self) -> recompute_frozen:
         stack = ExitStack()

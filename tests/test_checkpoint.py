@@ -280,6 +280,18 @@ def test_recompute_frozen_goes_with_a_guard_around_the_step() -> None:
         by_with(net, make_input(), use_reentrant=True)
 
 
+def test_backward_after_the_block_is_not_foretold_where_recompute_frozen_holds_it() -> None:
+    """With recompute_frozen as context_fn the recomputation updates nothing, after the block either: no warning."""
+    net, x = make_net(), make_input()
+    before = state_of(net)
+    with bnguard.frozen(net, "restore"):
+        loss = checkpoint(net, x, use_reentrant=False, context_fn=bnguard.recompute_frozen(net)).square().sum()
+    loss.backward()
+    assert_same_bits(net.state_dict(), before)
+    with warns(), bnguard.frozen(net, use_running_stats=True):  # recomputed in train mode: foretold
+        loss = checkpoint(net, x, use_reentrant=False, context_fn=bnguard.recompute_frozen(net)).square().sum()
+
+
 def test_recompute_frozen_lets_a_guard_inside_decide() -> None:
     """A guard within is the innermost one: its raise raises."""
     net = make_net()
