@@ -48,15 +48,40 @@ def assert_same_gradients(one: nn.Module, other: nn.Module) -> None:
     assert_same_bits([p.grad for p in one.parameters()], [p.grad for p in other.parameters()])
 
 
+def statistics(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers of ``model`` that are running statistics, by name, every name of a shared one."""
+    buffers = model.named_buffers(remove_duplicate=False)
+    words = ("running_", "moving_", "num_batches_tracked")
+    return {name: tensor for name, tensor in buffers if name.rpartition(".")[2].startswith(words)}
+
+
+def values(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of named tensors, as they are now."""
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def outcome(model: nn.Module, input: Tensor, *, backward: bool = True) -> dict[str, Tensor | None]:
+    """One forward and backward pass with a fixed seed: the output and the gradients of the input and the parameters."""
+    input = input.detach().clone().requires_grad_(backward)
+    torch.manual_seed(11)
+    output = model(input)
+    if not backward:
+        return {"output": output}
+    output.float().square().sum().backward()
+    gradients = {f"{name}.grad": parameter.grad for name, parameter in model.named_parameters()}
+    return {"output": output.detach(), "input.grad": input.grad, **gradients}
+
+
 def assert_clean(model: nn.Module) -> None:
     """Nothing of bnguard is on any module."""
     for name, module in model.named_modules():
         for attribute, value in module.__dict__.items():
             assert not _is_ours(value), f"{name or '(root)'}.{attribute}"
-        for attribute in ("_forward_pre_hooks", "_forward_hooks"):
+        for attribute in _HOOKS:
             hooks = getattr(module, attribute)
             assert not any(_is_ours(hook) for hook in hooks.values()), f"{name or '(root)'}.{attribute}"
-        assert not isinstance(module.__dict__.get("__getstate__"), type(assert_clean))
+        for attribute in ("__getstate__", "_replicate_for_data_parallel"):
+            assert attribute not in module.__dict__, f"{name or '(root)'}.{attribute}"
 
 
 def assert_stats_unchanged(model: nn.Module, before: Mapping[str, Tensor], objects: Mapping[str, Tensor]) -> None:
@@ -68,9 +93,22 @@ def assert_stats_unchanged(model: nn.Module, before: Mapping[str, Tensor], objec
     assert_same_bits({name: model.state_dict()[name] for name in now}, {name: before[name] for name in now})
 
 
+_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+
+
 def _is_ours(value: object) -> bool:
-    module = type(getattr(value, "__self__", value)).__module__
-    return module.startswith("bnguard")
+    owner = getattr(value, "__self__", value)
+    homes = (type(owner).__module__, getattr(value, "__module__", None))
+    return any(home.partition(".")[0] == "bnguard" for home in homes if isinstance(home, str))
 
 
 @dataclass
@@ -93,7 +131,9 @@ def warns(at: str | None = None, count: int = 1) -> Iterator[Caught]:
     with warnings.catch_warnings(record=True) as records:
         warnings.simplefilter("always")
         yield caught
-    assert [record.category for record in records] == [bnguard.BNGuardWarning] * count, [str(r.message) for r in records]
+    assert [record.category for record in records] == [bnguard.BNGuardWarning] * count, [
+        str(r.message) for r in records
+    ]
     caught.messages += [str(record.message) for record in records]
     frame = inspect.currentframe()
     while frame is not None and frame.f_code.co_filename in (__file__, inspect.getsourcefile(contextmanager)):

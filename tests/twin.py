@@ -1,0 +1,334 @@
+"""The oracle of the state machine: an unguarded twin of a net, whose statistics are kept by hand.
+
+Nothing in here knows bnguard. It says what the documentation promises about guards around a net, one rule at a time:
+
+- A forward that would update asks the guards around the layer, the innermost first. A budget that is not yet spent, and
+  ``"warn"``, let it stand, and the next one out is asked. What one further out prevents was never seen further in.
+- ``"raise"`` stops the forward before the layer; ``"restore"`` gives the output of the update, without it;
+  ``use_running_stats`` gives the output of eval mode.
+- A layer with a forward of its own runs on copies of its statistics, unless all guards around it merely warn.
+- At the end, ``"raise"`` and ``"restore"`` put back the objects and bits of entry, or those of the last update within
+  the budget, past autograd; a converted buffer gets them converted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from tests.strategies import HandmadeNorm, OwnForward, same
+
+__all__ = ["Guard", "Outcome", "Stopped", "Twin"]
+
+
+class Stopped(Exception):
+    """Stands for the error of a guard under ``"raise"``."""
+
+    def __init__(self, guard: Guard) -> None:
+        super().__init__()
+        self.guard = guard
+
+
+@dataclass(slots=True)
+class Saved:
+    """A tensor and the value it is to have again."""
+
+    tensor: Tensor
+    value: Tensor
+
+
+@dataclass(eq=False, slots=True)
+class Guard:
+    """One extent of one guard, as the oracle sees it."""
+
+    policy: str
+    layers: list[nn.Module]
+    running: bool = False
+    budget: int = 0
+    affine: bool = False
+    spent: dict[nn.Module, int] = field(default_factory=dict)
+    saved: dict[tuple[str, nn.Module, str], Saved] = field(default_factory=dict)
+    has_warned: bool = False
+    has_stopped: bool = False
+    stopped: set[nn.Module] = field(default_factory=set)
+    found: set[nn.Module] = field(default_factory=set)  # by any comparison so far
+
+    @property
+    def stance(self) -> str:
+        return "running" if self.running else self.policy
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What the end of a block, or a check, does: whether it raises, how often it warns, what it has to tell."""
+
+    found: set[nn.Module]
+    swallowed: bool
+    warns: int
+
+    @property
+    def tells(self) -> bool:
+        return bool(self.found or self.swallowed)
+
+
+@dataclass(slots=True)
+class HeldParameter:
+    requires_grad: bool
+    grad: Tensor | None
+    holders: list[Guard]
+
+
+class Twin:
+    """The twin and the guards around it, the outermost first."""
+
+    def __init__(self, net: nn.Sequential) -> None:
+        self.net = net
+        self.guards: list[Guard] = []
+        self.seen: list[dict[str, Tensor]] = []
+        self.warnings = 0
+        self._held: dict[Tensor, HeldParameter] = {}
+
+    # Forwards.
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The forward that the guarded net should have run. ``warnings`` counts those that it should have issued."""
+        for stage in self.net:
+            for layer in stage:
+                tracked = layer._buffers.get("running_mean") is not None
+                input = self._layer(layer, input) if tracked else layer(input)
+                if tracked:
+                    self.seen.append(statistics(layer, clone=True))
+        return input
+
+    def verdict(self, layer: nn.Module) -> tuple[str, Guard | None, list[Guard], list[Guard]]:
+        """What happens to an update: the stance, who decided, who merely sees it, and whose budget pays."""
+        warned, within = [], []
+        for guard in self.around(layer):
+            if guard.spent.get(layer, 0) < guard.budget:
+                within.append(guard)
+            elif guard.stance == "warn":
+                warned.append(guard)
+            else:
+                return guard.stance, guard, [], []
+        return "stand", None, warned, within
+
+    def around(self, layer: nn.Module) -> list[Guard]:
+        """The guards around a layer, the innermost first."""
+        return [guard for guard in reversed(self.guards) if layer in guard.layers]
+
+    def _layer(self, layer: nn.Module, input: Tensor) -> Tensor:
+        if not self.around(layer):
+            return layer(input)
+        if has_own_forward(layer):
+            return self._own_forward(layer, input)
+        if not would_update(layer) or is_rejected(layer, input):
+            return layer(input)
+        stance, decider, warned, within = self.verdict(layer)
+        if stance == "raise":
+            self._stop(decider, layer)
+        if stance == "restore":
+            with on_copies(layer):
+                return layer(input)
+        if stance == "running":
+            return self._eval_mode(layer, input)
+        self._warn(warned)
+        self._pay(layer, within)
+        try:
+            return layer(input)
+        finally:
+            self._refresh(layer, within)
+
+    def _own_forward(self, layer: nn.Module, input: Tensor) -> Tensor:
+        around = self.around(layer)
+        budgets = any(guard.budget for guard in around)
+        stance = self.verdict(layer)[0]
+        if stance == "stand" and not budgets:
+            before = statistics(layer, clone=True)
+            output = layer(input)
+            if changed(before, statistics(layer)):
+                self._warn(around)
+            return output
+        if stance == "running":
+            return self._eval_mode(layer, input)
+        failure = output = None
+        with on_copies(layer) as after:
+            try:
+                output = layer(input)
+            except Exception as error:
+                failure = error
+        if changed(statistics(layer), after()):
+            stance, decider, warned, within = self.verdict(layer)
+            if stance == "raise" and failure is None:
+                self._stop(decider, layer)
+            if stance == "stand":
+                if failure is None:
+                    self._warn(warned)
+                self._pay(layer, within)
+                for name, tensor in after().items():
+                    layer._buffers[name].data.copy_(tensor)
+                self._refresh(layer, within)
+        if failure is not None:
+            raise failure
+        return output
+
+    def _eval_mode(self, layer: nn.Module, input: Tensor) -> Tensor:
+        mode = layer.training
+        layer.training = False
+        try:
+            if would_update(layer) or has_own_forward(layer):
+                with on_copies(layer):
+                    return layer(input)
+            return layer(input)
+        finally:
+            layer.training = mode
+
+    def _stop(self, guard: Guard, layer: nn.Module) -> None:
+        guard.has_stopped = True
+        guard.stopped.add(layer)
+        raise Stopped(guard)
+
+    def _warn(self, guards: Iterable[Guard]) -> None:
+        for guard in guards:
+            self.warnings += not guard.has_warned
+            guard.has_warned = True
+
+    @staticmethod
+    def _pay(layer: nn.Module, within: list[Guard]) -> None:
+        for guard in within:
+            guard.spent[layer] = guard.spent.get(layer, 0) + 1
+
+    @staticmethod
+    def _refresh(layer: nn.Module, within: list[Guard]) -> None:
+        for guard in within:
+            for name, tensor in statistics(layer).items():
+                saved = guard.saved["_buffers", layer, name]
+                saved.value = tensor.detach().clone().to(saved.value.dtype)
+
+    # Blocks.
+
+    def enter(self, guard: Guard) -> None:
+        """Puts a guard innermost."""
+        for layer in guard.layers:
+            names = {"_buffers": list(statistics(layer)), "_parameters": []}
+            if guard.affine:
+                names["_parameters"] = [name for name in ("weight", "bias") if layer._parameters.get(name) is not None]
+            for table, listed in names.items():
+                for name in listed:
+                    tensor = getattr(layer, table)[name]
+                    guard.saved[table, layer, name] = Saved(tensor, tensor.detach().clone())
+        for (table, _, _), saved in guard.saved.items():
+            if table == "_parameters":
+                parameter = saved.tensor
+                held = self._held.setdefault(parameter, HeldParameter(parameter.requires_grad, parameter.grad, []))
+                held.holders.append(guard)
+                parameter.requires_grad_(False)
+                parameter.grad = None
+        self.guards.append(guard)
+
+    def check(self, guard: Guard) -> Outcome:
+        """Compares, puts back, and says what to tell."""
+        found = {key[1] for key, saved in guard.saved.items() if self._differs(key, saved)}
+        if guard.policy == "warn":
+            guard.found = found
+        else:
+            guard.found |= found
+            for key, saved in guard.saved.items():
+                self._put_back(key, saved)
+        told = found and not (guard.policy == "warn" and guard.has_warned)
+        warns = bool(told) and guard.policy != "raise"
+        if guard.policy == "warn":
+            guard.has_warned = guard.has_warned or warns
+        return Outcome(found if told else set(), guard.has_stopped, int(warns))
+
+    def leave(self, guard: Guard) -> Outcome:
+        """Takes a guard off; it need not be the innermost."""
+        outcome = self.check(guard)
+        self.guards.remove(guard)
+        for parameter, held in list(self._held.items()):
+            if guard in held.holders:
+                held.holders = [other for other in held.holders if other is not guard]
+                if not held.holders:
+                    parameter.requires_grad_(held.requires_grad)
+                    # As torch converts a gradient along with its parameter.
+                    parameter.grad = None if held.grad is None else held.grad.to(parameter.dtype)
+                    del self._held[parameter]
+        return outcome
+
+    @property
+    def holds_parameters(self) -> bool:
+        return bool(self._held)
+
+    @staticmethod
+    def _differs(key: tuple[str, nn.Module, str], saved: Saved) -> bool:
+        table, layer, name = key
+        current = getattr(layer, table).get(name)
+        return current is None or not same(current, saved.value.to(current.dtype))
+
+    def _put_back(self, key: tuple[str, nn.Module, str], saved: Saved) -> None:
+        table, layer, name = key
+        owner = getattr(layer, table)
+        current = owner.get(name)
+        if current is not None and current.dtype != saved.tensor.dtype:
+            if self._differs(key, saved):
+                value = saved.value.to(current.dtype)
+                parameter = isinstance(current, nn.Parameter)
+                owner[name] = nn.Parameter(value, current.requires_grad) if parameter else value
+            return
+        value = saved.value.to(saved.tensor.dtype)
+        if not same(saved.tensor, value):
+            saved.tensor.data.copy_(value)
+        owner[name] = saved.tensor
+
+
+def statistics(layer: nn.Module, clone: bool = False) -> dict[str, Tensor]:
+    """The running statistics of a layer, by name."""
+    found = {name: tensor for name, tensor in layer._buffers.items() if tensor is not None}
+    return {name: tensor.detach().clone() for name, tensor in found.items()} if clone else found
+
+
+def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> bool:
+    """Whether some statistic has other bits."""
+    return not all(same(before[name], after[name]) for name in before)
+
+
+def has_own_forward(layer: nn.Module) -> bool:
+    """Whether something other than torch's own code runs, of which nothing can be known beforehand."""
+    return isinstance(layer, (OwnForward, HandmadeNorm)) or "forward" in layer.__dict__
+
+
+def would_update(layer: nn.Module) -> bool:
+    """Whether torch's own layer decides to update, from its flags."""
+    if isinstance(layer, nn.modules.instancenorm._InstanceNorm):
+        return layer.training or not layer.track_running_stats
+    return layer.training and layer.track_running_stats
+
+
+def may_update(layer: nn.Module) -> bool:
+    """Whether a forward of the layer as it stands could update it."""
+    return layer.training if isinstance(layer, HandmadeNorm) else would_update(layer)
+
+
+def is_rejected(layer: nn.Module, input: Tensor) -> bool:
+    """Whether torch turns the input down before anything else happens."""
+    try:
+        layer._check_input_dim(input)
+    except ValueError:
+        return True
+    return False
+
+
+@contextmanager
+def on_copies(layer: nn.Module) -> Iterator[Callable[[], dict[str, Tensor]]]:
+    """Exchanges the statistics of a layer for copies; yields what tells the copies' values, also afterwards."""
+    originals = dict(layer._buffers)
+    after: dict[str, Tensor] = {}
+    layer._buffers.update(statistics(layer, clone=True))
+    try:
+        yield lambda: after
+    finally:
+        after.update(statistics(layer))
+        layer._buffers.clear()
+        layer._buffers.update(originals)
