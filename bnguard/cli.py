@@ -40,8 +40,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _demo(parser: argparse.ArgumentParser, seed: int, plot: Path | None) -> int:
     # Here, because they need an extra.
+    import torch
+
     from bnguard import _demo_report, demo
 
+    # The network is small, and on a busy machine threads that wait for each other cost ten times what they save.
+    torch.set_num_threads(1)
     if plot is not None:
         from bnguard import _demo_plot
 

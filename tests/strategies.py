@@ -13,8 +13,10 @@ Profiles, chosen with the environment variable ``HYPOTHESIS_PROFILE``:
 from __future__ import annotations
 
 import os
+import sys
 from collections import OrderedDict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,12 +39,17 @@ __all__ = [
     "PatchedForward",
     "Seen",
     "batch",
+    "differing",
+    "eager_switching",
     "machine_settings",
     "nets",
     "norm_layers",
     "odd_batch",
     "property_settings",
+    "random_state",
+    "same",
     "seeds",
+    "set_random_state",
 ]
 
 PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "ci")
@@ -319,6 +326,18 @@ def nets(
     )
 
 
+def random_state() -> list[Tensor]:
+    """The state of the random number generators, those of GPUs included."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
+
+
+def set_random_state(state: list[Tensor]) -> None:
+    """Takes the generators back to ``state``."""
+    torch.set_rng_state(state[0])
+    if state[1:]:
+        torch.cuda.set_rng_state_all(state[1:])
+
+
 def same(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors have the same dtype, shape and bits; the tests' own, so that the package is not its judge."""
     if one.dtype != other.dtype or one.shape != other.shape:
@@ -333,3 +352,14 @@ def differing(one: dict[str, Any], other: dict[str, Any]) -> Iterator[str]:
     """The keys under which two state dicts differ."""
     assert list(one) == list(other)
     return (key for key in one if not same(one[key], other[key]))
+
+
+@contextmanager
+def eager_switching() -> Iterator[None]:
+    """Lets threads alternate at every chance."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(interval)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -26,10 +27,12 @@ from tests.strategies import (
     NetSpec,
     batch,
     differing,
+    eager_switching,
     nets,
     norm_layers,
     odd_batch,
     property_settings,
+    random_state,
     same,
     seeds,
 )
@@ -58,7 +61,7 @@ def train_step(net: nn.Module, inputs: Tensor, seed: int = 0) -> list[Tensor]:
     weights = torch.linspace(-1, 1, output.numel(), device=output.device).reshape(output.shape)
     (output * weights.to(output.dtype)).sum().backward()
     gradients = [parameter.grad for parameter in net.parameters() if parameter.grad is not None]
-    return [output.detach(), torch.get_rng_state(), inputs.grad, *gradients]
+    return [output.detach(), *random_state(), inputs.grad, *gradients]
 
 
 def descend(net: nn.Module) -> None:
@@ -102,6 +105,15 @@ def quiet() -> Iterator[list[warnings.WarningMessage]]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield caught
+
+
+@contextmanager
+def collect(kind: type[Exception], caught: list[Any]) -> Iterator[None]:
+    """Catches an exception and keeps it."""
+    try:
+        yield
+    except kind as error:
+        caught.append(error)
 
 
 def is_eval_stable(net: nn.Module) -> bool:
@@ -149,13 +161,13 @@ def test_outputs_gradients_and_random_numbers_are_the_twins(device, spec, batche
     def run(net: nn.Module, inputs: Tensor, results: list[Any]) -> None:
         torch.manual_seed(0)
         inputs = inputs.detach().clone(memory_format=torch.preserve_format).requires_grad_()
-        results.append((net(inputs), inputs, torch.get_rng_state()))
+        results.append((net(inputs), inputs, random_state()))
 
     def go_back(results: list[Any], net: nn.Module) -> list[Tensor]:
         tensors = []
         for output, inputs, state in results:
             output.sin().sum().backward()
-            tensors += [output, inputs.grad, state]
+            tensors += [output, inputs.grad, *state]
         return tensors + [parameter.grad for parameter in net.parameters()]
 
     with quiet(), bnguard.frozen(net, policy):
@@ -292,6 +304,91 @@ def test_copies_made_inside_are_ordinary_nets(device, spec, seed, policy, how):
         assert sorted(module.__dict__) == sorted(other.__dict__)
         assert not module._forward_pre_hooks
     assert_same_state(net, spec.build(device))
+
+
+@property_settings
+@given(
+    spec=nets(kinds=("batch", "sync", "instance", "handmade"), noise=False),
+    batches=batches,
+    policy=st.sampled_from(POLICIES),
+    inside=st.lists(st.sampled_from(["step", "zero", "fill", "convert", "convert back", "nest"]), max_size=4),
+)
+def test_affine_parameters_come_back_as_they_were(device, spec, batches, policy, inside):
+    """With affine=True, weights, flags and gradients of guarded layers are those of entry, whatever happens inside."""
+    net = spec.build(device)
+    inputs, *_ = inputs_of(spec, batches, device)
+    optimizer = torch.optim.SGD([*net.parameters(), nn.Parameter(inputs.new_zeros(1))], 0.1, 0.9, weight_decay=0.1)
+    train_step(net, inputs)
+    optimizer.step()
+    held = [parameter for layer in norm_layers(net) for parameter in layer.parameters()]
+    entry = [(parameter.detach().clone(), parameter.grad.clone()) for parameter in held]
+    dtype = spec.dtype
+    with quiet(), ExitStack() as stack:
+        stack.enter_context(suppress(bnguard.StatsChangedError))
+        stack.enter_context(bnguard.frozen(net, policy, affine=True, use_running_stats=True))
+        for how in inside:
+            if how == "step":
+                train_step(net, inputs.to(dtype))
+                optimizer.step()
+            elif how == "zero":
+                optimizer.zero_grad()
+            elif how == "fill":
+                for parameter in held:
+                    parameter.grad = torch.ones_like(parameter)
+            elif how == "nest":
+                stack.enter_context(bnguard.frozen(net, policy, affine=True, use_running_stats=True))
+            else:
+                dtype = torch.float64 if how == "convert" else spec.dtype
+                net.to(dtype)
+                for state in optimizer.state.values():
+                    state.pop("momentum_buffer", None)
+    for parameter, (value, gradient) in zip(held, entry, strict=True):
+        assert parameter.requires_grad
+        assert same(parameter, value.to(parameter.dtype))
+        assert same(parameter.grad, gradient.to(parameter.dtype))
+
+
+@property_settings
+@given(spec=nets(noise=False), seed=seeds(), policy=st.sampled_from(["raise", "restore"]), updates=st.integers(0, 1))
+def test_threads_share_a_budget(device, spec, seed, policy, updates):
+    """Of forwards at the same time, the budget lets one update each layer; the others are stopped or held."""
+    assume(not spec.shared or not spec.stages[1])
+    net, twin = spec.build(device), spec.build(device)
+    inputs = batch(spec, 3, seed, device)
+    number = 3
+    barrier = threading.Barrier(number)
+    outputs: list[Tensor] = []
+    errors: list[Exception] = []
+
+    def call() -> None:
+        barrier.wait()
+        try:
+            with torch.no_grad():
+                outputs.append(net(inputs))
+        except Exception as error:
+            errors.append(error)
+
+    caught: list[Any] = []
+    guard = bnguard.frozen(net, policy, updates=updates)
+    with eager_switching(), quiet() as warned, collect(bnguard.StatsChangedError, caught), guard:
+        threads = [threading.Thread(target=call) for _ in range(number)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    if updates:
+        with torch.no_grad():
+            expected = twin(inputs)
+    else:
+        expected = spec.build(device)(inputs)
+    assert_same_state(net, twin)
+    assert not warned
+    assert all(same(output, expected) for output in outputs)
+    stopped = number - updates if policy == "raise" else 0
+    assert (len(errors), len(outputs)) == (stopped, number - stopped)
+    assert all(isinstance(error, bnguard.StatsChangedError) for error in errors)
+    assert len(caught) == (policy == "raise")
+    assert sum(change.updates for change in guard.changes) == stopped
 
 
 @property_settings

@@ -8,11 +8,10 @@ from __future__ import annotations
 import copy
 import pickle
 import re
-import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,11 +33,14 @@ from tests.strategies import (
     Seen,
     batch,
     differing,
+    eager_switching,
     machine_settings,
     nets,
     odd_batch,
+    random_state,
     same,
     seeds,
+    set_random_state,
 )
 from tests.twin import Guard, Outcome, Stopped, Twin, may_update
 
@@ -113,17 +115,6 @@ def attempt(function: Callable[[], Any], in_thread: bool = False) -> Result:
     for warning in result.warnings:
         assert warning.filename.startswith(__file__.rpartition("/")[0]), warning
     return result
-
-
-@contextmanager
-def eager_switching() -> Iterator[None]:
-    """Lets threads alternate at every chance."""
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(interval)
 
 
 class GuardMachine(RuleBasedStateMachine):
@@ -212,15 +203,15 @@ class GuardMachine(RuleBasedStateMachine):
         ours, theirs = inputs, inputs.clone(memory_format=torch.preserve_format)
         for tensor in (ours, theirs):
             tensor.requires_grad_(mode == "grad")
-        random = torch.get_rng_state()
+        random = random_state()
 
         def call() -> Tensor:
             with GRAD_MODES[mode]():
                 return self.net(ours)
 
         result = attempt(call, in_thread)
-        random_after = torch.get_rng_state()
-        torch.set_rng_state(random)
+        random_after = random_state()
+        set_random_state(random)
         self.log, log = [], self.log
         for layer in self.norms:
             next(hook for hook in layer._forward_hooks.values() if isinstance(hook, Seen)).log = self.log
@@ -238,10 +229,10 @@ class GuardMachine(RuleBasedStateMachine):
         if isinstance(expected.error, Stopped):
             assert isinstance(result.error, bnguard.StatsChangedError), repr(result.error)
             self.block_of(expected.error.guard).errors.append(result.error)
-            torch.set_rng_state(random_after)
+            set_random_state(random_after)
             return
         self.same_error(result.error, expected.error)
-        assert torch.equal(random_after, torch.get_rng_state()), "random numbers"
+        assert all(map(torch.equal, random_after, random_state())), "random numbers"
         if expected.error is not None:
             return
         assert same(result.value, expected.value), "outputs"
@@ -567,10 +558,10 @@ class GuardMachine(RuleBasedStateMachine):
     def functional_call(self, seed: int) -> None:
         """Statistics that are lent to the net for one call are not guarded."""
         inputs = batch(self.spec, 3, seed, self.device, self.dtype)
-        random = torch.get_rng_state()
+        random = random_state()
         lent, results = [], []
         for net in (self.net, self.twin.net):
-            torch.set_rng_state(random)
+            set_random_state(random)
             lent.append({name: t.detach().clone() for name, t in [*net.named_parameters(), *net.named_buffers()]})
             results.append(attempt(lambda net=net: torch.func.functional_call(net, lent[-1], (inputs,))))
         self.log.clear()
@@ -593,9 +584,9 @@ class GuardMachine(RuleBasedStateMachine):
             return
         other = copy.deepcopy(self.twin.net)
         inputs = batch(self.spec, 2, seed, self.device, self.dtype)
-        random = torch.get_rng_state()
+        random = random_state()
         for net in (duplicate, other):
-            torch.set_rng_state(random)
+            set_random_state(random)
             result = attempt(lambda net=net: net.train()(inputs.clone().requires_grad_()).sum().backward())
             assert result.error is None
             assert not result.warnings
