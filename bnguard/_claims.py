@@ -89,7 +89,7 @@ def standing_order(claims: Sequence[Claim]) -> Stance | None:
             return None
         if claim.stance != "warn":
             return claim.stance
-    return "warn"
+    return "warn" if claims else None
 
 
 def is_in_backward() -> bool:

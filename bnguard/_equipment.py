@@ -55,17 +55,17 @@ class Equipment:
 
     def hook(self) -> None:
         """Registers the forward pre-hook, unless it is there."""
-        if not self._hook_ids():
+        if not self._hook_ids(self.module):
             self.module.register_forward_pre_hook(self.before)
 
-    def unhook(self) -> None:
-        """Removes the forward pre-hook."""
-        for key in self._hook_ids():
-            del self.module._forward_pre_hooks[key]
+    def unhook(self, module: nn.Module) -> None:
+        """Removes the forward pre-hook from a module."""
+        for key in self._hook_ids(module):
+            del module._forward_pre_hooks[key]
 
     def remove(self) -> None:
         """Takes everything off."""
-        self.unhook()
+        self.unhook(self.module)
         for name in tuple(self._installed):
             self.uninstall(name)
 
@@ -91,6 +91,6 @@ class Equipment:
             if replica.__dict__.get(name) is value:
                 del replica.__dict__[name]
 
-    def _hook_ids(self) -> list[int]:
-        hooks = self.module._forward_pre_hooks
+    def _hook_ids(self, module: nn.Module) -> list[int]:
+        hooks = module._forward_pre_hooks
         return [key for key, hook in hooks.items() if hook == self.before] if hooks else []

@@ -104,7 +104,7 @@ class Sentry(Equipment):
         else:
             self.install("_replicate_for_data_parallel", self.replicate)
             self.install("forward", self.forward)
-            self.unhook()
+            self.unhook(self.module)
 
     # The pre-hook.
 
@@ -112,10 +112,11 @@ class Sentry(Equipment):
         """Judges a forward that would update, before it runs."""
         predict = self.kind.predict
         if type(module) is not type(self.module):
-            return  # fusing moves hooks to other modules
+            self.unhook(module)  # fusing has moved it to another module
+            return
         if predict is None or not predict(module) or torch.compiler.is_compiling():
             return
-        if not self.claims or self._is_foreign(module) or self._rejects(args):
+        if self._is_foreign(module) or self._rejects(args):
             return
         self._pronounce(settle(self.claims))
 
@@ -124,7 +125,7 @@ class Sentry(Equipment):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's forward, as the guards around it want it."""
         module, order, predict = self.module, self._order_now(), self.kind.predict
-        if not self.claims or self._is_foreign(module):
+        if self._is_foreign(module):
             return self._original(*args, **kwargs)
         if order == "running" and (predict is None or module.training or predict(module)):
             return self._run_in_eval_mode(args, kwargs)
@@ -303,7 +304,7 @@ class _BatchNormSentry(Sentry):
 
     def forward(self, input: Tensor) -> Any:
         module = self.module
-        if not (module.training and self.claims):
+        if not module.training:
             return self._original(input)
         buffers = module._buffers
         if (

@@ -145,8 +145,8 @@ def find_layers(model: nn.Module) -> list[StatsLayer]:
 
 def tensor_table(module: nn.Module, table: Literal["_buffers", "_parameters"]) -> dict[str, Tensor | None]:
     """The module's own buffers or parameters by name: the dictionary itself, but for a ScriptModule a copy."""
-    tensors = module.__dict__[table]
-    if isinstance(tensors, dict):
+    if not isinstance(module, torch.jit.ScriptModule):
+        tensors: dict[str, Tensor | None] = module.__dict__[table]
         return tensors
     return dict(module.named_buffers(recurse=False) if table == "_buffers" else module.named_parameters(recurse=False))
 

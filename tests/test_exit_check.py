@@ -174,6 +174,23 @@ def test_exit_compares_bits_not_numbers(value: float) -> None:
     assert guard.changes == ()
 
 
+def test_exit_tells_negative_zero_from_zero() -> None:
+    """A mean of 0.0 that became -0.0 is a change, and is put back."""
+    net = nn.BatchNorm2d(3)
+    with pytest.raises(bnguard.StatsChangedError), bnguard.frozen(net):
+        net.running_mean.neg_()
+    assert_same_bits(net.running_mean, torch.zeros(3))
+
+
+def test_exit_does_not_blame_broken_statistics_for_another_change() -> None:
+    """Where one layer changed, another with NaN in its statistics is not listed."""
+    net = make_net()
+    net[1].running_mean.fill_(float("nan"))
+    with warns(), bnguard.frozen(net, "warn") as guard:
+        net[4].running_mean.add_(1)
+    assert [change.names for change in guard.changes] == [("4",)]
+
+
 def test_exit_returns_the_object_for_an_equal_one() -> None:
     """Another tensor with the same bits is no change, and the original object is back all the same."""
     net = make_net()
@@ -240,7 +257,7 @@ def test_conversion_in_place_is_no_change() -> None:
 
 
 def test_removed_layer_is_restored_too() -> None:
-    """A layer that leaves the model inside the block has its statistics of entry; the model stays as the user left it."""
+    """A layer that leaves the model inside the block has its statistics of entry; the model is as the user left it."""
     net = make_net()
     gone, before = net[4], state_of(net[4])
     with pytest.raises(bnguard.StatsChangedError, match=r"4 \(BatchNorm2d\)"), bnguard.frozen(net):

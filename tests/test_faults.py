@@ -64,6 +64,7 @@ class Faults:
 
 
 def make_net() -> nn.Sequential:
+    """A layer of each kind; two parameters have a gradient."""
     torch.manual_seed(0)
     net = nn.Sequential(
         nn.Conv2d(2, 3, 1),
@@ -78,16 +79,19 @@ def make_net() -> nn.Sequential:
 
 
 def run_plainly(net: nn.Module, guard: bnguard.frozen) -> None:
+    """Nothing that updates."""
     with guard:
         net.eval()(torch.ones(2, 2, 3, 3))
 
 
 def run_training(net: nn.Module, guard: bnguard.frozen) -> None:
+    """A train-mode forward."""
     with guard:
         net.train()(torch.randn(4, 2, 3, 3))
 
 
 def run_with_writes(net: nn.Module, guard: bnguard.frozen) -> None:
+    """Writes of all sorts."""
     with guard:
         net[1].running_mean.add_(1)  # type: ignore[operator]
         net[2].running_var = torch.full((3,), 7.0)
@@ -107,6 +111,7 @@ SCENARIOS = {
 
 
 def assert_as_it_was(net: nn.Module, before: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """Statistics, objects, flags and gradients are those of before, and nothing of ours is left."""
     assert_clean(net)
     for name, tensor in net.named_buffers():
         if not (name == "4.running_mean" and tensor.dtype == torch.float64):
@@ -140,6 +145,7 @@ def test_model_survives_every_failing_call(scenario: str) -> None:
 
 
 def attempt(faults: Faults, run: Callable[..., None], net: nn.Module, guard: bnguard.frozen) -> None:
+    """One run, whatever comes of it."""
     try:
         with faults:
             run(net, guard)

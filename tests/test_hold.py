@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -15,18 +14,13 @@ import torch.nn.functional as F
 from torch import nn
 
 import bnguard
-from bnguard import _claims, _hold, _layers
-from tests.asserts import assert_clean, assert_same_bits
+from bnguard import _hold, _layers
+from tests.asserts import assert_clean, assert_same_bits, state_of, warns
 
 
 def make_input() -> torch.Tensor:
     """A batch for three channels."""
     return torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(1))
-
-
-def state_of(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Copies of the state dict."""
-    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
 
 
 class Remembering(nn.Module):
@@ -74,7 +68,9 @@ def test_pin_does_not_trust_another_source(cls: type[nn.Module]) -> None:
 
 
 @pytest.mark.usefixtures("unknown_torch")
-@pytest.mark.parametrize("layer", [nn.BatchNorm2d(3), nn.SyncBatchNorm(3), nn.InstanceNorm2d(3, track_running_stats=True)])
+@pytest.mark.parametrize(
+    "layer", [nn.BatchNorm2d(3), nn.SyncBatchNorm(3), nn.InstanceNorm2d(3, track_running_stats=True)]
+)
 def test_unknown_source_is_held_all_the_same(layer: nn.Module) -> None:
     """Without knowing the forward, restore gives the twin's output and keeps the statistics; raise raises."""
     layer = copy.deepcopy(layer)
@@ -160,7 +156,7 @@ def test_own_forward_that_fails_within_the_budget_has_counted_the_batch() -> Non
 
 
 def test_own_forward_beyond_the_budget_in_an_eval_mode_guard() -> None:
-    """An update that the inner budget lets stand is up to the guard around it: use_running_stats runs it in eval mode."""
+    """What the inner budget lets stand is up to the guard around it: use_running_stats runs it in eval mode."""
     layer, x = Remembering(), make_input()
     twin = copy.deepcopy(layer).eval()
     with bnguard.frozen(layer, use_running_stats=True), bnguard.frozen(layer, updates=1):
@@ -259,63 +255,6 @@ def test_forward_on_the_instance_overlaps_with_itself(mode: str) -> None:
     assert layer.__dict__["forward"] is slow
 
 
-def test_budget_is_never_spent_twice() -> None:
-    """Two threads that ask at the same moment share a budget of one: one update stands."""
-    both_ask = threading.Barrier(2)
-
-    class SlowClaim(_claims.Claim):
-        @property
-        def spent(self) -> int:
-            value: int = self.__dict__.get("spent_so_far", 0)
-            try:
-                both_ask.wait(0.3)  # met only if both are in here at the same time
-            except threading.BrokenBarrierError:
-                pass
-            return value
-
-        @spent.setter
-        def spent(self, value: int) -> None:
-            self.__dict__["spent_so_far"] = value
-
-    claim = SlowClaim(judge=None, owner=0, stance="restore", budget=1)  # type: ignore[arg-type]
-    verdicts: list[str] = []
-    threads = [threading.Thread(target=lambda: verdicts.append(_claims.settle([claim]).stance)) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(20)
-    assert sorted(verdicts) == ["restore", "stand"]
-
-
-def test_guards_of_many_threads_leave_nothing_behind() -> None:
-    """Blocks that open and close all the time in several threads lose none of each other's claims."""
-    net = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2))
-    before, errors = state_of(net), []
-    interval = sys.getswitchinterval()
-
-    def run() -> None:
-        try:
-            for _ in range(150):
-                with bnguard.frozen(net, "restore", affine=True):
-                    net(torch.ones(2, 2))
-        except BaseException as error:
-            errors.append(error)
-
-    sys.setswitchinterval(1e-6)
-    try:
-        threads = [threading.Thread(target=run) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(60)
-    finally:
-        sys.setswitchinterval(interval)
-    assert not errors
-    assert_same_bits(net.state_dict(), before)
-    assert all(parameter.requires_grad for parameter in net.parameters())
-    assert_clean(net)
-
-
 def test_scratch_survives_a_layer_that_writes_its_own_in_place() -> None:
     """Layers of one shape share scratch statistics; none of them makes the backward pass of another fail."""
     norms = [nn.BatchNorm2d(3), nn.InstanceNorm2d(3, track_running_stats=True), nn.SyncBatchNorm(3), Remembering()]
@@ -358,3 +297,53 @@ def test_argument_errors_are_worded_as_the_layers_own() -> None:
     with bnguard.frozen(layer, "restore"), pytest.raises(TypeError) as held:
         layer()
     assert str(held.value) == str(plain.value)
+
+
+@pytest.mark.parametrize("make", [nn.BatchNorm2d, nn.SyncBatchNorm], ids=["stock", "own-forward"])
+def test_replica_runs_with_its_own_weight(make: Callable[[int], nn.Module]) -> None:
+    """A replica as nn.DataParallel makes it is held like the layer, and is not mixed up with it."""
+    layer, x = make(3), make_input()
+    before, twin = state_of(layer), copy.deepcopy(layer)
+    twin.weight.data.fill_(3.0)
+    with bnguard.frozen(layer, "restore"):
+        replica = layer._replicate_for_data_parallel()
+        replica.weight, replica.bias = torch.full((3,), 3.0), torch.zeros(3)
+        assert_same_bits(replica(x), twin(x))
+    assert_same_bits(layer.state_dict(), before)
+
+
+def test_input_that_a_later_hook_repairs_is_not_refused() -> None:
+    """An input of the wrong shape when our hook sees it may be right when the layer does."""
+    layer, x = nn.BatchNorm2d(3), make_input()
+    twin = copy.deepcopy(layer)
+    with warns(), bnguard.frozen(layer, "warn"):
+        handle = layer.register_forward_pre_hook(lambda module, args: args[0][None])
+        for batch in (x[0], x[1]):
+            assert_same_bits(layer(batch), twin(batch[None]))
+    handle.remove()
+    assert_same_bits(layer.state_dict(), twin.state_dict())
+
+
+def test_guard_entered_in_inference_mode_serves_training() -> None:
+    """What a guard keeps, and what it puts into the layer, are ordinary tensors wherever it was entered."""
+    layer, x = nn.BatchNorm2d(3), make_input()
+    with torch.inference_mode():
+        guard = bnguard.frozen(layer, "restore", updates=1).start()
+    layer(x)
+    layer(x)
+    with warns(), torch.inference_mode():
+        layer.double()
+        layer.running_mean = layer.running_mean + 1
+        guard.stop()
+    assert not layer.running_mean.is_inference()  # ours; the user's own conversions are as they come
+    assert layer.num_batches_tracked == 1
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_hook_that_fusion_moved_to_another_module_goes() -> None:
+    """Fusing moves the hooks of its first module to the fused one: ours judges nothing there, and takes itself off."""
+    net, x = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()).eval(), make_input()
+    with bnguard.frozen(net):
+        fused = torch.ao.quantization.fuse_modules(net, [["0", "1"]])
+        assert_same_bits(fused(x), net(x))
+    assert_clean(fused)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 import bnguard
+from bnguard import _layers
 from tests.asserts import assert_clean, assert_same_bits, outcome, statistics, values, warns
 from tests.nets import (
     FrozenNorm,
@@ -138,7 +139,7 @@ def test_raise_names_the_layer_before_anything_moves(family: Family, device: tor
     net, x = family.net(device), family.input(device)
     before, objects = values(statistics(net)), statistics(net)
     mode = r"norm \(\w+\) is in train mode inside frozen\(\)"
-    with pytest.raises(bnguard.StatsChangedError, match=mode) as caught, bnguard.frozen(net):  # noqa: PT012
+    with pytest.raises(bnguard.StatsChangedError, match=mode) as caught, bnguard.frozen(net):
         try:
             net(x)
         finally:
@@ -734,3 +735,58 @@ def test_registration_overrules_what_is_found_by_name() -> None:
         assert bnguard.frozen(OwnForward()).layers[0].buffers == ("running_mean",)
     finally:
         registration.remove()
+
+
+@pytest.mark.parametrize(
+    "name", ["running_mean", "running_variance", "moving_var", "moving_average_mean", "running_std", "running_cov_inv"]
+)
+def test_statistics_under_other_names_are_found(name: str) -> None:
+    """What other libraries call their statistics counts too; other running things do not."""
+    layer = nn.Module()
+    layer.register_buffer(name, torch.zeros(2))
+    layer.register_buffer("running_total", torch.zeros(2))
+    assert [found.buffers for found in _layers.find_layers(layer)] == [(name,)]
+
+
+def test_subclass_with_another_application_counts_as_one_with_a_forward_of_its_own() -> None:
+    """A subclass that replaces the inner function of InstanceNorm is not predicted as InstanceNorm."""
+
+    class Idle(nn.InstanceNorm2d):
+        def _apply_instance_norm(self, input: Tensor) -> Tensor:
+            return input
+
+    layer = Idle(3, track_running_stats=True)
+    assert _layers.find_layers(layer)[0].kind is _layers.OWN_FORWARD
+    with bnguard.frozen(layer) as guard:
+        layer(torch.randn(4, 3, 2, 2))
+    assert guard.changes == ()
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+@pytest.mark.parametrize("on_change", ["restore", "warn"])
+def test_lazy_layer_that_is_initialised_and_moved(on_change: Any) -> None:
+    """A write after the initialisation is found; under restore torch's initial statistics come back."""
+    layer = nn.LazyBatchNorm2d()
+    with warns(), bnguard.frozen(layer, on_change) as guard:
+        layer.eval()(torch.randn(4, 3, 2, 2))
+        layer.running_var.add_(1)
+    twin = nn.BatchNorm2d(3)
+    if on_change == "warn":
+        twin.running_var.add_(1)
+    assert_same_bits(layer.state_dict(), twin.state_dict())
+    assert guard.changes[0].buffers == ("running_var",)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_scripted_module_is_compared_at_exit() -> None:
+    """A ScriptModule runs no hook: its update is found at the end, put back, and ``layers`` says so."""
+    scripted = torch.jit.script(nn.Sequential(nn.BatchNorm2d(3)))
+    before = {name: tensor.clone() for name, tensor in scripted.state_dict().items()}
+    guard = bnguard.frozen(scripted, affine=True)
+    with pytest.raises(bnguard.StatsChangedError, match="No forward that bnguard can see"), guard:
+        scripted(torch.randn(4, 3, 2, 2))
+    assert_same_bits(scripted.state_dict(), before)
+    assert [layer.protection for layer in guard.layers] == ["compared at exit only (a ScriptModule runs no hooks)"]
+    with pytest.raises(bnguard.StatsChangedError), bnguard.frozen(scripted):
+        getattr(scripted, "0").running_mean = torch.ones(3)
+    assert_same_bits(scripted.state_dict(), before)
