@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from bnguard._layers import StatsLayer, tensor_table
 
-__all__ = ["AffineHold", "affine_parameters"]
+__all__ = ["AffineHold", "affine_parameters", "unheld"]
 
 
 def affine_parameters(layer: StatsLayer) -> tuple[str, ...]:
@@ -35,6 +35,7 @@ class _Held:
     requires_grad: bool
     grad: Tensor | None
     holders: int
+    double: nn.Parameter | None = None
 
 
 # Blocks of several threads may overlap and end in any order: the first one in saves, the last one out restores.
@@ -73,8 +74,26 @@ class AffineHold:
                 held = _held[id(self._taken[-1])]
                 if held.holders == 1:
                     held.parameter.requires_grad = held.requires_grad
-                    held.parameter.grad = held.grad
+                    held.parameter.grad = _fitting(held.grad, held.parameter)
                     del _held[id(held.parameter)]
                 else:
                     held.holders -= 1
                 self._taken.pop()
+
+
+def unheld(parameter: nn.Parameter) -> nn.Parameter:
+    """What a copy of a module should get for ``parameter``: the same data, with the flag that it has when not held."""
+    with _lock:
+        held = _held.get(id(parameter))
+        if held is None or held.requires_grad == parameter.requires_grad:
+            return parameter
+        if held.double is None or held.double.data_ptr() != parameter.data_ptr():
+            held.double = nn.Parameter(parameter.data, held.requires_grad)  # one, so that ties stay ties
+        return held.double
+
+
+def _fitting(grad: Tensor | None, parameter: Tensor) -> Tensor | None:
+    """The gradient as the parameter is now, if it was converted in the meantime."""
+    if grad is None or grad.shape != parameter.shape:
+        return None
+    return grad.to(parameter.device, parameter.dtype)

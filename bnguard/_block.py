@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal, TypeAlias
 
-from torch import nn
+from torch import Tensor, nn
 
 from bnguard import _report
 from bnguard._affine import AffineHold, affine_parameters
@@ -73,6 +73,7 @@ class Block:
         self._warned = False
         self._is_open = False
         self._refreshing = threading.Lock()
+        self._under_way: dict[int, int] = {}  # by owner: updates within the budget that have begun and not ended
         self._regions: dict[int, Region] = {}  # checkpointed, held, and not recomputed so far
 
     def enter(self) -> None:
@@ -166,11 +167,23 @@ class Block:
             text = _report.stood_text(self._change(claim), self._mode(claim), claim.budget)
             warnings.warn(text, BNGuardWarning, stacklevel=site.stacklevel)
 
-    def allowed(self, claim: Claim) -> None:
-        """Takes what an update within the budget has written for the state to hold."""
+    def allowing(self, claim: Claim) -> Tensor | None:
+        """Notes, on the device, whether something other than a forward has written to the layer before.
+
+        Not while another update of the layer is under way: what it has written so far would look like that.
+        """
         with self._refreshing:
+            self._under_way[claim.owner] = under_way = self._under_way.get(claim.owner, 0) + 1
+            if self._statistics is None or under_way > 1:
+                return None
+            return self._statistics.deviation(claim.owner)
+
+    def allowed(self, claim: Claim, deviation: Tensor | None) -> None:
+        """Takes what an update within the budget has written for the state to hold, unless it built on such a write."""
+        with self._refreshing:
+            self._under_way[claim.owner] -= 1
             if self._statistics is not None:
-                self._statistics.refresh(claim.owner)
+                self._statistics.refresh(claim.owner, unless=deviation)
 
     def checkpointed(self, region: Region) -> None:
         """Keeps a checkpointed region in mind until its backward pass."""
@@ -222,13 +235,14 @@ class Block:
         texts = []
         if found and not (on_change == "warn" and self._warned):
             texts.append(_report.changed_text(found, restored=on_change != "warn"))
-        swallowed = self._errors and not _reports(error, self._errors)
-        if swallowed:
-            texts.append(_report.swallowed_text([change for change in self.changes if change.prevented]))
+        caught = [change for change in self.changes if change not in found]
+        if caught and self._errors and not _reports(error, self._errors):
+            texts.append(_report.swallowed_text(caught))
         if not texts:
             return
         text = "\n".join(texts)
         if on_change == "raise" and error is None:
+            self._errors.add(text)  # of check(): may be caught as well
             raise StatsChangedError(text, self.changes)
         self._warned = True
         if error is not None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Final, Literal, Protocol
 
 import torch
+from torch import Tensor
 
 from bnguard._checkpoint import Region
 from bnguard.errors import StatsChangedError
@@ -26,7 +27,10 @@ class Judge(Protocol):
     def stood(self, claim: Claim) -> None:
         """Records an update that stands, and warns about the first one of the block."""
 
-    def allowed(self, claim: Claim) -> None:
+    def allowing(self, claim: Claim) -> Tensor | None:
+        """Prepares for an update within the budget; the result is for ``allowed``."""
+
+    def allowed(self, claim: Claim, deviation: Tensor | None) -> None:
         """Takes over what an update within the budget has written."""
 
     def checkpointed(self, region: Region) -> None:

@@ -8,6 +8,8 @@ from typing import Any, Final
 
 from torch import nn
 
+from bnguard._affine import unheld
+
 __all__ = ["OWN_ATTRIBUTES", "Equipment"]
 
 # In the layer's __dict__, where they go before the class's own.
@@ -83,6 +85,9 @@ class Equipment:
             hooks = state.get("_forward_pre_hooks")
             if hooks:
                 state["_forward_pre_hooks"] = OrderedDict((k, hook) for k, hook in hooks.items() if hook != self.before)
+            parameters = state.get("_parameters")
+            if parameters:
+                state["_parameters"] = {name: p if p is None else unheld(p) for name, p in parameters.items()}
         return state
 
     def strip(self, replica: nn.Module) -> None:

@@ -31,8 +31,7 @@ def check_settings(
 ) -> Settings:
     """Checks the options of ``frozen``. See there for the errors."""
     if on_change not in _POLICIES:
-        valid = _report.listing([repr(policy) for policy in _POLICIES])
-        raise ValueError(f"on_change={on_change!r}: {_report.suggestion(on_change, _POLICIES)} (valid are {valid})")
+        raise ValueError(f"on_change={on_change!r}: {_report.suggestion(on_change, _POLICIES)}")
     for name, value in (("use_running_stats", use_running_stats), ("affine", affine)):
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be True or False, got {value!r}")

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bnguard._equipment import OWN_ATTRIBUTES
+from bnguard._layers import exchanged_buffers
 
 __all__ = ["Exchange", "StandIn", "copies", "normalise_with_batch", "normalise_with_running_stats"]
 
@@ -129,6 +130,7 @@ class Exchange:
             calls = _exchange_calls.get(id(module), 0)
             if calls == 0:
                 _exchange_originals[id(module)] = {name: module.__dict__[name] for name in self._state}
+                exchanged_buffers[id(module)] = module._buffers
                 module.__dict__.update(self._state)
             _exchange_calls[id(module)] = calls + 1
         try:
@@ -141,6 +143,7 @@ class Exchange:
                 if not _exchange_calls[id(module)]:
                     del _exchange_calls[id(module)]
                     module.__dict__.update(_exchange_originals.pop(id(module)))
+                    del exchanged_buffers[id(module)]
 
     def statistics(self) -> dict[str, Tensor]:
         """The statistics as the forward left them."""
@@ -150,6 +153,7 @@ class Exchange:
 _exchange_calls: Final[dict[int, int]] = {}
 _exchange_originals: Final[dict[int, dict[str, Any]]] = {}
 _exchange_lock: Final = threading.Lock()
+exchange_turn: Final = threading.RLock()  # for those who must not overlap; reentrant for layers within layers
 
 
 def copies(module: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from contextlib import nullcontext
 from types import FrameType
 from typing import Any, Final
 
@@ -116,15 +117,17 @@ class Sentry(Equipment):
             return
         if predict is None or not predict(module) or torch.compiler.is_compiling():
             return
+        claims = self.claims  # of the moment at which the forward begins
         if self._is_foreign(module) or self._rejects(args):
             return
-        self._pronounce(settle(self.claims))
+        self._pronounce(settle(claims))
 
     # The forward.
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's forward, as the guards around it want it."""
-        module, order, predict = self.module, self._order_now(), self.kind.predict
+        module, claims, predict = self.module, self.claims, self.kind.predict  # claims of the moment it begins
+        order = self._order_now(claims)
         if self._is_foreign(module):
             return self._original(*args, **kwargs)
         if order == "running" and (predict is None or module.training or predict(module)):
@@ -134,22 +137,22 @@ class Sentry(Equipment):
                 return self._original(*args, **kwargs)
             if order == "restore":
                 return self._run_held(args, kwargs)
-            return self._run_judged(args, kwargs)
+            return self._run_judged(claims, args, kwargs)
         if order == "restore":
             return self._run_held(args, kwargs)
         if torch.compiler.is_compiling():
             return self._original(*args, **kwargs)
         if order == "warn":
-            return self._run_observed(args, kwargs)
-        if order == "stand" and decide(self.claims) == Verdict("stand"):
+            return self._run_observed(claims, args, kwargs)
+        if order == "stand" and decide(claims) == Verdict("stand"):
             return self._original(*args, **kwargs)
-        return self._run_on_trial(args, kwargs)
+        return self._run_on_trial(claims, args, kwargs)
 
-    def _order_now(self) -> str | None:
+    def _order_now(self, claims: tuple[Claim, ...]) -> str | None:
         """What would become of an update now; nothing is spent yet. None in a graph, which counts nothing."""
         if self.order is not None or torch.compiler.is_compiling():
             return self.order
-        return decide(self.claims).stance
+        return decide(claims).stance
 
     def _original(self, *args: Any, **kwargs: Any) -> Any:
         if self._previous is not None:
@@ -176,56 +179,63 @@ class Sentry(Equipment):
         statistics = {} if reads_only else _hold.copies(module, self._names)
         return self._held(statistics, training=False).forward(*args, **kwargs)
 
-    def _run_judged(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _run_judged(self, claims: tuple[Claim, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Judges an update that is known to come, then runs the layer accordingly."""
         if torch.compiler.is_compiling() or self._rejects(args):
             return self._original(*args, **kwargs)
-        verdict = settle(self.claims)
+        verdict = settle(claims)
         self._pronounce(verdict)
         if verdict.stance == "restore":
             return self._run_held(args, kwargs)
         if verdict.stance == "running":
             return self._run_in_eval_mode(args, kwargs)
+        deviations = [claim.court.allowing(claim) for claim in verdict.within]
         try:
             return self._original(*args, **kwargs)
         finally:
-            for claim in verdict.within:
-                claim.court.allowed(claim)
+            for claim, deviation in zip(verdict.within, deviations, strict=True):
+                claim.court.allowed(claim, deviation)
 
-    def _run_observed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _run_observed(self, claims: tuple[Claim, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs the layer as it is, and compares after the call."""
         before = _hold.copies(self.module, self._names)
         result = self._original(*args, **kwargs)
         if self._differ(before, self.module._buffers):
-            self._pronounce(settle(self.claims))
+            self._pronounce(settle(claims))
         return result
 
-    def _run_on_trial(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _run_on_trial(self, claims: tuple[Claim, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs the layer on copies of its statistics, and judges what it did to them."""
-        held = self._held(_hold.copies(self.module, self._names))
-        try:
-            result = held.forward(*args, **kwargs)
-        except Exception:
-            # A forward can fail after it has counted the batch. The error on its way is worth more than ours.
-            self._conclude(held, failed=True)
-            raise
-        self._conclude(held)
+        # Compared with copies of our own: other threads may update the layer in the meantime.
+        before = _hold.copies(self.module, self._names)
+        held = self._held({name: tensor.clone() for name, tensor in before.items()})
+        # Overlapping forwards on an exchanged layer share what they exchange: one at a time, to tell them apart.
+        with nullcontext() if self._previous is None else _hold.exchange_turn:
+            try:
+                result = held.forward(*args, **kwargs)
+            except Exception:
+                # A forward can fail after it has counted the batch. The error on its way is worth more than ours.
+                self._conclude(claims, before, held.statistics(), failed=True)
+                raise
+            self._conclude(claims, before, held.statistics())
         return result
 
-    def _conclude(self, held: _hold.StandIn | _hold.Exchange, failed: bool = False) -> None:
+    def _conclude(
+        self, claims: tuple[Claim, ...], before: dict[str, Tensor], after: dict[str, Tensor], failed: bool = False
+    ) -> None:
         """Judges what a held forward did, and does it to the layer if it is to stand."""
-        after = held.statistics()
-        if not self._differ(self.module._buffers, after):
+        if not self._differ(before, after):
             return
-        verdict = settle(self.claims)
+        verdict = settle(claims)
         if not failed:
             self._pronounce(verdict)
         if verdict.stance == "stand":
+            deviations = [claim.court.allowing(claim) for claim in verdict.within]
             with torch.inference_mode(mode=False), torch.no_grad():
                 for name, tensor in after.items():
                     self.module._buffers[name].data.copy_(tensor)
-            for claim in verdict.within:
-                claim.court.allowed(claim)
+            for claim, deviation in zip(verdict.within, deviations, strict=True):
+                claim.court.allowed(claim, deviation)
 
     def _differ(self, one: dict[str, Any], other: dict[str, Any]) -> bool:
         names = [name for name in self._names if one.get(name) is not None and other.get(name) is not None]
@@ -311,14 +321,15 @@ class _BatchNormSentry(Sentry):
             buffers.get("running_mean") is not self._mean or buffers.get("running_var") is not self._var
         ) and self._is_foreign(module):
             return self._original(input)
-        order = self.order or self._order_now()
+        claims = self.claims  # of the moment at which the forward begins
+        order = self.order or self._order_now(claims)
         if order == "running":
             return self._run_in_eval_mode((input,), {})
         if not module.track_running_stats:
             return self._original(input)
         if order == "restore":
             return self._run_held((input,), {})
-        return self._run_judged((input,), {}) if batch_norm_updates(module) else self._original(input)
+        return self._run_judged(claims, (input,), {}) if batch_norm_updates(module) else self._original(input)
 
     # Errors about the arguments are worded as the layer's own.
     forward.__qualname__ = nn.BatchNorm2d.forward.__qualname__

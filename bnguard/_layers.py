@@ -122,7 +122,8 @@ def register_layer(
     """
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise TypeError(f"register_layer() takes a subclass of torch.nn.Module, got {cls!r}")
-    if isinstance(buffers, str) or not all(isinstance(name, str) for name in buffers):
+    several = isinstance(buffers, (list, tuple, set, frozenset))
+    if not several or not all([isinstance(name, str) for name in buffers]):
         raise TypeError(f"buffers must be a sequence of buffer names, such as ['ema_mean'], got {buffers!r}")
     if not buffers:
         raise ValueError(f"buffers is empty: name at least one buffer of {cls.__name__} that holds running statistics")
@@ -143,9 +144,15 @@ def find_layers(model: nn.Module) -> list[StatsLayer]:
     return list(found.values())
 
 
+# By id of the module: the true buffers of layers that run with others at the moment.
+exchanged_buffers: Final[dict[int, dict[str, Tensor | None]]] = {}
+
+
 def tensor_table(module: nn.Module, table: Literal["_buffers", "_parameters"]) -> dict[str, Tensor | None]:
-    """The module's own buffers or parameters by name: the dictionary itself, but for a ScriptModule a copy."""
+    """The module's true buffers or parameters by name: the dictionary itself, but for a ScriptModule a copy."""
     if not isinstance(module, torch.jit.ScriptModule):
+        if exchanged_buffers and table == "_buffers" and id(module) in exchanged_buffers:
+            return exchanged_buffers[id(module)]
         tensors: dict[str, Tensor | None] = module.__dict__[table]
         return tensors
     return dict(module.named_buffers(recurse=False) if table == "_buffers" else module.named_parameters(recurse=False))

@@ -77,15 +77,13 @@ def stood_text(change: StatsChange, mode: str, budget: int) -> str:
 
 def swallowed_text(stopped: Sequence[StatsChange]) -> str:
     """The error at the end of a block in which somebody caught the error of a forward."""
-    number = _layers(len(stopped))
-    head = f"{number} would have updated inside frozen(), and the StatsChangedError that said so was caught:"
-    return "\n".join(
-        [
-            head,
-            *_lines(stopped),
-            "The updates did not happen. Let the error through, or use on_change='restore' where they are expected.",
-        ]
-    )
+    if all([change.prevented for change in stopped]):
+        did, outcome = "would have updated", "The updates did not happen."
+    else:
+        did, outcome = "changed", "The statistics of entry are back."
+    head = f"{_layers(len(stopped))} {did} inside frozen(), and the StatsChangedError that said so was caught:"
+    advice = "Let the error through, or use on_change='restore' where they are expected."
+    return "\n".join([head, *_lines(stopped), f"{outcome} {advice}"])
 
 
 def changed_text(changes: Sequence[StatsChange], restored: bool) -> str:
@@ -143,10 +141,11 @@ def report_text(changes: Sequence[StatsChange], layers: Sequence[GuardedLayer], 
 
 
 def suggestion(value: object, valid: Iterable[str]) -> str:
-    """``did you mean 'restore'?`` or a list of what is valid."""
+    """What is valid, after the nearest one if there is a near one."""
     valid = list(valid)
-    nearest = difflib.get_close_matches(str(value), valid, n=1, cutoff=0.5)
-    return f"did you mean {nearest[0]!r}?" if nearest else f"valid are {listing([repr(name) for name in valid])}"
+    everything = f"valid are {listing([repr(name) for name in valid])}"
+    nearest = difflib.get_close_matches(str(value), valid, n=1, cutoff=0.7)
+    return f"did you mean {nearest[0]!r}? ({everything})" if nearest else everything
 
 
 def _lines(changes: Sequence[StatsChange], limit: int | None = _SHOWN) -> list[str]:

@@ -144,13 +144,32 @@ class Snapshot:
                 self._restore(owner, name, next(current), next(originals))
 
     @_aside
-    def refresh(self, owner: int) -> None:
-        """Takes the current values of one module's tensors for the captured ones."""
-        table = tensor_table(self.modules[owner], self._table)
-        for name, original in zip(self._names[owner], self.objects_of(owner), strict=True):
-            saved, now = self._saved(original), table.get(name)
-            if saved is not None and now is not None and now.shape == saved.shape:
-                saved.copy_(now)
+    def deviation(self, owner: int) -> Tensor:
+        """Whether one module's tensors differ from the captured ones, as a tensor on their device: nothing is read."""
+        deviations: list[Tensor] = []
+        for original, now in self._pairs(owner):
+            saved = self._saved(original)
+            if saved is None:
+                continue
+            if now is None or now.shape != saved.shape:
+                return torch.ones((), dtype=torch.bool, device=saved.device)
+            expected = saved.to(now.device, now.dtype)
+            deviations.append((as_bytes(now.detach().reshape(-1)) != as_bytes(expected.reshape(-1))).any())
+        return torch.stack(deviations).any() if deviations else torch.zeros((), dtype=torch.bool)
+
+    @_aside
+    def refresh(self, owner: int, unless: Tensor | None) -> None:
+        """Takes the current values of one module's tensors for the captured ones, unless ``unless`` says no."""
+        for original, now in self._pairs(owner):
+            saved = self._saved(original)
+            if saved is None or now is None or now.shape != saved.shape:
+                continue
+            expected = saved.to(now.device, now.dtype)
+            value = now if unless is None else torch.where(unless, expected, now)
+            if _is_converted(now, saved):
+                self._index_of_saved()[id(original)] = value.clone()
+            else:
+                saved.copy_(value)
 
     @_aside
     def before(self, owner: int) -> dict[str, Tensor]:
@@ -173,6 +192,11 @@ class Snapshot:
             table = tensor_table(module, self._table)
             for name in names:
                 yield table.get(name)
+
+    def _pairs(self, owner: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+        table = tensor_table(self.modules[owner], self._table)
+        for name, original in zip(self._names[owner], self.objects_of(owner), strict=True):
+            yield original, table.get(name)
 
     def objects_of(self, owner: int) -> list[Tensor]:
         """The captured tensor objects of one module, in the order of their names."""
@@ -204,7 +228,7 @@ class Snapshot:
         if isinstance(module, torch.jit.ScriptModule):
             setattr(module, name, tensor)
             return
-        own = module.__dict__[self._table]
+        own = tensor_table(module, self._table)
         for table in (module._buffers, module._parameters, module._modules, module.__dict__):
             if table is not own:
                 table.pop(name, None)
@@ -232,9 +256,12 @@ class Snapshot:
         return saved
 
     def _saved(self, original: Tensor) -> Tensor | None:
+        return self._index_of_saved()[id(original)]
+
+    def _index_of_saved(self) -> dict[int, Tensor | None]:
         if self._saved_by_id is None:
             self._saved_by_id = self._index()
-        return self._saved_by_id[id(original)]
+        return self._saved_by_id
 
     def _index(self) -> dict[int, Tensor | None]:
         """Views of the images, by the id of the tensor that they show."""

@@ -137,7 +137,7 @@ def _models(
         named = list(dict.fromkeys(_modules_in(_named(source, wrapped, instance, args, kwargs))))
         if not named:
             what = f"{source!r}" if isinstance(source, str) else "the callable"
-            raise TypeError(f"strict: model={what} gave no torch.nn.Module at the call of {wrapped.__qualname__}()")
+            raise TypeError(f"strict: model={what} gave no torch.nn.Module at the call of {_name_of(wrapped)}()")
         return _roots(named)
     bare: list[nn.Module] = []
     for place in _places(wrapped, instance, args, kwargs):
@@ -148,7 +148,7 @@ def _models(
         bare = bare or found
     if not bare:
         raise TypeError(
-            f"strict: {wrapped.__qualname__}() has no model: looked in {_PLACES}; "
+            f"strict: {_name_of(wrapped)}() has no model: looked in {_PLACES}; "
             "say which with strict(model=...), a module, the name of a parameter, or a callable"
         )
     return bare[:1]
@@ -212,6 +212,12 @@ def _global_names(code: CodeType) -> tuple[str, ...]:
     return tuple(sorted(names.union(inner)))
 
 
+def _name_of(function: Any) -> str:
+    """Its qualified name; for a partial or another object that can be called, its type's."""
+    name: str = getattr(function, "__qualname__", type(function).__name__)
+    return name
+
+
 def _roots(models: list[nn.Module]) -> list[nn.Module]:
     """``models`` without those that are a part of another one."""
     parts = {id(part) for model in models for part in model.modules() if part is not model}
@@ -224,6 +230,6 @@ def _check_parameter(function: Any, path: str) -> None:
     parameters = inspect.signature(inner).parameters if callable(inner) else {}
     if callable(inner) and name not in parameters:
         raise ValueError(
-            f"strict(model={path!r}): {getattr(inner, '__qualname__', inner)}() has no parameter {name!r}; "
+            f"strict(model={path!r}): {_name_of(inner)}() has no parameter {name!r}; "
             f"it has {', '.join(parameters) or 'none'}"
         )

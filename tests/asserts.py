@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +22,7 @@ def state_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 def assert_same_bits(one: Any, other: Any) -> None:
-    """Two tensors, or mappings or sequences of them, have the same dtypes, shapes and bits: NaN is NaN, -0.0 not 0.0."""
+    """Two tensors, or mappings or sequences of them, have the same dtypes, shapes and bits: NaN is NaN, -0.0 is not."""
     if isinstance(one, Mapping):
         assert list(one) == list(other)
         for name in one:
@@ -145,3 +146,42 @@ def warns(at: str | None = None, count: int = 1) -> Iterator[Caught]:
         for record in records:
             assert record.filename == filename
             assert at in lines[record.lineno - 1], lines[record.lineno - 1]
+
+
+def run_threads(*functions: Callable[[], object], timeout: float = 30) -> None:
+    """Runs functions at the same time, each in a thread of its own; the first error of one of them is raised here."""
+    join_threads(start_threads(*functions), timeout)
+
+
+def start_threads(*functions: Callable[[], object]) -> list[GuardedThread]:
+    """Starts a thread for each function."""
+    threads = [GuardedThread(function) for function in functions]
+    for thread in threads:
+        thread.start()
+    return threads
+
+
+def join_threads(threads: Sequence[GuardedThread], timeout: float = 30) -> None:
+    """Waits for threads, each at most ``timeout`` seconds; the first error of one of them is raised here."""
+    for thread in threads:
+        thread.join(timeout)
+        assert not thread.is_alive(), "a thread hangs"
+    for thread in threads:
+        if thread.error is not None:
+            raise thread.error
+
+
+class GuardedThread(threading.Thread):
+    """A thread that keeps the error of its function."""
+
+    def __init__(self, function: Callable[[], object]) -> None:
+        super().__init__(daemon=True)
+        self.function = function
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        """Runs the function."""
+        try:
+            self.function()
+        except BaseException as error:
+            self.error = error

@@ -30,9 +30,9 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
 def _nothing_stays_open() -> Iterator[None]:
     """After each test no layer is claimed, no parameter held, no forward exchanged."""
     yield
-    modules = [sys.modules.get(f"bnguard.{name}") for name in ("_hooks", "_affine", "_hold")]
-    tables = [getattr(module, name, None) for module, name in zip(modules, ("_sentries", "_held", "_exchange_calls"))]
-    left = [table for table in tables if table]
+    tables = {"_hooks": "_sentries", "_affine": "_held", "_hold": "_exchange_calls"}
+    left = [getattr(sys.modules.get(f"bnguard.{module}"), table, None) for module, table in tables.items()]
+    left = [table for table in left if table]
     sizes = [len(table) for table in left]
     for table in left:  # one failure must not become many
         table.clear()

@@ -1,4 +1,4 @@
-"""Small nets with running statistics: every function builds the same net each time, with statistics that are not the initial ones."""
+"""Small nets with running statistics, as after some training: each function builds the same net every time."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -291,17 +292,40 @@ def test_replaced_layer_around_the_same_buffers_is_restored() -> None:
 
 
 def test_check_finds_and_restores_in_mid_block() -> None:
-    """``check()`` raises as the end would, and what it has put back is no finding there."""
+    """``check()`` raises as the end would, and puts back; if its error is caught, the block fails all the same."""
     net = make_net()
     before, objects = state_of(net), dict(net.named_buffers())
-    with bnguard.frozen(net) as guard:
+    text = "1 layer changed inside frozen(), and the StatsChangedError that said so was caught:"
+    with pytest.raises(bnguard.StatsChangedError, match=re.escape(text)), bnguard.frozen(net) as guard:
         guard.check()
         net[1].running_mean.add_(1)
         with pytest.raises(bnguard.StatsChangedError, match=r"1 \(BatchNorm2d\)"):
             guard.check()
         assert_stats_unchanged(net, before, objects)
-        guard.check()
     assert len(guard.changes) == 1
+    assert_stats_unchanged(net, before, objects)
+
+
+def test_error_of_check_that_is_let_through_is_told_once() -> None:
+    """It ends the block by itself, without a note."""
+    net = make_net()
+    with pytest.raises(bnguard.StatsChangedError) as caught, bnguard.frozen(net) as guard:
+        net[1].running_mean.add_(1)
+        guard.check()
+    assert not hasattr(caught.value, "__notes__")
+
+
+@pytest.mark.parametrize("on_change", ["raise", "restore"])
+def test_write_before_an_allowed_update_is_found(on_change: Any) -> None:
+    """An update within the budget does not hide what somebody wrote before it: the statistics of entry come back."""
+    net = make_net()
+    before, objects = state_of(net), dict(net.named_buffers())
+    expected = pytest.raises(bnguard.StatsChangedError) if on_change == "raise" else warns()
+    with expected, bnguard.frozen(net, on_change, updates=1) as guard:
+        net[1].running_mean.data.fill_(1e6)
+        net[:2](make_input())
+    assert [change.names for change in guard.changes] == [("1",)]
+    assert_stats_unchanged(net, before, objects)
 
 
 def test_check_under_restore_warns_each_time() -> None:

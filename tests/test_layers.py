@@ -199,7 +199,7 @@ def test_eval_mode_is_no_finding(family: Family, on_change: Any, device: torch.d
 @HOLDS
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -0.0])
 def test_broken_statistics_keep_their_bits(family: Family, options: Any, value: float, device: torch.device) -> None:
-    """NaN, infinity and -0.0 in the statistics stay the bits they were, and break no result that they did not before."""
+    """NaN, infinity and -0.0 in the statistics stay the bits they were, and break no more than unguarded."""
     net, x = family.net(device), family.input(device)
     for tensor in statistics(net).values():
         if tensor.is_floating_point():
@@ -288,11 +288,12 @@ def test_layer_made_in_inference_mode_is_held(family: Family, options: Any) -> N
 def test_channels_last_keeps_format_and_results(family: Family, options: Any, device: torch.device) -> None:
     """Inputs with channels last give the twin's results, in the twin's memory format."""
     net, x = family.net(device), family.input(device).contiguous(memory_format=torch.channels_last)
-    twin = eval_twin(net) if "use_running_stats" in options else copy.deepcopy(net)
+    twin, before = eval_twin(net) if "use_running_stats" in options else copy.deepcopy(net), values(statistics(net))
     with bnguard.frozen(net, **options):
         one, two = outcome(net, x), outcome(twin, x)
     assert_same_bits(one, two)
     assert one["output"].stride() == two["output"].stride()
+    assert_same_bits(statistics(net), before)
 
 
 @pytest.mark.parametrize("name", STOCK)
@@ -320,11 +321,24 @@ def test_counts_updates_of_every_family(name: str) -> None:
 def test_half_input_on_single_precision_statistics(dtype: torch.dtype, affine: bool, options: Any) -> None:
     """A mixed-precision BatchNorm computes what its twin computes."""
     net = warmed(nn.BatchNorm2d(2, affine=affine))
-    twin = copy.deepcopy(net)
+    twin, before = copy.deepcopy(net), values(statistics(net))
     if "use_running_stats" in options:
         twin.eval()
     with bnguard.frozen(net, **options):
         assert_same_bits(outcome(net, images().to(dtype)), outcome(twin, images().to(dtype)))
+    assert_same_bits(statistics(net), before)
+
+
+@pytest.mark.parametrize("cls", [nn.BatchNorm2d, nn.SyncBatchNorm, ScaledNorm, OwnForward])
+def test_input_by_keyword_is_the_same(cls: Any) -> None:
+    """A layer that is called with ``input=`` is held and judged as any other."""
+    net = warmed(cls(2))
+    twin, before = copy.deepcopy(net), values(statistics(net))
+    with bnguard.frozen(net, "restore"):
+        assert_same_bits(net(input=images()), twin(input=images()))
+    with pytest.raises(bnguard.StatsChangedError), bnguard.frozen(net):
+        net(input=images())
+    assert_same_bits(statistics(net), before)
 
 
 # Flags.
@@ -436,7 +450,7 @@ def lazy_input(dims: int) -> Tensor:
 @pytest.mark.parametrize("dims", LAZY)
 @pytest.mark.parametrize("on_change", ["restore", "warn"])
 def test_lazy_layer_materialised_inside(dims: int, on_change: Any) -> None:
-    """A lazy layer that gets its shape inside: the twin's results; under restore statistics as torch initialises them."""
+    """A lazy layer that gets its shape inside: the twin's results; under restore the initial statistics."""
     net, x = nn.Sequential(LAZY[dims]()), lazy_input(dims)
     twin = nn.Sequential(LAZY[dims]())
     with warns(count=on_change == "warn"), bnguard.frozen(net, on_change):

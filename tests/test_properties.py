@@ -349,7 +349,12 @@ def test_affine_parameters_come_back_as_they_were(device, spec, batches, policy,
 
 
 @property_settings
-@given(spec=nets(noise=False), seed=seeds(), policy=st.sampled_from(["raise", "restore"]), updates=st.integers(0, 1))
+@given(
+    spec=nets(noise=False) | nets(kinds=("patched",), noise=False),
+    seed=seeds(),
+    policy=st.sampled_from(["raise", "restore"]),
+    updates=st.integers(0, 1),
+)
 def test_threads_share_a_budget(device, spec, seed, policy, updates):
     """Of forwards at the same time, the budget lets one update each layer; the others are stopped or held."""
     assume(not spec.shared or not spec.stages[1])

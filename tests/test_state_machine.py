@@ -476,6 +476,8 @@ class GuardMachine(RuleBasedStateMachine):
         block = handle.blocks[-1]
         result = attempt(handle.guard.check)
         self.check_outcome(block, result, self.twin.check(block.model), None)
+        if result.error is not None:
+            block.errors.append(result.error)
 
     @precondition(lambda self: self.net is not None and any(not handle.blocks for handle in self.handles))
     @rule()

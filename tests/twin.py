@@ -53,6 +53,7 @@ class Guard:
     saved: dict[tuple[str, nn.Module, str], Saved] = field(default_factory=dict)
     has_warned: bool = False
     has_stopped: bool = False
+    untouched: bool = True  # the layer of the update under way, by anything but forwards
     stopped: set[nn.Module] = field(default_factory=set)
     found: set[nn.Module] = field(default_factory=set)  # by any comparison so far
 
@@ -195,17 +196,22 @@ class Twin:
             self.warnings += not guard.has_warned
             guard.has_warned = True
 
-    @staticmethod
-    def _pay(layer: nn.Module, within: list[Guard]) -> None:
+    def _pay(self, layer: nn.Module, within: list[Guard]) -> None:
         for guard in within:
             guard.spent[layer] = guard.spent.get(layer, 0) + 1
+            guard.untouched = not any(
+                key[0] == "_buffers" and key[1] is layer and self._differs(key, saved)
+                for key, saved in guard.saved.items()
+            )
 
     @staticmethod
     def _refresh(layer: nn.Module, within: list[Guard]) -> None:
+        """An update within the budget is to stay, unless it built on what somebody else had written."""
         for guard in within:
-            for name, tensor in statistics(layer).items():
-                saved = guard.saved["_buffers", layer, name]
-                saved.value = tensor.detach().clone().to(saved.value.dtype)
+            if guard.untouched:
+                with torch.inference_mode(mode=False):
+                    for name, tensor in statistics(layer).items():
+                        guard.saved["_buffers", layer, name].value = tensor.detach().clone()
 
     # Blocks.
 
@@ -241,7 +247,10 @@ class Twin:
         warns = bool(told) and guard.policy != "raise"
         if guard.policy == "warn":
             guard.has_warned = guard.has_warned or warns
-        return Outcome(found if told else set(), guard.has_stopped, int(warns))
+        outcome = Outcome(found if told else set(), guard.has_stopped, int(warns))
+        # An error of a check may be caught, like that of a forward.
+        guard.has_stopped = guard.has_stopped or (guard.policy == "raise" and outcome.tells)
+        return outcome
 
     def leave(self, guard: Guard) -> Outcome:
         """Takes a guard off; it need not be the innermost."""

@@ -1,0 +1,180 @@
+"""The user's line: where a finding happened, in code that is neither torch's nor ours."""
+
+from __future__ import annotations
+
+import inspect
+import linecache
+import os
+import sysconfig
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import bnguard
+from bnguard._callsite import CallSite, call_site
+from tests.asserts import GuardedThread, warns
+from tests.nets import conv_net, images
+
+HERE = __file__
+
+
+def here() -> int:
+    """The line of the caller."""
+    return inspect.currentframe().f_back.f_lineno
+
+
+def where_of(net: nn.Module, run: Any) -> str:
+    """What a guard under warn says about where the first update was."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with bnguard.frozen(net, "warn") as guard:
+            run()
+    return guard.changes[0].where
+
+
+def run_as(code: str, filename: str, **names: Any) -> dict[str, Any]:
+    """Runs code as if it stood in a file."""
+    exec(compile(code, filename, "exec"), names)
+    return names
+
+
+def test_call_site_is_the_callers_line() -> None:
+    """Called in the user's own function: that line, with a stacklevel of one."""
+    assert call_site() == CallSite(HERE, here(), "test_call_site_is_the_callers_line", 1)
+
+
+def test_call_site_as_text() -> None:
+    """The path relative to the working directory, the line and the function."""
+    assert str(call_site()) == f"tests/test_callsite.py:{here()} in test_call_site_as_text"
+
+
+def test_call_site_elsewhere_is_an_absolute_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that is not below the working directory is given in full."""
+    monkeypatch.chdir(tmp_path)
+    assert str(call_site()).startswith(f"{HERE}:")
+
+
+def test_call_site_survives_a_lost_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the working directory is gone, the path is given as the interpreter knows it."""
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert str(call_site()).startswith(f"{HERE}:")
+
+
+def test_call_site_of_a_string_is_its_name() -> None:
+    """Code without a file is the user's, by the name that it was given."""
+    names = run_as("def f():\n    return str(call_site())", "<string>", call_site=call_site)
+    assert names["f"]() == "<string>:2 in f"
+
+
+def test_finding_in_a_model_points_into_the_model() -> None:
+    """A model's own forward is the user's code, and nearer than the line that calls the model."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm2d(2)
+
+        def forward(self, input: Tensor) -> Tensor:
+            return self.norm(input)
+
+    net = Net()
+    line = inspect.getsourcelines(Net.forward)[1] + 1
+    assert where_of(net, lambda: net(images())) == f"tests/test_callsite.py:{line} in forward"
+
+
+def test_finding_through_torch_points_at_the_users_line() -> None:
+    """Frames of torch are passed over: containers, compiled graphs' wrappers, fx."""
+    net = conv_net()
+    for model in (net, nn.DataParallel(net), torch.fx.symbolic_trace(net)):
+        assert where_of(model, lambda model=model: model(images())) == f"tests/test_callsite.py:{here()} in <lambda>"
+
+
+def test_finding_through_the_standard_library_points_at_the_users_line() -> None:
+    """Frames of the standard library are passed over where the user's are further out."""
+    import functools
+
+    net = nn.Sequential(nn.BatchNorm2d(2))
+    call = functools.singledispatch(lambda batch: net(batch))
+    line = here() - 1
+    assert where_of(net, lambda: call(images())) == f"tests/test_callsite.py:{line} in <lambda>"
+    line = here() + 1
+    assert where_of(net, lambda: functools.reduce(lambda x, y: y, map(net, [images()]), 0)).startswith(
+        f"tests/test_callsite.py:{line} in <lambda>"
+    )
+
+
+@pytest.mark.parametrize("key", ["purelib", "stdlib"])
+def test_finding_through_a_package_points_at_the_users_line(key: str) -> None:
+    """Frames of installed packages are passed over where the user's are further out."""
+    net = nn.Sequential(nn.BatchNorm2d(2))
+    filename = os.path.join(sysconfig.get_paths()[key], "trainer", "loop.py")
+    fit = run_as("def fit(net, batch):\n    net(batch)", filename)["fit"]
+    assert where_of(net, lambda: fit(net, images())) == f"tests/test_callsite.py:{here()} in <lambda>"
+
+
+def test_finding_without_a_users_frame_points_into_the_package() -> None:
+    """Where no frame is the user's, the innermost one outside torch and bnguard is given."""
+    net = nn.Sequential(nn.BatchNorm2d(2))
+
+    def run() -> None:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(net, images()).result()
+
+    path, _, rest = where_of(net, run).rpartition(":")
+    assert path.endswith(os.path.join("concurrent", "futures", "thread.py"))
+    assert rest.endswith(" in run")
+
+
+def test_warning_without_a_users_frame_points_into_the_package() -> None:
+    """The warning points where its text says."""
+    net = nn.Sequential(nn.BatchNorm2d(2))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with bnguard.frozen(net, "warn"), ThreadPoolExecutor(1) as pool:
+            pool.submit(net, images()).result()
+    assert os.path.basename(caught[0].filename) == "thread.py"
+    assert "net" not in linecache.getline(caught[0].filename, caught[0].lineno)
+
+
+def test_finding_in_a_thread_points_at_the_threads_line() -> None:
+    """A thread's own code is the user's, whoever started the thread."""
+    net = nn.Sequential(nn.BatchNorm2d(2))
+
+    def run() -> None:
+        net(images())
+
+    def start() -> None:
+        thread = GuardedThread(run)
+        thread.start()
+        thread.join(20)
+
+    line = inspect.getsourcelines(run)[1] + 1
+    assert where_of(net, start) == f"tests/test_callsite.py:{line} in run"
+
+
+def test_finding_in_a_users_hook_points_at_the_hook() -> None:
+    """A hook that runs the layer once more is where that update happens."""
+    net = nn.Sequential(nn.BatchNorm2d(2), nn.Identity())
+
+    def hook(module: nn.Module, args: Any) -> None:
+        net[0](args[0])
+
+    net[1].register_forward_pre_hook(hook)
+    with bnguard.frozen(net, "warn", updates=1), warns(at="net[0](args[0])"):
+        net(images())
+
+
+def test_constructor_points_at_its_line_through_a_package() -> None:
+    """A guard made inside an installed package warns at the user's line that led there."""
+    filename = os.path.join(sysconfig.get_paths()["purelib"], "trainer", "guard.py")
+    make = run_as("def make(net):\n    return bnguard.frozen(net)", filename, bnguard=bnguard)["make"]
+    with warns(at="make(nn.ReLU())"):
+        make(nn.ReLU())

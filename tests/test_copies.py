@@ -1,0 +1,278 @@
+"""Copies, pickles and state dicts taken inside a block are those of an unguarded model."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+import bnguard
+from tests.asserts import assert_clean, assert_same_bits, outcome, state_of, statistics, values, warns
+from tests.nets import OwnForward, ReassigningNorm, conv_net, images, warmed
+
+ROOT = Path(__file__).parent.parent
+GUARDS: dict[str, dict[str, Any]] = {
+    "raise": {},
+    "warn": {"on_change": "warn"},
+    "restore": {"on_change": "restore"},
+    "running": {"use_running_stats": True},
+    "budget": {"on_change": "restore", "updates": 5},
+}
+EVERY_GUARD = pytest.mark.parametrize("guard", GUARDS)
+
+
+def through_pickle(net: nn.Module) -> Any:
+    """Pickled and loaded again."""
+    return pickle.loads(pickle.dumps(net))
+
+
+def through_torch(net: nn.Module) -> Any:
+    """Saved whole and loaded again."""
+    file = io.BytesIO()
+    torch.save(net, file)
+    return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+
+
+COPIES: dict[str, Callable[[nn.Module], Any]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": through_pickle,
+    "save": through_torch,
+    "averaged": lambda net: AveragedModel(net).module,
+}
+EVERY_COPY = pytest.mark.parametrize("clone", COPIES.values(), ids=COPIES.keys())
+
+
+def make_net() -> nn.Sequential:
+    """Stock layers, and some with a forward of their own."""
+    return nn.Sequential(
+        conv_net().stem, warmed(OwnForward(3)), warmed(ReassigningNorm(3)), warmed(nn.SyncBatchNorm(3))
+    )
+
+
+@EVERY_COPY
+@EVERY_GUARD
+def test_copy_inside_is_an_unguarded_model(clone: Any, guard: str) -> None:
+    """A copy taken inside has nothing of bnguard on it, has the true statistics, and trains as an unguarded twin."""
+    net = make_net()
+    twin = copy.deepcopy(net)
+    with bnguard.frozen(net, **GUARDS[guard]):
+        other = clone(net)
+        assert_clean(other)
+        assert_same_bits(other.state_dict(), twin.state_dict())
+        assert_same_bits(outcome(other.train(), images()), outcome(twin, images()))
+        assert_same_bits(other.state_dict(), twin.state_dict())
+    assert_same_bits(outcome(other, images(seed=2)), outcome(twin, images(seed=2)))
+    assert_clean(net)
+
+
+@EVERY_COPY
+@EVERY_GUARD
+def test_copy_after_the_block_is_an_unguarded_model(clone: Any, guard: str) -> None:
+    """So is one taken afterwards."""
+    net = make_net()
+    twin = copy.deepcopy(net)
+    with bnguard.frozen(net, **GUARDS[guard]):
+        pass
+    other = clone(net)
+    assert_clean(other)
+    assert_same_bits(outcome(other, images()), outcome(twin, images()))
+    assert_same_bits(other.state_dict(), twin.state_dict())
+
+
+@EVERY_COPY
+def test_copy_inside_nested_guards_is_an_unguarded_model(clone: Any) -> None:
+    """Two guards leave as little on a copy as one."""
+    net = make_net()
+    twin = copy.deepcopy(net)
+    with bnguard.frozen(net, "restore"), bnguard.frozen(net[0], use_running_stats=True), bnguard.frozen(net):
+        other = clone(net)
+    assert_clean(other)
+    assert_same_bits(outcome(other, images()), outcome(twin, images()))
+    assert_same_bits(other.state_dict(), twin.state_dict())
+
+
+@EVERY_GUARD
+def test_shallow_copy_of_a_layer_has_nothing_on_it(guard: str) -> None:
+    """``copy.copy`` of a layer has hooks of its own kind, none of ours; it shares the statistics, as always."""
+    net = make_net()
+    with bnguard.frozen(net, **GUARDS[guard]):
+        others = [copy.copy(layer) for layer in net.modules() if layer._buffers]
+        for other in others:
+            assert not {"forward", "__getstate__", "_replicate_for_data_parallel"} & other.__dict__.keys()
+            assert not other._forward_pre_hooks
+    assert all(other._buffers["running_mean"] is not None for other in others)
+
+
+def test_shallow_copy_that_runs_inside_is_found_at_the_end() -> None:
+    """A shallow copy writes the shared statistics unseen: the end of the block undoes it and says so."""
+    net = nn.Sequential(warmed(nn.BatchNorm2d(2)))
+    before = values(statistics(net))
+    with warns(), bnguard.frozen(net, "restore"):
+        copy.copy(net[0])(images())
+    assert_same_bits(statistics(net), before)
+
+
+def test_copy_keeps_the_users_hooks() -> None:
+    """Only what is ours is left out of a copy: the user's hooks are there."""
+    net = nn.Sequential(nn.BatchNorm2d(2))
+    net[0].register_forward_pre_hook(print)
+    with bnguard.frozen(net):
+        net[0].register_forward_hook(print)
+        other = copy.deepcopy(net)
+    assert list(other[0]._forward_pre_hooks.values()) == [print]
+    assert list(other[0]._forward_hooks.values()) == [print]
+
+
+class Patched:
+    """A forward for one instance that can be copied."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+
+    def __call__(self, input: torch.Tensor) -> torch.Tensor:
+        return type(self.layer).forward(self.layer, input) + 1
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, through_pickle, through_torch])
+@EVERY_GUARD
+def test_copy_keeps_a_forward_on_the_instance(clone: Any, guard: str) -> None:
+    """A forward that somebody had put on a layer is on the copy, around the copy, as without a guard."""
+    net = warmed(nn.BatchNorm2d(2))
+    twin = copy.deepcopy(net)
+    net.forward = Patched(net)
+    with bnguard.frozen(net, **GUARDS[guard]):
+        other = clone(net)
+    assert_clean(other)
+    assert isinstance(other.__dict__["forward"], Patched)
+    assert other.__dict__["forward"].layer is other
+    assert_same_bits(other(images()), twin(images()) + 1)
+    assert_same_bits(other.state_dict(), twin.state_dict())
+
+
+class Selective(nn.BatchNorm2d):
+    """A layer that decides itself what goes into its copies."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.cache = [1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "cache"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.cache = []
+
+
+@EVERY_GUARD
+def test_copy_respects_the_layers_own_getstate(guard: str) -> None:
+    """A class with a ``__getstate__`` of its own goes on deciding."""
+    net = Selective(2)
+    with bnguard.frozen(net, **GUARDS[guard]):
+        other = copy.deepcopy(net)
+    assert other.cache == []
+    assert net.cache == [1]
+    assert_clean(other)
+
+
+class SelfCopying(nn.BatchNorm2d):
+    """A layer that copies itself in its own way."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SelfCopying:
+        other = SelfCopying(self.num_features)
+        other.load_state_dict(self.state_dict())
+        return other
+
+
+def test_copy_respects_the_layers_own_deepcopy() -> None:
+    """A class with a ``__deepcopy__`` of its own goes on deciding."""
+    net = warmed(SelfCopying(2))
+    with bnguard.frozen(net, "restore"):
+        other = copy.deepcopy(net)
+    assert_clean(other)
+    assert_same_bits(other.state_dict(), net.state_dict())
+
+
+@EVERY_GUARD
+def test_state_dict_inside_holds_the_true_statistics(guard: str) -> None:
+    """Keys and values are those of the model, and the tensors are its own."""
+    net = make_net()
+    before = state_of(net)
+    with bnguard.frozen(net, **GUARDS[guard]):
+        state = net.state_dict()
+        assert_same_bits(state, before)
+        assert state["0.bn.running_mean"].data_ptr() == net[0].bn.running_mean.data_ptr()
+
+
+@pytest.mark.parametrize("guard", ["restore", "running"])
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, nn.SyncBatchNorm, OwnForward])
+def test_state_dict_in_a_hook_holds_the_true_statistics(guard: str, norm: Any) -> None:
+    """In the middle of a held forward, in a user's hook before or after a layer, the statistics are the true ones."""
+    net = nn.Sequential(warmed(norm(2)))
+    before, seen = state_of(net), []
+    with bnguard.frozen(net, **GUARDS[guard]):
+        net[0].register_forward_pre_hook(lambda *call: seen.append(state_of(net)))
+        net[0].register_forward_hook(lambda *call: seen.append(state_of(net)))
+        net(images())
+    assert len(seen) == 2
+    for state in seen:
+        assert_same_bits(state, before)
+
+
+def test_averaging_inside_takes_the_true_statistics() -> None:
+    """``AveragedModel`` with buffers averages the model's own statistics, and is not guarded."""
+    net, twin = make_net(), make_net()
+    expected = AveragedModel(twin, use_buffers=True)
+    with bnguard.frozen(net, "restore"):
+        averaged = AveragedModel(net, use_buffers=True)
+        net.train()(images())
+        averaged.update_parameters(net)
+    expected.update_parameters(twin)
+    assert_same_bits(averaged.state_dict(), expected.state_dict())
+    assert_clean(averaged)
+
+
+LOAD = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "bnguard":
+            raise ImportError(f"{name} is not installed here")
+
+sys.meta_path.insert(0, Blocker())
+import torch
+net = torch.load(sys.argv[1], weights_only=False)
+torch.manual_seed(11)
+output = net.train()(torch.load(sys.argv[2]))
+output.square().sum().backward()
+torch.save({"output": output.detach(), **net.state_dict()}, sys.argv[3])
+assert not any(name.partition(".")[0] == "bnguard" for name in sys.modules)
+"""
+
+
+@EVERY_GUARD
+def test_saved_model_loads_where_bnguard_is_not_installed(guard: str, tmp_path: Path) -> None:
+    """A model saved inside a block loads and trains in a process that cannot import bnguard."""
+    net = conv_net()
+    twin = copy.deepcopy(net)
+    with bnguard.frozen(net, **GUARDS[guard]):
+        torch.save(net, tmp_path / "net.pt")
+    torch.save(images(), tmp_path / "images.pt")
+    arguments = [str(tmp_path / name) for name in ("net.pt", "images.pt", "result.pt")]
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    output = outcome(twin, images())["output"]
+    assert_same_bits(torch.load(tmp_path / "result.pt"), {"output": output, **twin.state_dict()})
