@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bnguard._equipment import OWN_ATTRIBUTES
-from bnguard._layers import exchanged_buffers
+from bnguard._layers import exchanged_buffers, tensor_table
 
 __all__ = ["Exchange", "StandIn", "copies", "normalise_with_batch", "normalise_with_running_stats"]
 
@@ -158,10 +158,11 @@ exchange_turn: Final = threading.RLock()  # for those who must not overlap; reen
 
 def copies(module: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
     """Fresh copies of some buffers, made outside autograd."""
+    buffers = tensor_table(module, "_buffers")
     if torch.compiler.is_compiling():
-        return {name: tensor.detach().clone() for name in names if (tensor := module._buffers.get(name)) is not None}
+        return {name: tensor.detach().clone() for name in names if (tensor := buffers.get(name)) is not None}
     with torch.inference_mode(mode=False), torch.no_grad():
-        return {name: tensor.clone() for name in names if (tensor := module._buffers.get(name)) is not None}
+        return {name: tensor.clone() for name in names if (tensor := buffers.get(name)) is not None}
 
 
 # Only for F.batch_norm, which moves no version counter of the statistics that it saves for backward and writes;

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from types import FrameType
 from typing import Any, Final
 
@@ -169,7 +169,8 @@ class Sentry(Equipment):
         """Runs the layer so that its update goes nowhere."""
         self._note_checkpoint()
         statistics = _hold.copies(self.module, self._names)
-        return self._held(statistics).forward(*args, **kwargs)
+        with self._turn():
+            return self._held(statistics).forward(*args, **kwargs)
 
     def _run_in_eval_mode(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs the layer as in eval mode."""
@@ -177,7 +178,14 @@ class Sentry(Equipment):
         module = self.module
         reads_only = self.kind is SYNC_BATCH_NORM or (self.kind is INSTANCE_NORM and module.track_running_stats)
         statistics = {} if reads_only else _hold.copies(module, self._names)
-        return self._held(statistics, training=False).forward(*args, **kwargs)
+        with self._turn():
+            return self._held(statistics, training=False).forward(*args, **kwargs)
+
+    def _turn(self) -> AbstractContextManager[object]:
+        """Overlapping forwards on an exchanged layer share what they exchange: one at a time, where that is judged."""
+        if self._previous is None or self.order in _HOLDING or torch.compiler.is_compiling():
+            return nullcontext()
+        return _hold.exchange_turn
 
     def _run_judged(self, claims: tuple[Claim, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Judges an update that is known to come, then runs the layer accordingly."""
@@ -200,7 +208,7 @@ class Sentry(Equipment):
         """Runs the layer as it is, and compares after the call."""
         before = _hold.copies(self.module, self._names)
         result = self._original(*args, **kwargs)
-        if self._differ(before, self.module._buffers):
+        if self._differ(before, tensor_table(self.module, "_buffers")):
             self._pronounce(settle(claims))
         return result
 
@@ -209,8 +217,7 @@ class Sentry(Equipment):
         # Compared with copies of our own: other threads may update the layer in the meantime.
         before = _hold.copies(self.module, self._names)
         held = self._held({name: tensor.clone() for name, tensor in before.items()})
-        # Overlapping forwards on an exchanged layer share what they exchange: one at a time, to tell them apart.
-        with nullcontext() if self._previous is None else _hold.exchange_turn:
+        with self._turn():
             try:
                 result = held.forward(*args, **kwargs)
             except Exception:
@@ -231,9 +238,12 @@ class Sentry(Equipment):
             self._pronounce(verdict)
         if verdict.stance == "stand":
             deviations = [claim.court.allowing(claim) for claim in verdict.within]
+            buffers = tensor_table(self.module, "_buffers")
             with torch.inference_mode(mode=False), torch.no_grad():
                 for name, tensor in after.items():
-                    self.module._buffers[name].data.copy_(tensor)
+                    own = buffers.get(name)
+                    if own is not None:
+                        own.data.copy_(tensor)
             for claim, deviation in zip(verdict.within, deviations, strict=True):
                 claim.court.allowed(claim, deviation)
 
