@@ -71,7 +71,6 @@ class Block:
         self._verified: dict[int, int] = {}  # by owner: updates when it was last compared
         self._errors: set[str] = set()  # texts of the errors that forwards raised
         self._warned = False
-        self._is_open = False
         self._refreshing = threading.Lock()
         self._under_way: dict[int, int] = {}  # by owner: updates within the budget that have begun and not ended
         self._regions: dict[int, Region] = {}  # checkpointed, held, and not recomputed so far
@@ -79,7 +78,6 @@ class Block:
     def enter(self) -> None:
         """Guards the layers from now on. If that fails, the model is as it was."""
         settings, modules = self._settings, [layer.module for layer in self._layers]
-        self._is_open = True
         try:
             # The claims first: what other threads run in the meantime is then held already.
             for owner, layer in enumerate(self._layers):
@@ -99,11 +97,10 @@ class Block:
 
     def check(self) -> None:
         """Compares now, and acts as the end of the block would."""
-        if self._is_open:
-            self._act(self._verify(), None)
+        self._act(self._verify(), None)
 
     def leave(self, error: BaseException | None) -> None:
-        """Compares, lets go of the model and acts on what was found. Leaving twice does nothing.
+        """Compares, lets go of the model and acts on what was found.
 
         Args:
             error: The exception on its way out of the block.
@@ -111,8 +108,6 @@ class Block:
         Raises:
             StatsChangedError: As ``on_change="raise"`` says, and no exception is on its way.
         """
-        if not self._is_open:
-            return
         # While the claims still stand: what other threads run in the meantime is held.
         try:
             found = self._verify()
@@ -218,7 +213,6 @@ class Block:
 
     def _let_go(self) -> None:
         """Takes everything off the model, whatever fails on the way."""
-        self._is_open = False
         failure: BaseException | None = None
         undos: list[Callable[[], None]] = [self._affine.release]
         undos += [partial(detach, self._layers[claim.owner].module, claim) for claim in self._claims]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, Final
@@ -16,7 +17,7 @@ __all__ = ["OWN_ATTRIBUTES", "Equipment"]
 OWN_ATTRIBUTES: Final = ("forward", "__getstate__", "_replicate_for_data_parallel")
 
 
-class Equipment:
+class Equipment(ABC):
     """A forward pre-hook, and attributes in the ``__dict__`` of one layer.
 
     Every undo is known before the thing it undoes, and looks at the layer rather than at a handle: what fails half-way
@@ -34,9 +35,9 @@ class Equipment:
         # A forward that somebody put on the instance before.
         self._previous: Callable[..., Any] | None = module.__dict__.get("forward")
 
+    @abstractmethod
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """The forward pre-hook."""
-        raise NotImplementedError
 
     def install(self, name: str, value: Any) -> None:
         """Puts ``value`` on the layer, unless something of ours is there already."""
@@ -75,26 +76,23 @@ class Equipment:
         """The layer's state for a copy or a pickle: nothing of bnguard is in it."""
         cls: Any = type(self.module)
         state = cls.__getstate__(self.module)
-        if isinstance(state, dict):
-            state = dict(state)
-            for name, value in self._installed.items():
-                if state.get(name) is value:
-                    del state[name]
-                    if name == "forward" and self._previous is not None:
-                        state[name] = self._previous
-            hooks = state.get("_forward_pre_hooks")
-            if hooks:
-                state["_forward_pre_hooks"] = OrderedDict((k, hook) for k, hook in hooks.items() if hook != self.before)
-            parameters = state.get("_parameters")
-            if parameters:
-                state["_parameters"] = {name: p if p is None else unheld(p) for name, p in parameters.items()}
+        if not isinstance(state, dict):
+            return state
+        state = {name: value for name, value in state.items() if value is not self._installed.get(name, self)}
+        if self._previous is not None and "forward" in self._installed:
+            state["forward"] = self._previous
+        hooks = state.get("_forward_pre_hooks")
+        if hooks:
+            state["_forward_pre_hooks"] = OrderedDict((k, hook) for k, hook in hooks.items() if hook != self.before)
+        parameters = state.get("_parameters")
+        if parameters:
+            state["_parameters"] = {name: p if p is None else unheld(p) for name, p in parameters.items()}
         return state
 
     def strip(self, replica: nn.Module) -> None:
         """Takes off what a replica has inherited with the layer's ``__dict__``."""
-        for name, value in self._installed.items():
-            if replica.__dict__.get(name) is value:
-                del replica.__dict__[name]
+        for name in self._installed:
+            replica.__dict__.pop(name, None)
 
     def _hook_ids(self, module: nn.Module) -> list[int]:
         hooks = module._forward_pre_hooks

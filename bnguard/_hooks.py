@@ -239,11 +239,10 @@ class Sentry(Equipment):
         if verdict.stance == "stand":
             deviations = [claim.court.allowing(claim) for claim in verdict.within]
             buffers = tensor_table(self.module, "_buffers")
+            pairs = [(own, tensor) for name, tensor in after.items() if (own := buffers.get(name)) is not None]
             with torch.inference_mode(mode=False), torch.no_grad():
-                for name, tensor in after.items():
-                    own = buffers.get(name)
-                    if own is not None:
-                        own.data.copy_(tensor)
+                for own, tensor in pairs:
+                    own.data.copy_(tensor)
             for claim, deviation in zip(verdict.within, deviations, strict=True):
                 claim.court.allowed(claim, deviation)
 

@@ -182,8 +182,7 @@ def _visit(module: nn.Module, prefix: str, found: dict[int, StatsLayer], path: s
         identity = id(module)
         known = found.get(identity)
         if known is not None:
-            if prefix[:-1] not in known.names:
-                known.names = (*known.names, prefix[:-1])
+            known.names = tuple(dict.fromkeys((*known.names, prefix[:-1])))
         else:
             buffers, kind = _statistics(module)
             if buffers:

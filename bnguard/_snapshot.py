@@ -164,9 +164,10 @@ class Snapshot:
             saved = self._saved(original)
             if saved is None or now is None or now.shape != saved.shape:
                 continue
-            expected = saved.to(now.device, now.dtype)
-            value = now if unless is None else torch.where(unless, expected, now)
-            if _is_converted(now, saved):
+            # In a dtype that holds both, bit for bit: nobody knows here which of them it is.
+            dtype = torch.promote_types(saved.dtype, now.dtype)
+            value = now.to(dtype) if unless is None else torch.where(unless, saved.to(now.device, dtype), now.to(dtype))
+            if _is_converted(value, saved):
                 self._index_of_saved()[id(original)] = value.clone()
             else:
                 saved.copy_(value)
@@ -208,7 +209,7 @@ class Snapshot:
         value = self._value(name, original)
         if current is not None and current is not original and _is_converted(current, original):
             if value is not None and _has_values(current):
-                expected = value.to(current.device, current.dtype)
+                expected = value.to(current.device, current.dtype, copy=True)  # the user may write to it later
                 if not same_bits(current, expected):
                     as_parameter = isinstance(current, nn.Parameter)
                     self._put(owner, name, nn.Parameter(expected, current.requires_grad) if as_parameter else expected)

@@ -1,0 +1,173 @@
+"""Capture, compare, put back: the corners that a model in a block rarely meets."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from bnguard._bits import as_bytes, from_bytes, same_bits
+from bnguard._drift import largest_mean_shift
+from bnguard._snapshot import Snapshot
+from tests.asserts import assert_same_bits
+
+NAMES = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def snapshot_of(layer: nn.Module) -> Snapshot:
+    """Of all its statistics."""
+    return Snapshot([layer], [NAMES])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int64, torch.bool, torch.complex64])
+def test_bytes_and_back(dtype: torch.dtype) -> None:
+    """A tensor of any dtype is its bytes, and the bytes are the tensor."""
+    tensor = torch.tensor([0, 1, 2]).to(dtype)
+    assert_same_bits(from_bytes(as_bytes(tensor), dtype).resolve_conj(), tensor)
+
+
+def test_same_bits_takes_dtype_and_shape_into_account() -> None:
+    """Zeros of another dtype or shape are something else."""
+    assert same_bits(torch.zeros(2), torch.zeros(2))
+    assert not same_bits(torch.zeros(2), torch.zeros(2, dtype=torch.int32))
+    assert not same_bits(torch.zeros(2), torch.zeros(1, 2))
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 2), (0,)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64, torch.bool])
+def test_snapshot_of_any_shape_and_dtype(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """What is captured is found unchanged, found changed, and put back."""
+    layer = nn.Module()
+    layer.register_buffer("running_mean", torch.ones(shape).to(dtype))
+    layer.register_buffer("running_std", torch.ones(5))
+    snapshot = Snapshot([layer], [("running_mean", "running_std")])
+    assert snapshot.is_intact()
+    layer.running_mean.zero_()
+    layer.running_std.zero_()
+    expected = ("running_mean", "running_std") if layer.running_mean.numel() else ("running_std",)
+    assert [difference.names for difference in snapshot.changed()] == [expected]
+    snapshot.restore()
+    assert snapshot.is_intact()
+    assert_same_bits(layer.running_mean, torch.ones(shape).to(dtype))
+
+
+def test_buffers_that_went_together_come_back_in_order() -> None:
+    """Several deleted buffers are registered again in the order that they had."""
+    layer = nn.BatchNorm2d(3)
+    snapshot = snapshot_of(layer)
+    del layer.running_mean, layer.running_var
+    assert snapshot.changed()[0].names == NAMES[:2]
+    snapshot.restore()
+    assert tuple(layer._buffers) == NAMES
+
+
+def test_model_on_the_meta_device_has_no_values_to_compare() -> None:
+    """Meta tensors are known as objects only: replaced ones return, nothing is read."""
+    layer = nn.BatchNorm2d(3, device="meta")
+    snapshot, mean = snapshot_of(layer), layer.running_mean
+    assert snapshot.changed() == []
+    layer.running_mean = None
+    assert snapshot.changed()[0].names == ("running_mean",)
+    assert snapshot.before(0) == {}
+    snapshot.restore()
+    assert layer.running_mean is mean
+
+
+def test_model_that_moved_to_the_meta_device_stays_there() -> None:
+    """A tensor that holds no values any more cannot hold those of capture: it is left alone, and is no change."""
+    layer = nn.BatchNorm2d(3)
+    snapshot = snapshot_of(layer)
+    layer.to("meta")
+    assert snapshot.changed() == []
+    snapshot.restore()
+    assert layer.running_mean.is_meta
+
+
+def test_tensor_subclass_is_compared_on_its_own() -> None:
+    """A buffer of another tensor class goes into no common image, and is compared and put back all the same."""
+
+    class Marked(torch.Tensor):
+        pass
+
+    layer = nn.BatchNorm2d(3)
+    layer.running_mean = torch.zeros(3).as_subclass(Marked)
+    snapshot = snapshot_of(layer)
+    assert snapshot.changed() == []
+    layer.running_mean.data.add_(1)
+    assert snapshot.changed()[0].names == ("running_mean",)
+    snapshot.restore()
+    assert layer.running_mean.eq(0).all()
+
+
+def test_deviation_and_refresh_read_nothing_and_follow_conversions() -> None:
+    """An update is taken over unless something else was written before, in whichever dtype the layer is by then."""
+    layer = nn.BatchNorm2d(3)
+    snapshot = snapshot_of(layer)
+    assert not snapshot.deviation(0)
+    layer.double()
+    assert not snapshot.deviation(0)
+    layer.running_mean.fill_(1 / 3)
+    assert snapshot.deviation(0)
+    snapshot.refresh(0, unless=snapshot.deviation(0))
+    assert snapshot.changed()[0].names == ("running_mean",)
+    snapshot.refresh(0, unless=None)
+    assert snapshot.changed() == []
+
+
+def test_refresh_of_a_converted_layer_keeps_every_digit() -> None:
+    """A refresh that is refused keeps the captured value in full, for a layer that is converted back later."""
+    layer = nn.BatchNorm2d(3).double()
+    layer.running_mean.fill_(1 / 3)
+    snapshot, mean = snapshot_of(layer), layer.running_mean
+    before = mean.clone()
+    layer.float()
+    snapshot.refresh(0, unless=torch.tensor(True))
+    layer.double()
+    snapshot.restore()
+    assert layer.running_mean is mean
+    assert_same_bits(mean, before)
+
+
+def test_restored_tensor_is_not_the_captured_one() -> None:
+    """What is put into the layer can be written to without changing what was captured."""
+    layer = nn.BatchNorm2d(3)
+    snapshot = snapshot_of(layer)
+    layer.double()
+    snapshot.refresh(0, unless=None)
+    layer.running_mean = layer.running_mean + 1
+    snapshot.restore()
+    layer.running_mean.add_(5)
+    snapshot.restore()
+    assert_same_bits(layer.running_mean, torch.zeros(3, dtype=torch.float64))
+
+
+def test_deviation_of_what_is_gone_or_has_another_shape() -> None:
+    """A missing buffer, and one of another shape, deviate, and a refresh passes them over."""
+    for value in (None, torch.zeros(7)):
+        layer = nn.BatchNorm2d(3)
+        snapshot = snapshot_of(layer)
+        layer.running_mean = value
+        assert snapshot.deviation(0)
+        snapshot.refresh(0, unless=None)
+        assert snapshot.changed()[0].names == ("running_mean",)
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+def test_deviation_of_what_has_no_values_yet() -> None:
+    """Uninitialised statistics deviate from nothing."""
+    layer = nn.Module()
+    layer.register_buffer("running_mean", nn.UninitializedBuffer())
+    snapshot = Snapshot([layer], [("running_mean",)])
+    assert not snapshot.deviation(0)
+    snapshot.refresh(0, unless=None)
+    assert snapshot.changed() == []
+
+
+def test_mean_shift_needs_a_mean_and_a_variance() -> None:
+    """Without both, in one shape, there is none."""
+    mean, var = torch.zeros(2), torch.ones(2)
+    assert largest_mean_shift({"running_mean": mean}, {"running_mean": mean + 1}, 0.0) is None
+    before = {"running_mean": mean, "running_var": var * 4}
+    assert largest_mean_shift(before, {"running_mean": mean + 3}, 0.0) == 1.5
+    assert largest_mean_shift(before, {"running_mean": torch.ones(3)}, 0.0) is None
+    assert largest_mean_shift(before, {}, 0.0) is None
