@@ -180,11 +180,12 @@ def _scratch_like(tensor: Tensor | None, slot: int) -> Tensor | None:
     """A tensor of the same shape, dtype and device; another one for each ``slot``."""
     if tensor is None:
         return None
+    is_plain = type(tensor) in (Tensor, nn.Parameter)
     key = (slot, tensor.shape, tensor.dtype, tensor.device)
-    found = _scratch.get(key)
+    found = _scratch.get(key) if is_plain else None
     if found is None:
         with torch.inference_mode(mode=False), torch.no_grad():
             found = torch.ones_like(tensor)
-        if type(tensor) in (Tensor, nn.Parameter) and type(found) is Tensor:
+        if is_plain and type(found) is Tensor:  # not one that belongs to a mode
             _scratch[key] = found
     return found

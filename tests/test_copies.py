@@ -276,3 +276,48 @@ def test_saved_model_loads_where_bnguard_is_not_installed(guard: str, tmp_path: 
     assert done.returncode == 0, done.stderr
     output = outcome(twin, images())["output"]
     assert_same_bits(torch.load(tmp_path / "result.pt"), {"output": output, **twin.state_dict()})
+
+
+class Odd(nn.BatchNorm2d):
+    """Pickles in a way of its own."""
+
+    def __getstate__(self) -> Any:
+        return ("channels", self.num_features)
+
+    def __setstate__(self, state: Any) -> None:
+        self.__init__(state[1])
+
+
+class Sparse(Odd):
+    """Pickles as a dictionary without any of torch's tables."""
+
+    def __getstate__(self) -> Any:
+        return {"channels": self.num_features}
+
+    def __setstate__(self, state: Any) -> None:
+        self.__init__(state["channels"])
+
+
+@pytest.mark.parametrize("cls", [Odd, Sparse])
+def test_layer_that_pickles_in_a_way_of_its_own(cls: type[nn.BatchNorm2d]) -> None:
+    """Its own way is respected, and the copy is an ordinary layer."""
+    layer = cls(3)
+    with bnguard.frozen(layer, "restore"):
+        twin = copy.deepcopy(layer)
+    assert twin.num_features == 3
+    assert_clean(twin)
+
+
+def test_copy_under_affine_can_be_trained() -> None:
+    """A copy made while weight and bias are held has the flags of entry; parameters that were one are one."""
+    net = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2), nn.BatchNorm1d(2, affine=False))
+    net[1].weight = net[0].weight
+    net[1].bias.requires_grad_(False)
+    with bnguard.frozen(net, "restore", affine=True):
+        twin, again = copy.deepcopy(net), pickle.loads(pickle.dumps(net))
+    for other in (twin, again):
+        assert [parameter.requires_grad for parameter in other.parameters()] == [True, True, False]
+        assert other[0].weight is other[1].weight
+        assert_same_bits(other.state_dict(), net.state_dict())
+        other(torch.randn(4, 2)).sum().backward()
+        assert other[0].weight.grad is not None

@@ -449,3 +449,13 @@ def test_eval_then_train_then_backward_has_the_right_gradients(options: dict[str
     unguarded.train()(make_input(2))
     loss.backward()
     assert not torch.equal(unguarded[1].weight.grad, twin[1].weight.grad)  # what happens without a guard
+
+
+def test_write_to_statistics_and_parameters_is_one_change() -> None:
+    """With affine=True what moved of a layer is listed together."""
+    net = make_net()
+    with warns(), bnguard.frozen(net, "restore", affine=True) as guard:
+        net[1].running_mean.add_(1)
+        net[1].weight.data.add_(1)
+    assert [change.buffers for change in guard.changes] == [("running_mean", "weight")]
+    assert_clean(net)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import bnguard
-from bnguard import _hold, _layers
+from bnguard import _claims, _hold, _hooks, _layers
 from tests.asserts import assert_clean, assert_same_bits, state_of, warns
 
 
@@ -278,6 +278,26 @@ def test_scratch_follows_the_buffer() -> None:
     assert _hold._scratch_like(mean.double(), 0).dtype == torch.float64
 
 
+def test_scratch_of_a_tensor_subclass_is_made_each_time() -> None:
+    """Only plain tensors are kept for later: others may belong to a mode that ends."""
+
+    class Marked(torch.Tensor):
+        pass
+
+    marked = torch.zeros(5).as_subclass(Marked)
+    assert _hold._scratch_like(marked, 0) is not _hold._scratch_like(marked, 0)
+
+
+def test_flag_off_under_restore_is_the_layers_own_forward() -> None:
+    """A layer that does not track, although it has statistics, is not in need of holding."""
+    layer, x = nn.BatchNorm2d(3), make_input()
+    layer.track_running_stats = False
+    twin, before = copy.deepcopy(layer), state_of(layer)
+    with bnguard.frozen(layer, "restore"):
+        assert_same_bits(layer(x), twin(x))
+    assert_same_bits(layer.state_dict(), before)
+
+
 def test_scratch_made_in_inference_mode_serves_training() -> None:
     """The first forward of a shape may run under inference_mode; a later one still trains."""
     layer = nn.BatchNorm2d(77)
@@ -348,3 +368,57 @@ def test_hook_that_fusion_moved_to_another_module_goes() -> None:
         torch.ao.quantization.fuse_modules(net, [["0", "1"]], inplace=True)
         assert_same_bits(net(x), expected)
     assert_clean(net)
+
+
+def test_functional_call_on_a_layer_that_runs_on_a_stand_in() -> None:
+    """What is lent moves, for layers other than torch's BatchNorm too."""
+    layer, x = nn.SyncBatchNorm(3), make_input()
+    before = state_of(layer)
+    lent = {name: tensor.clone() for name, tensor in layer.named_buffers()}
+    with bnguard.frozen(layer, "restore"):
+        torch.func.functional_call(layer, lent, (x,))
+        layer.eval()(x)
+    assert lent["num_batches_tracked"] == 1
+    assert_same_bits(layer.state_dict(), before)
+
+
+@pytest.mark.parametrize("stance", ["running", "restore"])
+@pytest.mark.parametrize("make", [nn.BatchNorm2d, nn.SyncBatchNorm])
+def test_update_whose_budget_is_gone_by_then_is_held(
+    make: Callable[[int], nn.Module], stance: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where another thread spends the budget first, the update that was to stand is held after all."""
+    layer, x = make(3), make_input()
+    twin = copy.deepcopy(layer).train(stance == "restore")
+    with bnguard.frozen(layer, "restore", updates=1):
+        claim = _hooks._sentries[id(layer)].claims[0]
+        with monkeypatch.context() as patch:
+            patch.setattr(_hooks, "settle", lambda _: _claims.Verdict(stance, claim))
+            assert_same_bits(layer(x), twin(x))
+    assert layer.num_batches_tracked == 0
+
+
+def test_detaching_from_a_layer_that_is_not_guarded_does_nothing() -> None:
+    """An undo may be run although its acquisition never got anywhere."""
+    _hooks.detach(nn.BatchNorm2d(3), _claims.Claim(None, 0, "restore", 0))
+
+
+def test_update_within_the_budget_may_outlast_the_block() -> None:
+    """A forward within its budget that goes on after the end is an update like any other."""
+    reached, go_on = threading.Event(), threading.Event()
+
+    class Slow(nn.BatchNorm2d):
+        def _check_input_dim(self, input: torch.Tensor) -> None:
+            if threading.current_thread() is not threading.main_thread() and not reached.is_set():
+                reached.set()
+                go_on.wait(20)
+
+    layer = Slow(3)
+    thread = threading.Thread(target=lambda: layer(make_input()))
+    with bnguard.frozen(layer, "restore", updates=1):
+        thread.start()
+        assert reached.wait(20)
+    go_on.set()
+    thread.join(20)
+    assert layer.num_batches_tracked == 1
+    assert_clean(layer)

@@ -53,7 +53,7 @@ def test_everything_is_guarded_without_a_selection() -> None:
         (lambda name, module: name.endswith("1.bn"), ["layer1.1.bn"]),
         (lambda name, module: module.num_features == 2, ALL),
     ],
-    ids=str,
+    ids=lambda value: "predicate" if callable(value) else str(value),
 )
 def test_selector_selects(selector: Any, expected: list[str]) -> None:
     """Patterns on names of layers and of containers, predicates, and lists of them; what is left is the complement."""
@@ -177,3 +177,12 @@ def test_layers_are_found_by_what_they_own() -> None:
         nn.GroupNorm(1, 2),
     )
     assert names(model) == ["2", "3"]
+
+
+def test_names_in_an_error_pass_over_absent_modules() -> None:
+    """A submodule that is None is no obstacle."""
+    net = nn.Module()
+    net.register_module("absent", None)
+    net.bn, net.relu = nn.BatchNorm2d(1), nn.ReLU()
+    with pytest.raises(ValueError, match="include='relu' matches modules, but none of the 1 layer"):
+        bnguard.frozen(net, include="relu")

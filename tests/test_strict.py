@@ -601,3 +601,17 @@ def test_decorated_function_pickles(protocol: int) -> None:
     bound = pickle.loads(pickle.dumps(Documented().step, protocol))
     assert bound()
     assert bound(times=2)
+
+
+def test_strict_passes_over_a_closure_variable_without_a_value() -> None:
+    """A variable of the enclosing function that has no value yet is no place to look in."""
+
+    @bnguard.strict(on_change="restore")
+    def step() -> bool:
+        return is_held(net) and (later or True)
+
+    net = norm()
+    with pytest.raises(NameError, match="later"):
+        step()
+    later = True
+    assert step()
