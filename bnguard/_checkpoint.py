@@ -18,8 +18,6 @@ __all__ = ["Region", "current_region", "recomputed_held"]
 _DEPTH: Final = 60  # frames between a layer and the checkpoint around it, generously
 _FORWARD: Final = checkpoint.CheckpointFunction.forward.__code__
 _BACKWARD: Final = checkpoint.CheckpointFunction.backward.__code__
-# Not in older versions of torch, where regions of the non-reentrant kind are not seen.
-_top_hooks: Final = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore_is_tracing: None)
 _recomputed_held: Final = ContextVar("bnguard_recomputed_held", default=False)
 
 
@@ -70,7 +68,7 @@ def current_region() -> Region | None:
 
     Of the non-reentrant implementation only the forward is told: its frame knows itself whether it was recomputed.
     """
-    hooks = _top_hooks(True)  # noqa: FBT003  # takes no keyword
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # noqa: FBT003  # takes no keyword
     if hooks is not None:
         for cell in hooks[0].__closure__ or ():
             if isinstance(cell.cell_contents, checkpoint._CheckpointFrame):

@@ -271,11 +271,7 @@ _KNOWN_SOURCES: Final = frozenset(
         "9886e47efe62f4d2",  # _BatchNorm.forward
         "534e3aacd9feed97",  # SyncBatchNorm.forward
         "9ca012652fe66334",  # _InstanceNorm.forward
-        "d997b839a49b40e4",  # _InstanceNorm._apply_instance_norm, as in 2.6
-        # torch 2.6
-        "8a4aa9c26518a1e1",  # _BatchNorm.forward
-        "b9a812e841ba3ba8",  # SyncBatchNorm.forward
-        "776a62de5e50fc7c",  # _InstanceNorm.forward
+        "d997b839a49b40e4",  # _InstanceNorm._apply_instance_norm
     }
 )
 
