@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, ParamSpec, TypeVar
 
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from bnguard._bits import as_bytes, from_bytes, same_bits
+from bnguard._bits import as_bytes, same_bits
+from bnguard._image import Image
 from bnguard._layers import tensor_table
 
 __all__ = ["Difference", "Snapshot"]
@@ -32,25 +33,6 @@ class Difference:
 
     owner: int
     names: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """Tensors of one dtype and device, side by side in the image of that device."""
-
-    dtype: torch.dtype
-    tensors: list[Tensor]
-    sizes: list[int]
-    shapes: list[torch.Size] | None  # None where all are one-dimensional
-    scalars: bool  # all of them
-
-
-@dataclass(frozen=True, slots=True)
-class _Image:
-    """The bytes of all captured tensors of one device, as one flat tensor: one comparison, one synchronisation."""
-
-    parts: list[_Part]
-    bytes: Tensor
 
 
 def _aside(function: Callable[P, R]) -> Callable[P, R]:
@@ -99,7 +81,7 @@ class Snapshot:
             else:
                 self._odd[id(tensor)] = tensor
         odd_values = {key: tensor.detach().clone() for key, tensor in self._odd.items() if _has_values(tensor)}
-        self._images = [_capture(of_device) for of_device in groups.values()]
+        self._images = [Image(of_device) for of_device in groups.values()]
         if self._odd:
             self._saved_by_id = {**self._index(), **dict.fromkeys(self._odd), **odd_values}
 
@@ -109,7 +91,7 @@ class Snapshot:
         if self._odd or any([now is not then for now, then in zip(self._current(), self._objects, strict=True)]):
             return False
         try:
-            return all([_is_unchanged(image) for image in self._images])
+            return all([image.is_unchanged() for image in self._images])
         except RuntimeError:  # converted in place, through .data: other shapes or devices
             return False
 
@@ -265,55 +247,15 @@ class Snapshot:
         return self._saved_by_id
 
     def _index(self) -> dict[int, Tensor | None]:
-        """Views of the images, by the id of the tensor that they show."""
+        """The captured values by the id of the tensor that had them."""
         views: dict[int, Tensor | None] = {}
         for image in self._images:
-            start = 0
-            for part in image.parts:
-                for position, (tensor, size) in enumerate(zip(part.tensors, part.sizes, strict=True)):
-                    stop = start + size * part.dtype.itemsize
-                    view = from_bytes(image.bytes[start:stop], part.dtype)
-                    views[id(tensor)] = view.reshape(part.shapes[position]) if part.shapes else view
-                    start = stop
+            views.update(image.views())
         return views
 
 
 _PLAIN: Final = (Tensor, nn.Parameter)
 _INITIAL: Final = {"running_mean": 0.0, "running_var": 1.0}
-
-
-def _capture(groups: dict[torch.dtype, dict[int, Tensor]]) -> _Image:
-    # Widest first, so that each part is aligned for a view as its own dtype.
-    parts = [_part(dtype, list(groups[dtype].values())) for dtype in sorted(groups, key=lambda dtype: -dtype.itemsize)]
-    return _Image(parts, _bytes_of(parts))
-
-
-def _part(dtype: torch.dtype, tensors: list[Tensor]) -> _Part:
-    ranks = {tensor.dim() for tensor in tensors}
-    shapes = None if ranks == {1} else [tensor.shape for tensor in tensors]
-    return _Part(dtype, tensors, [tensor.numel() for tensor in tensors], shapes, ranks == {0})
-
-
-def _bytes_of(parts: Iterable[_Part]) -> Tensor:
-    images = []
-    for part in parts:
-        if part.scalars:
-            flat = torch.stack(part.tensors)
-        elif part.shapes is None:
-            flat = torch.cat(part.tensors)
-        else:
-            flat = torch.cat([tensor.reshape(-1) for tensor in part.tensors])
-        images.append(as_bytes(flat))
-    return images[0] if len(images) == 1 else torch.cat(images)
-
-
-def _is_unchanged(image: _Image) -> bool:
-    now = _bytes_of(image.parts)
-    if now.shape != image.bytes.shape or now.device != image.bytes.device:
-        return False
-    # Wide words compare eight times as fast as bytes.
-    word = {0: torch.int64, 4: torch.int32}.get(now.numel() % 8, torch.uint8)
-    return torch.equal(now.view(word), image.bytes.view(word))
 
 
 def _is_converted(current: Tensor, original: Tensor) -> bool:
