@@ -283,7 +283,7 @@ class Twin:
         current = owner.get(name)
         if current is not None and current.dtype != saved.tensor.dtype:
             if self._differs(key, saved):
-                value = saved.value.to(current.dtype)
+                value = saved.value.to(current.dtype, copy=True)  # what is written to it later is no part of it
                 parameter = isinstance(current, nn.Parameter)
                 owner[name] = nn.Parameter(value, current.requires_grad) if parameter else value
             return
