@@ -136,7 +136,10 @@ class Snapshot:
             if now is None or now.shape != saved.shape:
                 return torch.ones((), dtype=torch.bool, device=saved.device)
             expected = saved.to(now.device, now.dtype)
-            deviations.append((as_bytes(now.detach().reshape(-1)) != as_bytes(expected.reshape(-1))).any())
+            if now.dtype != saved.dtype:
+                deviations.append(((now != expected) & ~(now.isnan() & expected.isnan())).any())
+            else:
+                deviations.append((as_bytes(now.detach().reshape(-1)) != as_bytes(expected.reshape(-1))).any())
         return torch.stack(deviations).any() if deviations else torch.zeros((), dtype=torch.bool)
 
     @_aside
@@ -192,7 +195,7 @@ class Snapshot:
         if current is not None and current is not original and _is_converted(current, original):
             if value is not None and _has_values(current):
                 expected = value.to(current.device, current.dtype, copy=True)  # the user may write to it later
-                if not same_bits(current, expected):
+                if not _holds(current, value):
                     as_parameter = isinstance(current, nn.Parameter)
                     self._put(owner, name, nn.Parameter(expected, current.requires_grad) if as_parameter else expected)
             return
@@ -229,7 +232,7 @@ class Snapshot:
         value = self._value(name, original)
         if value is None or not _has_values(current):
             return True
-        return same_bits(current, value.to(current.device, current.dtype))
+        return _holds(current, value)
 
     def _value(self, name: str, original: Tensor) -> Tensor | None:
         """The captured value; for a tensor that was uninitialised then, what torch initialises it with."""
@@ -256,6 +259,15 @@ class Snapshot:
 
 _PLAIN: Final = (Tensor, nn.Parameter)
 _INITIAL: Final = {"running_mean": 0.0, "running_var": 1.0}
+
+
+def _holds(current: Tensor, value: Tensor) -> bool:
+    """Whether ``current`` is ``value``, converted: the bits of a NaN count only as long as nobody converted it."""
+    expected = value.to(current.device, current.dtype)
+    if current.dtype != value.dtype and current.shape == value.shape:
+        is_nan = current.isnan() & expected.isnan()
+        return same_bits(current.detach().masked_fill(is_nan, 0), expected.masked_fill(is_nan, 0))
+    return same_bits(current, expected)
 
 
 def _is_converted(current: Tensor, original: Tensor) -> bool:

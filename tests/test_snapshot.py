@@ -128,6 +128,23 @@ def test_refresh_of_a_converted_layer_keeps_every_digit() -> None:
     assert_same_bits(mean, before)
 
 
+def test_nan_stays_nan_through_conversions() -> None:
+    """A NaN that was converted, in whichever steps, is the NaN that was captured."""
+    layer = nn.BatchNorm2d(3).double()
+    snapshot = snapshot_of(layer)
+    layer.float()
+    layer.running_mean.copy_(torch.tensor([float("nan"), 0.5, -0.0]) * -1)
+    snapshot.refresh(0, unless=None)
+    layer.bfloat16()
+    assert snapshot.changed() == []
+    assert not snapshot.deviation(0)
+    layer.running_mean[1] = 1
+    assert snapshot.deviation(0)
+    assert snapshot.changed()[0].names == ("running_mean",)
+    snapshot.restore()
+    assert snapshot.changed() == []
+
+
 def test_restored_tensor_is_not_the_captured_one() -> None:
     """What is put into the layer can be written to without changing what was captured."""
     layer = nn.BatchNorm2d(3)
