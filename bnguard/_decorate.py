@@ -5,10 +5,12 @@ from __future__ import annotations
 import inspect
 import types
 from collections.abc import AsyncGenerator, Callable, Generator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import wrapt
+
+from bnguard.errors import StatsChangedError
 
 if TYPE_CHECKING:
     _Wrapper: TypeAlias = wrapt.FunctionWrapper[..., Any]
@@ -39,11 +41,12 @@ def guard_function(function: Any, opener: Opener, decorator: str) -> Any:
     inner = function.__func__ if isinstance(function, (classmethod, staticmethod)) else function
     if isinstance(inner, type) or not callable(inner):
         raise TypeError(f"{decorator} decorates functions, got {inner!r}")
-    if inspect.isasyncgenfunction(inner):
+    codes = (inner, type(inner).__call__)  # of a function, or of an object that can be called
+    if any(map(inspect.isasyncgenfunction, codes)):
         run: Callable[..., Any] = _run_async_generator
-    elif inspect.iscoroutinefunction(inner):
+    elif any(map(inspect.iscoroutinefunction, codes)):
         run = _run_coroutine
-    elif inspect.isgeneratorfunction(inner):
+    elif any(map(inspect.isgeneratorfunction, codes)):
         run = _run_generator
     else:
         run = _run_function
@@ -97,6 +100,11 @@ async def _run_async_generator(
             item = await _awaitable_legs(block, step)
         except StopAsyncIteration:
             return
+        except Exception:
+            # A finding at the end of a step leaves the generator open. The first error is the one to tell.
+            with suppress(StatsChangedError, RuntimeError):
+                await _awaitable_legs(block, generator.aclose())
+            raise
         try:
             step = generator.asend((yield item))
         except GeneratorExit:
@@ -119,7 +127,8 @@ def _legs(block: Callable[[], AbstractContextManager[Any]], inner: Any) -> Gener
                     # The end of a generator is no error: the block must not see one.
                     is_done, item = True, stop.value
         except BaseException:
-            inner.close()
+            with suppress(StatsChangedError), block():
+                inner.close()
             raise
         if is_done:
             return item
