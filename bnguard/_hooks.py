@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import threading
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import FrameType
 from typing import Any, Final
 
@@ -197,12 +198,8 @@ class Sentry(Equipment):
             return self._run_held(args, kwargs)
         if verdict.stance == "running":
             return self._run_in_eval_mode(args, kwargs)
-        deviations = [claim.court.allowing(claim) for claim in verdict.within]
-        try:
+        with _within_budgets(verdict):
             return self._original(*args, **kwargs)
-        finally:
-            for claim, deviation in zip(verdict.within, deviations, strict=True):
-                claim.court.allowed(claim, deviation)
 
     def _run_observed(self, claims: tuple[Claim, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs the layer as it is, and compares after the call."""
@@ -237,14 +234,11 @@ class Sentry(Equipment):
         if not failed:
             self._pronounce(verdict)
         if verdict.stance == "stand":
-            deviations = [claim.court.allowing(claim) for claim in verdict.within]
             buffers = tensor_table(self.module, "_buffers")
             pairs = [(own, tensor) for name, tensor in after.items() if (own := buffers.get(name)) is not None]
-            with torch.inference_mode(mode=False), torch.no_grad():
+            with _within_budgets(verdict), torch.inference_mode(mode=False), torch.no_grad():
                 for own, tensor in pairs:
                     own.data.copy_(tensor)
-            for claim, deviation in zip(verdict.within, deviations, strict=True):
-                claim.court.allowed(claim, deviation)
 
     def _differ(self, one: dict[str, Any], other: dict[str, Any]) -> bool:
         names = [name for name in self._names if one.get(name) is not None and other.get(name) is not None]
@@ -350,6 +344,17 @@ class _BatchNormSentry(Sentry):
     def _run_in_eval_mode(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._note_checkpoint()
         return _hold.normalise_with_running_stats(self.module, *args)
+
+
+@contextmanager
+def _within_budgets(verdict: Verdict) -> Iterator[None]:
+    """Around an update that some budgets pay for: their blocks take over what it writes, also if it fails."""
+    deviations = [claim.court.allowing(claim) for claim in verdict.within]
+    try:
+        yield
+    finally:
+        for claim, deviation in zip(verdict.within, deviations, strict=True):
+            claim.court.allowed(claim, deviation)
 
 
 def _in_functional_call() -> bool:

@@ -193,11 +193,10 @@ class Snapshot:
     def _restore(self, owner: int, name: str, current: Tensor | None, original: Tensor) -> None:
         value = self._value(name, original)
         if current is not None and current is not original and _is_converted(current, original):
-            if value is not None and _has_values(current):
+            if value is not None and _has_values(current) and not _holds(current, value):
                 expected = value.to(current.device, current.dtype, copy=True)  # the user may write to it later
-                if not _holds(current, value):
-                    as_parameter = isinstance(current, nn.Parameter)
-                    self._put(owner, name, nn.Parameter(expected, current.requires_grad) if as_parameter else expected)
+                as_parameter = isinstance(current, nn.Parameter)
+                self._put(owner, name, nn.Parameter(expected, current.requires_grad) if as_parameter else expected)
             return
         if value is not None and _has_values(original):
             expected = value.to(original.device, original.dtype)
