@@ -16,10 +16,12 @@ from bnguard._affine import AffineHold, affine_parameters
 from bnguard._callsite import call_site
 from bnguard._changes import GuardedLayer, StatsChange
 from bnguard._checkpoint import Region
-from bnguard._claims import Claim, Stance, count
+from bnguard._claims import Claim, Stance, count, pay
 from bnguard._drift import largest_mean_shift
+from bnguard._graphs import compiled_parts, is_taken_in
 from bnguard._hooks import attach, detach, is_held
 from bnguard._layers import StatsLayer, find_layers, tensor_table
+from bnguard._protection import protection_text
 from bnguard._select import Selector, is_selected, select_layers
 from bnguard._snapshot import Difference, Snapshot
 from bnguard.errors import BNGuardWarning, StatsChangedError
@@ -133,12 +135,12 @@ class Block:
     @property
     def layers(self) -> tuple[GuardedLayer, ...]:
         """The layers, and how each is protected."""
-        return tuple(
-            [
-                GuardedLayer(layer.names, type(layer.module).__name__, layer.buffers, self._protection(layer))
-                for layer in self._layers
-            ]
-        )
+        settings, compiled = self._settings, {id(layer.module) for layer in self._compiled_layers()}
+        layers = []
+        for layer in self._layers:
+            how = protection_text(layer, settings.stance, settings.updates, id(layer.module) in compiled)
+            layers.append(GuardedLayer(layer.names, type(layer.module).__name__, layer.buffers, how))
+        return tuple(layers)
 
     # What a forward calls.
 
@@ -198,6 +200,8 @@ class Block:
             try:
                 is_intact = snapshot.is_intact()
                 for difference in () if is_intact else snapshot.changed():
+                    if snapshot is self._statistics and self._is_within_budget(snapshot, difference.owner):
+                        continue
                     change = self._found_change(snapshot, difference)
                     earlier = changes.get(difference.owner)
                     changes[difference.owner] = _joined(earlier, change) if earlier else change
@@ -210,6 +214,20 @@ class Block:
         self._found.update(changes)
         self._verified = {owner: claim.updates for owner, claim in enumerate(self._claims)}
         return [changes[owner] for owner in sorted(changes)]
+
+    def _is_within_budget(self, statistics: Snapshot, owner: int) -> bool:
+        """Whether a compiled graph, in which no forward can be counted, has updated a layer no more often than it may.
+
+        Told by the layer's own counter. What it then has is the state to hold.
+        """
+        claim = self._claims[owner]
+        if not claim.budget or not is_taken_in(self._layers[owner].module):
+            return False
+        before, now = (values(owner).get("num_batches_tracked") for values in (statistics.before, statistics.now))
+        if before is None or now is None or not pay(claim, int(now) - int(before)):
+            return False
+        statistics.refresh(owner, unless=None)
+        return True
 
     def _let_go(self) -> None:
         """Takes everything off the model, whatever fails on the way."""
@@ -228,7 +246,9 @@ class Block:
         on_change = self._settings.on_change
         texts = []
         if found and not (on_change == "warn" and self._warned):
-            texts.append(_report.changed_text(found, restored=on_change != "warn"))
+            unseen = {change.names for change in found if not change.updates}
+            in_graphs = unseen <= {layer.names for layer in self._compiled_layers()}
+            texts.append(_report.changed_text(found, on_change != "warn", in_graphs))
         caught = [change for change in self.changes if change not in found]
         if caught and self._errors and not _reports(error, self._errors):
             texts.append(_report.swallowed_text(caught))
@@ -271,6 +291,11 @@ class Block:
             text = _report.pending_text(self._settings.use_running_stats)
             warnings.warn(text, BNGuardWarning, stacklevel=call_site().stacklevel)
 
+    def _compiled_layers(self) -> list[StatsLayer]:
+        """The layers that compiled graphs run, as far as that can be known."""
+        parts = compiled_parts(self._model)
+        return [layer for layer in self._layers if id(layer.module) in parts or is_taken_in(layer.module)]
+
     def _change(self, claim: Claim) -> StatsChange:
         layer, prevented = self._layers[claim.owner], claim.stance == "raise"
         return StatsChange(
@@ -293,18 +318,6 @@ class Block:
 
     def _mode(self, claim: Claim) -> str:
         return "train" if self._layers[claim.owner].module.training else "eval"
-
-    def _protection(self, layer: StatsLayer) -> str:
-        settings, kind = self._settings, layer.kind
-        if kind.hold == "none":
-            return "compared at exit only (a ScriptModule runs no hooks)"
-        if settings.stance in ("restore", "running") or (settings.updates and kind.predict is not None):
-            return "held in its forward; compared at exit"
-        if kind.predict is not None:
-            return "judged before each forward; compared at exit"
-        if settings.stance == "warn" and not settings.updates:
-            return "compared after each forward and at exit"
-        return "run on copies of its statistics and compared at each forward; compared at exit"
 
 
 def _finish(undo: Callable[[], None]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from bnguard._checkpoint import Region
 from bnguard.errors import StatsChangedError
 
-__all__ = ["Claim", "Stance", "Verdict", "count", "decide", "settle", "standing_order"]
+__all__ = ["Claim", "Stance", "Verdict", "count", "decide", "pay", "settle", "standing_order"]
 
 Stance = Literal["raise", "warn", "restore", "running", "recompute"]
 
@@ -132,6 +132,15 @@ def settle(claims: Sequence[Claim]) -> Verdict:
         for claim in verdict.within:
             claim.spent += 1
         return verdict
+
+
+def pay(claim: Claim, updates: int) -> bool:
+    """Pays for updates that were made unseen; False where the budget does not reach, or there were none."""
+    with _lock:
+        if not 0 < updates <= claim.budget - claim.spent:
+            return False
+        claim.spent += updates
+        return True
 
 
 def count(claim: Claim, where: str) -> bool:

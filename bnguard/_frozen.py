@@ -16,6 +16,7 @@ from bnguard._block import Block, OnChange, Settings
 from bnguard._callsite import call_site
 from bnguard._changes import GuardedLayer, StatsChange
 from bnguard._decorate import guard_function
+from bnguard._graphs import outside_graphs
 from bnguard._layers import any_layer, find_layers
 from bnguard._select import Selector, as_selectors, select_layers
 from bnguard.errors import BNGuardWarning
@@ -121,6 +122,7 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
         BNGuardWarning: The model has no layer with running statistics.
     """
 
+    @outside_graphs
     def __init__(
         self,
         model: nn.Module,
@@ -149,6 +151,7 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
         self._last: Block | None = None
         self._lock = threading.Lock()
 
+    @outside_graphs
     def __enter__(self) -> frozen:
         block = Block(self._model, self._settings)
         extent = _Extent(block, threading.get_ident())
@@ -162,6 +165,7 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
             self._close(extent)
             raise
 
+    @outside_graphs
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
@@ -172,10 +176,12 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
         guarded: F = guard_function(function, lambda *call: lambda: self, "frozen(...)")
         return guarded
 
+    @outside_graphs
     def start(self) -> frozen:
         """Enters a block that lasts until ``stop()``; returns the guard."""
         return self.__enter__()
 
+    @outside_graphs
     def stop(self) -> None:
         """Leaves the block that this thread entered last, else the last one of all. Without one, does nothing.
 
@@ -184,6 +190,7 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
         """
         self._leave(None)
 
+    @outside_graphs
     def check(self) -> None:
         """Compares the statistics now, without leaving, and acts as the end of the block would.
 
@@ -197,6 +204,7 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
             extent.block.check()
 
     @property
+    @outside_graphs
     def changes(self) -> tuple[StatsChange, ...]:
         """What changed, or was about to, in the current or last block, in the order of ``state_dict()``.
 
@@ -205,14 +213,17 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
         return () if self._last is None else self._last.changes
 
     @property
+    @outside_graphs
     def layers(self) -> tuple[GuardedLayer, ...]:
         """The layers of the current or last block, or those a block would have now, and how each is protected."""
         return (self._last or Block(self._model, self._settings)).layers
 
+    @outside_graphs
     def report(self) -> str:
         """What is guarded, how, and what changed, as text."""
         return _report.report_text(self.changes, self.layers, self._settings.on_change)
 
+    @outside_graphs
     def __repr__(self) -> str:
         state = "open" if self._extents else "closed"
         return f"<bnguard.frozen of a {type(self._model).__name__}, on_change={self._settings.on_change!r}, {state}>"

@@ -18,6 +18,7 @@ from bnguard._bits import same_bits
 from bnguard._checkpoint import current_region
 from bnguard._claims import Claim, Stance, Verdict, decide, settle, standing_order
 from bnguard._equipment import Equipment
+from bnguard._graphs import at_compile_time, take_in
 from bnguard._layers import (
     BATCH_NORM,
     INSTANCE_FORWARD,
@@ -65,6 +66,14 @@ def is_held(module: nn.Module) -> bool:
         return sentry is not None and any([claim.stance in _HOLDING for claim in sentry.claims])
 
 
+@at_compile_time
+def _traced(key: int) -> None:
+    """Notes that a graph takes in the layer of this id."""
+    sentry = _sentries.get(key)
+    if sentry is not None:
+        take_in(sentry.module)
+
+
 def _is_batch_norm(layer: StatsLayer) -> bool:
     return layer.kind is BATCH_NORM and "forward" not in layer.module.__dict__
 
@@ -78,10 +87,11 @@ class Sentry(Equipment):
     keeps that ``forward`` gets the layer's own.
     """
 
-    __slots__ = ("_known", "_names", "claims", "kind", "order")
+    __slots__ = ("_known", "_names", "claims", "key", "kind", "order")
 
     def __init__(self, layer: StatsLayer) -> None:
         super().__init__(layer.module)
+        self.key = id(layer.module)
         self._names = layer.buffers
         self.kind = layer.kind if self._previous is None or layer.kind.hold == "none" else INSTANCE_FORWARD
         self.claims: tuple[Claim, ...] = ()
@@ -116,7 +126,10 @@ class Sentry(Equipment):
         if type(module) is not type(self.module):
             self.unhook(module)  # fusing has moved it to another module
             return
-        if predict is None or not predict(module) or torch.compiler.is_compiling():
+        if predict is None or not predict(module):
+            return
+        if torch.compiler.is_compiling():
+            _traced(self.key)
             return
         claims = self.claims  # of the moment at which the forward begins
         if self._is_foreign(module) or self._rejects(args):
@@ -142,6 +155,7 @@ class Sentry(Equipment):
         if order == "restore":
             return self._run_held(args, kwargs)
         if torch.compiler.is_compiling():
+            _traced(self.key)
             return self._original(*args, **kwargs)
         if order == "warn":
             return self._run_observed(claims, args, kwargs)
@@ -168,14 +182,14 @@ class Sentry(Equipment):
 
     def _run_held(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs the layer so that its update goes nowhere."""
-        self._note_checkpoint()
+        self._note_surroundings()
         statistics = _hold.copies(self.module, self._names)
         with self._turn():
             return self._held(statistics).forward(*args, **kwargs)
 
     def _run_in_eval_mode(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs the layer as in eval mode."""
-        self._note_checkpoint()
+        self._note_surroundings()
         module = self.module
         reads_only = self.kind is SYNC_BATCH_NORM or (self.kind is INSTANCE_NORM and module.track_running_stats)
         statistics = {} if reads_only else _hold.copies(module, self._names)
@@ -190,7 +204,10 @@ class Sentry(Equipment):
 
     def _run_judged(self, claims: tuple[Claim, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Judges an update that is known to come, then runs the layer accordingly."""
-        if torch.compiler.is_compiling() or self._rejects(args):
+        if torch.compiler.is_compiling():
+            _traced(self.key)
+            return self._original(*args, **kwargs)
+        if self._rejects(args):
             return self._original(*args, **kwargs)
         verdict = settle(claims)
         self._pronounce(verdict)
@@ -252,9 +269,10 @@ class Sentry(Equipment):
         for claim in verdict.warned:
             claim.court.stood(claim)
 
-    def _note_checkpoint(self) -> None:
-        """Tells the blocks that hold: a checkpointed region may be recomputed when they are over."""
+    def _note_surroundings(self) -> None:
+        """Notes a graph that takes the layer in, and tells the blocks that hold of a checkpointed region around it."""
         if torch.compiler.is_compiling():
+            _traced(self.key)
             return
         region = current_region()
         if region is not None:
@@ -338,11 +356,11 @@ class _BatchNormSentry(Sentry):
     forward.__qualname__ = nn.BatchNorm2d.forward.__qualname__
 
     def _run_held(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._note_checkpoint()
+        self._note_surroundings()
         return _hold.normalise_with_batch(self.module, *args)
 
     def _run_in_eval_mode(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._note_checkpoint()
+        self._note_surroundings()
         return _hold.normalise_with_running_stats(self.module, *args)
 
 

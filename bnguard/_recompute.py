@@ -10,6 +10,7 @@ from torch import nn
 
 from bnguard._checkpoint import recomputed_held
 from bnguard._claims import Claim, Stance
+from bnguard._graphs import outside_graphs
 from bnguard._hooks import attach, detach
 from bnguard._layers import find_layers
 
@@ -43,6 +44,7 @@ class recompute_frozen:  # noqa: N801  # lower case, as frozen
         TypeError: ``model`` is no module.
     """
 
+    @outside_graphs
     def __init__(self, model: nn.Module) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"recompute_frozen() takes a torch.nn.Module, got {type(model).__name__}")
@@ -50,10 +52,12 @@ class recompute_frozen:  # noqa: N801  # lower case, as frozen
         self._open: list[ExitStack] = []
         self._lock = threading.Lock()
 
+    @outside_graphs
     def __call__(self) -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
         """The contexts for the forward and for the recomputed forward, as ``context_fn`` returns them."""
         return recomputed_held(), _Holding(self._model, "restore")
 
+    @outside_graphs
     def __enter__(self) -> recompute_frozen:
         stack = ExitStack()
         stack.enter_context(_Holding(self._model, "recompute"))
@@ -61,6 +65,7 @@ class recompute_frozen:  # noqa: N801  # lower case, as frozen
             self._open.append(stack)
         return self
 
+    @outside_graphs
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
@@ -75,11 +80,13 @@ class recompute_frozen:  # noqa: N801  # lower case, as frozen
 class _Holding:
     """Holds forwards of a model's layers, and compares nothing. Can be entered again after it was left."""
 
+    @outside_graphs
     def __init__(self, model: nn.Module, stance: Stance) -> None:
         self._model = model
         self._stance: Stance = stance
         self._undo = ExitStack()
 
+    @outside_graphs
     def __enter__(self) -> None:
         with ExitStack() as undo:
             for owner, layer in enumerate(find_layers(self._model)):
@@ -88,6 +95,7 @@ class _Holding:
                 attach(layer, claim)
             self._undo = undo.pop_all()
 
+    @outside_graphs
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:

@@ -25,6 +25,12 @@ _CAUSES = (
 )
 
 
+_IN_GRAPHS = (
+    "In a compiled graph no forward can be seen or stopped; this comparison finds what it changed.",
+    '  frozen(model, on_change="restore")       holds the statistics, in compiled graphs too',
+)
+
+
 def layer_text(names: Sequence[str], type_name: str) -> str:
     """One layer, as every message prints it: ``stem.bn (BatchNorm2d)``."""
     shown = [name or "(root)" for name in names]
@@ -86,10 +92,16 @@ def swallowed_text(stopped: Sequence[StatsChange]) -> str:
     return "\n".join([head, *_lines(stopped), f"{outcome} {advice}"])
 
 
-def changed_text(changes: Sequence[StatsChange], restored: bool) -> str:
-    """What only the comparison at the end of a block, or of ``check()``, could see."""
+def changed_text(changes: Sequence[StatsChange], restored: bool, in_graphs: bool = False) -> str:
+    """What only the comparison at the end of a block, or of ``check()``, could see.
+
+    Args:
+        changes: The layers.
+        restored: Whether their statistics of entry are back.
+        in_graphs: Whether compiled graphs run all of them that no forward was seen of.
+    """
     seen = [change for change in changes if change.updates]
-    causes = () if len(seen) == len(changes) else _CAUSES
+    causes = () if len(seen) == len(changes) else _IN_GRAPHS if in_graphs else _CAUSES
     outcome = "The statistics of entry are back." if restored else "The changes stand."
     return "\n".join(
         [f"running statistics of {_layers(len(changes))} changed inside frozen():", *_lines(changes), *causes, outcome]

@@ -6,8 +6,8 @@ import dis
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from types import CodeType, FunctionType
+from contextlib import AbstractContextManager, ExitStack
+from types import CodeType, FunctionType, TracebackType
 from typing import Any, Final, TypeVar, overload
 
 from torch import nn
@@ -15,6 +15,7 @@ from torch import nn
 from bnguard._block import OnChange, Settings
 from bnguard._decorate import guard_function
 from bnguard._frozen import check_settings, frozen
+from bnguard._graphs import outside_graphs
 from bnguard._layers import any_layer
 from bnguard._select import Selector
 
@@ -96,23 +97,38 @@ def strict(
         if isinstance(model, str):
             _check_parameter(function, model)
 
+        @outside_graphs
         def opener(
             wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
         ) -> Callable[[], AbstractContextManager[Any]]:
             models = _models(model, wrapped, instance, args, kwargs)
-            return functools.partial(_all_frozen, models, settings)
+            return functools.partial(_AllFrozen, models, settings)
 
         return guard_function(function, opener, "strict")
 
     return decorate if function is None else decorate(function)
 
 
-@contextmanager
-def _all_frozen(models: list[nn.Module], settings: Settings) -> Iterator[None]:
-    with ExitStack() as stack:
-        for model in models:
-            stack.enter_context(frozen(model, **_options(settings)))
-        yield
+class _AllFrozen:
+    """One block around several models."""
+
+    @outside_graphs
+    def __init__(self, models: list[nn.Module], settings: Settings) -> None:
+        self._guards = [frozen(model, **_options(settings)) for model in models]
+        self._undo = ExitStack()
+
+    @outside_graphs
+    def __enter__(self) -> None:
+        with ExitStack() as undo:
+            for guard in self._guards:
+                undo.enter_context(guard)
+            self._undo = undo.pop_all()
+
+    @outside_graphs
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._undo.__exit__(kind, error, traceback)
 
 
 def _options(settings: Settings) -> dict[str, Any]:
