@@ -7,6 +7,7 @@ function. Importing bnguard alone does not import torch.
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -54,7 +55,11 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'bnguard' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"bnguard.{_HOMES[name]}"), name)
+    load = importlib.import_module
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None:  # it may be a compiled function that asks first
+        load = dynamo.disable(load)
+    value = getattr(load(f"bnguard.{_HOMES[name]}"), name)
     globals()[name] = value
     return value
 

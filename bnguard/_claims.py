@@ -13,7 +13,7 @@ from torch import Tensor
 from bnguard._checkpoint import Region
 from bnguard.errors import StatsChangedError
 
-__all__ = ["Claim", "Stance", "Verdict", "count", "decide", "pay", "settle", "standing_order"]
+__all__ = ["Claim", "Stance", "Verdict", "count", "decide", "graph_order", "pay", "settle", "standing_order"]
 
 Stance = Literal["raise", "warn", "restore", "running", "recompute"]
 
@@ -94,6 +94,11 @@ def standing_order(claims: Sequence[Claim]) -> Stance | None:
         if claim.stance != "warn":
             return claim.stance
     return "warn" if claims else None
+
+
+def graph_order(claims: Sequence[Claim]) -> Stance | None:
+    """The same in a compiled graph, where a recomputed forward is no forward of its own."""
+    return standing_order([claim for claim in claims if claim.stance != "recompute"])
 
 
 def is_in_backward() -> bool:

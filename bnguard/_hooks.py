@@ -16,7 +16,7 @@ from torch.nn.utils import stateless
 from bnguard import _hold
 from bnguard._bits import same_bits
 from bnguard._checkpoint import current_region
-from bnguard._claims import Claim, Stance, Verdict, decide, settle, standing_order
+from bnguard._claims import Claim, Stance, Verdict, decide, graph_order, settle, standing_order
 from bnguard._equipment import Equipment
 from bnguard._graphs import at_compile_time, take_in
 from bnguard._layers import (
@@ -87,7 +87,7 @@ class Sentry(Equipment):
     keeps that ``forward`` gets the layer's own.
     """
 
-    __slots__ = ("_known", "_names", "claims", "key", "kind", "order")
+    __slots__ = ("_known", "_names", "claims", "graph_order", "key", "kind", "order")
 
     def __init__(self, layer: StatsLayer) -> None:
         super().__init__(layer.module)
@@ -96,6 +96,7 @@ class Sentry(Equipment):
         self.kind = layer.kind if self._previous is None or layer.kind.hold == "none" else INSTANCE_FORWARD
         self.claims: tuple[Claim, ...] = ()
         self.order: Stance | None = None
+        self.graph_order: Stance | None = None
         self._remember()
 
     def set_claims(self, claims: tuple[Claim, ...]) -> None:
@@ -103,6 +104,7 @@ class Sentry(Equipment):
         # First, so that a thread that is between two steps meets the new ones with either equipment.
         self.claims = claims
         self.order = standing_order(claims)
+        self.graph_order = graph_order(claims)
         if self.kind.hold == "none":
             return
         if not claims:
@@ -164,10 +166,10 @@ class Sentry(Equipment):
         return self._run_on_trial(claims, args, kwargs)
 
     def _order_now(self, claims: tuple[Claim, ...]) -> str | None:
-        """What would become of an update now; nothing is spent yet. None in a graph, which counts nothing."""
-        if self.order is not None or torch.compiler.is_compiling():
+        """What would become of an update now; nothing is spent yet. None where a graph would have to count."""
+        if self.order is not None:
             return self.order
-        return decide(claims).stance
+        return self.graph_order if torch.compiler.is_compiling() else decide(claims).stance
 
     def _original(self, *args: Any, **kwargs: Any) -> Any:
         if self._previous is not None:
@@ -319,7 +321,7 @@ class Sentry(Equipment):
         self.strip(replica)
         sentry = type(self)(StatsLayer(replica, (), self._names, self.kind))
         sentry._previous = self._previous
-        sentry.claims, sentry.order = self.claims, self.order
+        sentry.claims, sentry.order, sentry.graph_order = self.claims, self.order, self.graph_order
         replica.__dict__["forward"] = sentry.forward
         return replica
 

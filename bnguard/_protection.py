@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bnguard._claims import Stance
-from bnguard._layers import StatsLayer
+from bnguard._layers import INSTANCE_NORM, StatsLayer
 
 __all__ = ["protection_text"]
 
@@ -21,7 +21,8 @@ def protection_text(layer: StatsLayer, stance: Stance, budget: int, is_compiled:
     if kind.hold == "none":
         return "compared at exit only (a ScriptModule runs no hooks)"
     if is_compiled and budget:
-        how = "counted by num_batches_tracked" if "num_batches_tracked" in layer.buffers else "not counted"
+        counts = "num_batches_tracked" in layer.buffers and kind is not INSTANCE_NORM  # which never counts
+        how = "counted by num_batches_tracked" if counts else "not counted"
         return f"compared at exit only, updates {how} (a compiled graph runs no hooks)"
     if stance in ("restore", "running"):
         where = "in its forward, in a compiled graph too" if is_compiled else "in its forward"
