@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch._C import _functorch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.parameter import is_lazy
 
-__all__ = ["as_bytes", "from_bytes", "same_bits"]
+__all__ = ["as_bytes", "from_bytes", "has_values", "same_bits"]
+
+
+def has_values(tensor: Any) -> bool:
+    """Whether bits can be read: not lazy, not on the meta device, not fake, not inside a transform."""
+    return not (
+        is_lazy(tensor)
+        or tensor.is_meta
+        or isinstance(tensor, FakeTensor)
+        or _functorch.is_functorch_wrapped_tensor(tensor)
+    )
 
 
 def as_bytes(flat: Tensor) -> Tensor:

@@ -73,6 +73,7 @@ class Block:
         self._verified: dict[int, int] = {}  # by owner: updates when it was last compared
         self._errors: set[str] = set()  # texts of the errors that forwards raised
         self._warned = False
+        self._has_warned_of_program = False
         self._refreshing = threading.Lock()
         self._under_way: dict[int, int] = {}  # by owner: updates within the budget that have begun and not ended
         self._regions: dict[int, Region] = {}  # checkpointed, held, and not recomputed so far
@@ -181,6 +182,14 @@ class Block:
             self._under_way[claim.owner] -= 1
             if self._statistics is not None:
                 self._statistics.refresh(claim.owner, unless=deviation)
+
+    def recorded(self, claim: Claim) -> None:
+        """Warns, once a block, that a program is taken off a layer in train mode that is held in eval mode."""
+        if not self._has_warned_of_program:
+            self._has_warned_of_program = True
+            layer = self._layers[claim.owner]
+            text = _report.recorded_text(layer.names, type(layer.module).__name__)
+            warnings.warn(text, BNGuardWarning, stacklevel=call_site().stacklevel)
 
     def checkpointed(self, region: Region) -> None:
         """Keeps a checkpointed region in mind until its backward pass."""

@@ -33,6 +33,9 @@ class Judge(Protocol):
     def allowed(self, claim: Claim, deviation: Tensor | None) -> None:
         """Takes over what an update within the budget has written."""
 
+    def recorded(self, claim: Claim) -> None:
+        """Warns, once a block, that a program is taken off a layer in train mode that is held in eval mode."""
+
     def checkpointed(self, region: Region) -> None:
         """Records that a forward was held in a checkpointed region."""
 

@@ -14,7 +14,7 @@ from bnguard._affine import unheld
 __all__ = ["OWN_ATTRIBUTES", "Equipment"]
 
 # In the layer's __dict__, where they go before the class's own.
-OWN_ATTRIBUTES: Final = ("forward", "__getstate__", "_replicate_for_data_parallel")
+OWN_ATTRIBUTES: Final = ("forward", "__getstate__", "_replicate_for_data_parallel", "__prepare_scriptable__")
 
 
 class Equipment(ABC):

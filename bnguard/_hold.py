@@ -15,10 +15,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bnguard._aside import aside
 from bnguard._equipment import OWN_ATTRIBUTES
 from bnguard._layers import exchanged_buffers, tensor_table
 
-__all__ = ["Exchange", "StandIn", "copies", "normalise_with_batch", "normalise_with_running_stats"]
+__all__ = [
+    "Exchange",
+    "InPlace",
+    "StandIn",
+    "copies",
+    "copies_aside",
+    "normalise_with_batch",
+    "normalise_with_running_stats",
+]
 
 
 def normalise_with_batch(module: Any, input: Tensor) -> Tensor:
@@ -156,13 +165,59 @@ _exchange_lock: Final = threading.Lock()
 exchange_turn: Final = threading.RLock()  # for those who must not overlap; reentrant for layers within layers
 
 
+class InPlace:
+    """A layer whose own forward runs as it is, so that it can be recorded; afterwards its statistics come back.
+
+    Args:
+        module: The layer.
+        names: Its statistics.
+        forward: What to run.
+    """
+
+    __slots__ = ("_after", "_forward", "_module", "_names")
+
+    def __init__(self, module: nn.Module, names: Iterable[str], forward: Callable[..., Any]) -> None:
+        self._module = module
+        self._names = tuple(names)
+        self._forward = forward
+        self._after: dict[str, Tensor] = {}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the forward, then puts the statistics back where nobody records it."""
+        buffers = self._module._buffers
+        objects = {name: tensor for name in self._names if (tensor := buffers.get(name)) is not None}
+        before = copies_aside(self._module, self._names)
+        try:
+            return self._forward(*args, **kwargs)
+        finally:
+            self._after = copies_aside(self._module, self._names)
+            with aside():
+                for name, tensor in objects.items():
+                    tensor.data.copy_(before[name])
+                    buffers[name] = tensor
+
+    def statistics(self) -> dict[str, Tensor]:
+        """The statistics as the forward left them."""
+        return self._after
+
+
 def copies(module: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
-    """Fresh copies of some buffers, made outside autograd."""
-    buffers = tensor_table(module, "_buffers")
+    """Fresh copies of some buffers for a forward to write to, made outside autograd, and inside what else there is."""
     if torch.compiler.is_compiling():
-        return {name: tensor.detach().clone() for name in names if (tensor := buffers.get(name)) is not None}
+        return _copies(module, names)
     with torch.inference_mode(mode=False), torch.no_grad():
-        return {name: tensor.clone() for name in names if (tensor := buffers.get(name)) is not None}
+        return _copies(module, names)
+
+
+def copies_aside(module: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """Fresh copies of some buffers for us to keep."""
+    with aside():
+        return _copies(module, names)
+
+
+def _copies(module: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    buffers = tensor_table(module, "_buffers")
+    return {name: tensor.detach().clone() for name in names if (tensor := buffers.get(name)) is not None}
 
 
 # Only for F.batch_norm, which moves no version counter of the statistics that it saves for backward and writes;
@@ -184,7 +239,7 @@ def _scratch_like(tensor: Tensor | None, slot: int) -> Tensor | None:
     key = (slot, tensor.shape, tensor.dtype, tensor.device)
     found = _scratch.get(key) if is_plain else None
     if found is None:
-        with torch.inference_mode(mode=False), torch.no_grad():
+        with aside():
             found = torch.ones_like(tensor)
         if is_plain and type(found) is Tensor:  # not one that belongs to a mode
             _scratch[key] = found

@@ -7,14 +7,15 @@ import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import FrameType
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import stateless
 
 from bnguard import _hold
-from bnguard._bits import same_bits
+from bnguard._aside import aside, is_recorded
+from bnguard._bits import has_values, same_bits
 from bnguard._checkpoint import current_region
 from bnguard._claims import Claim, Stance, Verdict, decide, graph_order, settle, standing_order
 from bnguard._equipment import Equipment
@@ -28,6 +29,8 @@ from bnguard._layers import (
     batch_norm_updates,
     tensor_table,
 )
+from bnguard._report import script_text
+from bnguard.errors import BNGuardError
 
 __all__ = ["attach", "detach", "is_held"]
 
@@ -70,8 +73,17 @@ def is_held(module: nn.Module) -> bool:
 def _traced(key: int) -> None:
     """Notes that a graph takes in the layer of this id."""
     sentry = _sentries.get(key)
-    if sentry is not None:
+    if sentry is not None and not torch.compiler.is_exporting():
         take_in(sentry.module)
+
+
+@at_compile_time
+def _recorded(key: int) -> None:
+    """Has the blocks warn that a program is taken off the layer of this id, which they hold in eval mode."""
+    sentry = _sentries.get(key)
+    for claim in () if sentry is None else sentry.claims:
+        if claim.judge is not None and claim.stance == "running":
+            claim.judge.recorded(claim)
 
 
 def _is_batch_norm(layer: StatsLayer) -> bool:
@@ -111,6 +123,7 @@ class Sentry(Equipment):
             self.remove()
             return
         self.install("__getstate__", self.getstate)
+        self.install("__prepare_scriptable__", self.refuse_script)
         if self.kind.predict is not None and self.order in ("raise", "warn"):
             self.hook()
             self.uninstall("forward")
@@ -176,22 +189,31 @@ class Sentry(Equipment):
             return self._previous(*args, **kwargs)
         return type(self.module).forward(self.module, *args, **kwargs)
 
-    def _held(self, statistics: dict[str, Tensor], training: bool | None = None) -> _hold.StandIn | _hold.Exchange:
-        """The layer with ``statistics`` in place of its own."""
+    def _held(
+        self, statistics: dict[str, Tensor], training: bool | None = None
+    ) -> _hold.StandIn | _hold.Exchange | _hold.InPlace:
+        """The layer with ``statistics`` in place of its own; while it is recorded, itself."""
+        if not torch.compiler.is_compiling() and is_recorded():
+            return _hold.InPlace(self.module, self._names, self._original)
         if self._previous is not None:
             return _hold.Exchange(self.module, statistics, training, self._previous)
         return _hold.StandIn(self.module, statistics, training)
 
     def _run_held(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs the layer so that its update goes nowhere."""
-        self._note_surroundings()
-        statistics = _hold.copies(self.module, self._names)
+        surroundings = self._surroundings()
+        if surroundings == "export":
+            return self._original(*args, **kwargs)
+        statistics = {} if surroundings == "record" else _hold.copies(self.module, self._names)
         with self._turn():
             return self._held(statistics).forward(*args, **kwargs)
 
     def _run_in_eval_mode(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs the layer as in eval mode."""
-        self._note_surroundings()
+        surroundings = self._surroundings()
+        if surroundings in ("export", "record"):
+            _recorded(self.key)
+            return self._run_held(args, kwargs)
         module = self.module
         reads_only = self.kind is SYNC_BATCH_NORM or (self.kind is INSTANCE_NORM and module.track_running_stats)
         statistics = {} if reads_only else _hold.copies(module, self._names)
@@ -222,7 +244,7 @@ class Sentry(Equipment):
 
     def _run_observed(self, claims: tuple[Claim, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs the layer as it is, and compares after the call."""
-        before = _hold.copies(self.module, self._names)
+        before = _hold.copies_aside(self.module, self._names)
         result = self._original(*args, **kwargs)
         if self._differ(before, tensor_table(self.module, "_buffers")):
             self._pronounce(settle(claims))
@@ -231,8 +253,8 @@ class Sentry(Equipment):
     def _run_on_trial(self, claims: tuple[Claim, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs the layer on copies of its statistics, and judges what it did to them."""
         # Compared with copies of our own: other threads may update the layer in the meantime.
-        before = _hold.copies(self.module, self._names)
-        held = self._held({name: tensor.clone() for name, tensor in before.items()})
+        before = _hold.copies_aside(self.module, self._names)
+        held = self._held(_hold.copies_aside(self.module, self._names))
         with self._turn():
             try:
                 result = held.forward(*args, **kwargs)
@@ -255,13 +277,20 @@ class Sentry(Equipment):
         if verdict.stance == "stand":
             buffers = tensor_table(self.module, "_buffers")
             pairs = [(own, tensor) for name, tensor in after.items() if (own := buffers.get(name)) is not None]
-            with _within_budgets(verdict), torch.inference_mode(mode=False), torch.no_grad():
+            with _within_budgets(verdict), aside():
                 for own, tensor in pairs:
                     own.data.copy_(tensor)
 
     def _differ(self, one: dict[str, Any], other: dict[str, Any]) -> bool:
-        names = [name for name in self._names if one.get(name) is not None and other.get(name) is not None]
-        return not all(same_bits(one[name], other[name]) for name in names)
+        pairs = [(one.get(name), other.get(name)) for name in self._names]
+        with aside():
+            return not all(
+                [
+                    same_bits(left, right)
+                    for left, right in pairs
+                    if left is not None and right is not None and has_values(left) and has_values(right)
+                ]
+            )
 
     @staticmethod
     def _pronounce(verdict: Verdict) -> None:
@@ -271,16 +300,22 @@ class Sentry(Equipment):
         for claim in verdict.warned:
             claim.court.stood(claim)
 
-    def _note_surroundings(self) -> None:
-        """Notes a graph that takes the layer in, and tells the blocks that hold of a checkpointed region around it."""
+    def _surroundings(self) -> Literal["run", "graph", "export", "record"]:
+        """What becomes of a forward that is to be held: it runs, or becomes part of a graph or of another program.
+
+        Notes the graph, and tells the blocks that hold of a checkpointed region around it.
+        """
         if torch.compiler.is_compiling():
+            if torch.compiler.is_exporting():
+                return "export"
             _traced(self.key)
-            return
+            return "graph"
         region = current_region()
         if region is not None:
             for claim in self.claims:
                 if claim.judge is not None and claim.stance in _HOLDING:
                     claim.judge.checkpointed(region)
+        return "record" if is_recorded() else "run"
 
     def _rejects(self, args: tuple[Any, ...]) -> bool:
         """Whether torch turns the input down before it counts the batch."""
@@ -292,6 +327,10 @@ class Sentry(Equipment):
         except Exception:  # whatever it is, the layer's own forward raises it again
             return True
         return False
+
+    def refuse_script(self) -> nn.Module:
+        """What ``torch.jit.script`` asks for first: it compiles a layer's source, and would compile ours."""
+        raise BNGuardError(script_text(type(self.module).__name__))
 
     # Whose tensors are in the layer.
 
@@ -358,12 +397,14 @@ class _BatchNormSentry(Sentry):
     forward.__qualname__ = nn.BatchNorm2d.forward.__qualname__
 
     def _run_held(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._note_surroundings()
-        return _hold.normalise_with_batch(self.module, *args)
+        if self._surroundings() in ("run", "graph"):
+            return _hold.normalise_with_batch(self.module, *args)
+        return super()._run_held(args, kwargs)
 
     def _run_in_eval_mode(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._note_surroundings()
-        return _hold.normalise_with_running_stats(self.module, *args)
+        if self._surroundings() in ("run", "graph"):
+            return _hold.normalise_with_running_stats(self.module, *args)
+        return super()._run_in_eval_mode(args, kwargs)
 
 
 @contextmanager

@@ -11,7 +11,9 @@ __all__ = [
     "changed_text",
     "layer_text",
     "pending_text",
+    "recorded_text",
     "report_text",
+    "script_text",
     "stood_text",
     "stopped_text",
     "suggestion",
@@ -137,6 +139,23 @@ def unguarded_text(type_name: str) -> str:
     return (
         f"{type_name} has no layer with running statistics: frozen() has nothing to guard.\n"
         "If one of its layers keeps statistics under other names, see bnguard.register_layer()."
+    )
+
+
+def script_text(type_name: str) -> str:
+    """The error of ``torch.jit.script()`` inside a block."""
+    return (
+        f"torch.jit.script() cannot compile a {type_name} that frozen() guards: script the model after the block, or\n"
+        "before it and guard the ScriptModule, which is compared at the end. torch.jit.trace() works inside."
+    )
+
+
+def recorded_text(names: Sequence[str], type_name: str) -> str:
+    """The warning about a program taken off a layer in train mode while it is to use its running statistics."""
+    return (
+        f"{layer_text(names, type_name)} is traced or exported in train mode inside frozen(use_running_stats=True).\n"
+        "The program has no guard in it: it normalises with the batch, and updates. Call model.eval() first, so that\n"
+        "it normalises with the running statistics."
     )
 
 

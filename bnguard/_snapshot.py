@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal, ParamSpec, TypeVar
+from typing import Final, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
-from bnguard._bits import as_bytes, same_bits
+from bnguard._aside import aside
+from bnguard._bits import as_bytes, has_values, same_bits
 from bnguard._image import Image
 from bnguard._layers import tensor_table
 
 __all__ = ["Difference", "Snapshot"]
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,17 +29,6 @@ class Difference:
 
     owner: int
     names: tuple[str, ...]
-
-
-def _aside(function: Callable[P, R]) -> Callable[P, R]:
-    """Runs ``function`` outside autograd and outside inference mode, so that what it makes is an ordinary tensor."""
-
-    @functools.wraps(function)
-    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-        with torch.inference_mode(mode=False), torch.no_grad():
-            return function(*args, **kwargs)
-
-    return wrapper
 
 
 class Snapshot:
@@ -60,7 +45,7 @@ class Snapshot:
 
     __slots__ = ("_images", "_names", "_objects", "_odd", "_saved_by_id", "_starts", "_table", "modules")
 
-    @_aside
+    @aside()
     def __init__(
         self,
         modules: Sequence[nn.Module],
@@ -80,12 +65,12 @@ class Snapshot:
                 groups.setdefault(tensor.device, {}).setdefault(tensor.dtype, {})[id(tensor)] = tensor
             else:
                 self._odd[id(tensor)] = tensor
-        odd_values = {key: tensor.detach().clone() for key, tensor in self._odd.items() if _has_values(tensor)}
+        odd_values = {key: tensor.detach().clone() for key, tensor in self._odd.items() if has_values(tensor)}
         self._images = [Image(of_device) for of_device in groups.values()]
         if self._odd:
             self._saved_by_id = {**self._index(), **dict.fromkeys(self._odd), **odd_values}
 
-    @_aside
+    @aside()
     def is_intact(self) -> bool:
         """Whether every place holds the object of capture with the bits of capture: one comparison for each device."""
         if self._odd or any([now is not then for now, then in zip(self._current(), self._objects, strict=True)]):
@@ -95,7 +80,7 @@ class Snapshot:
         except RuntimeError:  # converted in place, through .data: other shapes or devices
             return False
 
-    @_aside
+    @aside()
     def changed(self) -> list[Difference]:
         """Lists the tensors that are gone, or have other bits than at capture.
 
@@ -110,7 +95,7 @@ class Snapshot:
                 differences.append(Difference(owner, differing))
         return differences
 
-    @_aside
+    @aside()
     def restore(self) -> None:
         """Puts the captured objects and values back, wherever they are not.
 
@@ -125,7 +110,7 @@ class Snapshot:
             for name in names:
                 self._restore(owner, name, next(current), next(originals))
 
-    @_aside
+    @aside()
     def deviation(self, owner: int) -> Tensor:
         """Whether one module's tensors differ from the captured ones, as a tensor on their device: nothing is read."""
         deviations: list[Tensor] = []
@@ -142,7 +127,7 @@ class Snapshot:
                 deviations.append((as_bytes(now.detach().reshape(-1)) != as_bytes(expected.reshape(-1))).any())
         return torch.stack(deviations).any() if deviations else torch.zeros((), dtype=torch.bool)
 
-    @_aside
+    @aside()
     def refresh(self, owner: int, unless: Tensor | None) -> None:
         """Takes the current values of one module's tensors for the captured ones, unless ``unless`` says no."""
         for original, now in self._pairs(owner):
@@ -157,7 +142,7 @@ class Snapshot:
             else:
                 saved.copy_(value)
 
-    @_aside
+    @aside()
     def before(self, owner: int) -> dict[str, Tensor]:
         """The captured values (shape as captured) of one module's tensors, by name."""
         values = {}
@@ -171,7 +156,7 @@ class Snapshot:
         """The current tensors of one module, by name, as far as they have values."""
         table = tensor_table(self.modules[owner], self._table)
         tensors = {name: table.get(name) for name in self._names[owner]}
-        return {name: tensor for name, tensor in tensors.items() if tensor is not None and _has_values(tensor)}
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None and has_values(tensor)}
 
     def _current(self) -> Iterator[Tensor | None]:
         for module, names in zip(self.modules, self._names, strict=True):
@@ -193,12 +178,12 @@ class Snapshot:
     def _restore(self, owner: int, name: str, current: Tensor | None, original: Tensor) -> None:
         value = self._value(name, original)
         if current is not None and current is not original and _is_converted(current, original):
-            if value is not None and _has_values(current) and not _holds(current, value):
+            if value is not None and has_values(current) and not _holds(current, value):
                 expected = value.to(current.device, current.dtype, copy=True)  # the user may write to it later
                 as_parameter = isinstance(current, nn.Parameter)
                 self._put(owner, name, nn.Parameter(expected, current.requires_grad) if as_parameter else expected)
             return
-        if value is not None and _has_values(original):
+        if value is not None and has_values(original):
             expected = value.to(original.device, original.dtype)
             if original.shape != expected.shape:
                 original.data = expected.clone()
@@ -229,14 +214,14 @@ class Snapshot:
         if current is None:
             return False
         value = self._value(name, original)
-        if value is None or not _has_values(current):
+        if value is None or not has_values(current):
             return True
         return _holds(current, value)
 
     def _value(self, name: str, original: Tensor) -> Tensor | None:
         """The captured value; for a tensor that was uninitialised then, what torch initialises it with."""
         saved = self._saved(original)
-        if saved is None and name in _INITIAL and not original.is_meta and _has_values(original):
+        if saved is None and name in _INITIAL and not original.is_meta and has_values(original):
             return torch.full_like(original.data, _INITIAL[name])
         return saved
 
@@ -271,8 +256,3 @@ def _holds(current: Tensor, value: Tensor) -> bool:
 
 def _is_converted(current: Tensor, original: Tensor) -> bool:
     return current.dtype != original.dtype or current.device != original.device
-
-
-def _has_values(tensor: Any) -> bool:
-    """Whether bits can be read: not lazy, not on the meta device, not fake."""
-    return not is_lazy(tensor) and not tensor.is_meta and not isinstance(tensor, torch._subclasses.FakeTensor)

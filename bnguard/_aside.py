@@ -1,0 +1,50 @@
+"""Tell whether somebody takes down what a model computes, and do tensor work of our own where nobody sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch._C import _functorch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.fx import _symbolic_trace
+from torch.utils._python_dispatch import _disable_current_modes
+
+__all__ = ["aside", "is_recorded"]
+
+_PROXY = torch._C._TorchDispatchModeKey.PROXY
+
+
+def is_recorded() -> bool:
+    """Whether what runs now becomes a program: ``torch.jit.trace``, ``torch.fx.symbolic_trace``, ``make_fx``.
+
+    Not for ``torch.compile``, whose graphs last as long as what they were traced with, and ``torch.export``.
+    """
+    return (
+        torch._C._get_tracing_state() is not None
+        or _symbolic_trace._is_fx_tracing_flag
+        or (torch._C._len_torch_dispatch_stack() > 0 and torch._C._get_dispatch_mode(_PROXY) is not None)
+    )
+
+
+@contextmanager
+def aside() -> Iterator[None]:
+    """Outside autograd and inference mode, and of whatever else the user's code runs in.
+
+    That is a trace, a dispatch mode (``FakeTensorMode``, ``make_fx``, a logger) or a transform of ``torch.func``: none
+    of them sees an operation, and what is made is an ordinary tensor.
+    """
+    with torch.inference_mode(mode=False), torch.no_grad():
+        trace = torch._C._get_tracing_state()
+        if trace is None and not torch._C._len_torch_dispatch_stack() and _functorch.peek_interpreter_stack() is None:
+            yield
+            return
+        with ExitStack() as undo:
+            if trace is not None:
+                set_trace = torch._C._set_tracing_state  # type: ignore[attr-defined]  # the stub lacks it
+                undo.callback(set_trace, trace)
+                set_trace(None)
+            undo.enter_context(_disable_current_modes())
+            undo.enter_context(temporarily_clear_interpreter_stack())
+            yield
