@@ -87,8 +87,12 @@ def unheld(parameter: nn.Parameter) -> nn.Parameter:
         held = _held.get(id(parameter))
         if held is None or held.requires_grad == parameter.requires_grad:
             return parameter
-        if held.double is None or held.double.data_ptr() != parameter.data_ptr():
-            held.double = nn.Parameter(parameter.data, held.requires_grad)  # one, so that ties stay ties
+        # One, so that ties stay ties.
+        if is_lazy(parameter):
+            if held.double is None:
+                held.double = type(parameter)(held.requires_grad, parameter.device, parameter.dtype)
+        elif held.double is None or is_lazy(held.double) or held.double.data_ptr() != parameter.data_ptr():
+            held.double = nn.Parameter(parameter.data, held.requires_grad)
         return held.double
 
 

@@ -69,6 +69,7 @@ class Block:
         self._affine = AffineHold()
         self._statistics: Snapshot | None = None
         self._parameters: Snapshot | None = None
+        self._without_values: frozenset[int] = frozenset()  # owners
         self._found: dict[int, StatsChange] = {}  # by owner: what a comparison found
         self._verified: dict[int, int] = {}  # by owner: updates when it was last compared
         self._errors: set[str] = set()  # texts of the errors that forwards raised
@@ -88,6 +89,7 @@ class Block:
                 self._claims.append(claim)
                 attach(layer, claim)
             self._statistics = Snapshot(modules, [layer.buffers for layer in self._layers])
+            self._without_values = self._statistics.without_values()
             if settings.affine:
                 names = [affine_parameters(layer) for layer in self._layers]
                 self._parameters = Snapshot(modules, names, "_parameters")
@@ -138,8 +140,9 @@ class Block:
         """The layers, and how each is protected."""
         settings, compiled = self._settings, {id(layer.module) for layer in self._compiled_layers()}
         layers = []
-        for layer in self._layers:
-            how = protection_text(layer, settings.stance, settings.updates, id(layer.module) in compiled)
+        for owner, layer in enumerate(self._layers):
+            is_compiled, has_values = id(layer.module) in compiled, owner not in self._without_values
+            how = protection_text(layer, settings.stance, settings.updates, is_compiled, has_values)
             layers.append(GuardedLayer(layer.names, type(layer.module).__name__, layer.buffers, how))
         return tuple(layers)
 

@@ -46,7 +46,7 @@ def call_site() -> CallSite:
     fallback: CallSite | None = None
     outermost = CallSite("<unknown>", 0, "<unknown>", 1)
     while frame is not None:
-        origin = _origin(frame.f_code.co_filename)
+        origin = "machinery" if _is_made_by_a_tracer(frame) else _origin(frame.f_code.co_filename)
         if origin != "machinery":
             site = CallSite(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name, stacklevel)
             if origin == "user":
@@ -68,6 +68,12 @@ _MACHINERY = (_folder(torch.__file__), _BNGUARD, _folder(wrapt.__file__))
 _LIBRARIES = tuple(
     {os.path.join(sysconfig.get_paths()[key], "") for key in ("stdlib", "platstdlib", "purelib", "platlib")}
 )
+
+
+def _is_made_by_a_tracer(frame: FrameType) -> bool:
+    """Whether this is the lambda, in no file and no module, in which ``make_fx`` and ``torch.export`` wrap a function."""
+    code = frame.f_code
+    return code.co_filename == "<string>" and code.co_name == "<lambda>" and "__name__" not in frame.f_globals
 
 
 @functools.lru_cache(maxsize=4096)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, Final
 
 from torch import nn
@@ -61,6 +62,11 @@ class Equipment(ABC):
         if not self._hook_ids(self.module):
             self.module.register_forward_pre_hook(self.before)
 
+    def has_foreign_hooks(self) -> bool:
+        """Whether somebody else has forward pre-hooks on the layer."""
+        hooks = self.module._forward_pre_hooks
+        return bool(hooks) and len(hooks) > len(self._hook_ids(self.module))
+
     def unhook(self, module: nn.Module) -> None:
         """Removes the forward pre-hook from a module."""
         for key in self._hook_ids(module):
@@ -82,12 +88,16 @@ class Equipment(ABC):
         if self._previous is not None and "forward" in self._installed:
             state["forward"] = self._previous
         hooks = state.get("_forward_pre_hooks")
-        if hooks:
+        if hooks and self._hook_ids(self.module):  # else the handles of users' hooks go on knowing this dictionary
             state["_forward_pre_hooks"] = OrderedDict((k, hook) for k, hook in hooks.items() if hook != self.before)
         parameters = state.get("_parameters")
         if parameters:
             state["_parameters"] = {name: p if p is None else unheld(p) for name, p in parameters.items()}
         return state
+
+    def __reduce__(self) -> Any:
+        # Copied only where somebody keeps the handle of another hook: that knows the dictionary in which ours is.
+        return SimpleNamespace, (), {"before": None}
 
     def strip(self, replica: nn.Module) -> None:
         """Takes off what a replica has inherited with the layer's ``__dict__``."""

@@ -94,9 +94,9 @@ class Sentry(Equipment):
     """What stands on one layer while at least one guard is around it.
 
     Updates that can be predicted are judged in a forward pre-hook, as long as every guard only raises or warns. Where a
-    guard holds or counts, or nothing can be predicted, a ``forward`` on the instance does both. An instance-level
-    ``__getstate__`` keeps all of it out of copies and pickles. Once nobody claims the layer any more, whoever still
-    keeps that ``forward`` gets the layer's own.
+    guard holds or counts, or nothing can be predicted, a ``forward`` on the instance judges and holds. More on the
+    instance keeps all of it out of copies and pickles, replicas and scripts. Once nobody claims the layer any more,
+    whoever still keeps that ``forward`` gets the layer's own.
     """
 
     __slots__ = ("_known", "_names", "claims", "graph_order", "key", "kind", "order")
@@ -124,7 +124,9 @@ class Sentry(Equipment):
             return
         self.install("__getstate__", self.getstate)
         self.install("__prepare_scriptable__", self.refuse_script)
-        if self.kind.predict is not None and self.order in ("raise", "warn"):
+        is_judged = self.kind.predict is not None and self.order in ("raise", "warn")
+        # Not beside hooks of others: their handles know the dictionary of hooks, and copies of them would find ours.
+        if is_judged and not self.has_foreign_hooks():
             self.hook()
             self.uninstall("forward")
             self.uninstall("_replicate_for_data_parallel")

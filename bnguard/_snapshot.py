@@ -9,6 +9,7 @@ from typing import Final, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from bnguard._aside import aside
 from bnguard._bits import as_bytes, has_values, same_bits
@@ -61,7 +62,7 @@ class Snapshot:
         self._saved_by_id: dict[int, Tensor | None] | None = None
         groups: dict[torch.device, dict[torch.dtype, dict[int, Tensor]]] = {}
         for tensor in self._objects:
-            if type(tensor) in _PLAIN and not tensor.is_meta:
+            if type(tensor) in _PLAIN and has_values(tensor):
                 groups.setdefault(tensor.device, {}).setdefault(tensor.dtype, {})[id(tensor)] = tensor
             else:
                 self._odd[id(tensor)] = tensor
@@ -141,6 +142,14 @@ class Snapshot:
                 self._index_of_saved()[id(original)] = value.clone()
             else:
                 saved.copy_(value)
+
+    def without_values(self) -> frozenset[int]:
+        """The modules of which something cannot be compared: it had no value, and torch initialises it with none."""
+        if not self._odd:
+            return frozenset()
+        missing = {id(tensor) for tensor in self._odd.values() if self._saved(tensor) is None and not is_lazy(tensor)}
+        owners = range(len(self.modules))
+        return frozenset([owner for owner in owners if any(id(tensor) in missing for tensor in self.objects_of(owner))])
 
     @aside()
     def before(self, owner: int) -> dict[str, Tensor]:

@@ -377,7 +377,7 @@ def test_budget_is_counted_by_the_layers_counter() -> None:
         twin_compiled(make_input())
         assert_same_bits(net.state_dict(), twin.state_dict())
     assert guard.layers[0].protection == (
-        "compared at exit only, updates counted by num_batches_tracked (a compiled graph runs no hooks)"
+        "compared at exit only (a compiled graph runs no hooks; updates are counted by num_batches_tracked)"
     )
     with bnguard.frozen(net, updates=3) as guard:
         compiled(make_input())
@@ -393,7 +393,7 @@ def test_budget_is_counted_by_the_layers_counter() -> None:
     compiled = torch.compile(instance, backend="eager", fullgraph=True)
     with pytest.raises(bnguard.StatsChangedError), bnguard.frozen(instance, updates=1) as guard:
         compiled(make_input())
-    assert "updates not counted" in guard.layers[0].protection
+    assert "updates are not counted" in guard.layers[0].protection
 
 
 def test_write_that_is_no_update_is_found_despite_a_budget() -> None:

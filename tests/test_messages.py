@@ -338,7 +338,7 @@ def test_report_of_a_quiet_block() -> None:
     assert bnguard.frozen(net, "warn").report() == (
         'frozen(on_change="warn") guards 3 layers.\n'
         "  2 judged before each forward; compared at exit\n"
-        "  1 compared after each forward and at exit\n"
+        "  1 compared after each forward; compared at exit\n"
         "No change."
     )
     assert bnguard.frozen(net, "restore").report() == (
