@@ -71,7 +71,7 @@ _LIBRARIES = tuple(
 
 
 def _is_made_by_a_tracer(frame: FrameType) -> bool:
-    """Whether this is the lambda, in no file and no module, in which ``make_fx`` and ``torch.export`` wrap a function."""
+    """Whether this is the lambda, in no file or module, in which ``make_fx`` and ``torch.export`` wrap a function."""
     code = frame.f_code
     return code.co_filename == "<string>" and code.co_name == "<lambda>" and "__name__" not in frame.f_globals
 
