@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
-from torch._C import _functorch
+from torch._C import _functorch, _get_dispatch_mode, _get_tracing_state, _len_torch_dispatch_stack
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.fx import _symbolic_trace
 from torch.utils._python_dispatch import _disable_current_modes
@@ -22,9 +22,9 @@ def is_recorded() -> bool:
     Not for ``torch.compile``, whose graphs last as long as what they were traced with, and ``torch.export``.
     """
     return (
-        torch._C._get_tracing_state() is not None
+        _get_tracing_state() is not None
         or _symbolic_trace._is_fx_tracing_flag
-        or (torch._C._len_torch_dispatch_stack() > 0 and torch._C._get_dispatch_mode(_PROXY) is not None)
+        or (_len_torch_dispatch_stack() > 0 and _get_dispatch_mode(_PROXY) is not None)
     )
 
 
@@ -36,8 +36,8 @@ def aside() -> Iterator[None]:
     of them sees an operation, and what is made is an ordinary tensor.
     """
     with torch.inference_mode(mode=False), torch.no_grad():
-        trace = torch._C._get_tracing_state()
-        if trace is None and not torch._C._len_torch_dispatch_stack() and _functorch.peek_interpreter_stack() is None:
+        trace = _get_tracing_state()
+        if trace is None and not _len_torch_dispatch_stack() and _functorch.peek_interpreter_stack() is None:
             yield
             return
         with ExitStack() as undo:

@@ -26,6 +26,7 @@ __all__ = [
     "copies",
     "copies_aside",
     "normalise_with_batch",
+    "normalise_with_batch_in_graph",
     "normalise_with_running_stats",
 ]
 
@@ -37,12 +38,20 @@ def normalise_with_batch(module: Any, input: Tensor) -> Tensor:
     half-precision inputs differently and words its errors differently.
     """
     module._check_input_dim(input)
-    mean, var = module._buffers["running_mean"], module._buffers["running_var"]
-    if torch.compiler.is_compiling():
-        # From the real buffers, inside the graph: nothing of ours becomes an input that the graph must be guarded on.
-        mean, var = _clone(mean), _clone(var)
-    else:
-        mean, var = _scratch_like(mean, 0), _scratch_like(var, 1)
+    buffers = module._buffers
+    mean, var = _scratch_like(buffers["running_mean"], 0), _scratch_like(buffers["running_var"], 1)
+    factor = 0.0 if module.momentum is None else module.momentum
+    return F.batch_norm(input, mean, var, module.weight, module.bias, True, factor, module.eps)  # noqa: FBT003  # by position, as torch
+
+
+def normalise_with_batch_in_graph(module: Any, input: Tensor) -> Tensor:
+    """The same while a graph is traced.
+
+    The statistics come from the real ones, inside the graph: nothing of ours becomes an input that the graph must be
+    guarded on.
+    """
+    module._check_input_dim(input)
+    mean, var = _clone(module._buffers["running_mean"]), _clone(module._buffers["running_var"])
     factor = 0.0 if module.momentum is None else module.momentum
     return F.batch_norm(input, mean, var, module.weight, module.bias, True, factor, module.eps)  # noqa: FBT003  # by position, as torch
 

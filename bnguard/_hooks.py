@@ -302,8 +302,8 @@ class Sentry(Equipment):
         for claim in verdict.warned:
             claim.court.stood(claim)
 
-    def _surroundings(self) -> Literal["run", "graph", "export", "record"]:
-        """What becomes of a forward that is to be held: it runs, or becomes part of a graph or of another program.
+    def _surroundings(self) -> Literal["graph", "export", "record"] | None:
+        """What becomes of a forward that is to be held: part of a graph or of another program; None: it merely runs.
 
         Notes the graph, and tells the blocks that hold of a checkpointed region around it.
         """
@@ -317,7 +317,7 @@ class Sentry(Equipment):
             for claim in self.claims:
                 if claim.judge is not None and claim.stance in _HOLDING:
                     claim.judge.checkpointed(region)
-        return "record" if is_recorded() else "run"
+        return "record" if is_recorded() else None
 
     def _rejects(self, args: tuple[Any, ...]) -> bool:
         """Whether torch turns the input down before it counts the batch."""
@@ -399,12 +399,15 @@ class _BatchNormSentry(Sentry):
     forward.__qualname__ = nn.BatchNorm2d.forward.__qualname__
 
     def _run_held(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._surroundings() in ("run", "graph"):
+        surroundings = self._surroundings()
+        if surroundings is None:
             return _hold.normalise_with_batch(self.module, *args)
+        if surroundings == "graph":
+            return _hold.normalise_with_batch_in_graph(self.module, *args)
         return super()._run_held(args, kwargs)
 
     def _run_in_eval_mode(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._surroundings() in ("run", "graph"):
+        if self._surroundings() in (None, "graph"):
             return _hold.normalise_with_running_stats(self.module, *args)
         return super()._run_in_eval_mode(args, kwargs)
 
