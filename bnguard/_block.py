@@ -20,7 +20,7 @@ from bnguard._claims import Claim, Stance, count, pay
 from bnguard._drift import largest_mean_shift
 from bnguard._graphs import compiled_parts, is_taken_in
 from bnguard._hooks import attach, detach, is_held
-from bnguard._layers import StatsLayer, find_layers, tensor_table
+from bnguard._layers import EXPORTED, StatsLayer, find_layers, tensor_table
 from bnguard._protection import protection_text
 from bnguard._select import Selector, is_selected, select_layers
 from bnguard._snapshot import Difference, Snapshot
@@ -96,6 +96,7 @@ class Block:
                 self._affine.take(
                     [tensor for owner in range(len(modules)) for tensor in self._parameters.objects_of(owner)]
                 )
+            self._warn_about_fixed_modes()
         except BaseException:
             self._let_go()
             raise
@@ -279,6 +280,12 @@ class Block:
             except BNGuardWarning:
                 if error is None:
                     raise
+
+    def _warn_about_fixed_modes(self) -> None:
+        layer = next((layer for layer in self._layers if layer.kind is EXPORTED), None)
+        if layer is not None and self._settings.use_running_stats:
+            text = _report.fixed_mode_text(layer.names, type(layer.module).__name__)
+            warnings.warn(text, BNGuardWarning, stacklevel=call_site().stacklevel)
 
     def _warn_about_added_layers(self) -> None:
         if self._statistics is None or not self._layers:

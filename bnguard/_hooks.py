@@ -157,6 +157,8 @@ class Sentry(Equipment):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's forward, as the guards around it want it."""
+        if torch.compiler.is_exporting():
+            return self._exported(args, kwargs)
         module, claims, predict = self.module, self.claims, self.kind.predict  # claims of the moment it begins
         order = self._order_now(claims)
         if self._is_foreign(module):
@@ -203,20 +205,17 @@ class Sentry(Equipment):
 
     def _run_held(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs the layer so that its update goes nowhere."""
-        surroundings = self._surroundings()
-        if surroundings == "export":
-            return self._original(*args, **kwargs)
-        statistics = {} if surroundings == "record" else _hold.copies(self.module, self._names)
+        statistics = {} if self._surroundings() == "record" else _hold.copies(self.module, self._names)
         with self._turn():
             return self._held(statistics).forward(*args, **kwargs)
 
     def _run_in_eval_mode(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs the layer as in eval mode."""
-        surroundings = self._surroundings()
-        if surroundings in ("export", "record"):
-            _recorded(self.key)
-            return self._run_held(args, kwargs)
         module = self.module
+        if self._surroundings() == "record":
+            if module.training:
+                _recorded(self.key)
+            return self._run_held(args, kwargs)
         reads_only = self.kind is SYNC_BATCH_NORM or (self.kind is INSTANCE_NORM and module.track_running_stats)
         statistics = {} if reads_only else _hold.copies(module, self._names)
         with self._turn():
@@ -302,14 +301,18 @@ class Sentry(Equipment):
         for claim in verdict.warned:
             claim.court.stood(claim)
 
-    def _surroundings(self) -> Literal["graph", "export", "record"] | None:
+    def _exported(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The layer's own forward, for a program that is to hold no guard: nothing runs, and nothing updates."""
+        if self.order == "running" and self.module.training:
+            _recorded(self.key)
+        return self._original(*args, **kwargs)
+
+    def _surroundings(self) -> Literal["graph", "record"] | None:
         """What becomes of a forward that is to be held: part of a graph or of another program; None: it merely runs.
 
         Notes the graph, and tells the blocks that hold of a checkpointed region around it.
         """
         if torch.compiler.is_compiling():
-            if torch.compiler.is_exporting():
-                return "export"
             _traced(self.key)
             return "graph"
         region = current_region()
@@ -380,6 +383,8 @@ class _BatchNormSentry(Sentry):
         module = self.module
         if not module.training:
             return self._original(input)
+        if torch.compiler.is_exporting():
+            return self._exported((input,), {})
         buffers = module._buffers
         if (
             buffers.get("running_mean") is not self._mean or buffers.get("running_var") is not self._var

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import inspect
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -219,6 +220,11 @@ def _kind(module: nn.Module) -> LayerKind:
     if isinstance(module, torch.jit.ScriptModule):
         return SCRIPTED
     cls = type(module)
+    if cls.forward is nn.Module.forward and "forward" not in module.__dict__:
+        return NO_FORWARD
+    unflatten = sys.modules.get("torch.export.unflatten")
+    if unflatten is not None and isinstance(module, unflatten.InterpreterModule):
+        return EXPORTED
     kind = _STOCK.get(cls.forward)
     if kind is None or not is_torch_source_known(cls.forward):
         return OWN_FORWARD
@@ -254,7 +260,9 @@ SYNC_BATCH_NORM: Final = LayerKind(batch_norm_updates, "stand-in")
 INSTANCE_NORM: Final = LayerKind(_instance_norm_updates, "stand-in")
 OWN_FORWARD: Final = LayerKind(None, "stand-in")
 INSTANCE_FORWARD: Final = LayerKind(None, "exchange")
+EXPORTED: Final = LayerKind(None, "stand-in")
 SCRIPTED: Final = LayerKind(None, "none")
+NO_FORWARD: Final = LayerKind(None, "none")
 
 _APPLY_INSTANCE_NORM: Final = _InstanceNorm._apply_instance_norm
 _STOCK: Final[dict[Callable[..., Any], LayerKind]] = {

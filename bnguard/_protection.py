@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bnguard._claims import Stance
-from bnguard._layers import INSTANCE_NORM, StatsLayer
+from bnguard._layers import EXPORTED, INSTANCE_NORM, SCRIPTED, StatsLayer
 
 __all__ = ["protection_text"]
 
@@ -22,8 +22,10 @@ def protection_text(layer: StatsLayer, stance: Stance, budget: int, is_compiled:
         has_values: Whether its statistics had values to compare with when the block began.
     """
     kind = layer.kind
-    if kind.hold == "none":
+    if kind is SCRIPTED:
         return _exit_only("a ScriptModule runs no hooks", has_values)
+    if kind.hold == "none":
+        return _exit_only("it has no forward of its own, as in an exported program", has_values)
     if is_compiled and budget:
         counts = "num_batches_tracked" in layer.buffers and kind is not INSTANCE_NORM  # which never counts
         how = "updates are counted by num_batches_tracked" if counts else "updates are not counted"
@@ -32,6 +34,8 @@ def protection_text(layer: StatsLayer, stance: Stance, budget: int, is_compiled:
         return _exit_only(_GRAPH, has_values)
     if stance in ("restore", "running"):
         how = "held in its forward, in a compiled graph too" if is_compiled else "held in its forward"
+        if kind is EXPORTED and stance == "running":
+            how += ", which normalises as it was exported"
     elif kind.predict is not None:
         how = "held in its forward" if budget else "judged before each forward"
     elif stance == "warn" and not budget:

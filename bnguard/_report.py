@@ -9,6 +9,7 @@ from bnguard._changes import GuardedLayer, StatsChange
 
 __all__ = [
     "changed_text",
+    "fixed_mode_text",
     "layer_text",
     "pending_text",
     "recorded_text",
@@ -145,8 +146,16 @@ def unguarded_text(type_name: str) -> str:
 def script_text(type_name: str) -> str:
     """The error of ``torch.jit.script()`` inside a block."""
     return (
-        f"torch.jit.script() cannot compile a {type_name} that frozen() guards: script the model after the block, or\n"
-        "before it and guard the ScriptModule, which is compared at the end. torch.jit.trace() works inside."
+        f"torch.jit.script() would compile the guard of a {type_name} along with it: script the model before or after\n"
+        "frozen(), or inside it a copy: torch.jit.script(copy.deepcopy(model)). torch.jit.trace() leaves the guard out."
+    )
+
+
+def fixed_mode_text(names: Sequence[str], type_name: str) -> str:
+    """The warning about layers that cannot be told to use their running statistics."""
+    return (
+        f"use_running_stats=True does not reach {layer_text(names, type_name)}: that program keeps its mode.\n"
+        "Its statistics are held. Export the model in eval mode to have it use them."
     )
 
 
