@@ -5,47 +5,28 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import Literal, TypeAlias
 
 from torch import Tensor, nn
 
 from bnguard import _report
 from bnguard._affine import AffineHold, affine_parameters
+from bnguard._attach import attach, detach, is_held
 from bnguard._callsite import call_site
+from bnguard._caveats import warn_about_added_layers, warn_about_fixed_modes, warn_about_pending_regions
 from bnguard._changes import GuardedLayer, StatsChange
 from bnguard._checkpoint import Region
-from bnguard._claims import Claim, Stance, count, pay
+from bnguard._claims import Claim, count, pay
 from bnguard._drift import largest_mean_shift
 from bnguard._graphs import compiled_parts, is_taken_in
-from bnguard._hooks import attach, detach, is_held
-from bnguard._layers import EXPORTED, StatsLayer, find_layers, tensor_table
+from bnguard._layers import StatsLayer, find_layers
 from bnguard._protection import protection_text
-from bnguard._select import Selector, is_selected, select_layers
+from bnguard._select import select_layers
+from bnguard._settings import Settings
 from bnguard._snapshot import Difference, Snapshot
 from bnguard.errors import BNGuardWarning, StatsChangedError
 
-__all__ = ["Block", "OnChange", "Settings"]
-
-OnChange: TypeAlias = Literal["raise", "warn", "restore"]
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """The options of ``frozen``, checked."""
-
-    on_change: OnChange = "raise"
-    use_running_stats: bool = False
-    affine: bool = False
-    updates: int = 0
-    include: tuple[Selector, ...] = ()
-    exclude: tuple[Selector, ...] = ()
-
-    @property
-    def stance(self) -> Stance:
-        """What becomes of an update beyond the budget."""
-        return "running" if self.use_running_stats else self.on_change
+__all__ = ["Block"]
 
 
 class Block:
@@ -96,7 +77,7 @@ class Block:
                 self._affine.take(
                     [tensor for owner in range(len(modules)) for tensor in self._parameters.objects_of(owner)]
                 )
-            self._warn_about_fixed_modes()
+            warn_about_fixed_modes(self._layers, settings)
         except BaseException:
             self._let_go()
             raise
@@ -120,8 +101,12 @@ class Block:
         finally:
             self._let_go()
         if error is None:
-            self._warn_about_added_layers()
-            self._warn_about_pending_regions()
+            if self._statistics is not None and self._layers:
+                owners = range(len(self._layers))
+                compared = {id(tensor) for owner in owners for tensor in self._statistics.objects_of(owner)}
+                warn_about_added_layers(self._model, self._settings, self._all_ids, compared)
+            if not any([is_held(layer.module) for layer in self._layers]):
+                warn_about_pending_regions(self._regions.values(), self._settings)
         self._statistics = self._parameters = None  # a guard that is kept for later keeps no copies
         self._act(found, error)
 
@@ -280,35 +265,6 @@ class Block:
             except BNGuardWarning:
                 if error is None:
                     raise
-
-    def _warn_about_fixed_modes(self) -> None:
-        layer = next((layer for layer in self._layers if layer.kind is EXPORTED), None)
-        if layer is not None and self._settings.use_running_stats:
-            text = _report.fixed_mode_text(layer.names, type(layer.module).__name__)
-            warnings.warn(text, BNGuardWarning, stacklevel=call_site().stacklevel)
-
-    def _warn_about_added_layers(self) -> None:
-        if self._statistics is None or not self._layers:
-            return
-        tensors = {id(tensor) for owner in range(len(self._layers)) for tensor in self._statistics.objects_of(owner)}
-        added = []
-        for layer in find_layers(self._model):
-            if id(layer.module) in self._all_ids:
-                continue
-            buffers = tensor_table(layer.module, "_buffers")
-            # A new layer around guarded buffers, as convert_sync_batchnorm makes them, is compared like the old one.
-            is_compared = all([id(buffers[name]) in tensors for name in layer.buffers])
-            if not is_compared and is_selected(layer, self._settings.include, self._settings.exclude):
-                added.append(layer)
-        if added:
-            text = _report.added_text([layer.names[0] for layer in added])
-            warnings.warn(text, BNGuardWarning, stacklevel=call_site().stacklevel)
-
-    def _warn_about_pending_regions(self) -> None:
-        pending = any([region.is_pending() for region in self._regions.values()])
-        if pending and not any([is_held(layer.module) for layer in self._layers]):
-            text = _report.pending_text(self._settings.use_running_stats)
-            warnings.warn(text, BNGuardWarning, stacklevel=call_site().stacklevel)
 
     def _compiled_layers(self) -> list[StatsLayer]:
         """The layers that compiled graphs run, as far as that can be known."""

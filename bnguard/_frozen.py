@@ -7,52 +7,24 @@ import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Final, TypeVar, get_args
+from typing import Any, TypeVar
 
 from torch import nn
 
 from bnguard import _report
-from bnguard._block import Block, OnChange, Settings
+from bnguard._block import Block
 from bnguard._callsite import call_site
 from bnguard._changes import GuardedLayer, StatsChange
 from bnguard._decorate import guard_function
 from bnguard._graphs import outside_graphs
 from bnguard._layers import any_layer, find_layers
-from bnguard._select import Selector, as_selectors, select_layers
+from bnguard._select import Selector, select_layers
+from bnguard._settings import OnChange, Settings, check_settings
 from bnguard.errors import BNGuardWarning
 
-__all__ = ["check_settings", "frozen"]
+__all__ = ["frozen"]
 
 F = TypeVar("F", bound=Callable[..., Any])
-_POLICIES: Final[tuple[str, ...]] = get_args(OnChange)
-
-
-def check_settings(
-    on_change: Any, use_running_stats: Any, affine: Any, updates: Any, include: Any, exclude: Any
-) -> Settings:
-    """Checks the options of ``frozen``. See there for the errors."""
-    if on_change not in _POLICIES:
-        raise ValueError(f"on_change={on_change!r}: {_report.suggestion(on_change, _POLICIES)}")
-    for name, value in (("use_running_stats", use_running_stats), ("affine", affine)):
-        if not isinstance(value, bool):
-            raise TypeError(f"{name} must be True or False, got {value!r}")
-    if isinstance(updates, bool) or not isinstance(updates, int):
-        raise TypeError(f"updates must be a whole number of updates that each layer may make, got {updates!r}")
-    if updates < 0:
-        raise ValueError(f"updates={updates}: the number of updates that each layer may make cannot be negative")
-    if use_running_stats and updates:
-        raise ValueError(
-            f"use_running_stats=True contradicts updates={updates}: "
-            "a layer that normalises with its running statistics makes no update; leave one of them out"
-        )
-    return Settings(
-        on_change,
-        use_running_stats,
-        affine,
-        updates,
-        as_selectors("include", include),
-        as_selectors("exclude", exclude),
-    )
 
 
 @dataclass(frozen=True, slots=True)

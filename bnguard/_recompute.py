@@ -8,10 +8,10 @@ from types import TracebackType
 
 from torch import nn
 
+from bnguard._attach import attach, detach
 from bnguard._checkpoint import recomputed_held
 from bnguard._claims import Claim, Stance
 from bnguard._graphs import outside_graphs
-from bnguard._hooks import attach, detach
 from bnguard._layers import find_layers
 
 __all__ = ["recompute_frozen"]

@@ -12,12 +12,12 @@ from typing import Any, Final, TypeVar, overload
 
 from torch import nn
 
-from bnguard._block import OnChange, Settings
 from bnguard._decorate import guard_function
-from bnguard._frozen import check_settings, frozen
+from bnguard._frozen import frozen
 from bnguard._graphs import outside_graphs
 from bnguard._layers import any_layer
 from bnguard._select import Selector
+from bnguard._settings import OnChange, Settings, check_settings
 
 __all__ = ["strict"]
 

@@ -30,7 +30,7 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
 def _nothing_stays_open() -> Iterator[None]:
     """After each test no layer is claimed, no parameter held, no forward exchanged."""
     yield
-    tables = {"_hooks": "_sentries", "_affine": "_held", "_hold": "_exchange_calls"}
+    tables = {"_sentry": "sentries", "_affine": "_held", "_hold": "_exchange_calls"}
     left = [getattr(sys.modules.get(f"bnguard.{module}"), table, None) for module, table in tables.items()]
     left = [table for table in left if table]
     sizes = [len(table) for table in left]

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import bnguard
-from bnguard import _claims, _hold, _hooks, _layers
+from bnguard import _attach, _claims, _hold, _layers, _sentry
 from tests.asserts import assert_clean, assert_same_bits, state_of, warns
 
 
@@ -391,16 +391,16 @@ def test_update_whose_budget_is_gone_by_then_is_held(
     layer, x = make(3), make_input()
     twin = copy.deepcopy(layer).train(stance == "restore")
     with bnguard.frozen(layer, "restore", updates=1):
-        claim = _hooks._sentries[id(layer)].claims[0]
+        claim = _sentry.sentries[id(layer)].claims[0]
         with monkeypatch.context() as patch:
-            patch.setattr(_hooks, "settle", lambda _: _claims.Verdict(stance, claim))
+            patch.setattr(_sentry, "settle", lambda _: _claims.Verdict(stance, claim))
             assert_same_bits(layer(x), twin(x))
     assert layer.num_batches_tracked == 0
 
 
 def test_detaching_from_a_layer_that_is_not_guarded_does_nothing() -> None:
     """An undo may be run although its acquisition never got anywhere."""
-    _hooks.detach(nn.BatchNorm2d(3), _claims.Claim(None, 0, "restore", 0))
+    _attach.detach(nn.BatchNorm2d(3), _claims.Claim(None, 0, "restore", 0))
 
 
 def test_update_within_the_budget_may_outlast_the_block() -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import bnguard
-from bnguard import _affine, _claims, _hold, _hooks, _layers
+from bnguard import _affine, _attach, _claims, _hold, _layers, _sentry
 from tests.asserts import assert_clean, assert_same_bits, state_of
 
 
@@ -75,9 +75,9 @@ def test_budget_is_never_spent_twice() -> None:
 
 def test_no_claim_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two blocks that open on one layer at the same moment both have their claim on it; both gone, it is clean."""
-    meeting, set_claims = Meeting(), _hooks.Sentry.set_claims
+    meeting, set_claims = Meeting(), _sentry.Sentry.set_claims
 
-    def slow(sentry: _hooks.Sentry, claims: tuple[_claims.Claim, ...]) -> None:
+    def slow(sentry: _sentry.Sentry, claims: tuple[_claims.Claim, ...]) -> None:
         meeting.wait()
         set_claims(sentry, claims)
 
@@ -85,12 +85,12 @@ def test_no_claim_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = _layers.find_layers(norm)[0]
     claims = [_claims.Claim(None, 0, "restore", 0) for _ in range(2)]
     with monkeypatch.context() as patch:
-        patch.setattr(_hooks.Sentry, "set_claims", slow)
-        run_both(*[lambda claim=claim: _hooks.attach(layer, claim) for claim in claims])
-        assert set(_hooks._sentries[id(norm)].claims) == set(claims)
+        patch.setattr(_sentry.Sentry, "set_claims", slow)
+        run_both(*[lambda claim=claim: _attach.attach(layer, claim) for claim in claims])
+        assert set(_sentry.sentries[id(norm)].claims) == set(claims)
         meeting = Meeting()
-        run_both(*[lambda claim=claim: _hooks.detach(norm, claim) for claim in claims])
-    assert id(norm) not in _hooks._sentries
+        run_both(*[lambda claim=claim: _attach.detach(norm, claim) for claim in claims])
+    assert id(norm) not in _sentry.sentries
     assert_clean(norm)
 
 

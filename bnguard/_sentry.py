@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import FrameType
@@ -21,58 +20,25 @@ from bnguard._claims import Claim, Stance, Verdict, decide, graph_order, settle,
 from bnguard._equipment import Equipment
 from bnguard._graphs import at_compile_time, take_in
 from bnguard._layers import (
-    BATCH_NORM,
     INSTANCE_FORWARD,
     INSTANCE_NORM,
     SYNC_BATCH_NORM,
     StatsLayer,
-    batch_norm_updates,
     tensor_table,
 )
 from bnguard._report import script_text
 from bnguard.errors import BNGuardError
 
-__all__ = ["attach", "detach", "is_held"]
+__all__ = ["HOLDING", "Sentry", "sentries"]
 
-_sentries: Final[dict[int, Sentry]] = {}
-_HOLDING: Final = ("restore", "running")
-# Reentrant: a signal handler may enter or leave a guard while the main thread does.
-_lock: Final = threading.RLock()
-
-
-def attach(layer: StatsLayer, claim: Claim) -> None:
-    """Puts ``claim`` innermost on the layer. Where it fails, ``detach`` takes back what was done."""
-    with _lock:
-        sentry = _sentries.get(id(layer.module))
-        if sentry is None:
-            cls = _BatchNormSentry if _is_batch_norm(layer) else Sentry
-            sentry = _sentries[id(layer.module)] = cls(layer)
-        sentry.set_claims((claim, *sentry.claims))
-
-
-def detach(module: nn.Module, claim: Claim) -> None:
-    """Takes ``claim`` off the layer; the last one takes everything else along. Doing it twice does nothing."""
-    with _lock:
-        sentry = _sentries.get(id(module))
-        if sentry is None:
-            return
-        claims = tuple(other for other in sentry.claims if other is not claim)
-        sentry.set_claims(claims)
-        if not claims:  # only now: what was interrupted above can be done again
-            del _sentries[id(module)]
-
-
-def is_held(module: nn.Module) -> bool:
-    """Whether some guard still keeps forwards of the layer from updating."""
-    with _lock:
-        sentry = _sentries.get(id(module))
-        return sentry is not None and any([claim.stance in _HOLDING for claim in sentry.claims])
+HOLDING: Final = ("restore", "running")
+sentries: Final[dict[int, Sentry]] = {}  # by id of the layer; kept by attach and detach
 
 
 @at_compile_time
 def _traced(key: int) -> None:
     """Notes that a graph takes in the layer of this id."""
-    sentry = _sentries.get(key)
+    sentry = sentries.get(key)
     if sentry is not None and not torch.compiler.is_exporting():
         take_in(sentry.module)
 
@@ -80,14 +46,10 @@ def _traced(key: int) -> None:
 @at_compile_time
 def _recorded(key: int) -> None:
     """Has the blocks warn that a program is taken off the layer of this id, which they hold in eval mode."""
-    sentry = _sentries.get(key)
+    sentry = sentries.get(key)
     for claim in () if sentry is None else sentry.claims:
         if claim.judge is not None and claim.stance == "running":
             claim.judge.recorded(claim)
-
-
-def _is_batch_norm(layer: StatsLayer) -> bool:
-    return layer.kind is BATCH_NORM and "forward" not in layer.module.__dict__
 
 
 class Sentry(Equipment):
@@ -223,7 +185,7 @@ class Sentry(Equipment):
 
     def _turn(self) -> AbstractContextManager[object]:
         """Overlapping forwards on an exchanged layer share what they exchange: one at a time, where that is judged."""
-        if self._previous is None or self.order in _HOLDING or torch.compiler.is_compiling():
+        if self._previous is None or self.order in HOLDING or torch.compiler.is_compiling():
             return nullcontext()
         return _hold.exchange_turn
 
@@ -318,7 +280,7 @@ class Sentry(Equipment):
         region = current_region()
         if region is not None:
             for claim in self.claims:
-                if claim.judge is not None and claim.stance in _HOLDING:
+                if claim.judge is not None and claim.stance in HOLDING:
                     claim.judge.checkpointed(region)
         return "record" if is_recorded() else None
 
@@ -368,53 +330,6 @@ class Sentry(Equipment):
         sentry.claims, sentry.order, sentry.graph_order = self.claims, self.order, self.graph_order
         replica.__dict__["forward"] = sentry.forward
         return replica
-
-
-class _BatchNormSentry(Sentry):
-    """A sentry on a layer that runs torch's ``_BatchNorm.forward``: held, that is one call of ``F.batch_norm``."""
-
-    __slots__ = ("_mean", "_var")
-
-    def _remember(self) -> None:
-        super()._remember()
-        self._mean, self._var = map(self.module._buffers.get, ("running_mean", "running_var"))
-
-    def forward(self, input: Tensor) -> Any:
-        module = self.module
-        if not module.training:
-            return self._original(input)
-        if torch.compiler.is_exporting():
-            return self._exported((input,), {})
-        buffers = module._buffers
-        if (
-            buffers.get("running_mean") is not self._mean or buffers.get("running_var") is not self._var
-        ) and self._is_foreign(module):
-            return self._original(input)
-        claims = self.claims  # of the moment at which the forward begins
-        order = self.order or self._order_now(claims)
-        if order == "running":
-            return self._run_in_eval_mode((input,), {})
-        if not module.track_running_stats:
-            return self._original(input)
-        if order == "restore":
-            return self._run_held((input,), {})
-        return self._run_judged(claims, (input,), {}) if batch_norm_updates(module) else self._original(input)
-
-    # Errors about the arguments are worded as the layer's own.
-    forward.__qualname__ = nn.BatchNorm2d.forward.__qualname__
-
-    def _run_held(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        surroundings = self._surroundings()
-        if surroundings is None:
-            return _hold.normalise_with_batch(self.module, *args)
-        if surroundings == "graph":
-            return _hold.normalise_with_batch_in_graph(self.module, *args)
-        return super()._run_held(args, kwargs)
-
-    def _run_in_eval_mode(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._surroundings() in (None, "graph"):
-            return _hold.normalise_with_running_stats(self.module, *args)
-        return super()._run_in_eval_mode(args, kwargs)
 
 
 @contextmanager

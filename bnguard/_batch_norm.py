@@ -1,0 +1,61 @@
+"""The same for torch's own BatchNorm: held, its forward is one call of ``F.batch_norm``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bnguard import _hold
+from bnguard._layers import batch_norm_updates
+from bnguard._sentry import Sentry
+
+__all__ = ["BatchNormSentry"]
+
+
+class BatchNormSentry(Sentry):
+    """A sentry on a layer that runs torch's ``_BatchNorm.forward``: held, that is one call of ``F.batch_norm``."""
+
+    __slots__ = ("_mean", "_var")
+
+    def _remember(self) -> None:
+        super()._remember()
+        self._mean, self._var = map(self.module._buffers.get, ("running_mean", "running_var"))
+
+    def forward(self, input: Tensor) -> Any:
+        module = self.module
+        if not module.training:
+            return self._original(input)
+        if torch.compiler.is_exporting():
+            return self._exported((input,), {})
+        buffers = module._buffers
+        if (
+            buffers.get("running_mean") is not self._mean or buffers.get("running_var") is not self._var
+        ) and self._is_foreign(module):
+            return self._original(input)
+        claims = self.claims  # of the moment at which the forward begins
+        order = self.order or self._order_now(claims)
+        if order == "running":
+            return self._run_in_eval_mode((input,), {})
+        if not module.track_running_stats:
+            return self._original(input)
+        if order == "restore":
+            return self._run_held((input,), {})
+        return self._run_judged(claims, (input,), {}) if batch_norm_updates(module) else self._original(input)
+
+    # Errors about the arguments are worded as the layer's own.
+    forward.__qualname__ = nn.BatchNorm2d.forward.__qualname__
+
+    def _run_held(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        surroundings = self._surroundings()
+        if surroundings is None:
+            return _hold.normalise_with_batch(self.module, *args)
+        if surroundings == "graph":
+            return _hold.normalise_with_batch_in_graph(self.module, *args)
+        return super()._run_held(args, kwargs)
+
+    def _run_in_eval_mode(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._surroundings() in (None, "graph"):
+            return _hold.normalise_with_running_stats(self.module, *args)
+        return super()._run_in_eval_mode(args, kwargs)

@@ -1,0 +1,55 @@
+"""Say out loud what a block does not cover."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Set
+
+from torch import nn
+
+from bnguard import _report
+from bnguard._callsite import call_site
+from bnguard._checkpoint import Region
+from bnguard._layers import EXPORTED, StatsLayer, find_layers, tensor_table
+from bnguard._select import is_selected
+from bnguard._settings import Settings
+from bnguard.errors import BNGuardWarning
+
+__all__ = ["warn_about_added_layers", "warn_about_fixed_modes", "warn_about_pending_regions"]
+
+
+def warn_about_fixed_modes(layers: Iterable[StatsLayer], settings: Settings) -> None:
+    """Warns of layers that cannot be told to use their running statistics."""
+    layer = next((layer for layer in layers if layer.kind is EXPORTED), None)
+    if layer is not None and settings.use_running_stats:
+        text = _report.fixed_mode_text(layer.names, type(layer.module).__name__)
+        warnings.warn(text, BNGuardWarning, stacklevel=call_site().stacklevel)
+
+
+def warn_about_added_layers(model: nn.Module, settings: Settings, known: Set[int], compared: Set[int]) -> None:
+    """Warns of layers that came into the model while the block was open.
+
+    Args:
+        model: The model as it is now.
+        settings: Which of its layers were to be guarded.
+        known: The ids of the layers it had.
+        compared: The ids of the tensors that are compared.
+    """
+    added = []
+    for layer in find_layers(model):
+        if id(layer.module) in known:
+            continue
+        buffers = tensor_table(layer.module, "_buffers")
+        # A new layer around guarded buffers, as convert_sync_batchnorm makes them, is compared like the old one.
+        is_compared = all([id(buffers[name]) in compared for name in layer.buffers])
+        if not is_compared and is_selected(layer, settings.include, settings.exclude):
+            added.append(layer.names[0])
+    if added:
+        warnings.warn(_report.added_text(added), BNGuardWarning, stacklevel=call_site().stacklevel)
+
+
+def warn_about_pending_regions(regions: Iterable[Region], settings: Settings) -> None:
+    """Warns of checkpointed regions whose backward pass is still to come."""
+    if any([region.is_pending() for region in regions]):
+        text = _report.pending_text(settings.use_running_stats)
+        warnings.warn(text, BNGuardWarning, stacklevel=call_site().stacklevel)

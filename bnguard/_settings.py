@@ -1,0 +1,62 @@
+"""The options of a guard, checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final, Literal, TypeAlias, get_args
+
+from bnguard import _report
+from bnguard._claims import Stance
+from bnguard._select import Selector, as_selectors
+
+__all__ = ["OnChange", "Settings", "check_settings"]
+
+OnChange: TypeAlias = Literal["raise", "warn", "restore"]
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The options of ``frozen``, checked."""
+
+    on_change: OnChange = "raise"
+    use_running_stats: bool = False
+    affine: bool = False
+    updates: int = 0
+    include: tuple[Selector, ...] = ()
+    exclude: tuple[Selector, ...] = ()
+
+    @property
+    def stance(self) -> Stance:
+        """What becomes of an update beyond the budget."""
+        return "running" if self.use_running_stats else self.on_change
+
+
+_POLICIES: Final[tuple[str, ...]] = get_args(OnChange)
+
+
+def check_settings(
+    on_change: Any, use_running_stats: Any, affine: Any, updates: Any, include: Any, exclude: Any
+) -> Settings:
+    """Checks the options of ``frozen``. See there for the errors."""
+    if on_change not in _POLICIES:
+        raise ValueError(f"on_change={on_change!r}: {_report.suggestion(on_change, _POLICIES)}")
+    for name, value in (("use_running_stats", use_running_stats), ("affine", affine)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {value!r}")
+    if isinstance(updates, bool) or not isinstance(updates, int):
+        raise TypeError(f"updates must be a whole number of updates that each layer may make, got {updates!r}")
+    if updates < 0:
+        raise ValueError(f"updates={updates}: the number of updates that each layer may make cannot be negative")
+    if use_running_stats and updates:
+        raise ValueError(
+            f"use_running_stats=True contradicts updates={updates}: "
+            "a layer that normalises with its running statistics makes no update; leave one of them out"
+        )
+    return Settings(
+        on_change,
+        use_running_stats,
+        affine,
+        updates,
+        as_selectors("include", include),
+        as_selectors("exclude", exclude),
+    )
