@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 
 import bnguard
@@ -94,8 +95,9 @@ def test_calls_in_the_text_are_valid():
 
 
 def test_options_in_the_text_exist():
-    """Every option that the README writes is one of ``frozen`` or ``strict``, or of the command line."""
-    known = set(inspect.signature(bnguard.frozen).parameters) | set(inspect.signature(bnguard.strict).parameters)
+    """Every option that the README writes is one of ``frozen`` or ``strict``, or of the function of torch it is about."""
+    functions = (bnguard.frozen, bnguard.strict, torch.compile, torch.jit.trace)
+    known = {name for function in functions for name in inspect.signature(function).parameters}
     prose = re.sub(r"^```.*?^```$", "", README, flags=re.M | re.S)
     options = set(re.findall(r"`(\w+)=[^`]*`", prose))
     assert options
