@@ -52,6 +52,16 @@ def _recorded(key: int) -> None:
             claim.judge.recorded(claim)
 
 
+@at_compile_time
+def _is_lent(key: int) -> bool:
+    """Whether ``functional_call`` lends the layer of this id the statistics that a graph is traced with.
+
+    Only the tracer sees those: the layer itself keeps its own for the time being, unless the user has replaced them.
+    """
+    sentry = sentries.get(key)
+    return sentry is None or sentry.keeps_its_own()
+
+
 class Sentry(Equipment):
     """What stands on one layer while at least one guard is around it.
 
@@ -305,16 +315,21 @@ class Sentry(Equipment):
         buffers = tensor_table(self.module, "_buffers")
         self._known: tuple[Tensor | None, ...] = tuple([buffers.get(name) for name in self._names])
 
+    def keeps_its_own(self) -> bool:
+        """Whether the layer has the statistics that are known to be its own. (A graph depends on what is known.)"""
+        buffers = self.module._buffers
+        return all([buffers.get(name) is tensor for name, tensor in zip(self._names, self._known, strict=True)])
+
     def _is_foreign(self, module: nn.Module) -> bool:
         """Whether ``functional_call`` has lent the layer other statistics for this call: their update is theirs.
 
         Statistics that the user replaced for good are the layer's own from then on.
         """
-        if torch.compiler.is_compiling():
-            return False
         buffers = module._buffers
         for name, tensor in zip(self._names, self._known, strict=True):
             if buffers.get(name) is not tensor:
+                if torch.compiler.is_compiling():
+                    return _is_lent(self.key)
                 if module is not self.module or _in_functional_call():
                     return module is self.module
                 self._remember()

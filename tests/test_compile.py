@@ -408,6 +408,63 @@ def test_write_that_is_no_update_is_found_despite_a_budget() -> None:
     assert_same_bits(net.state_dict(), before)
 
 
+@pytest.mark.parametrize("options", [{}, {"on_change": "restore"}, {"use_running_stats": True}, {"updates": 1}])
+def test_statistics_lent_in_a_graph_are_theirs(options: dict[str, Any]) -> None:
+    """A compiled ``functional_call`` with buffers of its own updates those, as unguarded, and nobody is told."""
+    net = Net()
+    before = state_of(net)
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def call(parameters: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(net, (parameters, buffers), (x,))
+
+    def lend() -> tuple[Tensor, dict[str, Tensor]]:
+        buffers = {name: tensor.clone() for name, tensor in net.named_buffers()}
+        return call(dict(net.named_parameters()), buffers, make_input()), buffers
+
+    expected = lend()
+    with bnguard.frozen(net, **options):
+        for _ in range(2):
+            output, buffers = lend()
+            assert_same_bits(output, expected[0])
+            assert_same_bits(buffers, expected[1])
+    assert_same_bits(net.state_dict(), before)
+
+
+@HOLDS
+def test_statistics_replaced_inside_are_held_in_a_graph(options: dict[str, Any]) -> None:
+    """Buffers that the user puts into a layer for good, in the block, are the layer's: a graph does not move them."""
+    net = Net()
+    compiled = torch.compile(net, backend="eager", fullgraph=True)
+    compiled(make_input())
+    with bnguard.frozen(net, **options):
+        net.double()
+        compiled(make_input().double())
+        held = state_of(net)
+        compiled(make_input().double())
+        assert_same_bits(state_of(net), held)
+    before = state_of(net)
+    with warns(), bnguard.frozen(net, "restore"):
+        net.load_state_dict({name: tensor + 1 for name, tensor in before.items()}, assign=True)
+        held = state_of(net)
+        compiled(make_input().double())
+        assert_same_bits(state_of(net), held)
+
+
+def test_affine_parameters_are_held_in_a_graph() -> None:
+    """``affine=True``: no gradient reaches weight and bias through a graph, in any number of blocks with one graph."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    compiled(make_input()).sum().backward()
+    for _ in range(3):
+        net.zero_grad()
+        with bnguard.frozen(net, "restore", affine=True):
+            compiled(make_input()).square().sum().backward()
+            assert net[1].weight.grad is None
+            assert net[0].weight.grad is not None
+    assert graphs() == 2
+
+
 # A block that begins inside a compiled function.
 
 

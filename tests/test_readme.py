@@ -95,7 +95,7 @@ def test_calls_in_the_text_are_valid():
 
 
 def test_options_in_the_text_exist():
-    """Every option that the README writes is one of ``frozen`` or ``strict``, or of the function of torch it is about."""
+    """Every option that the README writes is one of ``frozen`` or ``strict``, or of a function of torch."""
     functions = (bnguard.frozen, bnguard.strict, torch.compile, torch.jit.trace)
     known = {name for function in functions for name in inspect.signature(function).parameters}
     prose = re.sub(r"^```.*?^```$", "", README, flags=re.M | re.S)
