@@ -1092,18 +1092,6 @@ def test_layers_are_known_before_the_first_block() -> None:
     assert_clean(net)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
-def test_layers_of_a_script_module_are_compared_only() -> None:
-    """A ScriptModule runs no hooks: its layers are said to be compared, are restored, and the change is raised."""
-    net = nn.Sequential(torch.jit.script(nn.BatchNorm2d(2)), nn.BatchNorm2d(2))
-    before = state_of(net)
-    guard = bnguard.frozen(net, include="0")
-    assert [layer.protection for layer in guard.layers] == ["compared at exit only (a ScriptModule runs no hooks)"]
-    with pytest.raises(bnguard.StatsChangedError), guard:
-        net[0](images())
-    assert_same_bits(net.state_dict(), before)
-
-
 def test_report_is_text() -> None:
     """``report()`` says what is guarded and what changed."""
     net = small_net()

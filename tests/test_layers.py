@@ -789,18 +789,3 @@ def test_lazy_layer_that_is_initialised_and_moved(on_change: Any) -> None:
         twin.running_var.add_(1)
     assert_same_bits(layer.state_dict(), twin.state_dict())
     assert guard.changes[0].buffers == ("running_var",)
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_scripted_module_is_compared_at_exit() -> None:
-    """A ScriptModule runs no hook: its update is found at the end, put back, and ``layers`` says so."""
-    scripted = torch.jit.script(nn.Sequential(nn.BatchNorm2d(3)))
-    before = {name: tensor.clone() for name, tensor in scripted.state_dict().items()}
-    guard = bnguard.frozen(scripted, affine=True)
-    with pytest.raises(bnguard.StatsChangedError, match="No forward that bnguard can see"), guard:
-        scripted(torch.randn(4, 3, 2, 2))
-    assert_same_bits(scripted.state_dict(), before)
-    assert [layer.protection for layer in guard.layers] == ["compared at exit only (a ScriptModule runs no hooks)"]
-    with pytest.raises(bnguard.StatsChangedError), bnguard.frozen(scripted):
-        getattr(scripted, "0").running_mean = torch.ones(3)
-    assert_same_bits(scripted.state_dict(), before)
