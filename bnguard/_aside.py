@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch._C import _functorch, _get_dispatch_mode, _get_tracing_state, _len_torch_dispatch_stack
@@ -11,20 +12,27 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.fx import _symbolic_trace
 from torch.utils._python_dispatch import _disable_current_modes
 
-__all__ = ["aside", "is_recorded"]
+__all__ = ["aside", "is_recorded", "is_symbolic"]
 
 _PROXY = torch._C._TorchDispatchModeKey.PROXY
 
 
-def is_recorded() -> bool:
-    """Whether what runs now becomes a program: ``torch.jit.trace``, ``torch.fx.symbolic_trace``, ``make_fx``.
+def is_recorded(args: Iterable[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a forward with these arguments becomes a program as it runs: ``torch.jit.trace``, ``make_fx``, ``fx``.
 
     Not for ``torch.compile``, whose graphs last as long as what they were traced with, and ``torch.export``.
     """
     return (
         _get_tracing_state() is not None
-        or _symbolic_trace._is_fx_tracing_flag
         or (_len_torch_dispatch_stack() > 0 and _get_dispatch_mode(_PROXY) is not None)
+        or is_symbolic(args, kwargs)
+    )
+
+
+def is_symbolic(args: Iterable[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether ``torch.fx.symbolic_trace`` runs a forward on placeholders instead of tensors."""
+    return _symbolic_trace._is_fx_tracing_flag and any(  # the flag is that of all threads
+        isinstance(value, torch.fx.Proxy) for value in (*args, *kwargs.values())
     )
 
 

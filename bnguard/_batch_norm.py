@@ -48,7 +48,7 @@ class BatchNormSentry(Sentry):
     forward.__qualname__ = nn.BatchNorm2d.forward.__qualname__
 
     def _run_held(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        surroundings = self._surroundings()
+        surroundings = self._surroundings(args, kwargs)
         if surroundings is None:
             return _hold.normalise_with_batch(self.module, *args)
         if surroundings == "graph":
@@ -56,6 +56,6 @@ class BatchNormSentry(Sentry):
         return super()._run_held(args, kwargs)
 
     def _run_in_eval_mode(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._surroundings() in (None, "graph"):
+        if self._surroundings(args, kwargs) in (None, "graph"):
             return _hold.normalise_with_running_stats(self.module, *args)
         return super()._run_in_eval_mode(args, kwargs)

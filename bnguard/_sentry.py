@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import stateless
 
 from bnguard import _hold
-from bnguard._aside import aside, is_recorded
+from bnguard._aside import aside, is_recorded, is_symbolic
 from bnguard._bits import has_values, same_bits
 from bnguard._checkpoint import current_region
 from bnguard._claims import Claim, Stance, Verdict, decide, graph_order, settle, standing_order
@@ -121,7 +121,7 @@ class Sentry(Equipment):
             _traced(self.key)
             return
         claims = self.claims  # of the moment at which the forward begins
-        if self._is_foreign(module) or self._rejects(args):
+        if is_symbolic(args, {}) or self._is_foreign(module) or self._rejects(args):
             return
         self._pronounce(settle(claims))
 
@@ -165,26 +165,27 @@ class Sentry(Equipment):
             return self._previous(*args, **kwargs)
         return type(self.module).forward(self.module, *args, **kwargs)
 
-    def _held(
-        self, statistics: dict[str, Tensor], training: bool | None = None
-    ) -> _hold.StandIn | _hold.Exchange | _hold.InPlace:
-        """The layer with ``statistics`` in place of its own; while it is recorded, itself."""
-        if not torch.compiler.is_compiling() and is_recorded():
-            return _hold.InPlace(self.module, self._names, self._original)
+    def _held(self, statistics: dict[str, Tensor], training: bool | None = None) -> _hold.StandIn | _hold.Exchange:
+        """The layer with ``statistics`` in place of its own."""
         if self._previous is not None:
             return _hold.Exchange(self.module, statistics, training, self._previous)
         return _hold.StandIn(self.module, statistics, training)
 
     def _run_held(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs the layer so that its update goes nowhere."""
-        statistics = {} if self._surroundings() == "record" else _hold.copies(self.module, self._names)
+        is_recorded = self._surroundings(args, kwargs) == "record"
+        held = self._in_place() if is_recorded else self._held(_hold.copies(self.module, self._names))
         with self._turn():
-            return self._held(statistics).forward(*args, **kwargs)
+            return held.forward(*args, **kwargs)
+
+    def _in_place(self) -> _hold.InPlace:
+        """The layer itself, which becomes part of a program."""
+        return _hold.InPlace(self.module, self._names, self._original)
 
     def _run_in_eval_mode(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs the layer as in eval mode."""
         module = self.module
-        if self._surroundings() == "record":
+        if self._surroundings(args, kwargs) == "record":
             if module.training:
                 _recorded(self.key)
             return self._run_held(args, kwargs)
@@ -204,7 +205,7 @@ class Sentry(Equipment):
         if torch.compiler.is_compiling():
             _traced(self.key)
             return self._original(*args, **kwargs)
-        if self._rejects(args):
+        if is_symbolic(args, kwargs) or self._rejects(args):
             return self._original(*args, **kwargs)
         verdict = settle(claims)
         self._pronounce(verdict)
@@ -227,7 +228,8 @@ class Sentry(Equipment):
         """Runs the layer on copies of its statistics, and judges what it did to them."""
         # Compared with copies of our own: other threads may update the layer in the meantime.
         before = _hold.copies_aside(self.module, self._names)
-        held = self._held(_hold.copies_aside(self.module, self._names))
+        copies = _hold.copies_aside(self.module, self._names)
+        held = self._in_place() if is_recorded(args, kwargs) else self._held(copies)
         with self._turn():
             try:
                 result = held.forward(*args, **kwargs)
@@ -279,7 +281,7 @@ class Sentry(Equipment):
             _recorded(self.key)
         return self._original(*args, **kwargs)
 
-    def _surroundings(self) -> Literal["graph", "record"] | None:
+    def _surroundings(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Literal["graph", "record"] | None:
         """What becomes of a forward that is to be held: part of a graph or of another program; None: it merely runs.
 
         Notes the graph, and tells the blocks that hold of a checkpointed region around it.
@@ -292,7 +294,7 @@ class Sentry(Equipment):
             for claim in self.claims:
                 if claim.judge is not None and claim.stance in HOLDING:
                     claim.judge.checkpointed(region)
-        return "record" if is_recorded() else None
+        return "record" if is_recorded(args, kwargs) else None
 
     def _rejects(self, args: tuple[Any, ...]) -> bool:
         """Whether torch turns the input down before it counts the batch."""
@@ -316,7 +318,7 @@ class Sentry(Equipment):
         self._known: tuple[Tensor | None, ...] = tuple([buffers.get(name) for name in self._names])
 
     def keeps_its_own(self) -> bool:
-        """Whether the layer has the statistics that are known to be its own. (A graph depends on what is known.)"""
+        """Whether the layer has the statistics that are known as its own, on which graphs depend."""
         buffers = self.module._buffers
         return all([buffers.get(name) is tensor for name, tensor in zip(self._names, self._known, strict=True)])
 
