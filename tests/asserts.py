@@ -148,6 +148,27 @@ def warns(at: str | None = None, count: int = 1) -> Iterator[Caught]:
             assert at in lines[record.lineno - 1], lines[record.lineno - 1]
 
 
+@dataclass
+class Told:
+    """What bnguard said; complete once the block is over."""
+
+    warnings: list[str] = field(default_factory=list)
+    error: str | None = None
+
+
+@contextmanager
+def told() -> Iterator[Told]:
+    """Catches what bnguard says: the texts of its warnings, and of its error. torch's warnings are passed over."""
+    found = Told()
+    with warnings.catch_warnings(record=True) as records:
+        warnings.simplefilter("always")
+        try:
+            yield found
+        except bnguard.StatsChangedError as error:
+            found.error = str(error)
+    found.warnings += [str(record.message) for record in records if issubclass(record.category, bnguard.BNGuardWarning)]
+
+
 def run_threads(*functions: Callable[[], object], timeout: float = 30) -> None:
     """Runs functions at the same time, each in a thread of its own; the first error of one of them is raised here."""
     join_threads(start_threads(*functions), timeout)

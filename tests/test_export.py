@@ -9,9 +9,7 @@ import subprocess
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import bnguard
-from tests.asserts import assert_clean, assert_same_bits, run_threads, state_of, statistics, values, warns
+from tests.asserts import Told, assert_clean, assert_same_bits, run_threads, state_of, statistics, told, values, warns
 from tests.nets import PlainSubclass, ScaledNorm, conv_net, images, warmed
 
 # torch's own: torch.jit is deprecated, a train-mode trace is never sure of itself.
@@ -142,27 +140,6 @@ def cases(*slow_policies: str) -> pytest.MarkDecorator:
             and (tool not in SLOW or (layer in ("BatchNorm2d", "own") and policy in slow_policies))
         ],
     )
-
-
-@dataclass
-class Told:
-    """What bnguard said; complete once the block is over."""
-
-    warnings: list[str] = field(default_factory=list)
-    error: str | None = None
-
-
-@contextmanager
-def told() -> Iterator[Told]:
-    """Catches what bnguard says: the texts of its warnings, and of its error. torch's warnings are passed over."""
-    found = Told()
-    with warnings.catch_warnings(record=True) as records:
-        warnings.simplefilter("always")
-        try:
-            yield found
-        except bnguard.StatsChangedError as error:
-            found.error = str(error)
-    found.warnings += [str(record.message) for record in records if issubclass(record.category, bnguard.BNGuardWarning)]
 
 
 def give_statistics(net: nn.Module, other: nn.Module) -> None:

@@ -359,17 +359,6 @@ def test_guard_entered_in_inference_mode_serves_training() -> None:
     assert layer.num_batches_tracked == 1
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_hook_that_fusion_moved_to_another_module_goes() -> None:
-    """Fusing moves the hooks of its first module to the fused one: ours judges nothing there, and takes itself off."""
-    net, x = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()).eval(), make_input()
-    expected = net(x)
-    with bnguard.frozen(net):
-        torch.ao.quantization.fuse_modules(net, [["0", "1"]], inplace=True)
-        assert_same_bits(net(x), expected)
-    assert_clean(net)
-
-
 def test_functional_call_on_a_layer_that_runs_on_a_stand_in() -> None:
     """What is lent moves, for layers other than torch's BatchNorm too."""
     layer, x = nn.SyncBatchNorm(3), make_input()
