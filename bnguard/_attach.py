@@ -28,14 +28,17 @@ def attach(layer: StatsLayer, claim: Claim) -> None:
         sentry.set_claims((claim, *sentry.claims))
 
 
-def detach(module: nn.Module, claim: Claim) -> None:
-    """Takes ``claim`` off the layer; the last one takes everything else along. Doing it twice does nothing."""
+def detach(module: nn.Module, claim: Claim, model: nn.Module) -> None:
+    """Takes ``claim`` off a layer of ``model``; the last one takes everything else along. Twice does nothing."""
     with _lock:
         sentry = sentries.get(id(module))
         if sentry is None:
             return
         claims = tuple(other for other in sentry.claims if other is not claim)
         sentry.set_claims(claims)
+        if sentry.hooks_out and not claims:  # not on the layer any more
+            for part in model.modules():
+                sentry.unhook(part)
         if not claims:  # only now: what was interrupted above can be done again
             del sentries[id(module)]
 

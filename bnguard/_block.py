@@ -231,7 +231,7 @@ class Block:
         """Takes everything off the model, whatever fails on the way."""
         failure: BaseException | None = None
         undos: list[Callable[[], None]] = [self._affine.release]
-        undos += [partial(detach, self._layers[claim.owner].module, claim) for claim in self._claims]
+        undos += [partial(detach, self._layers[claim.owner].module, claim, self._model) for claim in self._claims]
         for undo in undos:
             try:
                 _finish(undo)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable
-from types import SimpleNamespace
+from contextlib import nullcontext
 from typing import Any, Final
 
 from torch import nn
@@ -19,7 +19,7 @@ OWN_ATTRIBUTES: Final = ("forward", "__getstate__", "_replicate_for_data_paralle
 
 
 class Equipment(ABC):
-    """A forward pre-hook, and attributes in the ``__dict__`` of one layer.
+    """A forward pre-hook, which is the object itself, and attributes in the ``__dict__`` of one layer.
 
     Every undo is known before the thing it undoes, and looks at the layer rather than at a handle: what fails half-way
     is taken off all the same, and what somebody else has put in the meantime stays.
@@ -28,16 +28,17 @@ class Equipment(ABC):
         module: The layer.
     """
 
-    __slots__ = ("_installed", "_previous", "module")
+    __slots__ = ("_installed", "_previous", "hooks_out", "module")
 
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module
+        self.hooks_out = 0  # registered, and not removed
         self._installed: dict[str, Any] = {}
         # A forward that somebody put on the instance before.
         self._previous: Callable[..., Any] | None = module.__dict__.get("forward")
 
     @abstractmethod
-    def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """The forward pre-hook."""
 
     def install(self, name: str, value: Any) -> None:
@@ -60,7 +61,8 @@ class Equipment(ABC):
     def hook(self) -> None:
         """Registers the forward pre-hook, unless it is there."""
         if not self._hook_ids(self.module):
-            self.module.register_forward_pre_hook(self.before)
+            self.hooks_out += 1
+            self.module.register_forward_pre_hook(self)
 
     def has_foreign_hooks(self) -> bool:
         """Whether somebody else has forward pre-hooks on the layer."""
@@ -68,9 +70,10 @@ class Equipment(ABC):
         return bool(hooks) and len(hooks) > len(self._hook_ids(self.module))
 
     def unhook(self, module: nn.Module) -> None:
-        """Removes the forward pre-hook from a module."""
+        """Removes the forward pre-hook from a module, if it is there: fusing moves it to another one."""
         for key in self._hook_ids(module):
             del module._forward_pre_hooks[key]
+            self.hooks_out -= 1
 
     def remove(self) -> None:
         """Takes everything off."""
@@ -89,15 +92,16 @@ class Equipment(ABC):
             state["forward"] = self._previous
         hooks = state.get("_forward_pre_hooks")
         if hooks and self._hook_ids(self.module):  # else the handles of users' hooks go on knowing this dictionary
-            state["_forward_pre_hooks"] = OrderedDict((k, hook) for k, hook in hooks.items() if hook != self.before)
+            state["_forward_pre_hooks"] = OrderedDict((k, hook) for k, hook in hooks.items() if hook is not self)
         parameters = state.get("_parameters")
         if parameters:
             state["_parameters"] = {name: p if p is None else unheld(p) for name, p in parameters.items()}
         return state
 
     def __reduce__(self) -> Any:
-        # Copied only where somebody keeps the handle of another hook: that knows the dictionary in which ours is.
-        return SimpleNamespace, (), {"before": None}
+        # Copied only as a hook, where fusing has moved it, or somebody keeps the handle of a hook next to it. The copy
+        # takes any arguments and does nothing, and loads without bnguard.
+        return getattr, (nullcontext(), "__exit__")
 
     def strip(self, replica: nn.Module) -> None:
         """Takes off what a replica has inherited with the layer's ``__dict__``."""
@@ -106,4 +110,4 @@ class Equipment(ABC):
 
     def _hook_ids(self, module: nn.Module) -> list[int]:
         hooks = module._forward_pre_hooks
-        return [key for key, hook in hooks.items() if hook == self.before] if hooks else []
+        return [key for key, hook in hooks.items() if hook is self] if hooks else []

@@ -91,7 +91,7 @@ class _Holding:
         with ExitStack() as undo:
             for owner, layer in enumerate(find_layers(self._model)):
                 claim = Claim(None, owner, self._stance, 0)
-                undo.callback(detach, layer.module, claim)
+                undo.callback(detach, layer.module, claim, self._model)
                 attach(layer, claim)
             self._undo = undo.pop_all()
 

@@ -109,7 +109,7 @@ class Sentry(Equipment):
 
     # The pre-hook.
 
-    def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Judges a forward that would update, before it runs."""
         predict = self.kind.predict
         if type(module) is not type(self.module):

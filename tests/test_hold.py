@@ -389,7 +389,8 @@ def test_update_whose_budget_is_gone_by_then_is_held(
 
 def test_detaching_from_a_layer_that_is_not_guarded_does_nothing() -> None:
     """An undo may be run although its acquisition never got anywhere."""
-    _attach.detach(nn.BatchNorm2d(3), _claims.Claim(None, 0, "restore", 0))
+    norm = nn.BatchNorm2d(3)
+    _attach.detach(norm, _claims.Claim(None, 0, "restore", 0), norm)
 
 
 def test_update_within_the_budget_may_outlast_the_block() -> None:

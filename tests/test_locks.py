@@ -89,7 +89,7 @@ def test_no_claim_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
         run_both(*[lambda claim=claim: _attach.attach(layer, claim) for claim in claims])
         assert set(_sentry.sentries[id(norm)].claims) == set(claims)
         meeting = Meeting()
-        run_both(*[lambda claim=claim: _attach.detach(norm, claim) for claim in claims])
+        run_both(*[lambda claim=claim: _attach.detach(norm, claim, norm) for claim in claims])
     assert id(norm) not in _sentry.sentries
     assert_clean(norm)
 
