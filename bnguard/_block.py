@@ -244,9 +244,7 @@ class Block:
         on_change = self._settings.on_change
         texts = []
         if found and not (on_change == "warn" and self._warned):
-            unseen = {change.names for change in found if not change.updates}
-            in_graphs = unseen <= {layer.names for layer in self._compiled_layers()}
-            texts.append(_report.changed_text(found, on_change != "warn", in_graphs))
+            texts.append(_report.changed_text(found, on_change != "warn", self._cause(found)))
         caught = [change for change in self.changes if change not in found]
         if caught and self._errors and not _reports(error, self._errors):
             texts.append(_report.swallowed_text(caught))
@@ -265,6 +263,15 @@ class Block:
             except BNGuardWarning:
                 if error is None:
                     raise
+
+    def _cause(self, found: list[StatsChange]) -> _report.Cause:
+        """What is known of the layers that changed although no forward was seen."""
+        unseen = {change.names for change in found if not change.updates}
+        if unseen <= {layer.names for layer in self._compiled_layers()}:
+            return "compiled"
+        left = {id(layer.module) for layer in find_layers(self._model)}
+        gone = {layer.names for layer in self._layers if id(layer.module) not in left}
+        return "replaced" if unseen <= gone else "unknown"
 
     def _compiled_layers(self) -> list[StatsLayer]:
         """The layers that compiled graphs run, as far as that can be known."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
+from typing import Final, Literal
 
 from bnguard._changes import GuardedLayer, StatsChange
 
 __all__ = [
+    "Cause",
     "changed_text",
     "fixed_mode_text",
     "layer_text",
@@ -22,16 +24,22 @@ __all__ = [
 ]
 
 _SHOWN = 3
-_CAUSES = (
-    "No forward that bnguard can see explains it: look for load_state_dict(), reset_running_stats(), an assignment,",
-    "F.batch_norm() or forward() called directly, a compiled or scripted model, or another thread or process.",
-)
-
-
-_IN_GRAPHS = (
-    "In a compiled graph no forward can be seen or stopped; this comparison finds what it changed.",
-    '  frozen(model, on_change="restore")       holds the statistics, in compiled graphs too',
-)
+Cause = Literal["unknown", "compiled", "replaced"]
+_CAUSES: Final[dict[Cause, tuple[str, ...]]] = {
+    "unknown": (
+        "No forward that bnguard can see explains it: look for load_state_dict(), reset_running_stats(), an"
+        " assignment,",
+        "F.batch_norm() or forward() called directly, a compiled or scripted model, or another thread or process.",
+    ),
+    "compiled": (
+        "In a compiled graph no forward can be seen or stopped; this comparison finds what it changed.",
+        '  frozen(model, on_change="restore")       holds the statistics, in compiled graphs too',
+    ),
+    "replaced": (
+        "Another module has taken their place and uses their statistics (convert_sync_batchnorm(), prepare_qat(), or",
+        "fusion): change the model before the block.",
+    ),
+}
 
 
 def layer_text(names: Sequence[str], type_name: str) -> str:
@@ -95,16 +103,16 @@ def swallowed_text(stopped: Sequence[StatsChange]) -> str:
     return "\n".join([head, *_lines(stopped), f"{outcome} {advice}"])
 
 
-def changed_text(changes: Sequence[StatsChange], restored: bool, in_graphs: bool = False) -> str:
+def changed_text(changes: Sequence[StatsChange], restored: bool, cause: Cause = "unknown") -> str:
     """What only the comparison at the end of a block, or of ``check()``, could see.
 
     Args:
         changes: The layers.
         restored: Whether their statistics of entry are back.
-        in_graphs: Whether compiled graphs run all of them that no forward was seen of.
+        cause: What is known of those that no forward was seen of.
     """
     seen = [change for change in changes if change.updates]
-    causes = () if len(seen) == len(changes) else _IN_GRAPHS if in_graphs else _CAUSES
+    causes = () if len(seen) == len(changes) else _CAUSES[cause]
     outcome = "The statistics of entry are back." if restored else "The changes stand."
     return "\n".join(
         [f"running statistics of {_layers(len(changes))} changed inside frozen():", *_lines(changes), *causes, outcome]
