@@ -27,8 +27,7 @@ _SHOWN = 3
 Cause = Literal["unknown", "compiled", "replaced"]
 _CAUSES: Final[dict[Cause, tuple[str, ...]]] = {
     "unknown": (
-        "No forward that bnguard can see explains it: look for load_state_dict(), reset_running_stats(), an"
-        " assignment,",
+        "No forward that bnguard can see explains it: look for load_state_dict(), reset_running_stats(), assignments,",
         "F.batch_norm() or forward() called directly, a compiled or scripted model, or another thread or process.",
     ),
     "compiled": (
