@@ -229,19 +229,6 @@ def test_state_dict_in_a_hook_holds_the_true_statistics(guard: str, norm: Any) -
         assert_same_bits(state, before)
 
 
-def test_averaging_inside_takes_the_true_statistics() -> None:
-    """``AveragedModel`` with buffers averages the model's own statistics, and is not guarded."""
-    net, twin = make_net(), make_net()
-    expected = AveragedModel(twin, use_buffers=True)
-    with bnguard.frozen(net, "restore"):
-        averaged = AveragedModel(net, use_buffers=True)
-        net.train()(images())
-        averaged.update_parameters(net)
-    expected.update_parameters(twin)
-    assert_same_bits(averaged.state_dict(), expected.state_dict())
-    assert_clean(averaged)
-
-
 LOAD = """
 import sys
 

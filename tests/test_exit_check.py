@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.swa_utils import update_bn
 
 import bnguard
 from tests.asserts import assert_clean, assert_same_bits, assert_same_gradients, assert_stats_unchanged, state_of, warns
@@ -142,18 +141,6 @@ def test_exit_lets_changes_stand_under_warn(write: Callable[[nn.Sequential], Any
     assert guard.changes[0].names == ("1",)
 
 
-def test_exit_finds_update_bn() -> None:
-    """``update_bn`` resets the statistics and learns them anew; under restore neither lasts."""
-    net = make_net()
-    before, objects = state_of(net), dict(net.named_buffers())
-    with warns(), bnguard.frozen(net, "restore"):
-        update_bn([make_input()], net)
-    assert_stats_unchanged(net, before, objects)
-    with pytest.raises(bnguard.StatsChangedError), bnguard.frozen(net):
-        update_bn([make_input()], net)
-    assert_stats_unchanged(net, before, objects)
-
-
 def test_exit_of_an_untouched_block_is_silent() -> None:
     """No write, no finding; and none either for writes that leave the bits as they were."""
     net = make_net()
@@ -277,18 +264,6 @@ def test_added_layer_is_pointed_out() -> None:
         net(make_input())
     assert caught.message.startswith("5 came into the model inside frozen() and was not guarded there.")
     assert net[5].num_batches_tracked == 1
-
-
-def test_replaced_layer_around_the_same_buffers_is_restored() -> None:
-    """``convert_sync_batchnorm`` makes new layers around the same buffers: their updates are found and undone."""
-    net = make_net()
-    before, objects = state_of(net), dict(net.named_buffers())
-    with warns() as caught, bnguard.frozen(net, "restore"):
-        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
-        net(make_input())
-    assert "running statistics of 2 layers changed" in caught.message
-    assert_stats_unchanged(net, before, objects)
-    assert_clean(net)
 
 
 def test_check_finds_and_restores_in_mid_block() -> None:

@@ -319,19 +319,6 @@ def test_argument_errors_are_worded_as_the_layers_own() -> None:
     assert str(held.value) == str(plain.value)
 
 
-@pytest.mark.parametrize("make", [nn.BatchNorm2d, nn.SyncBatchNorm], ids=["stock", "own-forward"])
-def test_replica_runs_with_its_own_weight(make: Callable[[int], nn.Module]) -> None:
-    """A replica as nn.DataParallel makes it is held like the layer, and is not mixed up with it."""
-    layer, x = make(3), make_input()
-    before, twin = state_of(layer), copy.deepcopy(layer)
-    twin.weight.data.fill_(3.0)
-    with bnguard.frozen(layer, "restore"):
-        replica = layer._replicate_for_data_parallel()
-        replica.weight, replica.bias = torch.full((3,), 3.0), torch.zeros(3)
-        assert_same_bits(replica(x), twin(x))
-    assert_same_bits(layer.state_dict(), before)
-
-
 def test_input_that_a_later_hook_repairs_is_not_refused() -> None:
     """An input of the wrong shape when our hook sees it may be right when the layer does."""
     layer, x = nn.BatchNorm2d(3), make_input()

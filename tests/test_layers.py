@@ -657,33 +657,6 @@ def test_foreign_forward_is_judged_under_raise() -> None:
     assert net.__dict__["forward"] is foreign
 
 
-# DataParallel.
-
-
-@pytest.mark.parametrize("cls", [nn.BatchNorm2d, nn.SyncBatchNorm, ScaledNorm, OwnForward])
-@pytest.mark.parametrize("nested", [False, True])
-def test_replica_inside_a_block_updates_nothing_shared(cls: Any, nested: bool) -> None:
-    """A replica as DataParallel makes it, around the same tensors, is held too and computes what a twin computes."""
-    net = warmed(cls(2))
-    twin, before = copy.deepcopy(net), values(statistics(net))
-    with bnguard.frozen(net, "restore"), bnguard.frozen(net, "restore") if nested else nullcontext():
-        replica = net._replicate_for_data_parallel()
-        # The first replica shares the module's tensors; parameters become plain attributes.
-        replica._buffers = dict(net._buffers)
-        for name, parameter in net._parameters.items():
-            setattr(replica, name, parameter)
-        assert_same_bits(replica(images()), twin(images()))
-        assert_same_bits(statistics(net), before)
-    assert_same_bits(statistics(net), before)
-
-
-def test_replica_of_another_replica_is_guarded_by_the_same_block() -> None:
-    """Under raise a replica raises as its module would."""
-    net = nn.BatchNorm2d(2)
-    with pytest.raises(bnguard.StatsChangedError), bnguard.frozen(net):
-        net._replicate_for_data_parallel()(images())
-
-
 # register_layer.
 
 

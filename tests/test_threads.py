@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -423,20 +422,4 @@ def test_forward_that_began_before_the_block_is_seen() -> None:
         gate.open()
         join_threads(threads)
     assert "another thread" in caught.message
-    assert_same_bits(statistics(net), before)
-
-
-def test_data_parallel_like_threads_share_no_statistics() -> None:
-    """Replicas that run in threads of their own, as DataParallel's do, move nothing under restore."""
-    net = make_net("BatchNorm2d")
-    before = values(statistics(net))
-
-    def run() -> None:
-        replica = net[0]._replicate_for_data_parallel()
-        replica.weight, replica.bias = net[0].weight, net[0].bias
-        with torch.no_grad():
-            replica(images())
-
-    with bnguard.frozen(net, "restore"):
-        run_threads(*[run] * 4)
     assert_same_bits(statistics(net), before)
