@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from bnguard import _report
@@ -19,12 +20,12 @@ from bnguard._checkpoint import Region
 from bnguard._claims import Claim, count, pay
 from bnguard._drift import largest_mean_shift
 from bnguard._graphs import compiled_parts, is_taken_in
-from bnguard._layers import StatsLayer, find_layers
+from bnguard._layers import StatsLayer, find_layers, tensor_table
 from bnguard._protection import protection_text
 from bnguard._select import select_layers
 from bnguard._settings import Settings
 from bnguard._snapshot import Difference, Snapshot
-from bnguard.errors import BNGuardWarning, StatsChangedError
+from bnguard.errors import BNGuardError, BNGuardWarning, StatsChangedError
 
 __all__ = ["Block"]
 
@@ -63,6 +64,7 @@ class Block:
     def enter(self) -> None:
         """Guards the layers from now on. If that fails, the model is as it was."""
         settings, modules = self._settings, [layer.module for layer in self._layers]
+        self._refuse_capture()
         try:
             # The claims first: what other threads run in the meantime is then held already.
             for owner, layer in enumerate(self._layers):
@@ -191,6 +193,7 @@ class Block:
 
     def _verify(self) -> list[StatsChange]:
         """Compares, and puts back unless changes are to stand. Returns what differed."""
+        self._refuse_capture()
         changes: dict[int, StatsChange] = {}
         keep = self._settings.on_change != "warn"
         for snapshot in filter(None, (self._statistics, self._parameters)):
@@ -263,6 +266,12 @@ class Block:
             except BNGuardWarning:
                 if error is None:
                     raise
+
+    def _refuse_capture(self) -> None:
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            tensors = [tensor for layer in self._layers for tensor in tensor_table(layer.module, "_buffers").values()]
+            if any([tensor is not None and tensor.is_cuda for tensor in tensors]):
+                raise BNGuardError(_report.capture_text())
 
     def _cause(self, found: list[StatsChange]) -> _report.Cause:
         """What is known of the layers that changed although no forward was seen."""

@@ -10,6 +10,7 @@ from bnguard._changes import GuardedLayer, StatsChange
 
 __all__ = [
     "Cause",
+    "capture_text",
     "changed_text",
     "fixed_mode_text",
     "layer_text",
@@ -147,6 +148,14 @@ def unguarded_text(type_name: str) -> str:
     return (
         f"{type_name} has no layer with running statistics: frozen() has nothing to guard.\n"
         "If one of its layers keeps statistics under other names, see bnguard.register_layer()."
+    )
+
+
+def capture_text() -> str:
+    """The error of a block that begins or ends while a CUDA graph is captured."""
+    return (
+        "frozen() cannot begin, compare or end while a CUDA graph is captured: it would have to wait for the device.\n"
+        "Open the block around the capture."
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from types import FrameType
 from typing import Any, Final, Literal
 
@@ -71,7 +72,7 @@ class Sentry(Equipment):
     whoever still keeps that ``forward`` gets the layer's own.
     """
 
-    __slots__ = ("_known", "_names", "claims", "graph_order", "key", "kind", "order")
+    __slots__ = ("_known", "_names", "claims", "graph_order", "key", "kind", "on_cuda", "order")
 
     def __init__(self, layer: StatsLayer) -> None:
         super().__init__(layer.module)
@@ -123,7 +124,7 @@ class Sentry(Equipment):
         claims = self.claims  # of the moment at which the forward begins
         if is_symbolic(args, {}) or self._is_foreign(module) or self._rejects(args):
             return
-        self._pronounce(settle(claims))
+        self._pronounce(self._settle(claims))
 
     # The forward.
 
@@ -147,6 +148,8 @@ class Sentry(Equipment):
             return self._run_held(args, kwargs)
         if torch.compiler.is_compiling():
             _traced(self.key)
+            return self._original(*args, **kwargs)
+        if self._is_captured():
             return self._original(*args, **kwargs)
         if order == "warn":
             return self._run_observed(claims, args, kwargs)
@@ -173,8 +176,11 @@ class Sentry(Equipment):
 
     def _run_held(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs the layer so that its update goes nowhere."""
-        is_recorded = self._surroundings(args, kwargs) == "record"
-        held = self._in_place() if is_recorded else self._held(_hold.copies(self.module, self._names))
+        surroundings = self._surroundings(args, kwargs)
+        if surroundings == "capture":
+            return self._original(*args, **kwargs)
+        is_program = surroundings == "record"
+        held = self._in_place() if is_program else self._held(_hold.copies(self.module, self._names))
         with self._turn():
             return held.forward(*args, **kwargs)
 
@@ -185,7 +191,7 @@ class Sentry(Equipment):
     def _run_in_eval_mode(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs the layer as in eval mode."""
         module = self.module
-        if self._surroundings(args, kwargs) == "record":
+        if self._surroundings(args, kwargs) in ("record", "capture"):
             if module.training:
                 _recorded(self.key)
             return self._run_held(args, kwargs)
@@ -207,7 +213,7 @@ class Sentry(Equipment):
             return self._original(*args, **kwargs)
         if is_symbolic(args, kwargs) or self._rejects(args):
             return self._original(*args, **kwargs)
-        verdict = settle(claims)
+        verdict = self._settle(claims)
         self._pronounce(verdict)
         if verdict.stance == "restore":
             return self._run_held(args, kwargs)
@@ -281,7 +287,20 @@ class Sentry(Equipment):
             _recorded(self.key)
         return self._original(*args, **kwargs)
 
-    def _surroundings(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Literal["graph", "record"] | None:
+    def _settle(self, claims: tuple[Claim, ...]) -> Verdict:
+        """The verdict on an update; while a CUDA graph is captured nothing runs: only an error is of use then."""
+        if not self._is_captured():
+            return settle(claims)
+        verdict = decide(claims)
+        return verdict if verdict.stance == "raise" else Verdict("stand")
+
+    def _is_captured(self) -> bool:
+        """Whether the forward becomes part of a CUDA graph."""
+        return self.on_cuda and torch.cuda.is_current_stream_capturing()
+
+    def _surroundings(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Literal["graph", "record", "capture"] | None:
         """What becomes of a forward that is to be held: part of a graph or of another program; None: it merely runs.
 
         Notes the graph, and tells the blocks that hold of a checkpointed region around it.
@@ -294,6 +313,8 @@ class Sentry(Equipment):
             for claim in self.claims:
                 if claim.judge is not None and claim.stance in HOLDING:
                     claim.judge.checkpointed(region)
+        if self._is_captured():
+            return "capture"
         return "record" if is_recorded(args, kwargs) else None
 
     def _rejects(self, args: tuple[Any, ...]) -> bool:
@@ -316,6 +337,7 @@ class Sentry(Equipment):
     def _remember(self) -> None:
         buffers = tensor_table(self.module, "_buffers")
         self._known: tuple[Tensor | None, ...] = tuple([buffers.get(name) for name in self._names])
+        self.on_cuda = any([tensor is not None and tensor.is_cuda for tensor in self._known])
 
     def keeps_its_own(self) -> bool:
         """Whether the layer has the statistics that are known as its own, on which graphs depend."""
@@ -323,7 +345,7 @@ class Sentry(Equipment):
         return all([buffers.get(name) is tensor for name, tensor in zip(self._names, self._known, strict=True)])
 
     def _is_foreign(self, module: nn.Module) -> bool:
-        """Whether ``functional_call`` has lent the layer other statistics for this call: their update is theirs.
+        """Whether a replica, or ``functional_call``, has other statistics in this call: their update is theirs.
 
         Statistics that the user replaced for good are the layer's own from then on.
         """
@@ -332,21 +354,34 @@ class Sentry(Equipment):
             if buffers.get(name) is not tensor:
                 if torch.compiler.is_compiling():
                     return _is_lent(self.key)
-                if module is not self.module or _in_functional_call():
-                    return module is self.module
+                if module is not self.module:
+                    return not self._shares_statistics(module)
+                if _in_functional_call():
+                    return True
                 self._remember()
                 return False
         return False
 
     def replicate(self) -> nn.Module:
-        """A replica for ``nn.DataParallel``, with the same guards around it: the first one shares the statistics."""
+        """A replica for ``nn.DataParallel``, guarded as long as the layer is."""
         replica: nn.Module = type(self.module)._replicate_for_data_parallel(self.module)
         self.strip(replica)
-        sentry = type(self)(StatsLayer(replica, (), self._names, self.kind))
-        sentry._previous = self._previous
-        sentry.claims, sentry.order, sentry.graph_order = self.claims, self.order, self.graph_order
-        replica.__dict__["forward"] = sentry.forward
+        replica.__dict__["forward"] = partial(self.run_replica, replica)
         return replica
+
+    def run_replica(self, replica: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+        """The forward of a replica."""
+        sentry = type(self)(StatsLayer(replica, (), self._names, self.kind))
+        sentry.kind, sentry._previous = self.kind, self._previous
+        sentry.claims, sentry.order, sentry.graph_order = self.claims, self.order, self.graph_order
+        # The first replica shares the layer's statistics. What the others update is dropped with them.
+        if self.claims and (self.order == "running" or self._shares_statistics(replica)):
+            return sentry.forward(*args, **kwargs)
+        return sentry._original(*args, **kwargs)
+
+    def _shares_statistics(self, replica: nn.Module) -> bool:
+        theirs, own = replica._buffers, self.module._buffers
+        return all([theirs.get(name) is own.get(name) for name in self._names])
 
 
 @contextmanager
