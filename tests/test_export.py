@@ -378,6 +378,36 @@ def test_thread_next_to_a_tracing_one_is_guarded_as_ever(tool: str, layer: str, 
     assert_same_bits(statistics(net), statistics(twin) if policy == "warn" else before)
 
 
+class Distilling(nn.Module):
+    """Opens a block in its own forward."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        super().__init__()
+        self.options = options
+        self.student, self.teacher = warmed(nn.BatchNorm2d(2)), warmed(nn.BatchNorm2d(2))
+
+    def forward(self, input: Tensor) -> Tensor:
+        with bnguard.frozen(self.teacher, **self.options):
+            target = self.teacher(input)
+        return self.student(input) - target
+
+
+@pytest.mark.parametrize("policy", ["raise", "restore", "running"])
+@pytest.mark.parametrize("tool", ["trace", "make_fx", "export", "export-strict", "fx"])
+def test_block_in_traced_code_is_not_dropped_in_silence(tool: str, policy: str) -> None:
+    """A program has no guard: where the code it is made of opens a block, that is said, or the tool fails."""
+    net = Distilling(POLICIES[policy])
+    before, refused = values(statistics(net.teacher)), False
+    with told() as said:
+        try:
+            TOOLS[tool](net)
+        except torch._dynamo.exc.Unsupported as error:
+            refused = "a block of bnguard cannot begin or end inside a graph" in str(error)
+    assert refused or said != Told()
+    assert_same_bits(statistics(net.teacher), before)
+    assert_clean(net)
+
+
 LOAD = """
 import sys
 
