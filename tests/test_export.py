@@ -745,3 +745,41 @@ def test_gradients_through_a_program_are_the_twins_after_the_block(tool: str) ->
     run_twin(images()).square().sum().backward()
     ours, expected = ([p.grad for p in one.parameters()] for one in (net, twin))
     assert_same_bits(ours, expected)
+
+
+def test_exported_program_itself_is_refused_with_the_way_out() -> None:
+    """It is no module; the error says how to get one."""
+    with pytest.raises(TypeError, match=r"takes a torch.nn.Module, got ExportedProgram.*\.module\(\)"):
+        bnguard.frozen(torch.export.export(make_net(), (images(),)))
+
+
+def test_modules_of_one_exported_program_share_their_guard() -> None:
+    """A guard around one of them finds what another one does to the statistics that they share."""
+    exported = torch.export.export(make_net(), (images(),))
+    guarded, other = exported.module(), exported.module()
+    before = values(statistics(guarded))
+    with told() as said, bnguard.frozen(guarded, "restore"):
+        other(images())
+    assert len(said.warnings) == 1
+    assert_same_bits(statistics(guarded), before)
+    assert_same_bits(statistics(other), before)
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_program_made_in_a_strict_function_is_the_twins(tool: str) -> None:
+    """So is one that a decorated function makes and returns."""
+    net, twin = make_net(), make_net()
+    program = bnguard.strict(on_change="restore")(lambda model: TOOLS[tool](model))(net)
+    assert_same_program(program, TOOLS[tool](twin), net, twin)
+
+
+@pytest.mark.parametrize("selector", ["1", lambda name, layer: name == "1"], ids=["pattern", "predicate"])
+@pytest.mark.parametrize("program", ["script", "trace", "export", "unflatten"])
+def test_part_of_a_program_can_be_guarded(program: str, selector: Any) -> None:
+    """``include`` on a program: only those layers are compared, the others move as in the twin."""
+    run, twin = (PROGRAMS[program](nn.Sequential(warmed(nn.BatchNorm2d(2)), warmed(nn.BatchNorm2d(2)))) for _ in "ab")
+    before = values(statistics(run))
+    with told(), bnguard.frozen(run, "restore", include=selector):
+        assert_same_bits(run(images()), twin(images()))
+    for name, tensor in statistics(run).items():
+        assert_same_bits(tensor, before[name] if name.startswith("1.") else statistics(twin)[name])
