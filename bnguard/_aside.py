@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch._C import _functorch, _get_dispatch_mode, _get_tracing_state, _len_torch_dispatch_stack
@@ -12,9 +13,10 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.fx import _symbolic_trace
 from torch.utils._python_dispatch import _disable_current_modes
 
-__all__ = ["aside", "is_recorded", "is_symbolic"]
+__all__ = ["aside", "is_being_taken_down", "is_recorded", "is_symbolic"]
 
-_PROXY = torch._C._TorchDispatchModeKey.PROXY
+_FX_TRACE: Final = _symbolic_trace.Tracer.trace.__code__
+_PROXY: Final = torch._C._TorchDispatchModeKey.PROXY
 
 
 def is_recorded(args: Iterable[Any], kwargs: Mapping[str, Any]) -> bool:
@@ -34,6 +36,16 @@ def is_symbolic(args: Iterable[Any], kwargs: Mapping[str, Any]) -> bool:
     return _symbolic_trace._is_fx_tracing_flag and any(  # the flag is that of all threads
         isinstance(value, torch.fx.Proxy) for value in (*args, *kwargs.values())
     )
+
+
+def is_being_taken_down() -> bool:
+    """Whether code that runs now, and not a forward, becomes a program: all of the above, and ``torch.export``."""
+    if torch.compiler.is_exporting() or is_recorded((), {}):
+        return True
+    frame = sys._getframe(1) if _symbolic_trace._is_fx_tracing_flag else None
+    while frame is not None and frame.f_code is not _FX_TRACE:
+        frame = frame.f_back
+    return frame is not None
 
 
 @contextmanager

@@ -14,7 +14,12 @@ from bnguard import _report
 from bnguard._affine import AffineHold, affine_parameters
 from bnguard._attach import attach, detach, is_held
 from bnguard._callsite import call_site
-from bnguard._caveats import warn_about_added_layers, warn_about_fixed_modes, warn_about_pending_regions
+from bnguard._caveats import (
+    warn_about_added_layers,
+    warn_about_fixed_modes,
+    warn_about_pending_regions,
+    warn_about_programs,
+)
 from bnguard._changes import GuardedLayer, StatsChange
 from bnguard._checkpoint import Region
 from bnguard._claims import Claim, count, pay
@@ -80,6 +85,7 @@ class Block:
                     [tensor for owner in range(len(modules)) for tensor in self._parameters.objects_of(owner)]
                 )
             warn_about_fixed_modes(self._layers, settings)
+            warn_about_programs()
         except BaseException:
             self._let_go()
             raise

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Set
 from torch import nn
 
 from bnguard import _report
+from bnguard._aside import is_being_taken_down
 from bnguard._callsite import call_site
 from bnguard._checkpoint import Region
 from bnguard._layers import EXPORTED, StatsLayer, find_layers, tensor_table
@@ -15,7 +16,7 @@ from bnguard._select import is_selected
 from bnguard._settings import Settings
 from bnguard.errors import BNGuardWarning
 
-__all__ = ["warn_about_added_layers", "warn_about_fixed_modes", "warn_about_pending_regions"]
+__all__ = ["warn_about_added_layers", "warn_about_fixed_modes", "warn_about_pending_regions", "warn_about_programs"]
 
 
 def warn_about_fixed_modes(layers: Iterable[StatsLayer], settings: Settings) -> None:
@@ -24,6 +25,12 @@ def warn_about_fixed_modes(layers: Iterable[StatsLayer], settings: Settings) -> 
     if layer is not None and settings.use_running_stats:
         text = _report.fixed_mode_text(layer.names, type(layer.module).__name__)
         warnings.warn(text, BNGuardWarning, stacklevel=call_site().stacklevel)
+
+
+def warn_about_programs() -> None:
+    """Warns of a block that code opens while it is traced or exported."""
+    if is_being_taken_down():
+        warnings.warn(_report.traced_block_text(), BNGuardWarning, stacklevel=call_site().stacklevel)
 
 
 def warn_about_added_layers(model: nn.Module, settings: Settings, known: Set[int], compared: Set[int]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable
@@ -15,7 +16,13 @@ from bnguard._affine import unheld
 __all__ = ["OWN_ATTRIBUTES", "Equipment"]
 
 # In the layer's __dict__, where they go before the class's own.
-OWN_ATTRIBUTES: Final = ("forward", "__getstate__", "_replicate_for_data_parallel", "__prepare_scriptable__")
+OWN_ATTRIBUTES: Final = (
+    "forward",
+    "__getstate__",
+    "__deepcopy__",
+    "__prepare_scriptable__",
+    "_replicate_for_data_parallel",
+)
 
 
 class Equipment(ABC):
@@ -85,8 +92,21 @@ class Equipment(ABC):
         """The layer's state for a copy or a pickle: nothing of bnguard is in it."""
         cls: Any = type(self.module)
         state = cls.__getstate__(self.module)
-        if not isinstance(state, dict):
-            return state
+        return self._without_ours(state) if isinstance(state, dict) else state
+
+    def deepcopy(self, memo: dict[int, Any]) -> Any:
+        """A deep copy of the layer: nothing of bnguard is in it."""
+        module = self.module
+        cls: Any = type(module)
+        if not hasattr(cls, "__deepcopy__"):
+            return copy._reconstruct(module, memo, *module.__reduce_ex__(4))  # type: ignore[attr-defined]  # asks getstate
+        # A class that copies __dict__ by itself, as that of a parametrized layer does: it gets a layer without ours.
+        plain = cls.__new__(cls)
+        plain.__dict__.update(self._without_ours(module.__dict__))
+        memo[id(module)] = copied = copy.deepcopy(plain, memo)
+        return copied
+
+    def _without_ours(self, state: dict[str, Any]) -> dict[str, Any]:
         state = {name: value for name, value in state.items() if value is not self._installed.get(name, self)}
         if self._previous is not None and "forward" in self._installed:
             state["forward"] = self._previous

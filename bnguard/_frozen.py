@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from bnguard import _report
@@ -233,7 +234,11 @@ def _no_module_text(value: Any) -> str:
         return f"frozen() takes a model, got the class {value.__name__}: make an instance of it first"
     if isinstance(value, (list, tuple)) and value and all(isinstance(item, nn.Module) for item in value):
         return f"frozen() takes one model, got a {type(value).__name__} of {len(value)}: wrap them in nn.ModuleList"
-    return f"frozen() takes a torch.nn.Module, got {type(value).__name__}: {_short_repr(value)}"
+    text = f"frozen() takes a torch.nn.Module, got {type(value).__name__}: {_short_repr(value)}"
+    if isinstance(value, torch.jit.ScriptFunction):
+        return f"{text}; guard the model that it calls"
+    is_program = hasattr(value, "graph_module") and callable(getattr(value, "module", None))  # torch.export's
+    return f"{text}; guard the module that its .module() returns" if is_program else text
 
 
 def _short_repr(value: Any) -> str:

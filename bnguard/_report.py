@@ -22,6 +22,7 @@ __all__ = [
     "stopped_text",
     "suggestion",
     "swallowed_text",
+    "traced_block_text",
 ]
 
 _SHOWN = 3
@@ -156,6 +157,14 @@ def capture_text() -> str:
     return (
         "frozen() cannot begin, compare or end while a CUDA graph is captured: it would have to wait for the device.\n"
         "Open the block around the capture."
+    )
+
+
+def traced_block_text() -> str:
+    """The warning about a block in code that becomes a program."""
+    return (
+        "frozen() begins in code that is traced or exported: the program has no guard in it.\n"
+        "Open the block around the calls of the program, or export its layers in eval mode."
     )
 
 

@@ -96,6 +96,7 @@ class Sentry(Equipment):
             self.remove()
             return
         self.install("__getstate__", self.getstate)
+        self.install("__deepcopy__", self.deepcopy)
         self.install("__prepare_scriptable__", self.refuse_script)
         is_judged = self.kind.predict is not None and self.order in ("raise", "warn")
         # Not beside hooks of others: their handles know the dictionary of hooks, and copies of them would find ours.

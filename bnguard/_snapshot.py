@@ -91,7 +91,7 @@ class Snapshot:
         differences = []
         tensors = iter(zip(self._current(), self._objects, strict=True))
         for owner, names in enumerate(self._names):
-            differing = tuple([name for name in names if not self._is_intact(name, *next(tensors))])
+            differing = tuple([name for name in names if not self._is_intact(owner, name, *next(tensors))])
             if differing:
                 differences.append(Difference(owner, differing))
         return differences
@@ -185,6 +185,8 @@ class Snapshot:
         return self._objects[self._starts[owner] : self._starts[owner + 1]]
 
     def _restore(self, owner: int, name: str, current: Tensor | None, original: Tensor) -> None:
+        if current is None and self._has_moved(owner, original):
+            return
         value = self._value(name, original)
         if current is not None and current is not original and _is_converted(current, original):
             if value is not None and has_values(current) and not _holds(current, value):
@@ -218,14 +220,23 @@ class Snapshot:
                 if later in own:
                     own[later] = own.pop(later)
 
-    def _is_intact(self, name: str, current: Tensor | None, original: Tensor) -> bool:
+    def _is_intact(self, owner: int, name: str, current: Tensor | None, original: Tensor) -> bool:
         """Whether ``current`` has the captured value of ``original``, converted as ``current`` is."""
         if current is None:
-            return False
+            return self._has_moved(owner, original)
         value = self._value(name, original)
         if value is None or not has_values(current):
             return True
         return _holds(current, value)
+
+    def _has_moved(self, owner: int, original: Tensor) -> bool:
+        """Whether a parameter hangs elsewhere in its module now, and is no longer what had its name.
+
+        Pruning and parametrizing put it there, and may change it so that what they compute from it stays the same.
+        """
+        if self._table != "_parameters":
+            return False
+        return any(parameter is original for parameter in self.modules[owner].parameters())
 
     def _value(self, name: str, original: Tensor) -> Tensor | None:
         """The captured value; for a tensor that was uninitialised then, what torch initialises it with."""
