@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from types import CodeType, FrameType
 from typing import Any, Final
 
 import torch
@@ -15,6 +16,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = ["aside", "is_being_taken_down", "is_recorded", "is_symbolic"]
 
+# It takes the model down for the derivative of this one call; so that is a derivative of the guarded model.
+_LINEARIZE: Final = torch.func.linearize.__code__
 _FX_TRACE: Final = _symbolic_trace.Tracer.trace.__code__
 _PROXY: Final = torch._C._TorchDispatchModeKey.PROXY
 
@@ -26,7 +29,7 @@ def is_recorded(args: Iterable[Any], kwargs: Mapping[str, Any]) -> bool:
     """
     return (
         _get_tracing_state() is not None
-        or (_len_torch_dispatch_stack() > 0 and _get_dispatch_mode(_PROXY) is not None)
+        or (_len_torch_dispatch_stack() > 0 and _get_dispatch_mode(_PROXY) is not None and not _is_below(_LINEARIZE))
         or is_symbolic(args, kwargs)
     )
 
@@ -42,8 +45,12 @@ def is_being_taken_down() -> bool:
     """Whether code that runs now, and not a forward, becomes a program: all of the above, and ``torch.export``."""
     if torch.compiler.is_exporting() or is_recorded((), {}):
         return True
-    frame = sys._getframe(1) if _symbolic_trace._is_fx_tracing_flag else None
-    while frame is not None and frame.f_code is not _FX_TRACE:
+    return _symbolic_trace._is_fx_tracing_flag and not _is_below(_LINEARIZE) and _is_below(_FX_TRACE)
+
+
+def _is_below(code: CodeType) -> bool:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not code:
         frame = frame.f_back
     return frame is not None
 

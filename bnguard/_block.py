@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from bnguard import _report
 from bnguard._affine import AffineHold, affine_parameters
+from bnguard._aside import aside
 from bnguard._attach import attach, detach, is_held
 from bnguard._callsite import call_site
 from bnguard._caveats import (
@@ -231,7 +232,11 @@ class Block:
         if not claim.budget or not is_taken_in(self._layers[owner].module):
             return False
         before, now = (values(owner).get("num_batches_tracked") for values in (statistics.before, statistics.now))
-        if before is None or now is None or not pay(claim, int(now) - int(before)):
+        if before is None or now is None:
+            return False
+        with aside():
+            updates = int(now) - int(before)
+        if not pay(claim, updates):
             return False
         statistics.refresh(owner, unless=None)
         return True

@@ -6,11 +6,14 @@ from typing import Final
 
 from torch import Tensor
 
+from bnguard._aside import aside
+
 __all__ = ["largest_mean_shift"]
 
 _VARIANCES: Final = ("var", "variance")
 
 
+@aside()
 def largest_mean_shift(before: dict[str, Tensor], after: dict[str, Tensor], eps: float) -> float | None:
     """Largest shift of a channel's mean, in standard deviations before: ``max |new - old| / sqrt(var_old + eps)``.
 
