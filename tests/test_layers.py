@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 import bnguard
 from bnguard import _layers
@@ -436,73 +435,6 @@ def test_frozen_norm_with_a_budget_spends_none_of_it() -> None:
     assert guard.changes == ()
 
 
-# Lazy layers.
-
-
-LAZY = {1: nn.LazyBatchNorm1d, 2: nn.LazyBatchNorm2d, 3: nn.LazyBatchNorm3d}
-
-
-def lazy_input(dims: int) -> Tensor:
-    """A batch from which a lazy layer learns that it has three channels."""
-    return FAMILIES[f"BatchNorm{dims}d"].input(torch.device("cpu"))
-
-
-@pytest.mark.parametrize("dims", LAZY)
-@pytest.mark.parametrize("on_change", ["restore", "warn"])
-def test_lazy_layer_materialised_inside(dims: int, on_change: Any) -> None:
-    """A lazy layer that gets its shape inside: the twin's results; under restore the initial statistics."""
-    net, x = nn.Sequential(LAZY[dims]()), lazy_input(dims)
-    twin = nn.Sequential(LAZY[dims]())
-    with warns(count=on_change == "warn"), bnguard.frozen(net, on_change):
-        assert_same_bits(outcome(net, x), outcome(twin, x))
-    initial = {
-        "0.running_mean": torch.zeros(3),
-        "0.running_var": torch.ones(3),
-        "0.num_batches_tracked": torch.tensor(0),
-    }
-    assert_same_bits(statistics(net), initial if on_change == "restore" else statistics(twin))
-    assert type(net[0]) is type(twin[0])
-    assert_clean(net)
-    assert_same_bits(outcome(net, x)["output"], outcome(twin, x)["output"])
-
-
-@pytest.mark.parametrize("dims", LAZY)
-def test_lazy_layer_materialised_inside_raises(dims: int) -> None:
-    """Under raise the first forward of a lazy layer raises; its statistics are as torch initialises them."""
-    net = nn.Sequential(LAZY[dims]())
-    with pytest.raises(bnguard.StatsChangedError, match=r"0 \(BatchNorm\dd\)"), bnguard.frozen(net):
-        net(lazy_input(dims))
-    assert_same_bits(net[0].running_mean, torch.zeros(3))
-    assert_same_bits(net[0].num_batches_tracked, torch.tensor(0))
-    assert_clean(net)
-
-
-@pytest.mark.parametrize("dims", LAZY)
-def test_lazy_layer_with_use_running_stats(dims: int) -> None:
-    """With use_running_stats the first forward of a lazy layer normalises with the initial statistics."""
-    net, x = nn.Sequential(LAZY[dims]()), lazy_input(dims)
-    twin = nn.Sequential(LAZY[dims]()).eval()
-    with bnguard.frozen(net, use_running_stats=True):
-        assert_same_bits(outcome(net, x), outcome(twin, x))
-    assert_same_bits(statistics(net), statistics(twin))
-
-
-@pytest.mark.parametrize("dims", LAZY)
-@POLICIES
-def test_lazy_layer_that_never_gets_its_shape(dims: int, on_change: Any) -> None:
-    """A block around a lazy layer that is not run is silent, and the layer is as lazy as before."""
-    net = nn.Sequential(LAZY[dims]())
-    objects = statistics(net)
-    with bnguard.frozen(net, on_change, affine=True) as guard:
-        pass
-    assert guard.changes == ()
-    assert all(tensor is objects[name] for name, tensor in statistics(net).items())
-    assert is_lazy(net[0].running_mean)
-    assert_clean(net)
-    net(lazy_input(dims))
-    assert net[0].num_batches_tracked == 1
-
-
 # Layers in other layers, and in several places.
 
 
@@ -747,18 +679,3 @@ def test_subclass_with_another_application_counts_as_one_with_a_forward_of_its_o
     with bnguard.frozen(layer) as guard:
         layer(torch.randn(4, 3, 2, 2))
     assert guard.changes == ()
-
-
-@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
-@pytest.mark.parametrize("on_change", ["restore", "warn"])
-def test_lazy_layer_that_is_initialised_and_moved(on_change: Any) -> None:
-    """A write after the initialisation is found; under restore torch's initial statistics come back."""
-    layer = nn.LazyBatchNorm2d()
-    with warns(), bnguard.frozen(layer, on_change) as guard:
-        layer.eval()(torch.randn(4, 3, 2, 2))
-        layer.running_var.add_(1)
-    twin = nn.BatchNorm2d(3)
-    if on_change == "warn":
-        twin.running_var.add_(1)
-    assert_same_bits(layer.state_dict(), twin.state_dict())
-    assert guard.changes[0].buffers == ("running_var",)
