@@ -1,0 +1,1 @@
+"""Other people's models under a guard, each against an unguarded twin. See README.md."""

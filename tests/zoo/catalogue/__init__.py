@@ -1,0 +1,1 @@
+"""One file a library: ``cases()`` lists its models."""
