@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import queue
@@ -37,6 +38,7 @@ def main() -> int:
     )
     parser.add_argument("--again", choices=("failed", "skipped", "none", "passed", "all"), action="append", default=[],
                         help="check these again; may be repeated")  # fmt: skip
+    parser.add_argument("--table-only", action="store_true", help="check nothing, write the table")
     parser.add_argument("--table", type=Path, default=ROOT / "benchmarks" / "results" / "zoo.md")
     options = parser.parse_args()
     unknown = set(options.libraries) - set(LIBRARIES)
@@ -45,19 +47,23 @@ def main() -> int:
 
     options.results.parent.mkdir(parents=True, exist_ok=True)
     known = read_results(options.results)
-    waiting: queue.Queue[tuple[str, list[str]]] = queue.Queue()
-    for library in options.libraries or LIBRARIES:
+    chunks: list[list[tuple[str, list[str]]]] = []
+    for library in () if options.table_only else options.libraries or LIBRARIES:
         with Worker(library, options.memory) as worker:
             names = worker.ask("?", options.timeout)
         if not isinstance(names, list):
             print(f"{library}: cannot be listed: {names}")
             return 1
-        names = [
-            name for name in names if options.pattern in name and is_due(known.get((library, name)), options.again)
-        ]
+        known[library, ""] = {"library": library, "name": "", "status": "listed", "count": len(names)}
+        record(options.results, known[library, ""])
+        names = [name for name in names if options.pattern in name and is_due(known.get((library, name)), options.again)]
         print(f"{library}: {len(names)} to check", flush=True)
-        for start in range(0, len(names), MODELS_A_WORKER):
-            waiting.put((library, names[start : start + MODELS_A_WORKER]))
+        starts = range(0, len(names), MODELS_A_WORKER)
+        chunks.append([(library, names[start : start + MODELS_A_WORKER]) for start in starts])
+    waiting: queue.Queue[tuple[str, list[str]]] = queue.Queue()
+    for turn in itertools.zip_longest(*chunks):
+        for chunk in filter(None, turn):
+            waiting.put(chunk)
 
     lock = threading.Lock()
 
@@ -70,8 +76,7 @@ def main() -> int:
             for result in run(library, names, options.memory, options.timeout):
                 with lock:
                     known[library, result["name"]] = result
-                    with options.results.open("a") as file:
-                        file.write(json.dumps(result) + "\n")
+                    record(options.results, result)
                     print(line(result), flush=True)
 
     threads = [threading.Thread(target=work) for _ in range(options.jobs)]
@@ -86,6 +91,12 @@ def main() -> int:
 def is_due(result: dict[str, Any] | None, again: list[str]) -> bool:
     """Whether a model is to be checked: it has not been, or it is to be again."""
     return result is None or "all" in again or result["status"] in again
+
+
+def record(path: Path, result: dict[str, Any]) -> None:
+    """Adds a result to the file."""
+    with path.open("a") as file:
+        file.write(json.dumps(result) + "\n")
 
 
 def read_results(path: Path) -> dict[tuple[str, str], dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["Case", "Inputs", "call", "images"]
+__all__ = ["Case", "Inputs", "by_turns", "call", "images"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,3 +52,13 @@ def images(*sizes: int, channels: int = 3, batch: int = 2) -> Callable[[nn.Modul
             yield lambda size=size: call(torch.randn(batch, channels, size, size))
 
     return inputs
+
+
+def by_turns(names: Iterable[str], family: Callable[[str], str]) -> list[str]:
+    """The names, the first of each family first, then the second of each: a run that is cut short has seen most kinds."""
+    seen: Counter[str] = Counter()
+    turns = []
+    for name in names:
+        turns.append((seen[family(name)], name))
+        seen[family(name)] += 1
+    return [name for _, name in sorted(turns, key=lambda turn: turn[0])]

@@ -158,21 +158,29 @@ class _Check:
             raise Skip(f"build: {_text(error)}") from error
 
     def prepare(self) -> None:
-        model = self.build().train()
+        self.pristine = self.fresh()
+        self.result.layers = {}
+        for layer in _guarded(self.pristine):
+            self.result.layers[layer.type] = self.result.layers.get(layer.type, 0) + 1
+
+    def fresh(self) -> nn.Module:
+        """The model in train mode, the same each time."""
+        model = self.build()
+        model.train()  # which does not return the model everywhere
         generator = torch.Generator().manual_seed(5)
         for name, tensor in model.named_buffers():  # statistics that say something in eval mode
             leaf = name.rpartition(".")[2]
             if leaf in ("running_mean", "running_var") and tensor.is_floating_point() and not tensor.is_meta:
                 noise = torch.rand(tensor.shape, generator=generator)
                 tensor.copy_(noise * 0.2 - 0.1 if leaf == "running_mean" else noise + 0.5)
-        self.pristine = model
-        self.result.layers = {}
-        for layer in _guarded(model):
-            self.result.layers[layer.type] = self.result.layers.get(layer.type, 0) + 1
+        return model
 
     def twin(self) -> nn.Module:
         """A model with the same weights, statistics and modes."""
-        return copy.deepcopy(self.pristine)
+        try:
+            return copy.deepcopy(self.pristine)
+        except Exception:  # torch's old weight_norm leaves a tensor that cannot be copied, others a view of a dict
+            return self.fresh()
 
     def plain(self) -> set[str]:
         """The unguarded twin: finds inputs, and the guarded layers that move. Returns their names."""

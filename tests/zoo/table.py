@@ -24,6 +24,7 @@ a layer that the twin moves.
 
 | column | meaning |
 | --- | --- |
+| listed | models in the catalogue; a run that is cut short has seen the first ones of each family |
 | models | tried |
 | passed | of those with running statistics |
 | none to guard | models without running statistics |
@@ -38,17 +39,19 @@ a layer that the twin moves.
 
 def write_table(path: Path, results: list[dict[str, Any]]) -> None:
     """Writes the page."""
+    listed = {result["library"]: result["count"] for result in results if result["status"] == "listed"}
+    results = [result for result in results if result["status"] != "listed"]
     by_library: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for result in sorted(results, key=lambda r: (r["library"], r["name"])):
         by_library[result["library"]].append(result)
     path.parent.mkdir(parents=True, exist_ok=True)
-    parts = [_HEAD, _rows(by_library), _failures(results), _skipped(results), _classes(results), _unknown(results)]
+    parts = [_HEAD, _rows(by_library, listed), _failures(results), _skipped(results), _classes(results), _unknown(results)]
     parts += [_notes(results)]
     path.write_text("\n".join(part for part in parts if part))
 
 
-def _rows(by_library: dict[str, list[dict[str, Any]]]) -> str:
-    names = ("library", "models", "passed", "none to guard", "skipped", "guarded layers", "moved", "held", "failed",
+def _rows(by_library: dict[str, list[dict[str, Any]]], listed: dict[str, int]) -> str:
+    names = ("library", "listed", "models", "passed", "none to guard", "skipped", "guarded layers", "moved", "held", "failed",
              "nondeterministic")  # fmt: skip
     lines = [f"| {' | '.join(names)} |", f"|{' --- |' * len(names)}"]
     total = [0] * (len(names) - 1)
@@ -56,6 +59,7 @@ def _rows(by_library: dict[str, list[dict[str, Any]]]) -> str:
         statuses = Counter(result["status"] for result in results)
         ran = [result for result in results if result["status"] in ("passed", "failed")]
         numbers = [
+            listed.get(library, len(results)),
             len(results),
             statuses["passed"],
             statuses["none"],

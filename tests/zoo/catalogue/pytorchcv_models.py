@@ -9,14 +9,14 @@ import torch
 from pytorchcv.model_provider import _models, get_model
 from torch import nn
 
-from tests.zoo.case import Case, Inputs, call
+from tests.zoo.case import Case, Inputs, by_turns, call
 
 __all__ = ["cases"]
 
 
 def cases() -> Iterator[Case]:
     """All of ``pytorchcv.model_provider``."""
-    for name in _models:
+    for name in by_turns(_models, lambda name: _models[name].__module__):
         yield Case(name, partial(get_model, name, pretrained=False), _inputs)
 
 

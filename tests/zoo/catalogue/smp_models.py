@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from functools import partial
 
 import segmentation_models_pytorch as smp
 
-from tests.zoo.case import Case, images
+from tests.zoo.case import Case, by_turns, images
 
 __all__ = ["cases"]
 
@@ -26,5 +27,6 @@ def cases() -> Iterator[Case]:
         yield Case(f"Unet, {norm}", build, images(64))
     build = partial(smp.Unet, "resnet18", encoder_weights=None, aux_params={"classes": 2, "dropout": 0.5})
     yield Case("Unet, classifier with dropout", build, images(64))
-    for encoder in smp.encoders.get_encoder_names():
+    encoders = by_turns(smp.encoders.get_encoder_names(), lambda name: re.split(r"[-_\d]", name.removeprefix("timm-"))[0])
+    for encoder in encoders:
         yield Case(f"Unet on {encoder}", partial(smp.Unet, encoder, encoder_weights=None), images(64, 128, 224))

@@ -9,14 +9,14 @@ import timm
 import torch
 from torch import nn
 
-from tests.zoo.case import Case, Inputs, call
+from tests.zoo.case import Case, Inputs, by_turns, call
 
 __all__ = ["cases"]
 
 
 def cases() -> Iterator[Case]:
     """All of ``timm.list_models()``."""
-    for name in timm.list_models():
+    for name in by_turns(timm.list_models(), lambda name: timm.model_entrypoint(name).__module__):
         yield Case(name, partial(timm.create_model, name, pretrained=False), _inputs)
 
 
