@@ -56,7 +56,9 @@ def main() -> int:
             return 1
         known[library, ""] = {"library": library, "name": "", "status": "listed", "count": len(names)}
         record(options.results, known[library, ""])
-        names = [name for name in names if options.pattern in name and is_due(known.get((library, name)), options.again)]
+        names = [
+            name for name in names if options.pattern in name and is_due(known.get((library, name)), options.again)
+        ]
         print(f"{library}: {len(names)} to check", flush=True)
         starts = range(0, len(names), MODELS_A_WORKER)
         chunks.append([(library, names[start : start + MODELS_A_WORKER]) for start in starts])

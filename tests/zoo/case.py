@@ -55,7 +55,7 @@ def images(*sizes: int, channels: int = 3, batch: int = 2) -> Callable[[nn.Modul
 
 
 def by_turns(names: Iterable[str], family: Callable[[str], str]) -> list[str]:
-    """The names, the first of each family first, then the second of each: a run that is cut short has seen most kinds."""
+    """The names, the first of each family first, then the second: a run cut short has seen most kinds."""
     seen: Counter[str] = Counter()
     turns = []
     for name in names:

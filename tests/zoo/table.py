@@ -16,11 +16,11 @@ _PACKAGES = {"smp": "segmentation-models-pytorch", "open_clip": "open-clip-torch
 _HEAD = """\
 # The zoo: other people's models under a guard
 
-Written by `python -m tests.zoo` ([how](../../tests/zoo/README.md)). Each model runs one forward and backward pass in train
-mode under `restore`, under `use_running_stats=True` and under `raise`. Statistics stay the same tensors with the same bits;
-outputs, gradients of parameters and inputs, and the random number generators' states are, bit for bit, those of an unguarded
-twin (under `use_running_stats=True`: of a twin whose guarded layers are in eval mode). `raise` raises in the forward, and names
-a layer that the twin moves.
+Written by `python -m tests.zoo` ([how](../../tests/zoo/README.md)). Each model runs one forward and backward pass in
+train mode under `restore`, under `use_running_stats=True` and under `raise`. Statistics stay the same tensors with the
+same bits; outputs, gradients of parameters and inputs, and the states of the random number generators are, bit for bit,
+those of an unguarded twin (under `use_running_stats=True`: of a twin whose guarded layers are in eval mode). `raise`
+raises in the forward, and names a layer that the twin moves.
 
 | column | meaning |
 | --- | --- |
@@ -33,7 +33,7 @@ a layer that the twin moves.
 | moved | layers whose statistics the unguarded twin moved |
 | held | layers of those whose statistics the guard held |
 | failed | models in which something was not as in the twin |
-| nondeterministic | models whose unguarded twins differ from each other: only statistics, modes and errors are compared |
+| nondeterministic | models whose unguarded twins differ from each other: only statistics and modes are compared |
 """
 
 
@@ -45,14 +45,21 @@ def write_table(path: Path, results: list[dict[str, Any]]) -> None:
     for result in sorted(results, key=lambda r: (r["library"], r["name"])):
         by_library[result["library"]].append(result)
     path.parent.mkdir(parents=True, exist_ok=True)
-    parts = [_HEAD, _rows(by_library, listed), _failures(results), _skipped(results), _classes(results), _unknown(results)]
+    parts = [
+        _HEAD,
+        _rows(by_library, listed),
+        _failures(results),
+        _skipped(results),
+        _classes(results),
+        _unknown(results),
+    ]
     parts += [_notes(results)]
     path.write_text("\n".join(part for part in parts if part))
 
 
 def _rows(by_library: dict[str, list[dict[str, Any]]], listed: dict[str, int]) -> str:
-    names = ("library", "listed", "models", "passed", "none to guard", "skipped", "guarded layers", "moved", "held", "failed",
-             "nondeterministic")  # fmt: skip
+    names = ("library", "listed", "models", "passed", "none to guard", "skipped", "guarded layers", "moved", "held",
+             "failed", "nondeterministic")  # fmt: skip
     lines = [f"| {' | '.join(names)} |", f"|{' --- |' * len(names)}"]
     total = [0] * (len(names) - 1)
     for library, results in by_library.items():
@@ -134,9 +141,9 @@ def _unknown(results: list[dict[str, Any]]) -> str:
     lines = [
         "## Moving state that no rule knows",
         "",
-        "Buffers that a train-mode forward of the unguarded twin changed and that no guard covers, in the models above and",
-        "in those without running statistics (of at most 30 million parameters). Where it is to be held, `register_layer()`",
-        "says so.",
+        "Buffers that a train-mode forward of the unguarded twin changed and that no guard covers, in the models above",
+        "and in those without running statistics (of at most 30 million parameters). None of them is touched unless",
+        "`register_layer()` says so.",
         "",
         "| library | class and buffer | buffers | in | what it is |",
         "| --- | --- | --- | --- | --- |",

@@ -44,7 +44,9 @@ def cases() -> Iterator[Case]:
     yield _case("DISK", feature.DISK, (2, 3, 64, 64))
     loftr = {"initial_dim": 8, "block_dims": [8, 12, 16], "pe": False}
     yield _case("LoFTR ResNetFPN_8_2", partial(ResNetFPN_8_2, loftr), (2, 1, 64, 64))
-    yield _case("LoFTR ResNetFPN_16_4", partial(ResNetFPN_16_4, {**loftr, "block_dims": [8, 12, 16, 20]}), (2, 1, 64, 64))
+    yield _case(
+        "LoFTR ResNetFPN_16_4", partial(ResNetFPN_16_4, {**loftr, "block_dims": [8, 12, 16, 20]}), (2, 1, 64, 64)
+    )
     yield _case("LoFTR", partial(feature.LoFTR, pretrained=None), None)
     yield _case("SOLD2Net", partial(SOLD2Net, dataclass_to_dict(DetectorCfg())), (2, 1, 64, 64), (2, 1, 128, 128))
     yield _case("ALIKED", partial(feature.ALIKED, "aliked-t16"), (1, 3, 64, 64))

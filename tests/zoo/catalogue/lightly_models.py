@@ -1,4 +1,4 @@
-"""lightly: its heads, residual networks, batch normalisations, prototypes, memory banks, and the losses that keep state."""
+"""lightly: heads, residual networks, batch normalisations, prototypes, memory banks, losses that keep state."""
 
 from __future__ import annotations
 
@@ -41,7 +41,9 @@ def cases() -> Iterator[Case]:
             build = partial(ResNetGenerator, name, width=0.25, num_splits=splits)
             yield Case(f"{name}, {splits} splits", build, images(32, batch=4))
     yield Case("SplitBatchNorm", lambda: nn.Sequential(SplitBatchNorm(3, 2)), images(8, batch=4))
-    yield Case("SplitBatchNorm, no affine", lambda: nn.Sequential(SplitBatchNorm(3, 2, affine=False)), images(8, batch=4))
+    yield Case(
+        "SplitBatchNorm, no affine", lambda: nn.Sequential(SplitBatchNorm(3, 2, affine=False)), images(8, batch=4)
+    )
     yield Case("Whitening2d", lambda: nn.Sequential(Whitening2d(4)), lambda _: [lambda: call(torch.randn(32, 4))])
     yield Case("WMSELoss", lambda: loss.WMSELoss(embedding_dim=4, w_size=16), _vectors_of(32, 4))
     yield Case("Center", lambda: Center((1, 8)), lambda _: [], "has an update() and no forward")
@@ -76,9 +78,10 @@ def _updating(size: int) -> Any:
 
 def _views(size: int) -> Any:
     makes = [torch.randn, lambda *s: [torch.randn(*s[1:]) for _ in range(s[0])]]
-    return lambda _: [lambda make=make: call(make(2, 4, size), make(3, 4, size), epoch=1) for make in makes] + [
-        lambda make=make: call(make(2, 4, size), make(3, 4, size)) for make in makes
-    ]
+    return lambda _: (
+        [lambda make=make: call(make(2, 4, size), make(3, 4, size), epoch=1) for make in makes]
+        + [lambda make=make: call(make(2, 4, size), make(3, 4, size)) for make in makes]
+    )
 
 
 def _patches(size: int) -> Any:

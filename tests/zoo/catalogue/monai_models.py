@@ -41,7 +41,9 @@ def _networks(dims: int, norm: Any) -> Iterator[tuple[str, Callable[[], nn.Modul
     yield "BasicUNetPlusPlus", partial(nets.BasicUNetPlusPlus, dims, 1, 2, features, norm=norm), 1, 32
     yield "DenseNet", partial(nets.DenseNet, dims, 1, 2, 8, 4, (2, 2, 2, 2), norm=norm, dropout_prob=0.1), 1, 64
     strides = (1, 2, 2)
-    dyn = partial(nets.DynUNet, dims, 1, 2, (3, 3, 3), strides, strides[1:], (8, 16, 32), norm_name=norm, deep_supervision=False)
+    dyn = partial(
+        nets.DynUNet, dims, 1, 2, (3, 3, 3), strides, strides[1:], (8, 16, 32), norm_name=norm, deep_supervision=False
+    )
     yield "DynUNet", dyn, 1, 32
     yield "FlexibleUNet", partial(nets.FlexibleUNet, 1, 2, "efficientnet-b0", spatial_dims=dims, norm=norm), 1, 32
     yield "EfficientNetBN", partial(nets.EfficientNetBN, "efficientnet-b0", False, True, dims, 1, 2, norm), 1, 32
@@ -50,7 +52,14 @@ def _networks(dims: int, norm: Any) -> Iterator[tuple[str, Callable[[], nn.Modul
     yield "SegResNet", partial(nets.SegResNet, dims, 8, 1, 2, 0.2, norm=norm), 1, 32
     yield "SegResNetDS", partial(nets.SegResNetDS, dims, 8, 1, 2, norm=norm), 1, 32
     yield "UNETR", partial(nets.UNETR, 1, 2, 32, 8, 24, 48, 4, norm_name=norm, spatial_dims=dims), 1, 32
-    yield "SwinUNETR", partial(nets.SwinUNETR, 1, 2, depths=(1, 1, 1, 1), window_size=4, feature_size=12, norm_name=norm, spatial_dims=dims), 1, 64
+    yield (
+        "SwinUNETR",
+        partial(
+            nets.SwinUNETR, 1, 2, depths=(1, 1, 1, 1), window_size=4, feature_size=12, norm_name=norm, spatial_dims=dims
+        ),
+        1,
+        64,
+    )
     yield "PatchDiscriminator", partial(nets.PatchDiscriminator, dims, 8, 1, norm=norm), 1, 32
     multi = partial(nets.MultiScalePatchDiscriminator, 2, 2, dims, 8, 1, norm=norm)
     yield "MultiScalePatchDiscriminator", multi, 1, 64
@@ -65,14 +74,23 @@ def _networks(dims: int, norm: Any) -> Iterator[tuple[str, Callable[[], nn.Modul
         yield "VNet", partial(nets.VNet, dims, 1, 2, dropout_dim=dims), 1, 32
         yield "AHNet", partial(nets.AHNet, spatial_dims=dims, in_channels=1, psp_block_num=2), 1, 64
         yield "SEResNet50", partial(nets.SEResNet50, spatial_dims=dims, in_channels=1, num_classes=2), 1, 32
-        yield "SENet154", partial(nets.SENet154, layers=(1, 1, 1, 1), spatial_dims=dims, in_channels=1, num_classes=2), 1, 32
+        yield (
+            "SENet154",
+            partial(nets.SENet154, layers=(1, 1, 1, 1), spatial_dims=dims, in_channels=1, num_classes=2),
+            1,
+            32,
+        )
         yield "VoxelMorphUNet", partial(nets.VoxelMorphUNet, dims, 2, 2, (8, 8, 8, 8), (8, 8)), 2, 32
         yield "MedNeXt", partial(nets.MedNeXt, dims, 8, 1, 2), 1, 32
 
 
 def _others() -> Iterator[tuple[str, Callable[[], nn.Module], list[tuple[int, ...]]]]:
     for se_block in ("None", "CSE", "SSE", "CSSE"):
-        yield f"Quicknat, {se_block}", partial(nets.Quicknat, 3, 1, 8, se_block=se_block, drop_out=0.1), [(2, 1, 32, 32)]
+        yield (
+            f"Quicknat, {se_block}",
+            partial(nets.Quicknat, 3, 1, 8, se_block=se_block, drop_out=0.1),
+            [(2, 1, 32, 32)],
+        )
     yield "DAF3D", partial(nets.DAF3D, 1, 1), [(2, 1, 32, 32, 32)]
     yield "HoVerNet", nets.HoVerNet, [(2, 3, 256, 256)]
     yield "TorchVisionFCModel", partial(nets.TorchVisionFCModel, "resnet18"), [(2, 3, 64, 64), (2, 3, 224, 224)]
@@ -86,7 +104,11 @@ def _others() -> Iterator[tuple[str, Callable[[], nn.Module], list[tuple[int, ..
         kl = partial(nets.AutoencoderKL, dims, 1, 1, (1, 1), (8, 8), (False, False), norm_num_groups=4)
         yield f"AutoencoderKL {dims}d", kl, shape
     yield "ViT", partial(nets.ViT, 1, (16, 16), (4, 4), 24, 48, 2, 4, spatial_dims=2), [(2, 1, 16, 16)]
-    yield "ViTAutoEnc", partial(nets.ViTAutoEnc, 1, (16, 16), (4, 4), 1, 8, 24, 48, 2, 4, spatial_dims=2), [(2, 1, 16, 16)]
+    yield (
+        "ViTAutoEnc",
+        partial(nets.ViTAutoEnc, 1, (16, 16), (4, 4), 1, 8, 24, 48, 2, 4, spatial_dims=2),
+        [(2, 1, 16, 16)],
+    )
 
 
 def _inputs(channels: int, dims: int, size: int, model: nn.Module) -> Iterator[Any]:

@@ -27,6 +27,8 @@ def cases() -> Iterator[Case]:
         yield Case(f"Unet, {norm}", build, images(64))
     build = partial(smp.Unet, "resnet18", encoder_weights=None, aux_params={"classes": 2, "dropout": 0.5})
     yield Case("Unet, classifier with dropout", build, images(64))
-    encoders = by_turns(smp.encoders.get_encoder_names(), lambda name: re.split(r"[-_\d]", name.removeprefix("timm-"))[0])
+    encoders = by_turns(
+        smp.encoders.get_encoder_names(), lambda name: re.split(r"[-_\d]", name.removeprefix("timm-"))[0]
+    )
     for encoder in encoders:
         yield Case(f"Unet on {encoder}", partial(smp.Unet, encoder, encoder_weights=None), images(64, 128, 224))

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch_geometric.data import Data
 from torch_geometric.nn import conv, models, norm
 
 from tests.zoo.case import Case, Inputs, call
@@ -42,9 +43,13 @@ def cases() -> Iterator[Case]:
     for batch_norm in (False, True):
         yield Case(f"CGConv, {batch_norm}", partial(_one, conv.CGConv, CHANNELS, batch_norm=batch_norm), _graph)
     for normalisation in ("batch", "layer", "instance"):
-        yield Case(f"GENConv, {normalisation}", partial(_one, conv.GENConv, CHANNELS, CHANNELS, norm=normalisation), _graph)
+        yield Case(
+            f"GENConv, {normalisation}", partial(_one, conv.GENConv, CHANNELS, CHANNELS, norm=normalisation), _graph
+        )
     yield Case("XConv", partial(_one, conv.XConv, CHANNELS, 8, 3, 4, 8), _points)
-    build = partial(models.DeepGCNLayer, conv.GCNConv(CHANNELS, CHANNELS), nn.BatchNorm1d(CHANNELS), nn.ReLU(), dropout=0.2)
+    build = partial(
+        models.DeepGCNLayer, conv.GCNConv(CHANNELS, CHANNELS), nn.BatchNorm1d(CHANNELS), nn.ReLU(), dropout=0.2
+    )
     for block in ("res+", "res", "dense", "plain"):
         yield Case(f"DeepGCNLayer, {block}", partial(build, block=block), _graph)
     yield Case("DeepGCNLayer, checkpointed", partial(build, ckpt_grad=True), _graph)
@@ -128,12 +133,23 @@ def _gpse(model: nn.Module) -> list[Callable[[], Inputs]]:
     batch = torch.arange(NODES) // 6
     return [
         lambda: call(torch.randn(NODES, 20), _edges(), batch),
-        lambda: call(torch.randn(NODES, 20), _edges(), None, batch),
+        lambda: call(
+            Data(
+                x=torch.randn(NODES, 20),
+                edge_index=_edges(),
+                batch=batch,
+                y=torch.randn(NODES, 51),
+                y_graph=torch.randn(2, 11),
+            )
+        ),
     ]
 
 
 def _encoder(model: nn.Module) -> list[Callable[[], Inputs]]:
-    return [lambda: call(torch.randn(NODES, 16), torch.randn(NODES, CHANNELS)), lambda: call(torch.randn(NODES, CHANNELS))]
+    return [
+        lambda: call(torch.randn(NODES, 16), torch.randn(NODES, CHANNELS)),
+        lambda: call(torch.randn(NODES, CHANNELS)),
+    ]
 
 
 def _all_pairs(positions: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 import torchvision
@@ -17,7 +18,9 @@ __all__ = ["cases"]
 def cases() -> Iterator[Case]:
     """All of ``torchvision.models.list_models()``."""
     for name in torchvision.models.list_models():
-        options = {"weights_backbone": None} if _has_backbone(name) else {}
+        options: dict[str, Any] = {"weights_backbone": None} if _has_backbone(name) else {}
+        if any(word in name for word in ("rcnn", "retinanet", "fcos")):
+            options.update(min_size=64, max_size=64, trainable_backbone_layers=6 if "mobilenet" in name else 5)
         yield Case(name, partial(torchvision.models.get_model, name, weights=None, **options), partial(_inputs, name))
 
 

@@ -1,5 +1,7 @@
-"""transformers: every model class, from its default configuration with few layers, whose source speaks of normalisation
-with running statistics or uses a backbone that may."""
+"""transformers: model classes from their default configurations, with few layers.
+
+Those whose source speaks of a normalisation with running statistics, or of a backbone that may have one.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ __all__ = ["cases"]
 _HINT = re.compile(r"BatchNorm|InstanceNorm\dd|running_mean|load_backbone|Backbone")
 _LAYERS = ("num_hidden_layers", "encoder_layers", "decoder_layers", "num_layers", "d_layers", "num_encoder_layers")
 _OPTIONS: dict[str, dict[str, Any]] = {
-    "informer": {"prediction_length": 4, "context_length": 8},
+    "informer": {"prediction_length": 4, "context_length": 8, "num_time_features": 1},
     "hubert": {"conv_pos_batch_norm": True},
     "patchtst": {"norm_type": "batchnorm"},
     "patchtsmixer": {"norm_mlp": "BatchNorm", "context_length": 32, "prediction_length": 4},
@@ -63,10 +65,14 @@ def _shrink(config: PretrainedConfig) -> None:
     for name, value in list(vars(config).items()):
         if isinstance(value, PretrainedConfig):
             _shrink(value)
-        elif name in _LAYERS and isinstance(value, int) and value > 2 and config.model_type not in ("levit", "pp_lcnet"):
+        elif (
+            name in _LAYERS and isinstance(value, int) and value > 2 and config.model_type not in ("levit", "pp_lcnet")
+        ):
             setattr(config, name, 2)
-        elif name in ("use_pretrained_backbone",):
-            setattr(config, name, False)
+        elif name == "use_pretrained_backbone":
+            config.use_pretrained_backbone = False
+        elif name == "base_channels":  # of Emu3's VQVAE
+            config.base_channels = 32
 
 
 def _inputs(folder: str, model: nn.Module) -> Iterator[Callable[[], Inputs]]:
@@ -74,27 +80,48 @@ def _inputs(folder: str, model: nn.Module) -> Iterator[Callable[[], Inputs]]:
     tokens = {"input_ids": lambda: torch.randint(3, 90, (2, 8))} if "input_ids" in names else {}
     if "pixel_values" in names:
         own = getattr(config, "image_size", 224)
-        sizes = [(size, size) for size in (64, 128, 224)] + [tuple(own) if isinstance(own, (list, tuple)) else (own, own)]
+        sizes = [(size, size) for size in (64, 128, 224)] + [
+            tuple(own) if isinstance(own, (list, tuple)) else (own, own)
+        ]
         channels = getattr(config, "num_channels", 3)
         for more in (tokens, {}) if tokens else ({},):
             for height, width in sizes:
                 makers = {"pixel_values": lambda h=height, w=width: torch.randn(2, channels, h, w), **more}
                 yield partial(_made, makers)
-                if folder == "superglue":
+                if folder in ("superglue", "efficientloftr"):
                     yield partial(_made, {"pixel_values": lambda h=height, w=width: torch.randn(1, 2, channels, h, w)})
     if "input_values" in names:
         yield partial(_made, {"input_values": lambda: torch.randn(2, 4000)})
         yield partial(_made, {"input_values": lambda: torch.randn(2, 1024, 128)})
     if "input_features" in names:
-        for shape in ((2, 64, 80), (2, 64, 128), (2, 64, 160), (2, 1, 1001, 64), (4, 1, 1001, 64)):
+        for shape in ((2, 64, 80), (2, 64, 128), (2, 64, 160), (2, 64, 320), (2, 1, 1001, 64), (4, 1, 1001, 64)):
             yield partial(_made, {"input_features": lambda shape=shape: torch.randn(shape), **tokens})
     if "past_values" in names:
         yield from _series(folder, config)
     if tokens:
         yield partial(_made, tokens)
         yield partial(_made, {**tokens, "decoder_input_ids": tokens["input_ids"]})
+    if "duration_labels" in names:
+        yield _speech
+    if "hidden_states" in names:
+        for size in ("input_dim", "hidden_size"):
+            if hasattr(config, size):
+                yield partial(_made, {"hidden_states": lambda size=size: torch.randn(2, 64, getattr(config, size))})
+                yield lambda size=size: call(torch.randn(2, getattr(config, size), 8, 8))
     if "spectrogram" in names:
         yield partial(_made, {"spectrogram": lambda: torch.randn(2, 20, 80)})
+
+
+def _speech() -> Inputs:
+    durations = torch.full((2, 8), 2)
+    return call(
+        input_ids=torch.randint(1, 70, (2, 8)),
+        attention_mask=torch.ones(2, 8, dtype=torch.long),
+        spectrogram_labels=torch.randn(2, 16, 80),
+        duration_labels=durations,
+        pitch_labels=torch.randn(2, 8, 1),
+        energy_labels=torch.randn(2, 8, 1),
+    )
 
 
 def _series(folder: str, config: PretrainedConfig) -> Iterator[Callable[[], Inputs]]:
