@@ -101,6 +101,7 @@ class _Outcome:
     gradients: dict[str, Tensor | None] = field(default_factory=dict)
     rng: list[Tensor] = field(default_factory=list)
     modes: list[bool] = field(default_factory=list)
+    attributes: list[tuple[str, ...]] = field(default_factory=list)
     error: str = ""
 
 
@@ -240,6 +241,7 @@ class _Check:
         outcome.gradients |= {f"input {i}": leaf.grad for i, leaf in enumerate(leaves)}
         outcome.rng = _rng()
         outcome.modes = [module.training for module in model.modules()]
+        outcome.attributes = [_attributes(module) for module in model.modules()]
         return outcome
 
     def backward(self, output: list[Tensor], outcome: _Outcome) -> None:
@@ -283,11 +285,21 @@ class _Check:
             return
         del twin
         found = self.run_running(expected, backward_after=True)
-        if found and not self.run_running(expected, backward_after=False):
+        if found and self.runs_in_backward() and not self.run_running(expected, backward_after=False):
             # A custom autograd function that runs the layers once more in its backward pass, out of the block by then.
             self.result.notes.append("runs its layers again in backward: that belongs inside the block")
             found = []
         self.fail("use_running_stats", found)
+
+    def runs_in_backward(self) -> bool:
+        """Whether the unguarded twin's backward pass calls layers that a guard would be on."""
+        twin, calls = self.twin(), []
+        for layer in _guarded(twin):
+            twin.get_submodule(layer.names[0]).register_forward_pre_hook(
+                lambda *_: calls.append(torch._C._current_graph_task_id() != -1)
+            )
+        self.step(twin)
+        return any(calls)
 
     def run_running(self, expected: _Outcome, *, backward_after: bool) -> list[str]:
         model = self.twin()
@@ -424,6 +436,17 @@ def _rng() -> list[Tensor]:
     return [torch.get_rng_state(), python, torch.tensor([hash((state[1].tobytes(), *state[2:]))])]
 
 
+def _attributes(module: nn.Module) -> tuple[str, ...]:
+    """What is set on a module itself, in its tables too, and how many hooks it has."""
+    names = list(vars(module))
+    for name, table in vars(module).items():
+        if isinstance(table, dict) and name.endswith("_hooks"):
+            names.append(f"{len(table)} {name}")
+        elif name in ("_buffers", "_parameters", "_modules"):
+            names += [f"{name}[{key}]" for key in table]
+    return tuple(sorted(names))
+
+
 def _same(one: Tensor | None, other: Tensor | None) -> bool:
     """Whether two tensors have the same dtype, shape and bits."""
     if one is None or other is None:
@@ -456,6 +479,10 @@ def _differences(outcome: _Outcome, expected: _Outcome) -> list[str]:
             found.append(f"{len(differing)} gradients differ, as {differing[0]}")
     if not all(map(_same, outcome.rng, expected.rng)):
         found.append("random number generators differ")
+    if outcome.attributes != expected.attributes:
+        pairs = zip(outcome.attributes, expected.attributes, strict=False)
+        differing = sorted({name for one, other in pairs for name in set(one) ^ set(other)})
+        found.append(f"attributes or hooks differ: {', '.join(differing[:5])}")
     if outcome.error != expected.error:
         found.append(f"backward: {outcome.error or 'no error'}; twin: {expected.error or 'no error'}")
     return found
