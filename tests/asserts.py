@@ -206,3 +206,16 @@ class GuardedThread(threading.Thread):
             self.function()
         except BaseException as error:
             self.error = error
+
+
+# The beginning of a script that runs where bnguard cannot be imported.
+WITHOUT_BNGUARD = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "bnguard":
+            raise ImportError(f"{name} is not installed here")
+
+sys.meta_path.insert(0, Blocker())
+"""

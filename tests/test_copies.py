@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import bnguard
-from tests.asserts import assert_clean, assert_same_bits, outcome, state_of, statistics, values, warns
+from tests.asserts import WITHOUT_BNGUARD, assert_clean, assert_same_bits, outcome, state_of, statistics, values, warns
 from tests.nets import OwnForward, ReassigningNorm, conv_net, images, warmed
 
 ROOT = Path(__file__).parent.parent
@@ -229,15 +229,9 @@ def test_state_dict_in_a_hook_holds_the_true_statistics(guard: str, norm: Any) -
         assert_same_bits(state, before)
 
 
-LOAD = """
-import sys
-
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "bnguard":
-            raise ImportError(f"{name} is not installed here")
-
-sys.meta_path.insert(0, Blocker())
+LOAD = (
+    WITHOUT_BNGUARD
+    + """
 import torch
 net = torch.load(sys.argv[1], weights_only=False)
 torch.manual_seed(11)
@@ -246,6 +240,7 @@ output.square().sum().backward()
 torch.save({"output": output.detach(), **net.state_dict()}, sys.argv[3])
 assert not any(name.partition(".")[0] == "bnguard" for name in sys.modules)
 """
+)
 
 
 @EVERY_GUARD

@@ -19,8 +19,20 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import bnguard
-from tests.asserts import Told, assert_clean, assert_same_bits, run_threads, state_of, statistics, told, values, warns
+from tests.asserts import (
+    WITHOUT_BNGUARD,
+    Told,
+    assert_clean,
+    assert_same_bits,
+    run_threads,
+    state_of,
+    statistics,
+    told,
+    values,
+    warns,
+)
 from tests.nets import PlainSubclass, ScaledNorm, conv_net, images, warmed
+from tests.policies import EVERY_POLICY, POLICIES
 
 # torch's own: torch.jit is deprecated, a train-mode trace is never sure of itself.
 pytestmark = [
@@ -55,15 +67,6 @@ LAYERS: dict[str, Callable[[int], nn.Module]] = {
     "subclass-own-forward": ScaledNorm,
     "own": Traceable,
 }
-POLICIES: dict[str, dict[str, Any]] = {
-    "raise": {},
-    "warn": {"on_change": "warn"},
-    "restore": {"on_change": "restore"},
-    "running": {"use_running_stats": True},
-    "budget": {"on_change": "restore", "updates": 9},
-    "affine": {"on_change": "restore", "affine": True},
-}
-EVERY_POLICY = pytest.mark.parametrize("policy", POLICIES)
 
 
 def make_net(layer: str = "BatchNorm2d") -> nn.Sequential:
@@ -408,20 +411,15 @@ def test_block_in_traced_code_is_not_dropped_in_silence(tool: str, policy: str) 
     assert_clean(net)
 
 
-LOAD = """
-import sys
-
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "bnguard":
-            raise ImportError(f"{name} is not installed here")
-
-sys.meta_path.insert(0, Blocker())
+LOAD = (
+    WITHOUT_BNGUARD
+    + """
 import torch
 trace, exported = torch.jit.load(sys.argv[1]), torch.export.load(sys.argv[2]).module()
 inputs = torch.load(sys.argv[3])
 torch.save([[program(inputs).detach(), dict(program.named_buffers())] for program in (trace, exported)], sys.argv[4])
 """
+)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")

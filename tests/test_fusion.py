@@ -15,6 +15,7 @@ from torch.nn.utils import fusion
 import bnguard
 from tests.asserts import assert_clean, assert_same_bits, outcome, state_of, statistics, told, values, warns
 from tests.nets import images, warmed
+from tests.policies import EVERY_POLICY, POLICIES
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, as it imports itself
@@ -29,15 +30,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*reduce_range will be deprecated:UserWarning"),
     pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor, .* are deprecated:UserWarning"),
 ]
-POLICIES: dict[str, dict[str, Any]] = {
-    "raise": {},
-    "warn": {"on_change": "warn"},
-    "restore": {"on_change": "restore"},
-    "running": {"use_running_stats": True},
-    "budget": {"on_change": "restore", "updates": 9},
-    "affine": {"on_change": "restore", "affine": True},
-}
-EVERY_POLICY = pytest.mark.parametrize("policy", POLICIES)
 PARTS = [["0", "1", "2"]]
 
 

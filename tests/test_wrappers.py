@@ -29,16 +29,8 @@ from tests.asserts import (
     values,
 )
 from tests.nets import OwnForward, ReassigningNorm, ScaledNorm, batch_norms, conv_net, images, warmed
+from tests.policies import EVERY_POLICY, POLICIES
 
-POLICIES: dict[str, dict[str, Any]] = {
-    "raise": {},
-    "warn": {"on_change": "warn"},
-    "restore": {"on_change": "restore"},
-    "running": {"use_running_stats": True},
-    "budget": {"on_change": "restore", "updates": 9},
-    "affine": {"on_change": "restore", "affine": True},
-}
-EVERY_POLICY = pytest.mark.parametrize("policy", POLICIES)
 STANDS = ("warn", "budget")
 NORMS: dict[str, Callable[[int], nn.Module]] = {
     "BatchNorm2d": nn.BatchNorm2d,
