@@ -10,6 +10,7 @@ from typing import Final
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from bnguard._fork import renew_after_fork
 from bnguard._layers import StatsLayer, tensor_table
 
 __all__ = ["AffineHold", "affine_parameters", "unheld"]
@@ -41,6 +42,7 @@ class _Held:
 # Blocks of several threads may overlap and end in any order: the first one in saves, the last one out restores.
 _held: Final[dict[int, _Held]] = {}
 _lock: Final = threading.Lock()
+renew_after_fork(_lock)
 
 
 class AffineHold:

@@ -9,6 +9,7 @@ from torch import nn
 
 from bnguard._batch_norm import BatchNormSentry
 from bnguard._claims import Claim
+from bnguard._fork import renew_after_fork
 from bnguard._layers import BATCH_NORM, StatsLayer
 from bnguard._sentry import HOLDING, Sentry, sentries
 
@@ -16,6 +17,7 @@ __all__ = ["attach", "detach", "is_held"]
 
 # Reentrant: a signal handler may enter or leave a guard while the main thread does.
 _lock: Final = threading.RLock()
+renew_after_fork(_lock)
 
 
 def attach(layer: StatsLayer, claim: Claim) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import warnings
 from collections.abc import Callable
@@ -50,6 +51,8 @@ class Block:
     def __init__(self, model: nn.Module, settings: Settings) -> None:
         self._model = model
         self._settings = settings
+        self._process = os.getpid()
+        self._on_cuda = False
         layers = find_layers(model)
         self._layers = select_layers(model, layers, settings.include, settings.exclude)
         self._all_ids = {id(layer.module) for layer in layers}
@@ -70,6 +73,9 @@ class Block:
     def enter(self) -> None:
         """Guards the layers from now on. If that fails, the model is as it was."""
         settings, modules = self._settings, [layer.module for layer in self._layers]
+        self._process = os.getpid()
+        tables = [tensor_table(layer.module, "_buffers") for layer in self._layers]
+        self._on_cuda = any([tensor is not None and tensor.is_cuda for table in tables for tensor in table.values()])
         self._refuse_capture()
         try:
             # The claims first: what other threads run in the meantime is then held already.
@@ -104,6 +110,9 @@ class Block:
         Raises:
             StatsChangedError: As ``on_change="raise"`` says, and no exception is on its way.
         """
+        if os.getpid() != self._process:
+            self._let_go()  # a forked child: what the shared statistics are to be is up to the parent
+            return
         # While the claims still stand: what other threads run in the meantime is held.
         try:
             found = self._verify()
@@ -279,10 +288,8 @@ class Block:
                     raise
 
     def _refuse_capture(self) -> None:
-        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
-            tensors = [tensor for layer in self._layers for tensor in tensor_table(layer.module, "_buffers").values()]
-            if any([tensor is not None and tensor.is_cuda for tensor in tensors]):
-                raise BNGuardError(_report.capture_text())
+        if self._on_cuda and torch.cuda.is_current_stream_capturing():
+            raise BNGuardError(_report.capture_text())
 
     def _cause(self, found: list[StatsChange]) -> _report.Cause:
         """What is known of the layers that changed although no forward was seen."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bnguard._checkpoint import Region
+from bnguard._fork import renew_after_fork
 from bnguard.errors import StatsChangedError
 
 __all__ = ["Claim", "Stance", "Verdict", "count", "decide", "graph_order", "pay", "settle", "standing_order"]
@@ -131,6 +132,7 @@ def decide(claims: Sequence[Claim]) -> Verdict:
 
 
 _lock: Final = threading.Lock()
+renew_after_fork(_lock)
 
 
 def settle(claims: Sequence[Claim]) -> Verdict:

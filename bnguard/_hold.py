@@ -14,9 +14,11 @@ from typing import Any, Final
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor as _is_wrapped
 
 from bnguard._aside import aside
 from bnguard._equipment import OWN_ATTRIBUTES
+from bnguard._fork import renew_after_fork
 from bnguard._layers import exchanged_buffers, tensor_table
 
 __all__ = [
@@ -172,6 +174,7 @@ _exchange_calls: Final[dict[int, int]] = {}
 _exchange_originals: Final[dict[int, dict[str, Any]]] = {}
 _exchange_lock: Final = threading.Lock()
 exchange_turn: Final = threading.RLock()  # for those who must not overlap; reentrant for layers within layers
+renew_after_fork(_exchange_lock, exchange_turn)
 
 
 class InPlace:
@@ -219,9 +222,11 @@ def copies(module: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
 
 
 def copies_aside(module: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
-    """Fresh copies of some buffers for us to keep."""
+    """Fresh copies of some buffers for us to keep; not of those that a transform of ``torch.func`` has lent."""
+    buffers = tensor_table(module, "_buffers")
     with aside():
-        return _copies(module, names)
+        own = [name for name in names if (tensor := buffers.get(name)) is None or not _is_wrapped(tensor)]
+        return _copies(module, own)
 
 
 def _copies(module: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:

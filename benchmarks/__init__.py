@@ -1,0 +1,1 @@
+"""What bnguard costs, measured against the same thing without it."""
