@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
+import threading
 from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import pytest
@@ -38,10 +42,20 @@ def make_net() -> nn.Sequential:
 
 def run_child(method: str, function: Callable[..., None], *args: Any) -> None:
     """Runs ``function`` in a child process; what fails there fails here."""
+    join_child(*start_child(method, function, *args))
+
+
+def start_child(method: str, function: Callable[..., None], *args: Any) -> tuple[Any, Any]:
+    """Starts a child process; returns it and the queue of its errors."""
     context = mp.get_context(method)
     errors = context.SimpleQueue()
     child = context.Process(target=report, args=(errors, function, *args), daemon=True)
     child.start()
+    return child, errors
+
+
+def join_child(child: Any, errors: Any) -> None:
+    """Waits for a child."""
     child.join(LIMIT)
     assert child.exitcode is not None, "the child hangs"
     assert errors.empty() or not (text := errors.get()), text
@@ -132,6 +146,95 @@ def test_forked_child_that_leaves_the_block_leaves_the_parents_alone() -> None:
     assert_same_bits(statistics(net), before)
 
 
+def leave_when_told(block: Any, go: Any) -> None:
+    """A child that stays in the block for longer than its parent."""
+    assert go.wait(LIMIT)
+    with told() as said:
+        block.stop()
+    assert said.error is None
+
+
+@pytest.mark.parametrize("guard", ["raise", "restore", "running"])
+def test_forked_child_that_leaves_late_undoes_nothing(guard: str) -> None:
+    """It does not write the statistics of entry over what the parent has learned since, nor raise because of that."""
+    net, go = make_net().share_memory(), mp.get_context("fork").Event()
+    with bnguard.frozen(net, **GUARDS[guard]) as block:
+        child = start_child("fork", leave_when_told, block, go)
+    train(net)
+    learned = values(statistics(net))
+    go.set()
+    join_child(*child)
+    assert_same_bits(statistics(net), learned)
+
+
+def warned_in_child(net: nn.Module) -> None:
+    """The child's own forward is warned about in the child, once."""
+    with told() as said:
+        train(net)
+    assert len(said.warnings) == 1
+
+
+def test_forked_child_under_warn() -> None:
+    """Its update of shared statistics stands, as without a guard, and the parent's block reports it as well."""
+    net, twin = make_net().share_memory(), make_net()
+    with told() as said, bnguard.frozen(net, "warn") as block:
+        run_child("fork", warned_in_child, net)
+    train(twin)
+    assert_same_bits(statistics(net), statistics(twin))
+    assert len(said.warnings) == 1
+    assert [(change.names, change.updates) for change in block.changes] == [(("1",), 0), (("2",), 0)]
+
+
+def guard_in_child() -> None:
+    """A block of the child's own; the alarm ends it where it hangs."""
+    signal.alarm(10)
+    net = make_net()
+    before = values(statistics(net))
+    with bnguard.frozen(net, "restore", affine=True), bnguard.frozen(net, updates=1):
+        train(net)
+    with pytest.raises(bnguard.StatsChangedError), bnguard.frozen(net):
+        train(net)
+    assert_same_bits(statistics(net), before)
+
+
+def test_fork_while_another_thread_is_inside_a_lock() -> None:
+    """A child that is born while a thread of its parent enters a block can enter one: no lock stays closed for ever."""
+    kinds = (type(threading.Lock()), type(threading.RLock()))
+    modules = [module for name, module in sys.modules.items() if name.partition(".")[0] == "bnguard"]
+    locks = [value for module in modules for value in vars(module).values() if isinstance(value, kinds)]
+    taken, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with ExitStack() as held:
+            for lock in {id(lock): lock for lock in locks}.values():
+                held.enter_context(lock)
+            taken.set()
+            done.wait(1)  # not for ever: fork may wait for the locks
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert taken.wait(LIMIT)
+    child = start_child("fork", guard_in_child)
+    done.set()
+    thread.join(LIMIT)
+    join_child(*child)
+
+
+@pytest.mark.parametrize("guard", GUARDS)
+def test_model_that_goes_to_shared_memory_inside(guard: str) -> None:
+    """``share_memory()`` inside a block is no change; the block goes on with the same tensors."""
+    net, twin = make_net(), make_net().eval() if guard in ("raise", "running") else make_net()
+    before, objects = values(statistics(net)), statistics(net)
+    with told() as said, bnguard.frozen(net, **GUARDS[guard]) as block:
+        net.share_memory()
+        output = (net.eval() if guard == "raise" else net)(images())
+    assert_same_bits(output, twin(images()))
+    assert said.error is None
+    assert len(said.warnings) == len(block.changes) / 2 == (guard == "warn")
+    assert all(tensor is objects[name] and tensor.is_shared() for name, tensor in statistics(net).items())
+    assert_same_bits(statistics(net), statistics(twin) if guard == "warn" else before)
+
+
 def train_alone(net: nn.Module, expected: dict[str, Tensor]) -> None:
     """A model that arrived in a spawned child is unguarded, and a guard there works."""
     assert_clean(net)
@@ -155,8 +258,8 @@ def test_model_sent_to_a_spawned_child_is_unguarded_there() -> None:
     assert_clean(net)
 
 
-class Features(Dataset[Tensor]):
-    """Runs a model in the worker, in a block or not."""
+class Features(Dataset[dict[str, Tensor]]):
+    """Runs a model in the worker, in a block or not; gives its output and its statistics."""
 
     def __init__(self, net: nn.Module, options: dict[str, Any] | None) -> None:
         self.net = net
@@ -165,19 +268,18 @@ class Features(Dataset[Tensor]):
     def __len__(self) -> int:
         return 2
 
-    def __getitem__(self, index: int) -> Tensor:
-        if self.options is None:
-            return self.net(images(seed=index)).detach()
-        with bnguard.frozen(self.net, **self.options):
-            return self.net(images(seed=index)).detach()
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        with nullcontext() if self.options is None else bnguard.frozen(self.net, **self.options):
+            output = self.net(images(seed=index)).detach()
+        return {"output": output, **values(statistics(self.net))}
 
 
-def load(dataset: Features, method: str) -> list[Tensor]:
+def load(dataset: Features, method: str) -> list[dict[str, Tensor]]:
     """All items, by way of one worker."""
     loader = DataLoader(
         dataset, batch_size=None, num_workers=1, multiprocessing_context=method, persistent_workers=True, timeout=LIMIT
     )
-    return [item.clone() for item in loader]
+    return [values(item) for item in loader]
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
@@ -186,9 +288,8 @@ def test_data_loader_worker_guards_its_model(method: str) -> None:
     net, twin = make_net()[1:], make_net()[1:]  # a convolution has other bits with the worker's one thread
     before = state_of(net)
     items = load(Features(net, {"on_change": "restore"}), method)
-    with bnguard.frozen(twin, "restore"):
-        expected = [twin(images(seed=index)).detach() for index in range(2)]
-    assert_same_bits(items, expected)
+    for index, item in enumerate(items):
+        assert_same_bits(item, {"output": twin(images(seed=index)).detach(), **values(statistics(net))})
     assert_same_bits(net.state_dict(), before)
 
 
@@ -198,14 +299,17 @@ def test_data_loader_worker_inside_a_block() -> None:
     before = state_of(net)
     with bnguard.frozen(net, use_running_stats=True) as block:
         items = load(Features(net, None), "fork")
-    assert_same_bits(items, [twin(images(seed=index)).detach() for index in range(2)])
+    for index, item in enumerate(items):
+        assert_same_bits(item, {"output": twin(images(seed=index)).detach(), **values(statistics(twin))})
     assert block.changes == ()
     assert_same_bits(net.state_dict(), before)
 
 
 def test_error_of_a_worker_names_the_layer() -> None:
-    """A violation in a worker arrives as a StatsChangedError whose text says which layer and which line."""
-    with pytest.raises(bnguard.StatsChangedError) as caught:
-        load(Features(make_net(), {}), "fork")
+    """A violation in a worker that has the parent's guard ends the block, once, and says which layer and which line."""
+    net = make_net()
+    with pytest.raises(bnguard.StatsChangedError) as caught, bnguard.frozen(net):
+        load(Features(net, None), "fork")
     assert "1 (BatchNorm2d) is in train mode inside frozen():" in str(caught.value)
     assert "in __getitem__" in str(caught.value)
+    assert not hasattr(caught.value, "__notes__")
