@@ -133,6 +133,20 @@ def test_copy_keeps_the_users_hooks() -> None:
     assert list(other[0]._forward_hooks.values()) == [print]
 
 
+@pytest.mark.parametrize("clone", [copy.deepcopy, through_pickle])
+@EVERY_GUARD
+def test_copy_keeps_the_handles_of_hooks(clone: Any, guard: str) -> None:
+    """A handle that the model keeps goes with the copy: it belongs to the copy's hooks, and removes the one there."""
+    net = nn.Sequential(nn.BatchNorm2d(2))
+    net.handle = net[0].register_forward_pre_hook(print)
+    with bnguard.frozen(net, **GUARDS[guard]):
+        other = clone(net)
+    assert list(other[0]._forward_pre_hooks.values()) == [print]
+    other.handle.remove()
+    assert not other[0]._forward_pre_hooks
+    assert list(net[0]._forward_pre_hooks.values()) == [print]
+
+
 class Patched:
     """A forward for one instance that can be copied."""
 
