@@ -10,7 +10,7 @@ from torch._C import _functorch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
 
-__all__ = ["as_bytes", "from_bytes", "has_values", "same_bits"]
+__all__ = ["as_bytes", "below_transforms", "from_bytes", "has_values", "same_bits"]
 
 
 def has_values(tensor: Any) -> bool:
@@ -33,6 +33,13 @@ def from_bytes(flat: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype.is_complex:
         return torch.view_as_complex(flat.view(dtype.to_real()).reshape(-1, 2))
     return flat.view(dtype)
+
+
+def below_transforms(tensor: Any) -> Any:
+    """The tensor that a transform of ``torch.func`` works on, or has left behind wrapped."""
+    while tensor is not None and _functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = _functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:

@@ -15,7 +15,7 @@ from torch.nn.utils import stateless
 
 from bnguard import _hold
 from bnguard._aside import aside, is_recorded, is_symbolic
-from bnguard._bits import has_values, same_bits
+from bnguard._bits import below_transforms, has_values, same_bits
 from bnguard._checkpoint import current_region
 from bnguard._claims import Claim, Stance, Verdict, decide, graph_order, settle, standing_order
 from bnguard._equipment import Equipment
@@ -261,10 +261,10 @@ class Sentry(Equipment):
             pairs = [(own, tensor) for name, tensor in after.items() if (own := buffers.get(name)) is not None]
             with _within_budgets(verdict), aside():
                 for own, tensor in pairs:
-                    own.data.copy_(tensor)
+                    own.data.copy_(below_transforms(tensor))
 
     def _differ(self, one: dict[str, Any], other: dict[str, Any]) -> bool:
-        pairs = [(one.get(name), other.get(name)) for name in self._names]
+        pairs = [(below_transforms(one.get(name)), below_transforms(other.get(name))) for name in self._names]
         with aside():
             return not all(
                 [

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from bnguard._aside import aside
-from bnguard._bits import as_bytes, has_values, same_bits
+from bnguard._bits import as_bytes, below_transforms, has_values, same_bits
 from bnguard._image import Image
 from bnguard._layers import tensor_table
 
@@ -224,6 +224,7 @@ class Snapshot:
         """Whether ``current`` has the captured value of ``original``, converted as ``current`` is."""
         if current is None:
             return self._has_moved(owner, original)
+        current = below_transforms(current)
         value = self._value(name, original)
         if value is None or not has_values(current):
             return True
