@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, VitDetConfig
 
 from tests.zoo.case import Case, Inputs, by_turns, call
 
@@ -28,6 +28,12 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "informer": {"prediction_length": 4, "context_length": 8, "num_time_features": 1},
     "hubert": {"conv_pos_batch_norm": True},
     "patchtst": {"norm_type": "batchnorm"},
+    "tvp": {"num_frames": 2},
+    "timm_backbone": {"backbone": "resnet18"},
+    "vitmatte": {
+        "fusion_hidden_sizes": [256, 128, 64, 32],
+        "backbone_config": VitDetConfig(num_channels=4, image_size=64, hidden_size=384, out_features=["stage2"]),
+    },
     "patchtsmixer": {"norm_mlp": "BatchNorm", "context_length": 32, "prediction_length": 4},
 }
 
@@ -83,7 +89,7 @@ def _inputs(folder: str, model: nn.Module) -> Iterator[Callable[[], Inputs]]:
         sizes = [(size, size) for size in (64, 128, 224)] + [
             tuple(own) if isinstance(own, (list, tuple)) else (own, own)
         ]
-        channels = getattr(config, "num_channels", 3)
+        channels = getattr(config, "num_channels", getattr(getattr(config, "backbone_config", None), "num_channels", 3))
         for more in (tokens, {}) if tokens else ({},):
             for height, width in sizes:
                 makers = {"pixel_values": lambda h=height, w=width: torch.randn(2, channels, h, w), **more}
@@ -103,13 +109,33 @@ def _inputs(folder: str, model: nn.Module) -> Iterator[Callable[[], Inputs]]:
         yield partial(_made, {**tokens, "decoder_input_ids": tokens["input_ids"]})
     if "duration_labels" in names:
         yield _speech
+    if folder == "tvp":
+        makers = {"pixel_values": lambda: torch.randn(1, 2, 3, 448, 448), "attention_mask": lambda: torch.ones(1, 8)}
+        yield partial(_made, {**makers, "input_ids": lambda: torch.randint(3, 90, (1, 8))})
+    if folder == "omdet_turbo":
+        yield _classes_and_task
     if "hidden_states" in names:
+        first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+        for shape in ((8, 8), (3, 40), (64, 64)) if first is not None else ():
+            yield lambda shape=shape: call(torch.randn(2, first.in_channels, *shape))
         for size in ("input_dim", "hidden_size"):
             if hasattr(config, size):
                 yield partial(_made, {"hidden_states": lambda size=size: torch.randn(2, 64, getattr(config, size))})
                 yield lambda size=size: call(torch.randn(2, getattr(config, size), 8, 8))
     if "spectrogram" in names:
         yield partial(_made, {"spectrogram": lambda: torch.randn(2, 20, 80)})
+
+
+def _classes_and_task() -> Inputs:
+    classes = torch.randint(3, 90, (6, 8))
+    return call(
+        torch.randn(2, 3, 640, 640),
+        classes_input_ids=classes,
+        classes_attention_mask=torch.ones_like(classes),
+        tasks_input_ids=classes[:2],
+        tasks_attention_mask=torch.ones_like(classes[:2]),
+        classes_structure=torch.tensor([3, 3]),
+    )
 
 
 def _speech() -> Inputs:
