@@ -43,7 +43,8 @@ def cases() -> Iterator[Case]:
     classes = {cls.__name__: (folder, cls) for folder, cls in _classes()}
     for name in by_turns(classes, lambda name: classes[name][0]):
         folder, cls = classes[name]
-        yield Case(name, partial(_build, folder, cls), partial(_inputs, folder))
+        skip = "has no forward" if cls.forward is nn.Module.forward else ""
+        yield Case(name, partial(_build, folder, cls), partial(_inputs, folder), skip)
 
 
 def _classes() -> Iterator[tuple[str, type[PreTrainedModel]]]:
