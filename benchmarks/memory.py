@@ -1,0 +1,59 @@
+"""What a guard that is open keeps in memory."""
+
+from __future__ import annotations
+
+import gc
+import tracemalloc
+from functools import partial
+from typing import Final
+
+import torch
+from torch import nn
+
+import bnguard
+from benchmarks.models import NETS, bn_chain, sample
+from benchmarks.race import spread
+from benchmarks.results import Benchmark, Row
+from benchmarks.rivals import batch_norms
+
+__all__ = ["BENCHMARKS"]
+
+
+def _storages() -> dict[int, int]:
+    """Bytes of every storage that a Python tensor refers to, by its address."""
+    gc.collect()
+    tensors = [item for item in gc.get_objects() if isinstance(item, torch.Tensor)]
+    return {storage.data_ptr(): storage.nbytes() for storage in (tensor.untyped_storage() for tensor in tensors)}
+
+
+def held_by_a_guard(net: nn.Module) -> tuple[int, int]:
+    """Bytes of tensors, and of Python objects, that an open guard keeps."""
+    before = _storages()
+    tracemalloc.start()
+    try:
+        with bnguard.frozen(net, "restore"):
+            gc.collect()
+            objects, _ = tracemalloc.get_traced_memory()
+            after = _storages()
+    finally:
+        tracemalloc.stop()
+    return sum(size for address, size in after.items() if address not in before), objects
+
+
+def memory(name: str) -> list[Row]:
+    """Tensors against the guarded buffers, and everything else by the layer."""
+    net = bn_chain(53) if name == "chain" else sample(name)[0]
+    for _ in range(2):  # imports, caches and scratch tensors, which outlast a block
+        tensors, objects = held_by_a_guard(net)
+    layers = batch_norms(net)
+    guarded = sum(buffer.nbytes for layer in layers for buffer in layer._buffers.values() if buffer is not None)
+    row = partial(Row, f"memory/{name}", f"Memory of an open guard, {name}, {len(layers)} layers")
+    return [
+        row("tensors", "bytes of the guarded buffers", spread([tensors / guarded]), 2.0),
+        row("Python objects, for each layer", "1 KiB", spread([objects / len(layers) / 1024]), 1.0),
+    ]
+
+
+BENCHMARKS: Final[dict[str, Benchmark]] = {
+    f"memory/{name}": partial(memory, name) for name in ("chain", *[name for name in NETS if name != "bn_mlp"])
+}

@@ -1,0 +1,96 @@
+"""The rows of the tables, and the files they are written to."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+
+from benchmarks.race import Spread
+
+__all__ = ["Benchmark", "Row", "environment", "line", "write"]
+
+FOLDER = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One figure.
+
+    Attributes:
+        benchmark: The key that ``python -m benchmarks`` takes.
+        title: What that measures.
+        subject: What was measured.
+        reference: What it is divided by.
+        ratio: The figure, without a unit unless the title says otherwise.
+        target: What it should be at most; None where it is given for comparison.
+    """
+
+    benchmark: str
+    title: str
+    subject: str
+    reference: str
+    ratio: Spread
+    target: float | None = None
+
+    @property
+    def verdict(self) -> str:
+        """Whether the target is met: by the median, or within the noise."""
+        if self.target is None:
+            return ""
+        if self.ratio.median <= self.target:
+            return "met"
+        return "within noise" if self.ratio.low <= self.target else "missed"
+
+
+Benchmark: TypeAlias = Callable[[], list[Row]]
+
+
+def environment(device: str) -> dict[str, object]:
+    """What the figures depend on."""
+    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
+    return {
+        "device": device, "name": name, "cores": os.cpu_count(), "torch": torch.__version__,
+        "python": platform.python_version(), "threads": "1 unless the row says otherwise",
+    }  # fmt: skip
+
+
+def line(row: Row) -> str:
+    """One row as Markdown."""
+    ratio, target = row.ratio, "" if row.target is None else f"{row.target:g}"
+    band = f"{ratio.low:.3f} to {ratio.high:.3f}"
+    return f"| {row.subject} | {row.reference} | {ratio.median:.3f} | {band} | {target} | {row.verdict} |"
+
+
+def write(device: str, rows: Sequence[Row], skipped: Iterable[str]) -> tuple[Path, Path]:
+    """Writes ``results/<device>.md`` and ``.json``; returns their paths."""
+    about = environment(device)
+    head = [
+        f"# What bnguard costs: {device}",
+        "",
+        "Written by `python -m benchmarks`. Each figure is a ratio of two things that took turns in one process: the",
+        "median of the rounds, and their quartiles. A target is met by the median, or within the noise by the lower",
+        "quartile.",
+        "",
+        ", ".join(f"{key} {value}" for key, value in about.items()) + ".",
+    ]
+    tables = []
+    for key, group in groupby(rows, key=lambda row: row.benchmark):
+        some = list(group)
+        tables += ["", f"## {some[0].title}", "", f"`python -m benchmarks {key}`", ""]
+        tables += ["| what | divided by | ratio | quartiles | target | |", "| --- | --- | --- | --- | --- | --- |"]
+        tables += [line(row) for row in some]
+    notes = ["", "## Not measured", "", *[f"- {reason}" for reason in skipped]] if skipped else []
+    FOLDER.mkdir(exist_ok=True)
+    markdown, data = FOLDER / f"{device}.md", FOLDER / f"{device}.json"
+    markdown.write_text("\n".join([*head, *tables, *notes]) + "\n", encoding="utf-8")
+    content = {"environment": about, "rows": [{**asdict(row), "verdict": row.verdict} for row in rows]}
+    data.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return markdown, data

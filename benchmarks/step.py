@@ -1,0 +1,159 @@
+"""A training step and a validation batch of whole nets: guarded, unguarded, and by what people do instead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Final
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import bnguard
+from benchmarks import rivals
+from benchmarks.models import NETS, make_step, sample
+from benchmarks.race import Contender, race
+from benchmarks.results import Benchmark, Row
+
+__all__ = ["BENCHMARKS"]
+
+# Rounds, and steps of one turn: about as long for each net.
+_EFFORT: Final = {
+    "resnet50": (15, 1), "mobilenet_v2": (20, 2), "densenet121": (15, 1), "small_cnn": (25, 4), "bn_mlp": (60, 50),
+}  # fmt: skip
+# At most, by net: restore around each step; use_running_stats around the loop.
+_EACH: Final = {"resnet50": 1.01, "mobilenet_v2": 1.01, "densenet121": 1.01, "small_cnn": 1.03, "bn_mlp": 1.08}
+_RUNNING: Final = {"bn_mlp": 1.03}
+
+PLAIN, BY_HAND = "unguarded", "train(), then eval() on each BatchNorm, each step"
+RESTORE, RESTORE_EACH = "frozen(net, 'restore') around the loop", "frozen(net, 'restore') around each step"
+REUSED, RUNNING = "one guard, entered again at each step", "frozen(net, use_running_stats=True) around the loop"
+
+
+def _restore_contenders(net: nn.Module, step: rivals.Step) -> list[Contender]:
+    reused = bnguard.frozen(net, "restore")
+
+    def each_step() -> None:
+        with bnguard.frozen(net, "restore"):
+            step()
+
+    def again() -> None:
+        with reused:
+            step()
+
+    return [
+        Contender(PLAIN, step),
+        Contender(RESTORE, step, partial(bnguard.frozen, net, "restore")),
+        Contender(RESTORE_EACH, each_step),
+        Contender(REUSED, again),
+    ]
+
+
+def _rival_contenders(net: nn.Module, step: rivals.Step) -> list[Contender]:
+    by_hand = rivals.eval_by_hand(net, step)
+    return [
+        Contender(RUNNING, step, partial(bnguard.frozen, net, use_running_stats=True)),
+        Contender(BY_HAND, by_hand, partial(rivals.back_in_train_mode, net)),
+        Contender("built with track_running_stats=False", step, partial(rivals.untracked, net)),
+        Contender("converted to a frozen BatchNorm", step, partial(rivals.converted, net)),
+        Contender("momentum 0", step, partial(rivals.momentum_zero, net)),
+        Contender("load_state_dict() back after each step", rivals.loaded_back(net, step)),
+        Contender("clone and torch.equal in hooks", step, partial(rivals.compared_by_hooks, net)),
+        Contender("state_dict() copied and compared each step", rivals.compared_by_state_dict(net, step)),
+    ]
+
+
+def train(name: str) -> list[Row]:
+    """A training step in one thread, of every contender."""
+    net, x, y = sample(name)
+    step = make_step(net, net, x, y)
+    rounds, steps = _EFFORT[name]
+    contenders = [*_restore_contenders(net, step), *_rival_contenders(net, step)]
+    result = race(contenders, rounds=rounds, steps=steps)
+    row = partial(Row, f"step/{name}", f"Training step, {name}, batch {tuple(x.shape)}")
+    targets = {RESTORE: 1.0, RESTORE_EACH: _EACH[name]}
+    rows = [row(RUNNING, BY_HAND, result.ratio(RUNNING, BY_HAND), _RUNNING.get(name, 1.0))]
+    rows += [
+        row(other.name, PLAIN, result.ratio(other.name, PLAIN), targets.get(other.name)) for other in contenders[1:]
+    ]
+    return rows
+
+
+def train_in_two_threads(name: str) -> list[Row]:
+    """The same in two threads, guarded and unguarded."""
+    net, x, y = sample(name)
+    rounds, steps = _EFFORT[name]
+    contenders = _restore_contenders(net, make_step(net, net, x, y))
+    result = race(contenders, rounds=rounds, steps=steps, threads=2)
+    row = partial(Row, f"threads/{name}", f"Training step in two threads, {name}")
+    targets = {RESTORE: 1.0, RESTORE_EACH: _EACH[name]}
+    return [
+        row(other.name, PLAIN, result.ratio(other.name, PLAIN), targets.get(other.name)) for other in contenders[1:]
+    ]
+
+
+@contextmanager
+def _in_eval_mode(net: nn.Module) -> Iterator[None]:
+    net.eval()
+    with torch.no_grad():
+        yield
+    net.train()
+
+
+@contextmanager
+def _guarded_eval_mode(net: nn.Module) -> Iterator[None]:
+    with _in_eval_mode(net), bnguard.frozen(net):
+        yield
+
+
+def validate(name: str) -> list[Row]:
+    """A validation batch in eval mode, where the guard only watches."""
+    net, x, _ = sample(name)
+    rounds, steps = _EFFORT[name]
+
+    def batch() -> None:
+        net(x)
+
+    def guarded() -> None:
+        with bnguard.frozen(net):
+            net(x)
+
+    contenders = [
+        Contender(PLAIN, batch, partial(_in_eval_mode, net)),
+        Contender("frozen(net) around the loop", batch, partial(_guarded_eval_mode, net)),
+        Contender("frozen(net) around each batch", guarded, partial(_in_eval_mode, net)),
+    ]
+    result = race(contenders, rounds=2 * rounds, steps=2 * steps)
+    row = partial(Row, f"validation/{name}", f"Validation batch, {name}, eval mode, no_grad")
+    return [row(other.name, PLAIN, result.ratio(other.name, PLAIN)) for other in contenders[1:]]
+
+
+def test_of_a_step() -> list[Row]:
+    """What a test suite pays to know that one training step moves nothing."""
+    from pytest_torch.training import assert_frozen
+
+    net, x, y = sample("small_cnn")
+    net = rivals.keep_in_eval_mode(net)
+    step = make_step(net, net, x, y)
+
+    def with_guard() -> None:
+        with bnguard.frozen(net):
+            step()
+
+    def with_rival() -> None:
+        assert_frozen(net, x, lambda scores: F.cross_entropy(scores, y), ["*running*", "*tracked"], steps=1)
+
+    ours, theirs = "frozen(net) around the step itself", "assert_frozen of pytest-torch: a step of a deep copy"
+    result = race([Contender(ours, with_guard), Contender(theirs, with_rival)], rounds=25, steps=2)
+    title = "A test that one training step moves no statistics, small_cnn"
+    return [Row("test/small_cnn", title, ours, theirs, result.ratio(ours, theirs))]
+
+
+BENCHMARKS: Final[dict[str, Benchmark]] = {
+    **{f"step/{name}": partial(train, name) for name in NETS},
+    **{f"threads/{name}": partial(train_in_two_threads, name) for name in ("resnet50", "small_cnn", "bn_mlp")},
+    **{f"validation/{name}": partial(validate, name) for name in ("resnet50", "small_cnn", "bn_mlp")},
+    "test/small_cnn": test_of_a_step,
+}
