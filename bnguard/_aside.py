@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import ContextDecorator, ExitStack
 from types import CodeType, FrameType
 from typing import Any, Final
 
@@ -55,23 +55,52 @@ def _is_below(code: CodeType) -> bool:
     return frame is not None
 
 
-@contextmanager
-def aside() -> Iterator[None]:
-    """Outside autograd and inference mode, and of whatever else the user's code runs in.
+class aside(ContextDecorator):  # noqa: N801  # lower case, as torch.no_grad
+    """Outside autograd and inference mode, and of whatever else the user's code runs in: a context, or a decorator.
 
     That is a trace, a dispatch mode (``FakeTensorMode``, ``make_fx``, a logger) or a transform of ``torch.func``: none
     of them sees an operation, and what is made is an ordinary tensor.
     """
-    with torch.inference_mode(mode=False), torch.no_grad():
+
+    def __enter__(self) -> None:
+        self._grad = torch.is_grad_enabled()
+        self._undo: ExitStack | None = None
         trace = _get_tracing_state()
-        if trace is None and not _len_torch_dispatch_stack() and _functorch.peek_interpreter_stack() is None:
-            yield
-            return
-        with ExitStack() as undo:
-            if trace is not None:
-                set_trace = torch._C._set_tracing_state  # type: ignore[attr-defined]  # the stub lacks it
-                undo.callback(set_trace, trace)
-                set_trace(None)
-            undo.enter_context(_disable_current_modes())
-            undo.enter_context(temporarily_clear_interpreter_stack())
-            yield
+        if (
+            trace is not None
+            or _len_torch_dispatch_stack()
+            or torch.is_inference_mode_enabled()
+            or _functorch.peek_interpreter_stack() is not None
+        ):
+            self._undo = _outside_of_everything(trace)
+        try:
+            torch._C._set_grad_enabled(False)  # noqa: FBT003  # takes no keyword
+        except BaseException:  # Ctrl-C, say
+            self.__exit__()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            if self._undo is not None:
+                self._undo.close()
+        finally:
+            try:
+                torch._C._set_grad_enabled(self._grad)
+            except BaseException:
+                torch._C._set_grad_enabled(self._grad)
+                raise
+
+    def _recreate_cm(self) -> aside:
+        return type(self)()  # as a decorator: a fresh one for each call
+
+
+def _outside_of_everything(trace: Any) -> ExitStack:
+    with ExitStack() as undo:
+        undo.enter_context(torch.inference_mode(mode=False))
+        if trace is not None:
+            set_trace = torch._C._set_tracing_state  # type: ignore[attr-defined]  # the stub lacks it
+            undo.callback(set_trace, trace)
+            set_trace(None)
+        undo.enter_context(_disable_current_modes())
+        undo.enter_context(temporarily_clear_interpreter_stack())
+        return undo.pop_all()

@@ -1,8 +1,9 @@
-"""Put the claims of guards on layers and take them off, one thread at a time."""
+"""Put the claims of a guard on layers and take them off, one thread at a time."""
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from typing import Final
 
 from torch import nn
@@ -13,44 +14,63 @@ from bnguard._fork import renew_after_fork
 from bnguard._layers import BATCH_NORM, StatsLayer
 from bnguard._sentry import HOLDING, Sentry, sentries
 
-__all__ = ["attach", "detach", "is_held"]
+__all__ = ["attach", "detach", "is_any_held"]
 
 # Reentrant: a signal handler may enter or leave a guard while the main thread does.
 _lock: Final = threading.RLock()
 renew_after_fork(_lock)
 
 
-def attach(layer: StatsLayer, claim: Claim) -> None:
-    """Puts ``claim`` innermost on the layer. Where it fails, ``detach`` takes back what was done."""
+def attach(layers: Sequence[StatsLayer], claims: Sequence[Claim]) -> None:
+    """Puts each claim innermost on its layer. Where that fails, ``detach`` takes back what was done."""
     with _lock:
-        sentry = sentries.get(id(layer.module))
-        if sentry is None:
-            cls = BatchNormSentry if _is_batch_norm(layer) else Sentry
-            sentry = sentries[id(layer.module)] = cls(layer)
-        sentry.set_claims((claim, *sentry.claims))
+        for layer, claim in zip(layers, claims, strict=True):
+            module = layer.module
+            key = id(module)
+            sentry = sentries.get(key)
+            if sentry is None:
+                is_batch_norm = layer.kind is BATCH_NORM and "forward" not in module.__dict__
+                sentry = sentries[key] = BatchNormSentry(layer) if is_batch_norm else Sentry(layer)
+                sentry.set_claims((claim,))
+            else:
+                sentry.set_claims((claim, *sentry.claims))
 
 
-def detach(module: nn.Module, claim: Claim, model: nn.Module) -> None:
-    """Takes ``claim`` off a layer of ``model``; the last one takes everything else along. Twice does nothing."""
+def detach(layers: Sequence[StatsLayer], claims: Sequence[Claim], model: nn.Module) -> None:
+    """Takes each claim off its layer of ``model``; the last one takes everything else along. Twice does nothing.
+
+    Raises:
+        BaseException: The first of what went wrong, after all that could be taken off is.
+    """
+    failure: BaseException | None = None
     with _lock:
-        sentry = sentries.get(id(module))
-        if sentry is None:
-            return
-        claims = tuple(other for other in sentry.claims if other is not claim)
-        sentry.set_claims(claims)
-        if sentry.hooks_out and not claims:  # not on the layer any more
-            for part in model.modules():
-                sentry.unhook(part)
-        if not claims:  # only now: what was interrupted above can be done again
-            del sentries[id(module)]
+        for layer, claim in zip(layers, claims, strict=True):
+            sentry = sentries.get(id(layer.module))
+            if sentry is None:
+                continue
+            try:
+                standing = sentry.claims
+                is_innermost = bool(standing) and standing[0] is claim
+                left = standing[1:] if is_innermost else tuple([other for other in standing if other is not claim])
+                sentry.set_claims(left)
+                if not left:
+                    if sentry.hooks_out:
+                        _find_hooks(sentry, model)
+                    del sentries[sentry.key]  # only now: what was interrupted above can be done again
+            except BaseException as error:
+                failure = failure or error
+    if failure is not None:
+        raise failure
 
 
-def is_held(module: nn.Module) -> bool:
-    """Whether some guard still keeps forwards of the layer from updating."""
+def _find_hooks(sentry: Sentry, model: nn.Module) -> None:
+    """Removes the hook that is not on its layer any more."""
+    for part in model.modules():
+        sentry.unhook(part)
+
+
+def is_any_held(layers: Sequence[StatsLayer]) -> bool:
+    """Whether some guard still keeps forwards of one of the layers from updating."""
     with _lock:
-        sentry = sentries.get(id(module))
-        return sentry is not None and any([claim.stance in HOLDING for claim in sentry.claims])
-
-
-def _is_batch_norm(layer: StatsLayer) -> bool:
-    return layer.kind is BATCH_NORM and "forward" not in layer.module.__dict__
+        found = [sentry for layer in layers if (sentry := sentries.get(id(layer.module))) is not None]
+        return any([claim.stance in HOLDING for sentry in found for claim in sentry.claims])

@@ -20,8 +20,11 @@ class BatchNormSentry(Sentry):
     __slots__ = ("_mean", "_var")
 
     def _remember(self) -> None:
-        super()._remember()
-        self._mean, self._var = map(self.module._buffers.get, ("running_mean", "running_var"))
+        get = self.module._buffers.get
+        self._mean, self._var = get("running_mean"), get("running_var")
+
+    def _own(self) -> tuple[tuple[str, Tensor | None], ...]:
+        return ("running_mean", self._mean), ("running_var", self._var)
 
     def forward(self, input: Tensor) -> Any:
         module = self.module

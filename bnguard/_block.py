@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bnguard import _report
 from bnguard._affine import AffineHold, affine_parameters
 from bnguard._aside import aside
-from bnguard._attach import attach, detach, is_held
+from bnguard._attach import attach, detach, is_any_held
 from bnguard._callsite import call_site
 from bnguard._caveats import (
     warn_about_added_layers,
@@ -27,11 +27,12 @@ from bnguard._checkpoint import Region
 from bnguard._claims import Claim, count, pay
 from bnguard._drift import largest_mean_shift
 from bnguard._graphs import compiled_parts, is_taken_in
-from bnguard._layers import StatsLayer, find_layers, tensor_table
+from bnguard._layers import StatsLayer, tensor_tables
 from bnguard._protection import protection_text
 from bnguard._select import select_layers
 from bnguard._settings import Settings
 from bnguard._snapshot import Difference, Snapshot
+from bnguard._tree import Tree, find_layers
 from bnguard.errors import BNGuardError, BNGuardWarning, StatsChangedError
 
 __all__ = ["Block"]
@@ -43,19 +44,19 @@ class Block:
     Args:
         model: The model; its layers are looked up now.
         settings: What to guard, and how.
+        earlier: Another block on the same model. While that has the same modules, no walk is needed.
 
     Raises:
         ValueError: ``include`` or ``exclude`` selects nothing.
     """
 
-    def __init__(self, model: nn.Module, settings: Settings) -> None:
+    def __init__(self, model: nn.Module, settings: Settings, earlier: Block | None = None) -> None:
         self._model = model
         self._settings = settings
-        self._process = os.getpid()
+        self._process = 0
         self._on_cuda = False
-        layers = find_layers(model)
-        self._layers = select_layers(model, layers, settings.include, settings.exclude)
-        self._all_ids = {id(layer.module) for layer in layers}
+        self._tree: Tree = earlier._tree if earlier is not None and earlier._tree.is_current() else Tree(model)
+        self._layers = select_layers(model, self._tree.layers, settings.include, settings.exclude)
         self._claims: list[Claim] = []
         self._affine = AffineHold()
         self._statistics: Snapshot | None = None
@@ -74,15 +75,20 @@ class Block:
         """Guards the layers from now on. If that fails, the model is as it was."""
         settings, modules = self._settings, [layer.module for layer in self._layers]
         self._process = os.getpid()
-        tables = [tensor_table(layer.module, "_buffers") for layer in self._layers]
-        self._on_cuda = any([tensor is not None and tensor.is_cuda for table in tables for tensor in table.values()])
+        self._on_cuda = torch.cuda.is_initialized() and any(
+            [
+                tensor.is_cuda
+                for table in tensor_tables(modules, "_buffers")
+                for tensor in table.values()
+                if tensor is not None
+            ]
+        )
         self._refuse_capture()
+        stance, budget = settings.stance, settings.updates
+        self._claims = [Claim(self, owner, stance, budget) for owner in range(len(modules))]
         try:
             # The claims first: what other threads run in the meantime is then held already.
-            for owner, layer in enumerate(self._layers):
-                claim = Claim(self, owner, settings.stance, settings.updates)
-                self._claims.append(claim)
-                attach(layer, claim)
+            attach(self._layers, self._claims)
             self._statistics = Snapshot(modules, [layer.buffers for layer in self._layers])
             self._without_values = self._statistics.without_values()
             if settings.affine:
@@ -120,10 +126,8 @@ class Block:
             self._let_go()
         if error is None:
             if self._statistics is not None and self._layers:
-                owners = range(len(self._layers))
-                compared = {id(tensor) for owner in owners for tensor in self._statistics.objects_of(owner)}
-                warn_about_added_layers(self._model, self._settings, self._all_ids, compared)
-            if not any([is_held(layer.module) for layer in self._layers]):
+                warn_about_added_layers(self._model, self._settings, self._tree, self._statistics)
+            if self._regions and not is_any_held(self._layers):
                 warn_about_pending_regions(self._regions.values(), self._settings)
         self._statistics = self._parameters = None  # a guard that is kept for later keeps no copies
         self._act(found, error)
@@ -131,6 +135,8 @@ class Block:
     @property
     def changes(self) -> tuple[StatsChange, ...]:
         """What changed, or was about to, in the order of the layers."""
+        if not self._found and not any([claim.updates for claim in self._claims]):
+            return ()
         changes = []
         for owner, claim in enumerate(self._claims):
             if owner in self._found:
@@ -229,7 +235,7 @@ class Block:
         if self._settings.on_change == "warn":
             self._found.clear()  # they stand, and have just been found again
         self._found.update(changes)
-        self._verified = {owner: claim.updates for owner, claim in enumerate(self._claims)}
+        self._verified = {claim.owner: claim.updates for claim in self._claims if claim.updates}
         return [changes[owner] for owner in sorted(changes)]
 
     def _is_within_budget(self, statistics: Snapshot, owner: int) -> bool:
@@ -253,9 +259,7 @@ class Block:
     def _let_go(self) -> None:
         """Takes everything off the model, whatever fails on the way."""
         failure: BaseException | None = None
-        undos: list[Callable[[], None]] = [self._affine.release]
-        undos += [partial(detach, self._layers[claim.owner].module, claim, self._model) for claim in self._claims]
-        for undo in undos:
+        for undo in (self._affine.release, partial(detach, self._layers, self._claims, self._model)):
             try:
                 _finish(undo)
             except BaseException as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Set
+from collections.abc import Iterable
 
 from torch import nn
 
@@ -11,9 +11,11 @@ from bnguard import _report
 from bnguard._aside import is_being_taken_down
 from bnguard._callsite import call_site
 from bnguard._checkpoint import Region
-from bnguard._layers import EXPORTED, StatsLayer, find_layers, tensor_table
+from bnguard._layers import EXPORTED, StatsLayer, tensor_table
 from bnguard._select import is_selected
 from bnguard._settings import Settings
+from bnguard._snapshot import Snapshot
+from bnguard._tree import Tree, find_layers
 from bnguard.errors import BNGuardWarning
 
 __all__ = ["warn_about_added_layers", "warn_about_fixed_modes", "warn_about_pending_regions", "warn_about_programs"]
@@ -21,8 +23,10 @@ __all__ = ["warn_about_added_layers", "warn_about_fixed_modes", "warn_about_pend
 
 def warn_about_fixed_modes(layers: Iterable[StatsLayer], settings: Settings) -> None:
     """Warns of layers that cannot be told to use their running statistics."""
+    if not settings.use_running_stats:
+        return
     layer = next((layer for layer in layers if layer.kind is EXPORTED), None)
-    if layer is not None and settings.use_running_stats:
+    if layer is not None:
         text = _report.fixed_mode_text(layer.names, type(layer.module).__name__)
         warnings.warn(text, BNGuardWarning, stacklevel=call_site().stacklevel)
 
@@ -33,15 +37,20 @@ def warn_about_programs() -> None:
         warnings.warn(_report.traced_block_text(), BNGuardWarning, stacklevel=call_site().stacklevel)
 
 
-def warn_about_added_layers(model: nn.Module, settings: Settings, known: Set[int], compared: Set[int]) -> None:
+def warn_about_added_layers(model: nn.Module, settings: Settings, tree: Tree, statistics: Snapshot) -> None:
     """Warns of layers that came into the model while the block was open.
 
     Args:
         model: The model as it is now.
         settings: Which of its layers were to be guarded.
-        known: The ids of the layers it had.
-        compared: The ids of the tensors that are compared.
+        tree: The model as it was.
+        statistics: What is compared.
     """
+    if tree.has_same_modules():
+        return
+    known = {id(layer.module) for layer in tree.layers}
+    owners = range(len(statistics.modules))
+    compared = {id(tensor) for owner in owners for tensor in statistics.objects_of(owner)}
     added = []
     for layer in find_layers(model):
         if id(layer.module) in known:

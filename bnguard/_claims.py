@@ -93,10 +93,11 @@ class Verdict:
 def standing_order(claims: Sequence[Claim]) -> Stance | None:
     """What happens to every update as long as ``claims`` stay; None where that depends on the forward."""
     for claim in claims:
-        if claim.budget or claim.stance == "recompute":
+        stance = claim.stance
+        if claim.budget or stance == "recompute":
             return None
-        if claim.stance != "warn":
-            return claim.stance
+        if stance != "warn":
+            return stance
     return "warn" if claims else None
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from types import MethodType
 from typing import Any, Final
 
 from torch import nn
@@ -15,32 +16,31 @@ from bnguard._affine import unheld
 
 __all__ = ["OWN_ATTRIBUTES", "Equipment"]
 
-# In the layer's __dict__, where they go before the class's own.
-OWN_ATTRIBUTES: Final = (
-    "forward",
-    "__getstate__",
-    "__deepcopy__",
-    "__prepare_scriptable__",
-    "_replicate_for_data_parallel",
-)
+# In the layer's __dict__, where they go before the class's own; each is a method of its sentry.
+_HOLDING: Final = ("forward", "_replicate_for_data_parallel")
+OWN_ATTRIBUTES: Final = (*_HOLDING, "__getstate__", "__deepcopy__", "__prepare_scriptable__")
+
+# Of hooks: torch's own keys are numbers, from a counter that need not move for a hook that no handle knows.
+_KEY: Final = "bnguard"
 
 
 class Equipment(ABC):
     """A forward pre-hook, which is the object itself, and attributes in the ``__dict__`` of one layer.
 
-    Every undo is known before the thing it undoes, and looks at the layer rather than at a handle: what fails half-way
-    is taken off all the same, and what somebody else has put in the meantime stays.
+    Every undo looks at the layer rather than at a handle: what fails half-way is taken off all the same, and what
+    somebody else has put in the meantime stays.
 
     Args:
         module: The layer.
     """
 
-    __slots__ = ("_installed", "_previous", "hooks_out", "module")
+    __slots__ = ("_has_forward", "_is_equipped", "_previous", "hooks_out", "module")
 
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module
-        self.hooks_out = 0  # registered, and not removed
-        self._installed: dict[str, Any] = {}
+        self.hooks_out = 0  # put on, and not taken off
+        self._is_equipped = False
+        self._has_forward = False
         # A forward that somebody put on the instance before.
         self._previous: Callable[..., Any] | None = module.__dict__.get("forward")
 
@@ -48,45 +48,74 @@ class Equipment(ABC):
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """The forward pre-hook."""
 
-    def install(self, name: str, value: Any) -> None:
-        """Puts ``value`` on the layer, unless something of ours is there already."""
-        if name not in self._installed:
-            self._installed[name] = value
-            self.module.__dict__[name] = value
+    @abstractmethod
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer's forward."""
 
-    def uninstall(self, name: str) -> None:
-        """Takes ours off, if it is still there: somebody may have wrapped it, and goes on calling it."""
-        if name not in self._installed:
-            return
-        if self.module.__dict__.get(name) is self._installed[name]:
-            if name == "forward" and self._previous is not None:
-                self.module.__dict__[name] = self._previous
-            else:
-                del self.module.__dict__[name]
-        del self._installed[name]
+    @abstractmethod
+    def replicate(self) -> nn.Module:
+        """A replica of the layer for ``nn.DataParallel``."""
 
-    def hook(self) -> None:
-        """Registers the forward pre-hook, unless it is there."""
-        if not self._hook_ids(self.module):
-            self.hooks_out += 1
-            self.module.register_forward_pre_hook(self)
+    @abstractmethod
+    def refuse_script(self) -> nn.Module:
+        """Refuses to be compiled by ``torch.jit.script``."""
+
+    def equip(self, *, hooked: bool) -> None:
+        """Puts the pre-hook on the layer, or else the forward, and with either what keeps them out of copies.
+
+        What was put on once is not put on again: somebody may have wrapped it.
+        """
+        attributes = self.module.__dict__
+        if not self._is_equipped:
+            self._is_equipped = True
+            attributes["__getstate__"] = self.getstate
+            attributes["__deepcopy__"] = self.deepcopy
+            attributes["__prepare_scriptable__"] = self.refuse_script
+        if hooked:
+            hooks = self.module._forward_pre_hooks
+            if _KEY not in hooks:
+                self.hooks_out += 1
+                hooks[_KEY] = self
+            if self._has_forward:
+                self._take_off(_HOLDING)
+                self._has_forward = False
+        else:
+            if not self._has_forward:
+                self._has_forward = True
+                attributes["_replicate_for_data_parallel"] = self.replicate
+                attributes["forward"] = self.forward
+            if self.hooks_out:
+                self.unhook(self.module)
 
     def has_foreign_hooks(self) -> bool:
         """Whether somebody else has forward pre-hooks on the layer."""
         hooks = self.module._forward_pre_hooks
-        return bool(hooks) and len(hooks) > len(self._hook_ids(self.module))
+        return bool(hooks) and len(hooks) > (_KEY in hooks)
 
     def unhook(self, module: nn.Module) -> None:
         """Removes the forward pre-hook from a module, if it is there: fusing moves it to another one."""
-        for key in self._hook_ids(module):
-            del module._forward_pre_hooks[key]
+        hooks = module._forward_pre_hooks
+        for key in [key for key, hook in hooks.items() if hook is self] if hooks else ():
+            del hooks[key]
             self.hooks_out -= 1
 
     def remove(self) -> None:
-        """Takes everything off."""
-        self.unhook(self.module)
-        for name in tuple(self._installed):
-            self.uninstall(name)
+        """Takes everything off. May be done again."""
+        if self.hooks_out:
+            self.unhook(self.module)
+        self._take_off(OWN_ATTRIBUTES)
+        self._is_equipped = self._has_forward = False
+
+    def _take_off(self, names: Iterable[str]) -> None:
+        """Takes attributes of ours off, where they are still ours: who wrapped one goes on calling it."""
+        attributes = self.module.__dict__
+        for name in names:
+            value = attributes.get(name)
+            if type(value) is MethodType and value.__self__ is self:
+                if name == "forward" and self._previous is not None:
+                    attributes[name] = self._previous
+                else:
+                    del attributes[name]
 
     def getstate(self) -> Any:
         """The layer's state for a copy or a pickle: nothing of bnguard is in it."""
@@ -107,11 +136,12 @@ class Equipment(ABC):
         return copied
 
     def _without_ours(self, state: dict[str, Any]) -> dict[str, Any]:
-        state = {name: value for name, value in state.items() if value is not self._installed.get(name, self)}
-        if self._previous is not None and "forward" in self._installed:
+        had_forward = self._is_ours(state.get("forward"))
+        state = {name: value for name, value in state.items() if name not in OWN_ATTRIBUTES or not self._is_ours(value)}
+        if had_forward and self._previous is not None:
             state["forward"] = self._previous
         hooks = state.get("_forward_pre_hooks")
-        if hooks and self._hook_ids(self.module):  # else the handles of users' hooks go on knowing this dictionary
+        if hooks and self in hooks.values():  # else the handles of users' hooks go on knowing this dictionary
             state["_forward_pre_hooks"] = OrderedDict((k, hook) for k, hook in hooks.items() if hook is not self)
         parameters = state.get("_parameters")
         if parameters:
@@ -125,9 +155,9 @@ class Equipment(ABC):
 
     def strip(self, replica: nn.Module) -> None:
         """Takes off what a replica has inherited with the layer's ``__dict__``."""
-        for name in self._installed:
-            replica.__dict__.pop(name, None)
+        for name in OWN_ATTRIBUTES:
+            if self._is_ours(replica.__dict__.get(name)):
+                del replica.__dict__[name]
 
-    def _hook_ids(self, module: nn.Module) -> list[int]:
-        hooks = module._forward_pre_hooks
-        return [key for key, hook in hooks.items() if hook is self] if hooks else []
+    def _is_ours(self, value: Any) -> bool:
+        return type(value) is MethodType and value.__self__ is self

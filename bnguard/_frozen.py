@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -18,20 +17,14 @@ from bnguard._callsite import call_site
 from bnguard._changes import GuardedLayer, StatsChange
 from bnguard._decorate import guard_function
 from bnguard._graphs import outside_graphs
-from bnguard._layers import any_layer, find_layers
 from bnguard._select import Selector, select_layers
 from bnguard._settings import OnChange, Settings, check_settings
+from bnguard._tree import any_layer, find_layers
 from bnguard.errors import BNGuardWarning
 
 __all__ = ["frozen"]
 
 F = TypeVar("F", bound=Callable[..., Any])
-
-
-@dataclass(frozen=True, slots=True)
-class _Extent:
-    block: Block
-    thread: int
 
 
 class frozen:  # noqa: N801  # lower case, as torch.no_grad
@@ -120,22 +113,21 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
     def _set(self, model: nn.Module, settings: Settings) -> None:
         self._model = model
         self._settings = settings
-        self._extents: list[_Extent] = []
+        self._open: list[tuple[int, Block]] = []  # and the thread that opened it
         self._last: Block | None = None
         self._lock = threading.Lock()
 
     @outside_graphs
     def __enter__(self) -> frozen:
-        block = Block(self._model, self._settings)
-        extent = _Extent(block, threading.get_ident())
+        block = Block(self._model, self._settings, self._last)
         with self._lock:
-            self._extents.append(extent)
+            self._open.append((threading.get_ident(), block))
             self._last = block
         try:
             block.enter()
             return self
         except BaseException:
-            self._close(extent)
+            self._close(block)
             raise
 
     @outside_graphs
@@ -172,9 +164,9 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
         Raises:
             StatsChangedError: Under ``on_change="raise"``, if something changed or the error of a forward was caught.
         """
-        extent = self._innermost()
-        if extent is not None:
-            extent.block.check()
+        block = self._innermost()
+        if block is not None:
+            block.check()
 
     @property
     @outside_graphs
@@ -198,7 +190,7 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
 
     @outside_graphs
     def __repr__(self) -> str:
-        state = "open" if self._extents else "closed"
+        state = "open" if self._open else "closed"
         return f"<bnguard.frozen of a {type(self._model).__name__}, on_change={self._settings.on_change!r}, {state}>"
 
     def __getstate__(self) -> tuple[nn.Module, Settings]:
@@ -208,25 +200,26 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
     def __setstate__(self, state: tuple[nn.Module, Settings]) -> None:
         self._set(*state)
 
-    def _innermost(self) -> _Extent | None:
-        """The extent that this thread entered last, else the last of all."""
+    def _innermost(self) -> Block | None:
+        """The block that this thread entered last, else the last of all."""
+        thread = threading.get_ident()
         with self._lock:
-            own = [extent for extent in self._extents if extent.thread == threading.get_ident()]
-            candidates = own or self._extents
-            return candidates[-1] if candidates else None
+            if not self._open:
+                return None
+            return next((block for owner, block in reversed(self._open) if owner == thread), self._open[-1][1])
 
     def _leave(self, error: BaseException | None) -> None:
-        extent = self._innermost()
-        if extent is not None:
+        block = self._innermost()
+        if block is not None:
             try:
-                extent.block.leave(error)
+                block.leave(error)
             finally:
-                self._close(extent)
-                self._last = extent.block
+                self._close(block)
+                self._last = block
 
-    def _close(self, extent: _Extent) -> None:
+    def _close(self, block: Block) -> None:
         with self._lock:
-            self._extents = [other for other in self._extents if other is not extent]
+            self._open = [other for other in self._open if other[1] is not block]
 
 
 def _no_module_text(value: Any) -> str:

@@ -1,43 +1,83 @@
-"""The bytes of many tensors of one device as one flat tensor: one copy, one comparison, one synchronisation."""
+"""The bits of many tensors of one device as a few flat tensors: one copy, one comparison, one synchronisation."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
-from bnguard._bits import as_bytes, from_bytes
+from bnguard._bits import as_bytes, from_bytes, same_words, word_of
 
-__all__ = ["Image"]
+__all__ = ["Image", "Part", "part_of"]
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """Tensors of one dtype, side by side."""
+@dataclass(slots=True)
+class Part:
+    """Tensors of one dtype, side by side.
 
-    dtype: torch.dtype
+    Attributes:
+        tensors: Those, on one device.
+        dtype: Their dtype.
+        rank: The number of dimensions that all of them have, 0 or 1; None for any others.
+        shapes: Their shapes, where those differ in more than the length.
+        sizes: Their numbers of elements.
+    """
+
     tensors: list[Tensor]
+    dtype: torch.dtype
+    rank: int | None
+    shapes: list[torch.Size] | None
     sizes: list[int]
-    shapes: list[torch.Size] | None  # None where all are one-dimensional
-    scalars: bool  # all of them
+
+    def flat(self) -> Tensor:
+        """The values of now in one dimension: a copy."""
+        if self.rank == 0:
+            return torch.stack(self.tensors)
+        if self.rank == 1:
+            return torch.cat(self.tensors)
+        return torch.cat([tensor.reshape(-1) for tensor in self.tensors])
+
+    def views(self, flat: Tensor) -> Sequence[Tensor]:
+        """The values of each tensor, in its shape, out of ``flat``."""
+        if self.rank == 0:
+            scalars: Sequence[Tensor] = flat.unbind()
+            return scalars
+        pieces: Sequence[Tensor] = flat.split(self.sizes)
+        if self.shapes is None:
+            return pieces
+        return [piece.reshape(shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
+
+
+def part_of(tensors: list[Tensor], dtype: torch.dtype, rank: int | None) -> Part:
+    """A part of these tensors."""
+    if rank == 0:
+        return Part(tensors, dtype, 0, None, [1] * len(tensors))
+    shapes = None if rank == 1 else [tensor.shape for tensor in tensors]
+    return Part(tensors, dtype, rank, shapes, list(map(Tensor.numel, tensors)))
 
 
 class Image:
     """What some tensors held when the image was taken.
 
     Args:
-        groups: The tensors, all on one device, by dtype and then by id.
+        parts: The tensors, all on one device.
     """
 
-    __slots__ = ("_bytes", "_parts")
+    __slots__ = ("_flats", "_parts", "_words")
 
-    def __init__(self, groups: Mapping[torch.dtype, Mapping[int, Tensor]]) -> None:
-        # Widest first, so that each part is aligned for a view as its own dtype.
-        dtypes = sorted(groups, key=lambda dtype: -dtype.itemsize)
-        self._parts = [_part(dtype, list(groups[dtype].values())) for dtype in dtypes]
-        self._bytes = _bytes_of(self._parts)
+    def __init__(self, parts: list[Part]) -> None:
+        self._parts = parts
+        self._flats = self._taken()
+        self._words = [word_of(flat) for flat in self._flats]
+
+    def is_of_values(self) -> bool:
+        """Whether there were any: tensors on the meta device have none, nor those inside a transform."""
+        return not any(
+            [type(flat) is not Tensor or flat.is_meta or is_functorch_wrapped_tensor(flat) for flat in self._flats]
+        )
 
     def is_unchanged(self) -> bool:
         """Whether the tensors hold the same bits now.
@@ -45,40 +85,32 @@ class Image:
         Raises:
             RuntimeError: The tensors no longer fit side by side: some have changed dtype, shape or device in place.
         """
-        now = _bytes_of(self._parts)
-        if now.shape != self._bytes.shape or now.device != self._bytes.device:
-            return False
-        # Wide words compare eight times as fast as bytes.
-        word = {0: torch.int64, 4: torch.int32}.get(now.numel() % 8, torch.uint8)
-        return torch.equal(now.view(word), self._bytes.view(word))
+        return all(map(same_words, self._taken(), self._flats, self._words))
 
     def views(self) -> dict[int, Tensor]:
         """What each tensor held, in its shape of then, by the id of the tensor; views of the image."""
         views: dict[int, Tensor] = {}
-        start = 0
-        for part in self._parts:
-            for position, (tensor, size) in enumerate(zip(part.tensors, part.sizes, strict=True)):
-                stop = start + size * part.dtype.itemsize
-                view = from_bytes(self._bytes[start:stop], part.dtype)
-                views[id(tensor)] = view.reshape(part.shapes[position]) if part.shapes else view
-                start = stop
+        for part, flat in zip(self._parts, self._parted(), strict=True):
+            views.update(zip(map(id, part.tensors), part.views(flat), strict=True))
         return views
 
+    def _taken(self) -> list[Tensor]:
+        """The values of now by part; on another device than the CPU the bytes of all parts, widest first."""
+        flats = [part.flat() for part in self._parts]
+        # On the CPU, comparing each by itself waits for nothing.
+        if len(flats) < 2 or flats[0].is_cpu:
+            return flats
+        return [torch.cat([as_bytes(flat) for flat in sorted(flats, key=_width)])]
 
-def _part(dtype: torch.dtype, tensors: list[Tensor]) -> _Part:
-    ranks = {tensor.dim() for tensor in tensors}
-    shapes = None if ranks == {1} else [tensor.shape for tensor in tensors]
-    return _Part(dtype, tensors, [tensor.numel() for tensor in tensors], shapes, ranks == {0})
+    def _parted(self) -> list[Tensor]:
+        """The values that were taken, by part."""
+        if len(self._flats) == len(self._parts):
+            return self._flats
+        order = sorted(self._parts, key=lambda part: _width(part.tensors[0]))
+        sizes = [sum(part.sizes) * part.dtype.itemsize for part in order]
+        pieces = dict(zip(map(id, order), self._flats[0].split(sizes), strict=True))
+        return [from_bytes(pieces[id(part)], part.dtype) for part in self._parts]
 
 
-def _bytes_of(parts: Iterable[_Part]) -> Tensor:
-    images = []
-    for part in parts:
-        if part.scalars:
-            flat = torch.stack(part.tensors)
-        elif part.shapes is None:
-            flat = torch.cat(part.tensors)
-        else:
-            flat = torch.cat([tensor.reshape(-1) for tensor in part.tensors])
-        images.append(as_bytes(flat))
-    return images[0] if len(images) == 1 else torch.cat(images)
+def _width(tensor: Tensor) -> int:
+    return -tensor.dtype.itemsize  # so that each is aligned for a view as its own dtype

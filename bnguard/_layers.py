@@ -7,12 +7,12 @@ import hashlib
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-import torch
 from torch import Tensor, nn
+from torch.jit import ScriptModule as _ScriptModule
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
@@ -20,25 +20,18 @@ __all__ = [
     "LayerKind",
     "LayerRegistration",
     "StatsLayer",
-    "find_layers",
     "is_torch_source_known",
     "register_layer",
+    "registered_rules",
+    "statistics_of",
     "tensor_table",
+    "tensor_tables",
 ]
 
 _STATISTIC: Final = re.compile(
     r"(?:running|moving)_(?:\w+_)?(?:mean|var|variance|std|cov|covar|covariance|wm|projection)(?:_\w+)?"
     r"|num_batches_tracked"
 )
-
-# Wrappers whose own attribute is no part of the name that users know, and mostly none of the state_dict key.
-_WRAPPERS: Final = {
-    "DataParallel": "module",
-    "DistributedDataParallel": "module",
-    "FullyShardedDataParallel": "_fsdp_wrapped_module",
-    "OptimizedModule": "_orig_mod",
-    "CheckpointWrapper": "_checkpoint_wrapped_module",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,23 +128,13 @@ def register_layer(
     return LayerRegistration(cls, rule)
 
 
-def find_layers(model: nn.Module) -> list[StatsLayer]:
-    """Lists the layers of ``model`` that own running statistics, in the order of ``state_dict()``.
-
-    A layer that is reached under several names is listed once, with all of them.
-    """
-    found: dict[int, StatsLayer] = {}
-    _visit(model, "", found, set())
-    return list(found.values())
-
-
 # By id of the module: the true buffers of layers that run with others at the moment.
 exchanged_buffers: Final[dict[int, dict[str, Tensor | None]]] = {}
 
 
 def tensor_table(module: nn.Module, table: Literal["_buffers", "_parameters"]) -> dict[str, Tensor | None]:
     """The module's true buffers or parameters by name: the dictionary itself, but for a ScriptModule a copy."""
-    if not isinstance(module, torch.jit.ScriptModule):
+    if not isinstance(module, _ScriptModule):
         if exchanged_buffers and table == "_buffers" and id(module) in exchanged_buffers:
             return exchanged_buffers[id(module)]
         tensors: dict[str, Tensor | None] = module.__dict__[table]
@@ -159,81 +142,57 @@ def tensor_table(module: nn.Module, table: Literal["_buffers", "_parameters"]) -
     return dict(module.named_buffers(recurse=False) if table == "_buffers" else module.named_parameters(recurse=False))
 
 
-def any_layer(model: nn.Module) -> bool:
-    """Whether at least one layer of ``model`` owns running statistics."""
-    return any(_statistics(module)[0] for module in model.modules())
+def tensor_tables(
+    modules: Sequence[nn.Module], table: Literal["_buffers", "_parameters"]
+) -> list[dict[str, Tensor | None]]:
+    """The same of several modules."""
+    if exchanged_buffers or any([issubclass(cls, _ScriptModule) for cls in set(map(type, modules))]):
+        return [tensor_table(module, table) for module in modules]
+    return [module.__dict__[table] for module in modules]
 
 
-def walk_names(model: nn.Module) -> Iterator[str]:
-    """The names of all submodules, wrapper prefixes taken off, in the order of ``named_modules()``."""
-    yield from _walk_names(model, "", set())
-
-
-def _walk_names(module: nn.Module, prefix: str, path: set[int]) -> Iterator[str]:
-    yield prefix[:-1]
-    path.add(id(module))
-    for key, child in module._modules.items():
-        if child is not None and id(child) not in path:
-            yield from _walk_names(child, _child_prefix(module, prefix, key), path)
-    path.discard(id(module))
-
-
-def _visit(module: nn.Module, prefix: str, found: dict[int, StatsLayer], path: set[int]) -> None:
-    if module._buffers:
-        identity = id(module)
-        known = found.get(identity)
-        if known is not None:
-            known.names = tuple(dict.fromkeys((*known.names, prefix[:-1])))
-        else:
-            buffers, kind = _statistics(module)
-            if buffers:
-                found[identity] = StatsLayer(module, (prefix[:-1],), buffers, kind)
-    children = module._modules
-    if children:
-        path.add(id(module))
-        for key, child in children.items():
-            if child is not None and id(child) not in path:
-                _visit(child, _child_prefix(module, prefix, key), found, path)
-        path.discard(id(module))
-
-
-def _child_prefix(module: nn.Module, prefix: str, key: str) -> str:
-    return prefix if _WRAPPERS.get(type(module).__name__) == key else f"{prefix}{key}."
-
-
-def _statistics(module: nn.Module) -> tuple[tuple[str, ...], LayerKind]:
-    """The guarded buffers of one module and how it updates them."""
+def statistics_of(module: nn.Module) -> tuple[tuple[str, ...], LayerKind]:
+    """The guarded buffers of one module, in the order of registration, and how it updates them."""
     for cls in type(module).__mro__ if _registered else ():
         rule = _registered.get(cls)
         if rule is not None:
             return tuple(name for name in rule.buffers if module._buffers.get(name) is not None), rule.kind
-    buffers = tuple([name for name, tensor in module._buffers.items() if tensor is not None and _is_statistic(name)])
-    return buffers, _kind(module) if buffers else OWN_FORWARD
+    buffers = module._buffers
+    names = _statistics_among(tuple(buffers.keys()))
+    for name in names:
+        if buffers[name] is None:
+            names = tuple([name for name in names if buffers[name] is not None])
+            break
+    return names, _kind(module) if names else OWN_FORWARD
+
+
+def registered_rules() -> dict[type[nn.Module], _Rule]:
+    """What ``register_layer`` has taught so far: a copy."""
+    return dict(_registered)
 
 
 @functools.lru_cache(maxsize=4096)
-def _is_statistic(name: str) -> bool:
-    return _STATISTIC.fullmatch(name) is not None
+def _statistics_among(names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple([name for name in names if _STATISTIC.fullmatch(name)])
 
 
 def _kind(module: nn.Module) -> LayerKind:
-    if isinstance(module, torch.jit.ScriptModule):
+    if isinstance(module, _ScriptModule):
         return SCRIPTED
     cls = type(module)
-    if cls.forward is nn.Module.forward and "forward" not in module.__dict__:
+    forward = cls.forward
+    kind = _STOCK.get(forward)
+    if kind is not None and is_torch_source_known(forward):
+        if kind is not INSTANCE_NORM:
+            return kind
+        apply = getattr(cls, "_apply_instance_norm", None)
+        return kind if apply is _APPLY_INSTANCE_NORM and is_torch_source_known(apply) else OWN_FORWARD
+    if forward is nn.Module.forward and "forward" not in module.__dict__:
         return NO_FORWARD
     unflatten = sys.modules.get("torch.export.unflatten")
     if unflatten is not None and isinstance(module, unflatten.InterpreterModule):
         return EXPORTED
-    kind = _STOCK.get(cls.forward)
-    if kind is None or not is_torch_source_known(cls.forward):
-        return OWN_FORWARD
-    if kind is INSTANCE_NORM and not (
-        getattr(cls, "_apply_instance_norm", None) is _APPLY_INSTANCE_NORM
-        and is_torch_source_known(_APPLY_INSTANCE_NORM)
-    ):
-        return OWN_FORWARD
-    return kind
+    return OWN_FORWARD
 
 
 def batch_norm_updates(module: Any) -> bool:

@@ -12,7 +12,7 @@ from bnguard._attach import attach, detach
 from bnguard._checkpoint import recomputed_held
 from bnguard._claims import Claim, Stance
 from bnguard._graphs import outside_graphs
-from bnguard._layers import find_layers
+from bnguard._tree import find_layers
 
 __all__ = ["recompute_frozen"]
 
@@ -88,11 +88,11 @@ class _Holding:
 
     @outside_graphs
     def __enter__(self) -> None:
+        layers = find_layers(self._model)
+        claims = [Claim(None, owner, self._stance, 0) for owner in range(len(layers))]
         with ExitStack() as undo:
-            for owner, layer in enumerate(find_layers(self._model)):
-                claim = Claim(None, owner, self._stance, 0)
-                undo.callback(detach, layer.module, claim, self._model)
-                attach(layer, claim)
+            undo.callback(detach, layers, claims, self._model)
+            attach(layers, claims)
             self._undo = undo.pop_all()
 
     @outside_graphs

@@ -9,7 +9,8 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from bnguard._layers import StatsLayer, walk_names
+from bnguard._layers import StatsLayer
+from bnguard._tree import walk_names
 
 __all__ = ["Selector", "as_selectors", "is_selected", "select_layers"]
 

@@ -72,42 +72,37 @@ class Sentry(Equipment):
     whoever still keeps that ``forward`` gets the layer's own.
     """
 
-    __slots__ = ("_known", "_names", "claims", "graph_order", "key", "kind", "on_cuda", "order")
+    __slots__ = ("_known", "_names", "_on_cuda", "claims", "graph_order", "key", "kind", "order")
 
     def __init__(self, layer: StatsLayer) -> None:
         super().__init__(layer.module)
         self.key = id(layer.module)
         self._names = layer.buffers
-        self.kind = layer.kind if self._previous is None or layer.kind.hold == "none" else INSTANCE_FORWARD
+        self.kind = kind = layer.kind
+        if self._previous is not None and kind.hold != "none":
+            self.kind = INSTANCE_FORWARD
         self.claims: tuple[Claim, ...] = ()
         self.order: Stance | None = None
         self.graph_order: Stance | None = None
+        self._on_cuda: bool | None = None  # not known yet
         self._remember()
 
     def set_claims(self, claims: tuple[Claim, ...]) -> None:
         """Takes over ``claims``, the innermost first, and installs or removes what they need."""
         # First, so that a thread that is between two steps meets the new ones with either equipment.
         self.claims = claims
-        self.order = standing_order(claims)
-        self.graph_order = graph_order(claims)
+        if not claims:
+            self.order = self.graph_order = None
+            if self.kind.hold != "none":
+                self.remove()
+            return
+        self.order = order = standing_order(claims)
+        self.graph_order = order or graph_order(claims)
         if self.kind.hold == "none":
             return
-        if not claims:
-            self.remove()
-            return
-        self.install("__getstate__", self.getstate)
-        self.install("__deepcopy__", self.deepcopy)
-        self.install("__prepare_scriptable__", self.refuse_script)
-        is_judged = self.kind.predict is not None and self.order in ("raise", "warn")
+        is_judged = order in ("raise", "warn") and self.kind.predict is not None
         # Not beside hooks of others: their handles know the dictionary of hooks, and copies of them would find ours.
-        if is_judged and not self.has_foreign_hooks():
-            self.hook()
-            self.uninstall("forward")
-            self.uninstall("_replicate_for_data_parallel")
-        else:
-            self.install("_replicate_for_data_parallel", self.replicate)
-            self.install("forward", self.forward)
-            self.unhook(self.module)
+        self.equip(hooked=is_judged and not self.has_foreign_hooks())
 
     # The pre-hook.
 
@@ -297,7 +292,9 @@ class Sentry(Equipment):
 
     def _is_captured(self) -> bool:
         """Whether the forward becomes part of a CUDA graph."""
-        return self.on_cuda and torch.cuda.is_current_stream_capturing()
+        if self._on_cuda is None:
+            self._on_cuda = any([tensor is not None and tensor.is_cuda for _, tensor in self._own()])
+        return self._on_cuda and torch.cuda.is_current_stream_capturing()
 
     def _surroundings(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -337,13 +334,16 @@ class Sentry(Equipment):
 
     def _remember(self) -> None:
         buffers = tensor_table(self.module, "_buffers")
-        self._known: tuple[Tensor | None, ...] = tuple([buffers.get(name) for name in self._names])
-        self.on_cuda = any([tensor is not None and tensor.is_cuda for tensor in self._known])
+        self._known = tuple([(name, buffers.get(name)) for name in self._names])
+
+    def _own(self) -> tuple[tuple[str, Tensor | None], ...]:
+        """The statistics that are known as the layer's own."""
+        return self._known
 
     def keeps_its_own(self) -> bool:
         """Whether the layer has the statistics that are known as its own, on which graphs depend."""
         buffers = self.module._buffers
-        return all([buffers.get(name) is tensor for name, tensor in zip(self._names, self._known, strict=True)])
+        return all([buffers.get(name) is tensor for name, tensor in self._own()])
 
     def _is_foreign(self, module: nn.Module) -> bool:
         """Whether a replica, or ``functional_call``, has other statistics in this call: their update is theirs.
@@ -351,7 +351,7 @@ class Sentry(Equipment):
         Statistics that the user replaced for good are the layer's own from then on.
         """
         buffers = module._buffers
-        for name, tensor in zip(self._names, self._known, strict=True):
+        for name, tensor in self._own():
             if buffers.get(name) is not tensor:
                 if torch.compiler.is_compiling():
                     return _is_lent(self.key)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import is_
 from typing import Final, Literal
 
 import torch
@@ -13,8 +14,8 @@ from torch.nn.parameter import is_lazy
 
 from bnguard._aside import aside
 from bnguard._bits import as_bytes, below_transforms, has_values, same_bits
-from bnguard._image import Image
-from bnguard._layers import tensor_table
+from bnguard._image import Image, part_of
+from bnguard._layers import tensor_table, tensor_tables
 
 __all__ = ["Difference", "Snapshot"]
 
@@ -44,7 +45,7 @@ class Snapshot:
         table: Which tensors are meant, buffers or parameters.
     """
 
-    __slots__ = ("_images", "_names", "_objects", "_odd", "_saved_by_id", "_starts", "_table", "modules")
+    __slots__ = ("_columns", "_groups", "_images", "_names", "_odd", "_places", "_saved_by_id", "_table", "modules")
 
     @aside()
     def __init__(
@@ -56,25 +57,31 @@ class Snapshot:
         self.modules = modules
         self._names = names
         self._table = table
-        self._objects: list[Tensor] = [tensor for tensor in self._current() if tensor is not None]
-        self._starts: list[int] | None = None  # of each owner's objects; made when first needed
+        # Modules with the same names go together: their tensors of one name are a column, mostly of one kind.
+        self._groups: dict[tuple[str, ...], list[int]] = {}
+        for owner, its_names in enumerate(names):
+            self._groups.setdefault(its_names, []).append(owner)
+        self._columns: list[list[Tensor]] = self._gathered()  # type: ignore[assignment]  # each is there
+        self._places: list[tuple[int, int]] | None = None  # of each module: its first column, its row; made when needed
         self._odd: dict[int, Tensor] = {}
         self._saved_by_id: dict[int, Tensor | None] | None = None
-        groups: dict[torch.device, dict[torch.dtype, dict[int, Tensor]]] = {}
-        for tensor in self._objects:
-            if type(tensor) in _PLAIN and has_values(tensor):
-                groups.setdefault(tensor.device, {}).setdefault(tensor.dtype, {})[id(tensor)] = tensor
-            else:
-                self._odd[id(tensor)] = tensor
-        odd_values = {key: tensor.detach().clone() for key, tensor in self._odd.items() if has_values(tensor)}
-        self._images = [Image(of_device) for of_device in groups.values()]
+        image = _image_of_columns(self._columns)
+        if image is not None:
+            self._images = [image]
+            return
+        tensors = list({id(tensor): tensor for column in self._columns for tensor in column}.values())
+        self._odd = {id(tensor): tensor for tensor in tensors if type(tensor) not in _PLAIN or not has_values(tensor)}
+        self._images = _images_of([tensor for tensor in tensors if id(tensor) not in self._odd])
         if self._odd:
+            odd_values = {key: tensor.detach().clone() for key, tensor in self._odd.items() if has_values(tensor)}
             self._saved_by_id = {**self._index(), **dict.fromkeys(self._odd), **odd_values}
 
     @aside()
     def is_intact(self) -> bool:
         """Whether every place holds the object of capture with the bits of capture: one comparison for each device."""
-        if self._odd or any([now is not then for now, then in zip(self._current(), self._objects, strict=True)]):
+        if self._odd:
+            return False
+        if not all([all(map(is_, now, then)) for now, then in zip(self._gathered(), self._columns, strict=True)]):
             return False
         try:
             return all([image.is_unchanged() for image in self._images])
@@ -89,9 +96,9 @@ class Snapshot:
         value of capture. Another object with the same bits does not count.
         """
         differences = []
-        tensors = iter(zip(self._current(), self._objects, strict=True))
-        for owner, names in enumerate(self._names):
-            differing = tuple([name for name in names if not self._is_intact(owner, name, *next(tensors))])
+        for owner in range(len(self.modules)):
+            places = self._pairs(owner)
+            differing = tuple([name for name, then, now in places if not self._is_intact(owner, name, now, then)])
             if differing:
                 differences.append(Difference(owner, differing))
         return differences
@@ -105,17 +112,15 @@ class Snapshot:
         captured values, cast; else a fresh tensor with those values takes its place. No tensor that somebody else put
         there is written to.
         """
-        current = self._current()
-        originals = iter(self._objects)
-        for owner, names in enumerate(self._names):
-            for name in names:
-                self._restore(owner, name, next(current), next(originals))
+        places = [(owner, *place) for owner in range(len(self.modules)) for place in self._pairs(owner)]
+        for owner, name, original, current in places:
+            self._restore(owner, name, current, original)
 
     @aside()
     def deviation(self, owner: int) -> Tensor:
         """Whether one module's tensors differ from the captured ones, as a tensor on their device: nothing is read."""
         deviations: list[Tensor] = []
-        for original, now in self._pairs(owner):
+        for _, original, now in self._pairs(owner):
             saved = self._saved(original)
             if saved is None:
                 continue
@@ -131,7 +136,7 @@ class Snapshot:
     @aside()
     def refresh(self, owner: int, unless: Tensor | None) -> None:
         """Takes the current values of one module's tensors for the captured ones, unless ``unless`` says no."""
-        for original, now in self._pairs(owner):
+        for _, original, now in self._pairs(owner):
             saved = self._saved(original)
             if saved is None or now is None or now.shape != saved.shape:
                 continue
@@ -167,22 +172,33 @@ class Snapshot:
         tensors = {name: table.get(name) for name in self._names[owner]}
         return {name: tensor for name, tensor in tensors.items() if tensor is not None and has_values(tensor)}
 
-    def _current(self) -> Iterator[Tensor | None]:
-        for module, names in zip(self.modules, self._names, strict=True):
-            table = tensor_table(module, self._table)
-            for name in names:
-                yield table.get(name)
+    def _gathered(self) -> list[list[Tensor | None]]:
+        """The current tensors, column by column."""
+        tables = tensor_tables(self.modules, self._table)
+        if len(self._groups) == 1:
+            return [[table.get(name) for table in tables] for names in self._groups for name in names]
+        return [
+            [tables[owner].get(name) for owner in owners] for names, owners in self._groups.items() for name in names
+        ]
 
-    def _pairs(self, owner: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+    def _pairs(self, owner: int) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+        """The names of one module's tensors, with the captured objects and those of now."""
         table = tensor_table(self.modules[owner], self._table)
         for name, original in zip(self._names[owner], self.objects_of(owner), strict=True):
-            yield original, table.get(name)
+            yield name, original, table.get(name)
 
     def objects_of(self, owner: int) -> list[Tensor]:
         """The captured tensor objects of one module, in the order of their names."""
-        if self._starts is None:
-            self._starts = list(itertools.accumulate(map(len, self._names), initial=0))
-        return self._objects[self._starts[owner] : self._starts[owner + 1]]
+        if self._places is None:
+            starts = itertools.accumulate(map(len, self._groups), initial=0)
+            places = {
+                owner: (start, row)
+                for start, owners in zip(starts, self._groups.values(), strict=False)
+                for row, owner in enumerate(owners)
+            }
+            self._places = [places[owner] for owner in range(len(self.modules))]
+        start, row = self._places[owner]
+        return [column[row] for column in self._columns[start : start + len(self._names[owner])]]
 
     def _restore(self, owner: int, name: str, current: Tensor | None, original: Tensor) -> None:
         if current is None and self._has_moved(owner, original):
@@ -262,8 +278,38 @@ class Snapshot:
         return views
 
 
-_PLAIN: Final = (Tensor, nn.Parameter)
+_PLAIN: Final = {Tensor, nn.Parameter}
 _INITIAL: Final = {"running_mean": 0.0, "running_var": 1.0}
+
+
+def _image_of_columns(columns: list[list[Tensor]]) -> Image | None:
+    """One image of everything, where each column is of one kind and all are on one device; else None.
+
+    What cannot be read off each tensor at little cost is read off the copy of all of them.
+    """
+    parts: dict[tuple[torch.dtype, int], list[Tensor]] = {}
+    for column in columns:
+        first = column[0]
+        if type(first) not in _PLAIN:
+            return None
+        parts.setdefault((first.dtype, first.dim()), []).extend(column)
+    for (dtype, rank), tensors in parts.items():
+        if rank > 1 or not set(map(type, tensors)) <= _PLAIN or {tensor.dtype for tensor in tensors} != {dtype}:
+            return None
+    try:
+        image = Image([part_of(tensors, dtype, rank) for (dtype, rank), tensors in parts.items()])
+    except RuntimeError:  # several devices, several ranks, or what a transform has left behind
+        return None
+    return image if image.is_of_values() else None
+
+
+def _images_of(tensors: list[Tensor]) -> list[Image]:
+    """An image for each device."""
+    groups: dict[torch.device, dict[tuple[torch.dtype, int | None], list[Tensor]]] = {}
+    for tensor in tensors:
+        rank = tensor.dim() if tensor.dim() <= 1 else None
+        groups.setdefault(tensor.device, {}).setdefault((tensor.dtype, rank), []).append(tensor)
+    return [Image([part_of(some, dtype, rank) for (dtype, rank), some in parts.items()]) for parts in groups.values()]
 
 
 def _holds(current: Tensor, value: Tensor) -> bool:

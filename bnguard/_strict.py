@@ -15,9 +15,9 @@ from torch import nn
 from bnguard._decorate import guard_function
 from bnguard._frozen import frozen
 from bnguard._graphs import outside_graphs
-from bnguard._layers import any_layer
 from bnguard._select import Selector
 from bnguard._settings import OnChange, Settings, check_settings
+from bnguard._tree import any_layer
 
 __all__ = ["strict"]
 

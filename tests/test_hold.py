@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import bnguard
-from bnguard import _attach, _claims, _hold, _layers, _sentry
+from bnguard import _attach, _claims, _hold, _layers, _sentry, _tree
 from tests.asserts import assert_clean, assert_same_bits, state_of, warns
 
 
@@ -64,7 +64,7 @@ def test_pin_knows_the_installed_torch(function: Callable[..., Any]) -> None:
 @pytest.mark.parametrize("cls", [nn.BatchNorm2d, nn.SyncBatchNorm])
 def test_pin_does_not_trust_another_source(cls: type[nn.Module]) -> None:
     """A layer whose source has changed counts as one with a forward of its own."""
-    assert _layers.find_layers(cls(3))[0].kind is _layers.OWN_FORWARD
+    assert _tree.find_layers(cls(3))[0].kind is _layers.OWN_FORWARD
 
 
 @pytest.mark.usefixtures("unknown_torch")
@@ -377,7 +377,7 @@ def test_update_whose_budget_is_gone_by_then_is_held(
 def test_detaching_from_a_layer_that_is_not_guarded_does_nothing() -> None:
     """An undo may be run although its acquisition never got anywhere."""
     norm = nn.BatchNorm2d(3)
-    _attach.detach(norm, _claims.Claim(None, 0, "restore", 0), norm)
+    _attach.detach(_tree.find_layers(norm), [_claims.Claim(None, 0, "restore", 0)], norm)
 
 
 def test_update_within_the_budget_may_outlast_the_block() -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import bnguard
-from bnguard import _layers
+from bnguard import _layers, _tree
 from tests.asserts import assert_clean, assert_same_bits, outcome, statistics, values, warns
 from tests.nets import (
     FrozenNorm,
@@ -664,7 +664,7 @@ def test_statistics_under_other_names_are_found(name: str) -> None:
     layer = nn.Module()
     layer.register_buffer(name, torch.zeros(2))
     layer.register_buffer("running_total", torch.zeros(2))
-    assert [found.buffers for found in _layers.find_layers(layer)] == [(name,)]
+    assert [found.buffers for found in _tree.find_layers(layer)] == [(name,)]
 
 
 def test_subclass_with_another_application_counts_as_one_with_a_forward_of_its_own() -> None:
@@ -675,7 +675,7 @@ def test_subclass_with_another_application_counts_as_one_with_a_forward_of_its_o
             return input
 
     layer = Idle(3, track_running_stats=True)
-    assert _layers.find_layers(layer)[0].kind is _layers.OWN_FORWARD
+    assert _tree.find_layers(layer)[0].kind is _layers.OWN_FORWARD
     with bnguard.frozen(layer) as guard:
         layer(torch.randn(4, 3, 2, 2))
     assert guard.changes == ()

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import bnguard
-from bnguard import _affine, _attach, _claims, _hold, _layers, _sentry
+from bnguard import _affine, _attach, _claims, _hold, _sentry, _tree
 from tests.asserts import assert_clean, assert_same_bits, state_of
 
 
@@ -82,14 +82,14 @@ def test_no_claim_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
         set_claims(sentry, claims)
 
     norm = nn.BatchNorm2d(3)
-    layer = _layers.find_layers(norm)[0]
+    layer = _tree.find_layers(norm)[0]
     claims = [_claims.Claim(None, 0, "restore", 0) for _ in range(2)]
     with monkeypatch.context() as patch:
         patch.setattr(_sentry.Sentry, "set_claims", slow)
-        run_both(*[lambda claim=claim: _attach.attach(layer, claim) for claim in claims])
+        run_both(*[lambda claim=claim: _attach.attach([layer], [claim]) for claim in claims])
         assert set(_sentry.sentries[id(norm)].claims) == set(claims)
         meeting = Meeting()
-        run_both(*[lambda claim=claim: _attach.detach(norm, claim, norm) for claim in claims])
+        run_both(*[lambda claim=claim: _attach.detach([layer], [claim], norm) for claim in claims])
     assert id(norm) not in _sentry.sentries
     assert_clean(norm)
 

@@ -1,0 +1,166 @@
+"""Walk a model: its layers with running statistics, their names, and whether it is still the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from operator import is_
+from typing import Any, Final
+
+from torch import nn
+
+from bnguard._layers import StatsLayer, registered_rules, statistics_of
+
+__all__ = ["Tree", "any_layer", "find_layers", "walk_names"]
+
+# Wrappers whose own attribute is no part of the name that users know, and mostly none of the state_dict key.
+_WRAPPERS: Final = {
+    "DataParallel": "module",
+    "DistributedDataParallel": "module",
+    "FullyShardedDataParallel": "_fsdp_wrapped_module",
+    "OptimizedModule": "_orig_mod",
+    "CheckpointWrapper": "_checkpoint_wrapped_module",
+}
+
+
+class Tree:
+    """The modules of a model as they are now.
+
+    Attributes:
+        layers: Those that own running statistics, in the order of ``state_dict()``. One that is reached under several
+            names is listed once, with all of them.
+    """
+
+    __slots__ = (
+        "_branches",
+        "_buffer_counts",
+        "_buffer_tables",
+        "_leaves",
+        "_module_tables",
+        "_modules",
+        "_rules",
+        "_types",
+        "layers",
+    )
+
+    def __init__(self, model: nn.Module) -> None:
+        found: dict[int, StatsLayer] = {}
+        modules = {id(model): model}
+        if model._buffers:
+            _add(model, "", found)
+        _visit(model, "", found, modules, set())
+        self.layers = list(found.values())
+        self._modules = list(modules.values())
+        self._rules = registered_rules()
+        self._types = list(map(type, self._modules))
+        self._buffer_tables: list[Any] = [module._buffers for module in self._modules]
+        self._buffer_counts = list(map(len, self._buffer_tables))
+        self._module_tables: list[Any] = [module._modules for module in self._modules]
+        self._branches = [(table, list(table.keys()), list(table.values())) for table in self._module_tables if table]
+        self._leaves = [table for table in self._module_tables if not table]
+
+    def is_current(self) -> bool:
+        """Whether a new walk would find the same."""
+        modules = self._modules
+        if not (
+            self.has_same_modules()
+            and self._rules == registered_rules()
+            and list(map(type, modules)) == self._types
+            and all(map(is_, [module._buffers for module in modules], self._buffer_tables))
+            and all(map(is_, [module._modules for module in modules], self._module_tables))
+        ):
+            return False
+        for layer in self.layers:
+            if layer.kind.hold == "none":  # it may have got a forward, or has no such table
+                return False
+            buffers = layer.module._buffers
+            for name in layer.buffers:
+                if buffers.get(name) is None:
+                    return False
+        return True
+
+    def has_same_modules(self) -> bool:
+        """Whether no module has come, gone or changed its place since, and none has more or fewer buffers."""
+        return (
+            not any(self._leaves)
+            and list(map(len, self._buffer_tables)) == self._buffer_counts
+            and all(
+                [
+                    list(table.keys()) == keys and all(map(is_, table.values(), children))
+                    for table, keys, children in self._branches
+                ]
+            )
+        )
+
+
+def find_layers(model: nn.Module) -> list[StatsLayer]:
+    """Lists the layers of ``model`` that own running statistics, in the order of ``state_dict()``.
+
+    A layer that is reached under several names is listed once, with all of them.
+    """
+    return Tree(model).layers
+
+
+def any_layer(model: nn.Module) -> bool:
+    """Whether at least one layer of ``model`` owns running statistics."""
+    return _any_layer(model, set())
+
+
+def _any_layer(module: nn.Module, seen: set[int]) -> bool:
+    if module._buffers and statistics_of(module)[0]:
+        return True
+    seen.add(id(module))
+    for child in module._modules.values():
+        if child is not None and id(child) not in seen and _any_layer(child, seen):
+            return True
+    return False
+
+
+def walk_names(model: nn.Module) -> Iterator[str]:
+    """The names of all submodules, wrapper prefixes taken off, in the order of ``named_modules()``."""
+    yield from _walk_names(model, "", set())
+
+
+def _walk_names(module: nn.Module, name: str, path: set[int]) -> Iterator[str]:
+    yield name
+    path.add(id(module))
+    for key, child in module._modules.items():
+        if child is not None and id(child) not in path:
+            prefix, omitted = _prefix(module, name)
+            yield from _walk_names(child, name if key == omitted else prefix + key, path)
+    path.discard(id(module))
+
+
+def _prefix(module: nn.Module, name: str) -> tuple[str, str | None]:
+    """What goes before the key of a child, and the key of the child that has the module's own name."""
+    return f"{name}." if name else "", _WRAPPERS.get(type(module).__name__)
+
+
+def _visit(
+    module: nn.Module, name: str, found: dict[int, StatsLayer], modules: dict[int, nn.Module], path: set[int]
+) -> None:
+    """Visits the children of a module, and theirs."""
+    path.add(id(module))
+    prefix, omitted = _prefix(module, name)
+    for key, child in module._modules.items():
+        identity = id(child)
+        if child is None or identity in path:
+            continue
+        child_name = name if key == omitted else prefix + key
+        modules[identity] = child
+        if child._buffers:
+            _add(child, child_name, found)
+        if child._modules:
+            _visit(child, child_name, found, modules, path)
+    path.discard(id(module))
+
+
+def _add(module: nn.Module, name: str, found: dict[int, StatsLayer]) -> None:
+    """Adds a module to those that are found, if it has running statistics, or a name to one of those."""
+    identity = id(module)
+    known = found.get(identity)
+    if known is not None:
+        known.names = tuple(dict.fromkeys((*known.names, name)))
+        return
+    buffers, kind = statistics_of(module)
+    if buffers:
+        found[identity] = StatsLayer(module, (name,), buffers, kind)
