@@ -9,7 +9,7 @@ from typing import Final
 from torch import nn
 
 from bnguard._batch_norm import BatchNormSentry
-from bnguard._claims import Claim
+from bnguard._claims import Claim, graph_order, standing_order
 from bnguard._fork import renew_after_fork
 from bnguard._layers import BATCH_NORM, StatsLayer
 from bnguard._sentry import HOLDING, Sentry, sentries
@@ -23,17 +23,22 @@ renew_after_fork(_lock)
 
 def attach(layers: Sequence[StatsLayer], claims: Sequence[Claim]) -> None:
     """Puts each claim innermost on its layer. Where that fails, ``detach`` takes back what was done."""
+    if not claims:
+        return
+    alone = claims[:1]  # all of a block say the same
+    order, order_in_graphs = standing_order(alone), graph_order(alone)
     with _lock:
         for layer, claim in zip(layers, claims, strict=True):
             module = layer.module
-            key = id(module)
-            sentry = sentries.get(key)
+            sentry = sentries.get(id(module))
             if sentry is None:
                 is_batch_norm = layer.kind is BATCH_NORM and "forward" not in module.__dict__
-                sentry = sentries[key] = BatchNormSentry(layer) if is_batch_norm else Sentry(layer)
-                sentry.set_claims((claim,))
+                sentry = BatchNormSentry(layer) if is_batch_norm else Sentry(layer)
+                sentries[sentry.key] = sentry
+                sentry.set_claims((claim,), order, order_in_graphs)
             else:
-                sentry.set_claims((claim, *sentry.claims))
+                standing = (claim, *sentry.claims)
+                sentry.set_claims(standing, standing_order(standing), graph_order(standing))
 
 
 def detach(layers: Sequence[StatsLayer], claims: Sequence[Claim], model: nn.Module) -> None:
@@ -49,14 +54,16 @@ def detach(layers: Sequence[StatsLayer], claims: Sequence[Claim], model: nn.Modu
             if sentry is None:
                 continue
             try:
-                standing = sentry.claims
-                is_innermost = bool(standing) and standing[0] is claim
-                left = standing[1:] if is_innermost else tuple([other for other in standing if other is not claim])
-                sentry.set_claims(left)
-                if not left:
-                    if sentry.hooks_out:
-                        _find_hooks(sentry, model)
-                    del sentries[sentry.key]  # only now: what was interrupted above can be done again
+                left = sentry.claims
+                if left:
+                    left = left[1:] if left[0] is claim else tuple([other for other in left if other is not claim])
+                if left:
+                    sentry.set_claims(left, standing_order(left), graph_order(left))
+                    continue
+                sentry.set_claims((), None, None)
+                if sentry.hooks_out:
+                    _find_hooks(sentry, model)
+                del sentries[sentry.key]  # only now: what was interrupted above can be done again
             except BaseException as error:
                 failure = failure or error
     if failure is not None:

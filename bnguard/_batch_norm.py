@@ -17,11 +17,12 @@ __all__ = ["BatchNormSentry"]
 class BatchNormSentry(Sentry):
     """A sentry on a layer that runs torch's ``_BatchNorm.forward``: held, that is one call of ``F.batch_norm``."""
 
-    __slots__ = ("_mean", "_var")
+    __slots__ = ("_mean", "_scratch", "_var")
 
     def _remember(self) -> None:
         get = self.module._buffers.get
         self._mean, self._var = get("running_mean"), get("running_var")
+        self._scratch: tuple[Tensor | None, Tensor | None] = (None, None)  # of the last forward
 
     def _own(self) -> tuple[tuple[str, Tensor | None], ...]:
         return ("running_mean", self._mean), ("running_var", self._var)
@@ -53,10 +54,17 @@ class BatchNormSentry(Sentry):
     def _run_held(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         surroundings = self._surroundings(args, kwargs)
         if surroundings is None:
-            return _hold.normalise_with_batch(self.module, *args)
+            mean, var = self._scratch_pair()
+            return _hold.normalise_with_batch(self.module, args[0], mean, var)
         if surroundings == "graph":
             return _hold.normalise_with_batch_in_graph(self.module, *args)
         return super()._run_held(args, kwargs)
+
+    def _scratch_pair(self) -> tuple[Tensor | None, Tensor | None]:
+        mean, var = self._scratch
+        if not (_hold.is_scratch_for(mean, self._mean) and _hold.is_scratch_for(var, self._var)):
+            self._scratch = mean, var = _hold.scratch_like(self._mean, 0), _hold.scratch_like(self._var, 1)
+        return mean, var
 
     def _run_in_eval_mode(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._surroundings(args, kwargs) in (None, "graph"):

@@ -6,7 +6,6 @@ import os
 import threading
 import warnings
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +49,12 @@ class Block:
         ValueError: ``include`` or ``exclude`` selects nothing.
     """
 
+    __slots__ = (
+        "_affine", "_claims", "_errors", "_found", "_has_warned_of_program", "_layers", "_model", "_on_cuda",
+        "_parameters", "_process", "_refreshing", "_regions", "_settings", "_statistics", "_tree", "_under_way",
+        "_verified", "_warned", "_without_values",
+    )  # fmt: skip
+
     def __init__(self, model: nn.Module, settings: Settings, earlier: Block | None = None) -> None:
         self._model = model
         self._settings = settings
@@ -64,7 +69,7 @@ class Block:
         self._without_values: frozenset[int] = frozenset()  # owners
         self._found: dict[int, StatsChange] = {}  # by owner: what a comparison found
         self._verified: dict[int, int] = {}  # by owner: updates when it was last compared
-        self._errors: set[str] = set()  # texts of the errors that forwards raised
+        self._errors: list[str] = []  # texts of the errors that forwards raised
         self._warned = False
         self._has_warned_of_program = False
         self._refreshing = threading.Lock()
@@ -163,7 +168,7 @@ class Block:
         count(claim, str(call_site()))
         change = self._change(claim)
         text = _report.stopped_text(change, self._mode(claim), claim.budget)
-        self._errors.add(text)
+        self._errors.append(text)
         return StatsChangedError(text, (change,))
 
     def stood(self, claim: Claim) -> None:
@@ -259,7 +264,7 @@ class Block:
     def _let_go(self) -> None:
         """Takes everything off the model, whatever fails on the way."""
         failure: BaseException | None = None
-        for undo in (self._affine.release, partial(detach, self._layers, self._claims, self._model)):
+        for undo in (self._affine.release, self._detach):
             try:
                 _finish(undo)
             except BaseException as error:
@@ -267,7 +272,12 @@ class Block:
         if failure is not None:
             raise failure
 
+    def _detach(self) -> None:
+        detach(self._layers, self._claims, self._model)
+
     def _act(self, found: list[StatsChange], error: BaseException | None) -> None:
+        if not found and not self._errors:
+            return
         on_change = self._settings.on_change
         texts = []
         if found and not (on_change == "warn" and self._warned):
@@ -279,7 +289,7 @@ class Block:
             return
         text = "\n".join(texts)
         if on_change == "raise" and error is None:
-            self._errors.add(text)  # of check(): may be caught as well
+            self._errors.append(text)  # of check(): may be caught as well
             raise StatsChangedError(text, self.changes)
         self._warned = True
         if error is not None:
@@ -348,7 +358,7 @@ def _joined(one: StatsChange, other: StatsChange) -> StatsChange:
     )
 
 
-def _reports(error: BaseException | None, texts: set[str]) -> bool:
+def _reports(error: BaseException | None, texts: list[str]) -> bool:
     """Whether an exception on its way is, or was caused by, one of ours. DataParallel rebuilds ours from its text."""
     seen: set[int] = set()
     waiting = [error]

@@ -7,7 +7,6 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from types import MethodType
 from typing import Any, Final
 
 from torch import nn
@@ -60,7 +59,7 @@ class Equipment(ABC):
     def refuse_script(self) -> nn.Module:
         """Refuses to be compiled by ``torch.jit.script``."""
 
-    def equip(self, *, hooked: bool) -> None:
+    def equip(self, hooked: bool) -> None:
         """Puts the pre-hook on the layer, or else the forward, and with either what keeps them out of copies.
 
         What was put on once is not put on again: somebody may have wrapped it.
@@ -109,13 +108,11 @@ class Equipment(ABC):
     def _take_off(self, names: Iterable[str]) -> None:
         """Takes attributes of ours off, where they are still ours: who wrapped one goes on calling it."""
         attributes = self.module.__dict__
+        if self._previous is not None and self._is_ours(attributes.get("forward")):
+            attributes["forward"] = self._previous
         for name in names:
-            value = attributes.get(name)
-            if type(value) is MethodType and value.__self__ is self:
-                if name == "forward" and self._previous is not None:
-                    attributes[name] = self._previous
-                else:
-                    del attributes[name]
+            if getattr(attributes.get(name), "__self__", None) is self:
+                del attributes[name]
 
     def getstate(self) -> Any:
         """The layer's state for a copy or a pickle: nothing of bnguard is in it."""
@@ -160,4 +157,4 @@ class Equipment(ABC):
                 del replica.__dict__[name]
 
     def _is_ours(self, value: Any) -> bool:
-        return type(value) is MethodType and value.__self__ is self
+        return getattr(value, "__self__", None) is self

@@ -88,6 +88,8 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
         BNGuardWarning: The model has no layer with running statistics.
     """
 
+    __slots__ = ("__weakref__", "_last", "_lock", "_model", "_open", "_settings")
+
     @outside_graphs
     def __init__(
         self,
@@ -202,11 +204,15 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
 
     def _innermost(self) -> Block | None:
         """The block that this thread entered last, else the last of all."""
-        thread = threading.get_ident()
         with self._lock:
             if not self._open:
                 return None
-            return next((block for owner, block in reversed(self._open) if owner == thread), self._open[-1][1])
+            if len(self._open) > 1:
+                thread = threading.get_ident()
+                for owner, block in reversed(self._open):
+                    if owner == thread:
+                        return block
+            return self._open[-1][1]
 
     def _leave(self, error: BaseException | None) -> None:
         block = self._innermost()

@@ -27,23 +27,24 @@ __all__ = [
     "StandIn",
     "copies",
     "copies_aside",
+    "is_scratch_for",
     "normalise_with_batch",
     "normalise_with_batch_in_graph",
     "normalise_with_running_stats",
+    "scratch_like",
 ]
 
 
-def normalise_with_batch(module: Any, input: Tensor) -> Tensor:
-    """``_BatchNorm.forward`` in train mode, with statistics that nobody reads.
+def normalise_with_batch(module: Any, input: Tensor, mean: Tensor | None, var: Tensor | None) -> Tensor:
+    """``_BatchNorm.forward`` in train mode, with ``mean`` and ``var`` for statistics, which nobody reads.
 
     Not ``None`` for statistics: torch then saves other tensors for backward (a checkpoint would notice), computes
     half-precision inputs differently and words its errors differently.
     """
     module._check_input_dim(input)
-    buffers = module._buffers
-    mean, var = _scratch_like(buffers["running_mean"], 0), _scratch_like(buffers["running_var"], 1)
     factor = 0.0 if module.momentum is None else module.momentum
-    return F.batch_norm(input, mean, var, module.weight, module.bias, True, factor, module.eps)  # noqa: FBT003  # by position, as torch
+    weight, bias = _parameter(module, "weight"), _parameter(module, "bias")
+    return F.batch_norm(input, mean, var, weight, bias, True, factor, module.eps)  # noqa: FBT003  # by position, as torch
 
 
 def normalise_with_batch_in_graph(module: Any, input: Tensor) -> Tensor:
@@ -64,6 +65,12 @@ def normalise_with_running_stats(module: Any, input: Tensor) -> Tensor:
     mean, var = module._buffers["running_mean"], module._buffers["running_var"]
     factor = 0.0 if module.momentum is None else module.momentum
     return F.batch_norm(input, mean, var, module.weight, module.bias, mean is None and var is None, factor, module.eps)
+
+
+def _parameter(module: Any, name: str) -> Any:
+    """The attribute; where it is a parameter, without the detour that ``nn.Module`` makes."""
+    parameters = module._parameters
+    return parameters[name] if name in parameters and name not in module.__dict__ else getattr(module, name)
 
 
 class StandIn:
@@ -245,11 +252,11 @@ def _clone(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.clone()
 
 
-def _scratch_like(tensor: Tensor | None, slot: int) -> Tensor | None:
-    """A tensor of the same shape, dtype and device; another one for each ``slot``."""
+def scratch_like(tensor: Tensor | None, slot: int) -> Tensor | None:
+    """A tensor of the same shape, dtype and device, which nobody reads; another one for each ``slot``."""
     if tensor is None:
         return None
-    is_plain = type(tensor) in (Tensor, nn.Parameter)
+    is_plain = type(tensor) in _PLAIN
     key = (slot, tensor.shape, tensor.dtype, tensor.device)
     found = _scratch.get(key) if is_plain else None
     if found is None:
@@ -258,3 +265,19 @@ def _scratch_like(tensor: Tensor | None, slot: int) -> Tensor | None:
         if is_plain and type(found) is Tensor:  # not one that belongs to a mode
             _scratch[key] = found
     return found
+
+
+def is_scratch_for(scratch: Tensor | None, tensor: Tensor | None) -> bool:
+    """Whether ``scratch_like`` would still give ``scratch``, for a tensor that may have been converted in place."""
+    return (
+        scratch is not None
+        and tensor is not None
+        and type(tensor) in _PLAIN
+        and type(scratch) is Tensor
+        and scratch.dtype is tensor.dtype
+        and scratch.shape == tensor.shape
+        and scratch.device == tensor.device
+    )
+
+
+_PLAIN: Final = (Tensor, nn.Parameter)

@@ -11,7 +11,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 
 from bnguard._bits import as_bytes, from_bytes, same_words, word_of
 
-__all__ = ["Image", "Part", "part_of"]
+__all__ = ["Counts", "Image", "Part", "part_of"]
 
 
 @dataclass(slots=True)
@@ -110,6 +110,32 @@ class Image:
         sizes = [sum(part.sizes) * part.dtype.itemsize for part in order]
         pieces = dict(zip(map(id, order), self._flats[0].split(sizes), strict=True))
         return [from_bytes(pieces[id(part)], part.dtype) for part in self._parts]
+
+
+class Counts:
+    """The same of whole numbers on the CPU, each in a tensor of its own: how many batches layers have counted.
+
+    Args:
+        tensors: Of dtype int64, without dimensions.
+    """
+
+    __slots__ = ("_saved", "_tensors")
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self._tensors = tensors
+        self._saved = self._taken()
+
+    def is_unchanged(self) -> bool:
+        """Whether the tensors hold the same numbers now."""
+        return self._taken() == self._saved
+
+    def views(self) -> dict[int, Tensor]:
+        """What each tensor held, by the id of the tensor."""
+        return {id(tensor): torch.tensor(count) for tensor, count in zip(self._tensors, self._saved, strict=True)}
+
+    def _taken(self) -> list[int | float | bool]:
+        # One by one takes half as long as a copy of all of them, and a comparison of that.
+        return [tensor.item() for tensor in self._tensors]
 
 
 def _width(tensor: Tensor) -> int:

@@ -7,7 +7,7 @@ import hashlib
 import inspect
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -153,22 +153,34 @@ def tensor_tables(
 
 def statistics_of(module: nn.Module) -> tuple[tuple[str, ...], LayerKind]:
     """The guarded buffers of one module, in the order of registration, and how it updates them."""
-    for cls in type(module).__mro__ if _registered else ():
-        rule = _registered.get(cls)
-        if rule is not None:
-            return tuple(name for name in rule.buffers if module._buffers.get(name) is not None), rule.kind
     buffers = module._buffers
-    names = _statistics_among(tuple(buffers.keys()))
+    if not buffers:
+        return (), OWN_FORWARD
+    if _registered:
+        for cls in type(module).__mro__:
+            rule = _registered.get(cls)
+            if rule is not None:
+                return tuple([name for name in rule.buffers if buffers.get(name) is not None]), rule.kind
+    if isinstance(module, _ScriptModule):
+        present = [name for name, tensor in buffers.items() if tensor is not None]
+        return _statistics_among(tuple(present)), SCRIPTED
+    names = _statistics_among(tuple(buffers))
     for name in names:
         if buffers[name] is None:
             names = tuple([name for name in names if buffers[name] is not None])
             break
-    return names, _kind(module) if names else OWN_FORWARD
+    if not names:
+        return names, OWN_FORWARD
+    forward = type(module).forward
+    kind = _STOCK.get(forward)
+    if kind is BATCH_NORM and is_torch_source_known(forward):  # of all, the most
+        return names, kind
+    return names, _kind(module)
 
 
-def registered_rules() -> dict[type[nn.Module], _Rule]:
-    """What ``register_layer`` has taught so far: a copy."""
-    return dict(_registered)
+def registered_rules() -> Mapping[type[nn.Module], object]:
+    """What ``register_layer`` has taught so far."""
+    return _registered
 
 
 @functools.lru_cache(maxsize=4096)
@@ -177,8 +189,6 @@ def _statistics_among(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _kind(module: nn.Module) -> LayerKind:
-    if isinstance(module, _ScriptModule):
-        return SCRIPTED
     cls = type(module)
     forward = cls.forward
     kind = _STOCK.get(forward)

@@ -17,7 +17,7 @@ from bnguard import _hold
 from bnguard._aside import aside, is_recorded, is_symbolic
 from bnguard._bits import below_transforms, has_values, same_bits
 from bnguard._checkpoint import current_region
-from bnguard._claims import Claim, Stance, Verdict, decide, graph_order, settle, standing_order
+from bnguard._claims import Claim, Stance, Verdict, decide, settle
 from bnguard._equipment import Equipment
 from bnguard._graphs import at_compile_time, take_in
 from bnguard._layers import (
@@ -76,7 +76,7 @@ class Sentry(Equipment):
 
     def __init__(self, layer: StatsLayer) -> None:
         super().__init__(layer.module)
-        self.key = id(layer.module)
+        self.key = id(self.module)
         self._names = layer.buffers
         self.kind = kind = layer.kind
         if self._previous is not None and kind.hold != "none":
@@ -87,22 +87,27 @@ class Sentry(Equipment):
         self._on_cuda: bool | None = None  # not known yet
         self._remember()
 
-    def set_claims(self, claims: tuple[Claim, ...]) -> None:
-        """Takes over ``claims``, the innermost first, and installs or removes what they need."""
+    def set_claims(self, claims: tuple[Claim, ...], order: Stance | None, graph_order: Stance | None) -> None:
+        """Takes over ``claims``, the innermost first, and puts on or takes off what they need.
+
+        Args:
+            claims: Those.
+            order: What ``standing_order`` says of them.
+            graph_order: What ``graph_order`` says of them.
+        """
         # First, so that a thread that is between two steps meets the new ones with either equipment.
         self.claims = claims
+        self.order = order
+        self.graph_order = graph_order
+        kind = self.kind
+        if kind.hold == "none":
+            return
         if not claims:
-            self.order = self.graph_order = None
-            if self.kind.hold != "none":
-                self.remove()
+            self.remove()
             return
-        self.order = order = standing_order(claims)
-        self.graph_order = order or graph_order(claims)
-        if self.kind.hold == "none":
-            return
-        is_judged = order in ("raise", "warn") and self.kind.predict is not None
+        is_judged = (order == "raise" or order == "warn") and kind.predict is not None
         # Not beside hooks of others: their handles know the dictionary of hooks, and copies of them would find ours.
-        self.equip(hooked=is_judged and not self.has_foreign_hooks())
+        self.equip(is_judged and not self.has_foreign_hooks())
 
     # The pre-hook.
 

@@ -10,11 +10,12 @@ from typing import Final, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn.parameter import is_lazy
 
 from bnguard._aside import aside
 from bnguard._bits import as_bytes, below_transforms, has_values, same_bits
-from bnguard._image import Image, part_of
+from bnguard._image import Counts, Image, part_of
 from bnguard._layers import tensor_table, tensor_tables
 
 __all__ = ["Difference", "Snapshot"]
@@ -65,9 +66,9 @@ class Snapshot:
         self._places: list[tuple[int, int]] | None = None  # of each module: its first column, its row; made when needed
         self._odd: dict[int, Tensor] = {}
         self._saved_by_id: dict[int, Tensor | None] | None = None
-        image = _image_of_columns(self._columns)
-        if image is not None:
-            self._images = [image]
+        images = _images_of_columns(self._columns)
+        if images is not None:
+            self._images = images
             return
         tensors = list({id(tensor): tensor for column in self._columns for tensor in column}.values())
         self._odd = {id(tensor): tensor for tensor in tensors if type(tensor) not in _PLAIN or not has_values(tensor)}
@@ -76,17 +77,18 @@ class Snapshot:
             odd_values = {key: tensor.detach().clone() for key, tensor in self._odd.items() if has_values(tensor)}
             self._saved_by_id = {**self._index(), **dict.fromkeys(self._odd), **odd_values}
 
-    @aside()
     def is_intact(self) -> bool:
         """Whether every place holds the object of capture with the bits of capture: one comparison for each device."""
         if self._odd:
             return False
-        if not all([all(map(is_, now, then)) for now, then in zip(self._gathered(), self._columns, strict=True)]):
-            return False
-        try:
-            return all([image.is_unchanged() for image in self._images])
-        except RuntimeError:  # converted in place, through .data: other shapes or devices
-            return False
+        for now, then in zip(self._gathered(), self._columns, strict=True):
+            if not all(map(is_, now, then)):
+                return False
+        with aside():
+            try:
+                return all([image.is_unchanged() for image in self._images])
+            except RuntimeError:  # converted in place, through .data: other shapes or devices
+                return False
 
     @aside()
     def changed(self) -> list[Difference]:
@@ -282,28 +284,40 @@ _PLAIN: Final = {Tensor, nn.Parameter}
 _INITIAL: Final = {"running_mean": 0.0, "running_var": 1.0}
 
 
-def _image_of_columns(columns: list[list[Tensor]]) -> Image | None:
-    """One image of everything, where each column is of one kind and all are on one device; else None.
+def _images_of_columns(columns: list[list[Tensor]]) -> list[Image | Counts] | None:
+    """What the columns hold, where each is of one kind and all are on one device; else None.
 
     What cannot be read off each tensor at little cost is read off the copy of all of them.
     """
-    parts: dict[tuple[torch.dtype, int], list[Tensor]] = {}
+    groups: dict[tuple[torch.dtype, int], list[Tensor]] = {}
     for column in columns:
         first = column[0]
         if type(first) not in _PLAIN:
             return None
-        parts.setdefault((first.dtype, first.dim()), []).extend(column)
-    for (dtype, rank), tensors in parts.items():
+        groups.setdefault((first.dtype, first.dim()), []).extend(column)
+    images: list[Image | Counts] = []
+    parts = []
+    for (dtype, rank), tensors in groups.items():
         if rank > 1 or not set(map(type, tensors)) <= _PLAIN or {tensor.dtype for tensor in tensors} != {dtype}:
             return None
-    try:
-        image = Image([part_of(tensors, dtype, rank) for (dtype, rank), tensors in parts.items()])
-    except RuntimeError:  # several devices, several ranks, or what a transform has left behind
-        return None
-    return image if image.is_of_values() else None
+        if rank == 0 and dtype is torch.int64 and all([tensor.is_cpu for tensor in tensors]):
+            if any(map(is_functorch_wrapped_tensor, tensors)):
+                return None
+            images.append(Counts(tensors))
+        else:
+            parts.append(part_of(tensors, dtype, rank))
+    if parts:
+        try:
+            image = Image(parts)
+        except RuntimeError:  # several devices, several ranks, or what a transform has left behind
+            return None
+        if not image.is_of_values():
+            return None
+        images.append(image)
+    return images
 
 
-def _images_of(tensors: list[Tensor]) -> list[Image]:
+def _images_of(tensors: list[Tensor]) -> list[Image | Counts]:
     """An image for each device."""
     groups: dict[torch.device, dict[tuple[torch.dtype, int | None], list[Tensor]]] = {}
     for tensor in tensors:

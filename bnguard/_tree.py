@@ -34,7 +34,6 @@ class Tree:
         "_branches",
         "_buffer_counts",
         "_buffer_tables",
-        "_leaves",
         "_module_tables",
         "_modules",
         "_rules",
@@ -45,18 +44,18 @@ class Tree:
     def __init__(self, model: nn.Module) -> None:
         found: dict[int, StatsLayer] = {}
         modules = {id(model): model}
-        if model._buffers:
-            _add(model, "", found)
+        buffers, kind = statistics_of(model)
+        if buffers:
+            found[id(model)] = StatsLayer(model, ("",), buffers, kind)
         _visit(model, "", found, modules, set())
         self.layers = list(found.values())
         self._modules = list(modules.values())
-        self._rules = registered_rules()
-        self._types = list(map(type, self._modules))
+        self._rules = dict(registered_rules())
+        self._types = [type(layer.module) for layer in self.layers]
         self._buffer_tables: list[Any] = [module._buffers for module in self._modules]
         self._buffer_counts = list(map(len, self._buffer_tables))
         self._module_tables: list[Any] = [module._modules for module in self._modules]
-        self._branches = [(table, list(table.keys()), list(table.values())) for table in self._module_tables if table]
-        self._leaves = [table for table in self._module_tables if not table]
+        self._branches = [(table, tuple(table.keys()), tuple(table.values())) for table in self._module_tables if table]
 
     def is_current(self) -> bool:
         """Whether a new walk would find the same."""
@@ -64,15 +63,15 @@ class Tree:
         if not (
             self.has_same_modules()
             and self._rules == registered_rules()
-            and list(map(type, modules)) == self._types
             and all(map(is_, [module._buffers for module in modules], self._buffer_tables))
             and all(map(is_, [module._modules for module in modules], self._module_tables))
         ):
             return False
-        for layer in self.layers:
-            if layer.kind.hold == "none":  # it may have got a forward, or has no such table
+        for layer, cls in zip(self.layers, self._types, strict=True):
+            module = layer.module
+            if type(module) is not cls or layer.kind.hold == "none":  # it may have got a forward, or has no such table
                 return False
-            buffers = layer.module._buffers
+            buffers = module._buffers
             for name in layer.buffers:
                 if buffers.get(name) is None:
                     return False
@@ -80,16 +79,14 @@ class Tree:
 
     def has_same_modules(self) -> bool:
         """Whether no module has come, gone or changed its place since, and none has more or fewer buffers."""
-        return (
-            not any(self._leaves)
-            and list(map(len, self._buffer_tables)) == self._buffer_counts
-            and all(
-                [
-                    list(table.keys()) == keys and all(map(is_, table.values(), children))
-                    for table, keys, children in self._branches
-                ]
-            )
-        )
+        if list(map(len, self._buffer_tables)) != self._buffer_counts:
+            return False
+        if sum(map(bool, self._module_tables)) > len(self._branches):
+            return False
+        for table, keys, children in self._branches:
+            if tuple(table.keys()) != keys or not all(map(is_, table.values(), children)):
+                return False
+        return True
 
 
 def find_layers(model: nn.Module) -> list[StatsLayer]:
@@ -148,19 +145,13 @@ def _visit(
         child_name = name if key == omitted else prefix + key
         modules[identity] = child
         if child._buffers:
-            _add(child, child_name, found)
+            known = found.get(identity)
+            if known is None:
+                buffers, kind = statistics_of(child)
+                if buffers:
+                    found[identity] = StatsLayer(child, (child_name,), buffers, kind)
+            else:
+                known.names = tuple(dict.fromkeys((*known.names, child_name)))
         if child._modules:
             _visit(child, child_name, found, modules, path)
     path.discard(id(module))
-
-
-def _add(module: nn.Module, name: str, found: dict[int, StatsLayer]) -> None:
-    """Adds a module to those that are found, if it has running statistics, or a name to one of those."""
-    identity = id(module)
-    known = found.get(identity)
-    if known is not None:
-        known.names = tuple(dict.fromkeys((*known.names, name)))
-        return
-    buffers, kind = statistics_of(module)
-    if buffers:
-        found[identity] = StatsLayer(module, (name,), buffers, kind)

@@ -273,9 +273,9 @@ def test_scratch_follows_the_buffer() -> None:
     """Another dtype gets other scratch statistics; two statistics of one layer never share one."""
     layer = nn.BatchNorm2d(5)
     mean, var = layer.running_mean, layer.running_var
-    assert _hold._scratch_like(mean, 0) is _hold._scratch_like(var, 0)
-    assert _hold._scratch_like(mean, 0) is not _hold._scratch_like(var, 1)
-    assert _hold._scratch_like(mean.double(), 0).dtype == torch.float64
+    assert _hold.scratch_like(mean, 0) is _hold.scratch_like(var, 0)
+    assert _hold.scratch_like(mean, 0) is not _hold.scratch_like(var, 1)
+    assert _hold.scratch_like(mean.double(), 0).dtype == torch.float64
 
 
 def test_scratch_of_a_tensor_subclass_is_made_each_time() -> None:
@@ -285,7 +285,7 @@ def test_scratch_of_a_tensor_subclass_is_made_each_time() -> None:
         pass
 
     marked = torch.zeros(5).as_subclass(Marked)
-    assert _hold._scratch_like(marked, 0) is not _hold._scratch_like(marked, 0)
+    assert _hold.scratch_like(marked, 0) is not _hold.scratch_like(marked, 0)
 
 
 def test_flag_off_under_restore_is_the_layers_own_forward() -> None:

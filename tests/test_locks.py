@@ -77,9 +77,9 @@ def test_no_claim_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two blocks that open on one layer at the same moment both have their claim on it; both gone, it is clean."""
     meeting, set_claims = Meeting(), _sentry.Sentry.set_claims
 
-    def slow(sentry: _sentry.Sentry, claims: tuple[_claims.Claim, ...]) -> None:
+    def slow(sentry: _sentry.Sentry, *claims: Any) -> None:
         meeting.wait()
-        set_claims(sentry, claims)
+        set_claims(sentry, *claims)
 
     norm = nn.BatchNorm2d(3)
     layer = _tree.find_layers(norm)[0]
