@@ -13,8 +13,7 @@ from typing import Final
 import torch
 
 from benchmarks import compiled, cuda, enter_exit, forward, memory, startup, step
-from benchmarks.race import Spread
-from benchmarks.results import FOLDER, Benchmark, Row, line, write
+from benchmarks.results import FOLDER, Benchmark, Row, from_json, line, to_json, write
 
 _CPU: Final[dict[str, Benchmark]] = {
     **forward.BENCHMARKS, **step.BENCHMARKS, **enter_exit.BENCHMARKS, **compiled.BENCHMARKS,
@@ -78,18 +77,6 @@ def measured(keys: list[str]) -> tuple[list[Row], list[str]]:
         print("\n".join([f"{new[0].title}:", *map(line, new), ""]), flush=True)
         rows += new
     return rows, failed
-
-
-def to_json(row: Row) -> dict[str, object]:
-    """A row for the parent process."""
-    spread = [row.ratio.median, row.ratio.low, row.ratio.high]
-    return {"row": [row.benchmark, row.title, row.subject, row.reference], "ratio": spread, "target": row.target}
-
-
-def from_json(item: dict[str, list[float]]) -> Row:
-    """The row again."""
-    texts = [str(text) for text in item["row"]]
-    return Row(texts[0], texts[1], texts[2], texts[3], Spread(*item["ratio"]), item["target"])  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":

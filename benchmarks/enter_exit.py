@@ -7,6 +7,7 @@ from typing import Final
 
 import bnguard
 from benchmarks import rivals
+from benchmarks.floors import least_around
 from benchmarks.models import bn_chain
 from benchmarks.race import Contender, race
 from benchmarks.results import Benchmark, Row
@@ -35,18 +36,20 @@ def enter_exit(layers: int) -> list[Row]:
         with bnguard.frozen(net):
             pass
 
-    watching = "a new frozen(net)"
+    watching, least = "a new frozen(net)", "the least: a walk, a copy, an attribute a layer, a comparison"
     contenders = [
         Contender(FRESH, fresh),
         Contender(REUSED, reused),
         Contender(watching, raising),
+        Contender(least, partial(least_around, net)),
         Contender(BY_HAND, partial(rivals.guarded_by_hand, net)),
     ]
     rounds, steps = _EFFORT[layers]
     result = race(contenders, rounds=rounds, steps=steps, garbage=True)
     row = partial(Row, f"enter_exit/{layers}", f"Enter and exit, {layers} layers of 256 channels")
     targets = dict(zip((FRESH, REUSED), _TARGETS.get(layers, (None, None)), strict=True))
-    return [row(name, BY_HAND, result.ratio(name, BY_HAND), targets.get(name)) for name in (FRESH, REUSED, watching)]
+    names = (FRESH, REUSED, watching, least)
+    return [row(name, BY_HAND, result.ratio(name, BY_HAND), targets.get(name)) for name in names]
 
 
 def scaling() -> list[Row]:

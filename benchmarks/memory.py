@@ -22,7 +22,7 @@ __all__ = ["BENCHMARKS"]
 def _storages() -> dict[int, int]:
     """Bytes of every storage that a Python tensor refers to, by its address."""
     gc.collect()
-    tensors = [item for item in gc.get_objects() if isinstance(item, torch.Tensor)]
+    tensors = [item for item in gc.get_objects() if issubclass(type(item), torch.Tensor)]
     return {storage.data_ptr(): storage.nbytes() for storage in (tensor.untyped_storage() for tensor in tensors)}
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
+import timeit
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
-from torch.utils.benchmark import Timer
+import torch
+from torch.utils.benchmark import timer
 
 __all__ = ["Contender", "Race", "Spread", "race"]
 
@@ -60,24 +63,29 @@ def race(contenders: Sequence[Contender], *, rounds: int, steps: int, threads: i
     """Times the contenders in turn, forwards in one round and backwards in the next.
 
     So a machine that becomes slower or faster does so for all of them. Two rounds come before the first that counts.
+    The clock is that of ``torch.utils.benchmark``, which waits for a GPU; its ``Timer`` would run every turn thrice.
 
     Args:
         contenders: What to time; names are unique.
         rounds: How often each has its turn.
         steps: Steps of one turn.
         threads: Of torch.
-        garbage: Whether the garbage collector stays on, as in a program; the clock of ``timeit`` turns it off.
+        garbage: Whether the garbage collector stays on, as in a program; ``timeit`` turns it off.
     """
     seconds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
-    setup = "import gc; gc.enable()" if garbage else "pass"
-    timers = {
-        contender.name: Timer("step()", setup, globals={"step": contender.step}, num_threads=threads)
-        for contender in contenders
-    }
-    for number in range(-2, rounds):
-        for contender in contenders if number % 2 else reversed(contenders):
-            with contender.around():
-                measured = timers[contender.name].timeit(steps if number >= 0 else 1).mean
-            if number >= 0:
-                seconds[contender.name].append(measured)
+    setup = gc.enable if garbage else "pass"
+    timers = {contender.name: timeit.Timer(contender.step, setup, timer) for contender in contenders}
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for number in range(-2, rounds):
+            for contender in contenders if number % 2 else reversed(contenders):
+                if garbage:
+                    gc.collect()  # each pays for its own
+                with contender.around():
+                    measured = timers[contender.name].timeit(steps) / steps
+                if number >= 0:
+                    seconds[contender.name].append(measured)
+    finally:
+        torch.set_num_threads(threads_before)
     return Race(seconds)

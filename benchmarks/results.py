@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
 from benchmarks.race import Spread
 
-__all__ = ["Benchmark", "Row", "environment", "line", "write"]
+__all__ = ["Benchmark", "Row", "environment", "from_json", "line", "to_json", "write"]
 
 FOLDER = Path(__file__).parent / "results"
 
@@ -62,6 +62,17 @@ def environment(device: str) -> dict[str, object]:
     }  # fmt: skip
 
 
+def to_json(row: Row) -> dict[str, Any]:
+    """A row as the data of a JSON file."""
+    return {**asdict(row), "verdict": row.verdict}
+
+
+def from_json(item: dict[str, Any]) -> Row:
+    """The row again."""
+    item = {key: value for key, value in item.items() if key != "verdict"}
+    return Row(**{**item, "ratio": Spread(**item["ratio"])})
+
+
 def line(row: Row) -> str:
     """One row as Markdown."""
     ratio, target = row.ratio, "" if row.target is None else f"{row.target:g}"
@@ -91,6 +102,6 @@ def write(device: str, rows: Sequence[Row], skipped: Iterable[str]) -> tuple[Pat
     FOLDER.mkdir(exist_ok=True)
     markdown, data = FOLDER / f"{device}.md", FOLDER / f"{device}.json"
     markdown.write_text("\n".join([*head, *tables, *notes]) + "\n", encoding="utf-8")
-    content = {"environment": about, "rows": [{**asdict(row), "verdict": row.verdict} for row in rows]}
+    content = {"environment": about, "rows": list(map(to_json, rows)), "not_measured": list(skipped)}
     data.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return markdown, data

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import bnguard
 from benchmarks import rivals
+from benchmarks.floors import least_around
 from benchmarks.models import NETS, make_step, sample
 from benchmarks.race import Contender, race
 from benchmarks.results import Benchmark, Row
@@ -29,6 +30,7 @@ _RUNNING: Final = {"bn_mlp": 1.03}
 
 PLAIN, BY_HAND = "unguarded", "train(), then eval() on each BatchNorm, each step"
 RESTORE, RESTORE_EACH = "frozen(net, 'restore') around the loop", "frozen(net, 'restore') around each step"
+LEAST = "the least around each step: a walk, a copy, an attribute a layer, a comparison"
 REUSED, RUNNING = "one guard, entered again at each step", "frozen(net, use_running_stats=True) around the loop"
 
 
@@ -43,11 +45,16 @@ def _restore_contenders(net: nn.Module, step: rivals.Step) -> list[Contender]:
         with reused:
             step()
 
+    def least() -> None:
+        least_around(net)
+        step()
+
     return [
         Contender(PLAIN, step),
         Contender(RESTORE, step, partial(bnguard.frozen, net, "restore")),
         Contender(RESTORE_EACH, each_step),
         Contender(REUSED, again),
+        Contender(LEAST, least),
     ]
 
 

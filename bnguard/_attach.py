@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Sequence
 from typing import Final
@@ -21,24 +22,40 @@ _lock: Final = threading.RLock()
 renew_after_fork(_lock)
 
 
-def attach(layers: Sequence[StatsLayer], claims: Sequence[Claim]) -> None:
-    """Puts each claim innermost on its layer. Where that fails, ``detach`` takes back what was done."""
+def attach(layers: Sequence[StatsLayer], claims: Sequence[Claim], earlier: Sequence[Sentry] = ()) -> list[Sentry]:
+    """Puts each claim innermost on its layer. Where that fails, ``detach`` takes back what was done.
+
+    Args:
+        layers: The layers.
+        claims: A claim for each, of one block.
+        earlier: What an earlier call has returned: to be used again, which is cheaper than to make new ones.
+
+    Returns:
+        What stands on each layer now.
+    """
     if not claims:
-        return
+        return []
     alone = claims[:1]  # all of a block say the same
     order, order_in_graphs = standing_order(alone), graph_order(alone)
+    attached = []
     with _lock:
-        for layer, claim in zip(layers, claims, strict=True):
+        candidates = itertools.chain(earlier, itertools.repeat(None))
+        for layer, claim, candidate in zip(layers, claims, candidates, strict=False):
             module = layer.module
             sentry = sentries.get(id(module))
-            if sentry is None:
-                is_batch_norm = layer.kind is BATCH_NORM and "forward" not in module.__dict__
-                sentry = BatchNormSentry(layer) if is_batch_norm else Sentry(layer)
-                sentries[sentry.key] = sentry
-                sentry.set_claims((claim,), order, order_in_graphs)
-            else:
+            if sentry is not None:
                 standing = (claim, *sentry.claims)
                 sentry.set_claims(standing, standing_order(standing), graph_order(standing))
+            else:
+                if candidate is not None and candidate.serves_again(layer):
+                    sentry = candidate
+                else:
+                    is_batch_norm = layer.kind is BATCH_NORM and "forward" not in module.__dict__
+                    sentry = BatchNormSentry(layer) if is_batch_norm else Sentry(layer)
+                sentries[sentry.key] = sentry
+                sentry.set_claims((claim,), order, order_in_graphs)
+            attached.append(sentry)
+    return attached
 
 
 def detach(layers: Sequence[StatsLayer], claims: Sequence[Claim], model: nn.Module) -> None:

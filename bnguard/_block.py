@@ -29,6 +29,7 @@ from bnguard._graphs import compiled_parts, is_taken_in
 from bnguard._layers import StatsLayer, tensor_tables
 from bnguard._protection import protection_text
 from bnguard._select import select_layers
+from bnguard._sentry import Sentry
 from bnguard._settings import Settings
 from bnguard._snapshot import Difference, Snapshot
 from bnguard._tree import Tree, find_layers
@@ -51,8 +52,8 @@ class Block:
 
     __slots__ = (
         "_affine", "_claims", "_errors", "_found", "_has_warned_of_program", "_layers", "_model", "_on_cuda",
-        "_parameters", "_process", "_refreshing", "_regions", "_settings", "_statistics", "_tree", "_under_way",
-        "_verified", "_warned", "_without_values",
+        "_parameters", "_process", "_refreshing", "_regions", "_sentries", "_settings", "_statistics", "_tree",
+        "_under_way", "_verified", "_warned", "_without_values",
     )  # fmt: skip
 
     def __init__(self, model: nn.Module, settings: Settings, earlier: Block | None = None) -> None:
@@ -60,7 +61,12 @@ class Block:
         self._settings = settings
         self._process = 0
         self._on_cuda = False
-        self._tree: Tree = earlier._tree if earlier is not None and earlier._tree.is_current() else Tree(model)
+        self._sentries: list[Sentry] = []
+        if earlier is not None and earlier._tree.is_current():
+            self._tree: Tree = earlier._tree
+            self._sentries = earlier._sentries
+        else:
+            self._tree = Tree(model)
         self._layers = select_layers(model, self._tree.layers, settings.include, settings.exclude)
         self._claims: list[Claim] = []
         self._affine = AffineHold()
@@ -93,7 +99,7 @@ class Block:
         self._claims = [Claim(self, owner, stance, budget) for owner in range(len(modules))]
         try:
             # The claims first: what other threads run in the meantime is then held already.
-            attach(self._layers, self._claims)
+            self._sentries = attach(self._layers, self._claims, self._sentries)
             self._statistics = Snapshot(modules, [layer.buffers for layer in self._layers])
             self._without_values = self._statistics.without_values()
             if settings.affine:

@@ -29,19 +29,18 @@ class Equipment(ABC):
     Every undo looks at the layer rather than at a handle: what fails half-way is taken off all the same, and what
     somebody else has put in the meantime stays.
 
-    Args:
+    Attributes:
         module: The layer.
+        hooks_out: Hooks that were put on and not taken off.
     """
 
     __slots__ = ("_has_forward", "_is_equipped", "_previous", "hooks_out", "module")
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module: Any = module
-        self.hooks_out = 0  # put on, and not taken off
-        self._is_equipped = False
-        self._has_forward = False
-        # A forward that somebody put on the instance before.
-        self._previous: Callable[..., Any] | None = module.__dict__.get("forward")
+    module: Any
+    hooks_out: int
+    _is_equipped: bool
+    _has_forward: bool
+    _previous: Callable[..., Any] | None  # a forward that somebody put on the instance before
 
     @abstractmethod
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:

@@ -157,10 +157,15 @@ def statistics_of(module: nn.Module) -> tuple[tuple[str, ...], LayerKind]:
     if not buffers:
         return (), OWN_FORWARD
     if _registered:
-        for cls in type(module).__mro__:
-            rule = _registered.get(cls)
+        for base in type(module).__mro__:
+            rule = _registered.get(base)
             if rule is not None:
                 return tuple([name for name in rule.buffers if buffers.get(name) is not None]), rule.kind
+    cls = type(module)
+    if cls in _BATCH_NORMS and cls.forward is _BATCH_NORM_FORWARD and tuple(buffers) == _BATCH_NORM_STATISTICS:
+        mean, var, count = buffers.values()  # of all layers the most
+        if mean is not None and var is not None and count is not None and is_torch_source_known(_BATCH_NORM_FORWARD):
+            return _BATCH_NORM_STATISTICS, BATCH_NORM
     if isinstance(module, _ScriptModule):
         present = [name for name, tensor in buffers.items() if tensor is not None]
         return _statistics_among(tuple(present)), SCRIPTED
@@ -171,10 +176,6 @@ def statistics_of(module: nn.Module) -> tuple[tuple[str, ...], LayerKind]:
             break
     if not names:
         return names, OWN_FORWARD
-    forward = type(module).forward
-    kind = _STOCK.get(forward)
-    if kind is BATCH_NORM and is_torch_source_known(forward):  # of all, the most
-        return names, kind
     return names, _kind(module)
 
 
@@ -233,9 +234,12 @@ EXPORTED: Final = LayerKind(None, "stand-in")
 SCRIPTED: Final = LayerKind(None, "none")
 NO_FORWARD: Final = LayerKind(None, "none")
 
+_BATCH_NORMS: Final = frozenset({nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d})
+_BATCH_NORM_FORWARD: Final = _BatchNorm.forward
+_BATCH_NORM_STATISTICS: Final = ("running_mean", "running_var", "num_batches_tracked")
 _APPLY_INSTANCE_NORM: Final = _InstanceNorm._apply_instance_norm
 _STOCK: Final[dict[Callable[..., Any], LayerKind]] = {
-    _BatchNorm.forward: BATCH_NORM,
+    _BATCH_NORM_FORWARD: BATCH_NORM,
     nn.SyncBatchNorm.forward: SYNC_BATCH_NORM,
     _InstanceNorm.forward: INSTANCE_NORM,
 }

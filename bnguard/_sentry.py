@@ -75,8 +75,11 @@ class Sentry(Equipment):
     __slots__ = ("_known", "_names", "_on_cuda", "claims", "graph_order", "key", "kind", "order")
 
     def __init__(self, layer: StatsLayer) -> None:
-        super().__init__(layer.module)
-        self.key = id(self.module)
+        self.module = module = layer.module
+        self.hooks_out = 0
+        self._is_equipped = self._has_forward = False
+        self._previous = module.__dict__.get("forward")
+        self.key = id(module)
         self._names = layer.buffers
         self.kind = kind = layer.kind
         if self._previous is not None and kind.hold != "none":
@@ -86,6 +89,15 @@ class Sentry(Equipment):
         self.graph_order: Stance | None = None
         self._on_cuda: bool | None = None  # not known yet
         self._remember()
+
+    def serves_again(self, layer: StatsLayer) -> bool:
+        """Whether this, which nobody claims any more, can stand on the layer again; if so, it is as a new one."""
+        module = layer.module
+        if module is not self.module or layer.kind is not self.kind or self.claims or "forward" in module.__dict__:
+            return False
+        self._on_cuda = None
+        self._remember()
+        return True
 
     def set_claims(self, claims: tuple[Claim, ...], order: Stance | None, graph_order: Stance | None) -> None:
         """Takes over ``claims``, the innermost first, and puts on or takes off what they need.

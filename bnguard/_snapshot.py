@@ -59,9 +59,7 @@ class Snapshot:
         self._names = names
         self._table = table
         # Modules with the same names go together: their tensors of one name are a column, mostly of one kind.
-        self._groups: dict[tuple[str, ...], list[int]] = {}
-        for owner, its_names in enumerate(names):
-            self._groups.setdefault(its_names, []).append(owner)
+        self._groups: dict[tuple[str, ...], Sequence[int]] = _grouped(names)
         self._columns: list[list[Tensor]] = self._gathered()  # type: ignore[assignment]  # each is there
         self._places: list[tuple[int, int]] | None = None  # of each module: its first column, its row; made when needed
         self._odd: dict[int, Tensor] = {}
@@ -282,6 +280,16 @@ class Snapshot:
 
 _PLAIN: Final = {Tensor, nn.Parameter}
 _INITIAL: Final = {"running_mean": 0.0, "running_var": 1.0}
+
+
+def _grouped(names: Sequence[tuple[str, ...]]) -> dict[tuple[str, ...], Sequence[int]]:
+    """The positions of equal names."""
+    if len(set(map(id, names))) == 1:  # mostly
+        return {names[0]: range(len(names))}
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for position, its_names in enumerate(names):
+        groups.setdefault(its_names, []).append(position)
+    return dict(groups)
 
 
 def _images_of_columns(columns: list[list[Tensor]]) -> list[Image | Counts] | None:

@@ -34,6 +34,7 @@ class Tree:
         "_branches",
         "_buffer_counts",
         "_buffer_tables",
+        "_can_stay",
         "_module_tables",
         "_modules",
         "_rules",
@@ -51,6 +52,8 @@ class Tree:
         self.layers = list(found.values())
         self._modules = list(modules.values())
         self._rules = dict(registered_rules())
+        # Else: a layer without a forward may get one, one of TorchScript has no table that would stay the same.
+        self._can_stay = not any([layer.kind.hold == "none" for layer in self.layers])
         self._types = [type(layer.module) for layer in self.layers]
         self._buffer_tables: list[Any] = [module._buffers for module in self._modules]
         self._buffer_counts = list(map(len, self._buffer_tables))
@@ -61,7 +64,8 @@ class Tree:
         """Whether a new walk would find the same."""
         modules = self._modules
         if not (
-            self.has_same_modules()
+            self._can_stay
+            and self.has_same_modules()
             and self._rules == registered_rules()
             and all(map(is_, [module._buffers for module in modules], self._buffer_tables))
             and all(map(is_, [module._modules for module in modules], self._module_tables))
@@ -69,7 +73,7 @@ class Tree:
             return False
         for layer, cls in zip(self.layers, self._types, strict=True):
             module = layer.module
-            if type(module) is not cls or layer.kind.hold == "none":  # it may have got a forward, or has no such table
+            if type(module) is not cls:
                 return False
             buffers = module._buffers
             for name in layer.buffers:

@@ -1,0 +1,57 @@
+"""The results as a picture: a panel for each benchmark, a line for each row."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Final
+
+from matplotlib.figure import Figure
+
+from benchmarks.results import FOLDER, Row, from_json
+
+__all__ = ["draw", "read"]
+
+_OURS, _OTHERS = "#0072b2", "#999999"  # of Okabe and Ito: told apart without red and green
+_TARGET: Final = "#d55e00"
+
+
+def read(device: str) -> list[Row]:
+    """The rows of the last run on a device."""
+    content = json.loads((FOLDER / f"{device}.json").read_text(encoding="utf-8"))
+    return [from_json(item) for item in content["rows"]]
+
+
+def draw(rows: Sequence[Row], path: Path) -> Path:
+    """Draws the rows, and writes a PNG; returns its path."""
+    panels = [list(group) for _, group in groupby(rows, key=lambda row: row.benchmark)]
+    heights = [len(panel) + 2.2 for panel in panels]
+    figure = Figure(figsize=(10, 0.24 * sum(heights)), layout="constrained")
+    axes = figure.subplots(len(panels), 1, squeeze=False, gridspec_kw={"height_ratios": heights})
+    for axis, panel in zip(axes[:, 0], panels, strict=True):
+        for position, row in enumerate(panel):
+            ratio = row.ratio
+            colour = _OURS if "frozen(" in row.subject or "guard" in row.subject else _OTHERS
+            axis.plot([ratio.low, ratio.high], [position, position], color=colour, linewidth=3, alpha=0.5)
+            axis.plot(ratio.median, position, "o", color=colour, markersize=5)
+            axis.annotate(
+                f"{ratio.median:.2f}", (ratio.high, position), xytext=(6, 0), textcoords="offset points",
+                va="center", fontsize=7,
+            )  # fmt: skip
+            if row.target:
+                axis.plot(row.target, position, "|", color=_TARGET, markersize=11, markeredgewidth=2)
+        axis.axvline(1, color="black", linewidth=0.7)
+        references = {row.reference for row in panel}
+        labels = [row.subject if len(references) == 1 else f"{row.subject} / {row.reference}" for row in panel]
+        axis.set_yticks(range(len(panel)), labels, fontsize=7)
+        axis.set_ylim(len(panel) - 0.5, -0.5)
+        axis.margins(x=0.12)
+        against = f" (divided by: {references.pop()})" if len(references) == 1 else ""
+        axis.set_title(f"{panel[0].title}{against}", fontsize=8, loc="left")
+        axis.tick_params(axis="x", labelsize=7)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle("Ratios, medians and quartiles; blue: bnguard; orange: at most", fontsize=9)
+    figure.savefig(path, dpi=110)
+    return path

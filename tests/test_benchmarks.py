@@ -1,0 +1,177 @@
+"""The benchmarks measure what they say they do. Nothing here looks at the clock."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import race, results, rivals
+from benchmarks.__main__ import _ALL
+from benchmarks.models import NETS, bn_chain, make_step, sample
+from tests.asserts import assert_same_bits, state_of
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [("resnet50", 53), ("mobilenet_v2", 52), ("densenet121", 121), ("small_cnn", 17), ("bn_mlp", 2)],
+)
+def test_nets_have_the_layers_that_their_papers_give_them(name: str, layers: int) -> None:
+    """So many BatchNorm layers, and a step that moves all of them."""
+    net, x, y = sample(name)
+    before = copy.deepcopy(net)
+    assert len(rivals.batch_norms(net)) == layers
+    make_step(net, net, x, y)()
+    pairs = zip(rivals.batch_norms(net), rivals.batch_norms(before), strict=True)
+    assert all(not torch.equal(one.running_mean, other.running_mean) for one, other in pairs)
+
+
+def small_net() -> tuple[nn.Sequential, Callable[[], None]]:
+    """A net, and a training step of it."""
+    net, x, y = sample("bn_mlp")
+    return net, make_step(net, net, x, y)
+
+
+Around = Callable[[nn.Module], AbstractContextManager[None]]
+Stepping = Callable[[nn.Module, rivals.Step], rivals.Step]
+
+
+def _as_it_is(net: nn.Module, step: rivals.Step) -> rivals.Step:
+    return step
+
+
+HOLDING: dict[str, tuple[Around, Stepping]] = {
+    "eval by hand": (rivals.back_in_train_mode, rivals.eval_by_hand),
+    "untracked": (rivals.untracked, _as_it_is),
+    "converted": (rivals.converted, _as_it_is),
+    "momentum 0": (rivals.momentum_zero, _as_it_is),
+    "loaded back": (lambda net: nullcontext(), rivals.loaded_back),
+}
+
+
+@pytest.mark.parametrize("name", HOLDING)
+def test_rival_holds_the_statistics_and_leaves_the_net_as_it_was(name: str) -> None:
+    """What people do instead does it, so that it is compared fairly."""
+    around, stepping = HOLDING[name]
+    net, step = small_net()
+    modules, attributes = list(net.modules()), [list(module.__dict__) for module in net.modules()]
+    before = [layer.running_mean.clone() for layer in rivals.batch_norms(net)]
+    with around(net):
+        stepping(net, step)()
+    assert list(net.modules()) == modules
+    assert [list(module.__dict__) for module in net.modules()] == attributes
+    assert all(layer.training and layer.track_running_stats and layer.momentum for layer in rivals.batch_norms(net))
+    for layer, mean in zip(rivals.batch_norms(net), before, strict=True):
+        assert_same_bits(layer.running_mean, mean)
+    step()
+    assert not torch.equal(rivals.batch_norms(net)[0].running_mean, before[0])
+
+
+def test_converted_net_normalises_as_in_eval_mode() -> None:
+    """The affine formula gives what BatchNorm gives in eval mode."""
+    net, x, _ = sample("small_cnn")
+    net(x)
+    net.eval()
+    expected = net(x)
+    with rivals.converted(net):
+        torch.testing.assert_close(net(x), expected)
+
+
+def test_rivals_that_compare_see_a_change() -> None:
+    """They notice an update, and would fail if there was none."""
+    net, step = small_net()
+    rivals.compared_by_state_dict(net, step)()
+    with pytest.raises(AssertionError):
+        rivals.compared_by_state_dict(net, lambda: None)()
+    with rivals.compared_by_hooks(net):
+        step()
+    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in rivals.batch_norms(net))
+    before = state_of(bn_chain(2))
+    chain = bn_chain(2)
+    rivals.guarded_by_hand(chain)
+    for name, tensor in state_of(chain).items():
+        assert_same_bits(tensor, before[name])
+
+
+def test_race_runs_every_contender_equally_often_and_in_turn() -> None:
+    """Forwards and backwards; around is entered for each turn and left after it."""
+    calls: list[str] = []
+
+    class Around:
+        def __enter__(self) -> None:
+            calls.append("in")
+
+        def __exit__(self, *_: object) -> None:
+            calls.append("out")
+
+    contenders = [
+        race.Contender("a", partial(calls.append, "a"), Around),
+        race.Contender("b", partial(calls.append, "b")),
+    ]
+    result = race.race(contenders, rounds=4, steps=1)
+    assert {name: len(seconds) for name, seconds in result.seconds.items()} == {"a": 4, "b": 4}
+    once = [call for call in calls if call in "ab"]
+    assert sorted(set(once)) == ["a", "b"]
+    assert once.count("a") == once.count("b")
+    assert "".join(call[0] for call in calls if call in ("in", "out")) == "io" * 6
+    assert once.index("a") != once.index("b")
+
+
+def test_ratio_is_that_of_each_round() -> None:
+    """A round that was slow for all leaves no trace."""
+    measured = race.Race({"ours": [1.0, 20.0, 3.0], "theirs": [2.0, 40.0, 6.0]})
+    assert measured.ratio("ours", "theirs") == race.Spread(0.5, 0.5, 0.5)
+
+
+def _row(median: float, low: float, target: float | None) -> results.Row:
+    return results.Row("step/x", "A step", "ours", "theirs", race.Spread(median, low, median + 1), target)
+
+
+@pytest.mark.parametrize(
+    ("row", "verdict"),
+    [
+        (_row(1.0, 0.9, 1.0), "met"),
+        (_row(1.1, 0.9, 1.0), "within noise"),
+        (_row(1.1, 1.05, 1.0), "missed"),
+        (_row(9, 9, None), ""),
+    ],
+)
+def test_row_says_whether_it_met_its_target(row: results.Row, verdict: str) -> None:
+    """By its median, or by the lower quartile."""
+    assert row.verdict == verdict
+
+
+def test_results_are_written_as_text_and_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each table has the command that makes it, and the data gives the rows again."""
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    rows = [_row(1.0, 0.9, 1.0), _row(2.0, 1.9, None)]
+    markdown, data = results.write("cpu", rows, ["step/y: no such library"])
+    text = markdown.read_text()
+    assert "`python -m benchmarks step/x`" in text
+    assert "| ours | theirs | 1.000 | 0.900 to 2.000 | 1 | met |" in text
+    assert "- step/y: no such library" in text
+    content: dict[str, Any] = json.loads(data.read_text())
+    assert [results.from_json(item) for item in content["rows"]] == rows
+    assert content["environment"]["torch"] == torch.__version__
+
+
+def test_every_key_names_the_benchmark_that_makes_its_rows() -> None:
+    """What the table prints as a command is a key."""
+    assert {f"step/{name}" for name in NETS} <= set(_ALL)
+    rows = _ALL["memory/small_cnn"]()
+    assert {row.benchmark for row in rows} == {"memory/small_cnn"}
+
+
+def test_committed_results_come_from_benchmarks_that_exist() -> None:
+    """A benchmark that is gone takes its rows along."""
+    for path in (Path(results.__file__).parent / "results").glob("*.json"):
+        for item in json.loads(path.read_text())["rows"]:
+            assert results.from_json(item).benchmark in _ALL
