@@ -14,7 +14,7 @@ from benchmarks.results import Benchmark, Row
 
 __all__ = ["BENCHMARKS"]
 
-_EFFORT: Final = {1: (40, 100), 10: (40, 20), 53: (60, 6), 100: (40, 3), 1_000: (15, 1), 10_000: (7, 1)}  # by layers
+_EFFORT: Final = {1: (20, 300), 10: (20, 60), 53: (30, 20), 100: (20, 10), 1_000: (15, 1), 10_000: (7, 1)}  # by layers
 _TARGETS: Final = {53: (0.65, 0.5)}
 FRESH, REUSED, BY_HAND = "a new frozen(net, 'restore')", "the same guard again", "by hand"
 

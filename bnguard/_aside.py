@@ -9,7 +9,14 @@ from types import CodeType, FrameType
 from typing import Any, Final
 
 import torch
-from torch._C import _functorch, _get_dispatch_mode, _get_tracing_state, _len_torch_dispatch_stack
+from torch import is_grad_enabled, is_inference_mode_enabled
+from torch._C import (
+    _functorch,
+    _get_dispatch_mode,
+    _get_tracing_state,
+    _len_torch_dispatch_stack,
+    _set_grad_enabled,
+)
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.fx import _symbolic_trace
 from torch.utils._python_dispatch import _disable_current_modes
@@ -63,18 +70,18 @@ class aside(ContextDecorator):  # noqa: N801  # lower case, as torch.no_grad
     """
 
     def __enter__(self) -> None:
-        self._grad = torch.is_grad_enabled()
+        self._grad = is_grad_enabled()
         self._undo: ExitStack | None = None
         trace = _get_tracing_state()
         if (
             trace is not None
             or _len_torch_dispatch_stack()
-            or torch.is_inference_mode_enabled()
+            or is_inference_mode_enabled()
             or _functorch.peek_interpreter_stack() is not None
         ):
             self._undo = _outside_of_everything(trace)
         try:
-            torch._C._set_grad_enabled(False)  # noqa: FBT003  # takes no keyword
+            _set_grad_enabled(False)  # noqa: FBT003  # takes no keyword
         except BaseException:  # Ctrl-C, say
             self.__exit__()
             raise
@@ -85,9 +92,9 @@ class aside(ContextDecorator):  # noqa: N801  # lower case, as torch.no_grad
                 self._undo.close()
         finally:
             try:
-                torch._C._set_grad_enabled(self._grad)
+                _set_grad_enabled(self._grad)
             except BaseException:
-                torch._C._set_grad_enabled(self._grad)
+                _set_grad_enabled(self._grad)
                 raise
 
     def _recreate_cm(self) -> aside:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,9 @@ from bnguard._tree import Tree, find_layers
 from bnguard.errors import BNGuardError, BNGuardWarning, StatsChangedError
 
 __all__ = ["Block"]
+
+
+_NONE: Final[Mapping[int, Any]] = {}
 
 
 class Block:
@@ -69,12 +73,12 @@ class Block:
             self._tree = Tree(model)
         self._layers = select_layers(model, self._tree.layers, settings.include, settings.exclude)
         self._claims: list[Claim] = []
-        self._affine = AffineHold()
+        self._affine: AffineHold | None = None
         self._statistics: Snapshot | None = None
         self._parameters: Snapshot | None = None
         self._without_values: frozenset[int] = frozenset()  # owners
-        self._found: dict[int, StatsChange] = {}  # by owner: what a comparison found
-        self._verified: dict[int, int] = {}  # by owner: updates when it was last compared
+        self._found: Mapping[int, StatsChange] = _NONE  # by owner: what a comparison found
+        self._verified: Mapping[int, int] = _NONE  # by owner: updates when it was last compared
         self._errors: list[str] = []  # texts of the errors that forwards raised
         self._warned = False
         self._has_warned_of_program = False
@@ -103,6 +107,7 @@ class Block:
             self._statistics = Snapshot(modules, [layer.buffers for layer in self._layers])
             self._without_values = self._statistics.without_values()
             if settings.affine:
+                self._affine = AffineHold()
                 names = [affine_parameters(layer) for layer in self._layers]
                 self._parameters = Snapshot(modules, names, "_parameters")
                 self._affine.take(
@@ -244,8 +249,9 @@ class Block:
                 if keep and not is_intact:
                     _finish(snapshot.restore)
         if self._settings.on_change == "warn":
-            self._found.clear()  # they stand, and have just been found again
-        self._found.update(changes)
+            self._found = changes  # what changed before stands, and has just been found again
+        elif changes:
+            self._found = {**self._found, **changes}
         self._verified = {claim.owner: claim.updates for claim in self._claims if claim.updates}
         return [changes[owner] for owner in sorted(changes)]
 
@@ -270,13 +276,17 @@ class Block:
     def _let_go(self) -> None:
         """Takes everything off the model, whatever fails on the way."""
         failure: BaseException | None = None
-        for undo in (self._affine.release, self._detach):
+        for undo in (self._release, self._detach):
             try:
                 _finish(undo)
             except BaseException as error:
                 failure = failure or error
         if failure is not None:
             raise failure
+
+    def _release(self) -> None:
+        if self._affine is not None:
+            self._affine.release()
 
     def _detach(self) -> None:
         detach(self._layers, self._claims, self._model)

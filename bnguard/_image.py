@@ -116,7 +116,7 @@ class Counts:
     """The same of whole numbers on the CPU, each in a tensor of its own: how many batches layers have counted.
 
     Args:
-        tensors: Of dtype int64, without dimensions.
+        tensors: Of an integer dtype, each with one element.
     """
 
     __slots__ = ("_saved", "_tensors")
@@ -124,6 +124,10 @@ class Counts:
     def __init__(self, tensors: list[Tensor]) -> None:
         self._tensors = tensors
         self._saved = self._taken()
+
+    def is_of_values(self) -> bool:
+        """Whether they are whole numbers."""
+        return set(map(type, self._saved)) == {int}
 
     def is_unchanged(self) -> bool:
         """Whether the tensors hold the same numbers now."""

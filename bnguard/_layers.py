@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
+import operator
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -148,7 +149,10 @@ def tensor_tables(
     """The same of several modules."""
     if exchanged_buffers or any([issubclass(cls, _ScriptModule) for cls in set(map(type, modules))]):
         return [tensor_table(module, table) for module in modules]
-    return [module.__dict__[table] for module in modules]
+    return list(map(_GETTERS[table], modules))
+
+
+_GETTERS: Final = {table: operator.attrgetter(table) for table in ("_buffers", "_parameters")}
 
 
 def statistics_of(module: nn.Module) -> tuple[tuple[str, ...], LayerKind]:

@@ -10,7 +10,6 @@ from typing import Final, Literal
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn.parameter import is_lazy
 
 from bnguard._aside import aside
@@ -305,24 +304,21 @@ def _images_of_columns(columns: list[list[Tensor]]) -> list[Image | Counts] | No
         groups.setdefault((first.dtype, first.dim()), []).extend(column)
     images: list[Image | Counts] = []
     parts = []
-    for (dtype, rank), tensors in groups.items():
-        if rank > 1 or not set(map(type, tensors)) <= _PLAIN or {tensor.dtype for tensor in tensors} != {dtype}:
-            return None
-        if rank == 0 and dtype is torch.int64 and all([tensor.is_cpu for tensor in tensors]):
-            if any(map(is_functorch_wrapped_tensor, tensors)):
+    try:
+        for (dtype, rank), tensors in groups.items():
+            if rank > 1 or not set(map(type, tensors)) <= _PLAIN:
                 return None
-            images.append(Counts(tensors))
-        else:
-            parts.append(part_of(tensors, dtype, rank))
-    if parts:
-        try:
-            image = Image(parts)
-        except RuntimeError:  # several devices, several ranks, or what a transform has left behind
-            return None
-        if not image.is_of_values():
-            return None
-        images.append(image)
-    return images
+            if rank == 0 and dtype is torch.int64 and tensors[0].is_cpu:
+                images.append(Counts(tensors))
+            elif {tensor.dtype for tensor in tensors} == {dtype}:
+                parts.append(part_of(tensors, dtype, rank))
+            else:
+                return None
+        if parts:
+            images.append(Image(parts))
+    except RuntimeError:  # several devices, several ranks, or what a transform has left behind
+        return None
+    return images if all([image.is_of_values() for image in images]) else None
 
 
 def _images_of(tensors: list[Tensor]) -> list[Image | Counts]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from operator import is_
+from operator import attrgetter, is_
 from typing import Any, Final
 
 from torch import nn
@@ -11,6 +11,9 @@ from torch import nn
 from bnguard._layers import StatsLayer, registered_rules, statistics_of
 
 __all__ = ["Tree", "any_layer", "find_layers", "walk_names"]
+
+_BUFFERS: Final = attrgetter("_buffers")
+_MODULES: Final = attrgetter("_modules")
 
 # Wrappers whose own attribute is no part of the name that users know, and mostly none of the state_dict key.
 _WRAPPERS: Final = {
@@ -55,9 +58,9 @@ class Tree:
         # Else: a layer without a forward may get one, one of TorchScript has no table that would stay the same.
         self._can_stay = not any([layer.kind.hold == "none" for layer in self.layers])
         self._types = [type(layer.module) for layer in self.layers]
-        self._buffer_tables: list[Any] = [module._buffers for module in self._modules]
+        self._buffer_tables: list[Any] = list(map(_BUFFERS, self._modules))
         self._buffer_counts = list(map(len, self._buffer_tables))
-        self._module_tables: list[Any] = [module._modules for module in self._modules]
+        self._module_tables: list[Any] = list(map(_MODULES, self._modules))
         self._branches = [(table, tuple(table.keys()), tuple(table.values())) for table in self._module_tables if table]
 
     def is_current(self) -> bool:
@@ -67,8 +70,8 @@ class Tree:
             self._can_stay
             and self.has_same_modules()
             and self._rules == registered_rules()
-            and all(map(is_, [module._buffers for module in modules], self._buffer_tables))
-            and all(map(is_, [module._modules for module in modules], self._module_tables))
+            and all(map(is_, map(_BUFFERS, modules), self._buffer_tables))
+            and all(map(is_, map(_MODULES, modules), self._module_tables))
         ):
             return False
         for layer, cls in zip(self.layers, self._types, strict=True):
