@@ -13,7 +13,7 @@ from typing import Final
 import torch
 
 from benchmarks import compiled, cuda, enter_exit, forward, memory, startup, step
-from benchmarks.results import FOLDER, Benchmark, Row, from_json, line, to_json, write
+from benchmarks.results import Benchmark, Row, from_json, line, to_json, write
 
 _CPU: Final[dict[str, Benchmark]] = {
     **forward.BENCHMARKS, **step.BENCHMARKS, **enter_exit.BENCHMARKS, **compiled.BENCHMARKS,
@@ -55,7 +55,8 @@ def main() -> int:
         if options.plot:
             from benchmarks.plot import draw
 
-            print(f"drawn: {draw(rows, FOLDER / f'{device}.png')}")
+            for path in draw(rows, device):
+                print(f"drawn: {path}")
     return int(any_failed)
 
 

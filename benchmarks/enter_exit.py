@@ -46,7 +46,7 @@ def enter_exit(layers: int) -> list[Row]:
     ]
     rounds, steps = _EFFORT[layers]
     result = race(contenders, rounds=rounds, steps=steps, garbage=True)
-    row = partial(Row, f"enter_exit/{layers}", f"Enter and exit, {layers} layers of 256 channels")
+    row = partial(Row, f"enter_exit/{layers}", f"Enter and exit, {layers:,} layer{'s' * (layers > 1)} of 256 channels")
     targets = dict(zip((FRESH, REUSED), _TARGETS.get(layers, (None, None)), strict=True))
     names = (FRESH, REUSED, watching, least)
     return [row(name, BY_HAND, result.ratio(name, BY_HAND), targets.get(name)) for name in names]

@@ -1,4 +1,4 @@
-"""The results as a picture: a panel for each benchmark, a line for each row."""
+"""The results as pictures, one for each kind of benchmark: a panel for each, a line for each row."""
 
 from __future__ import annotations
 
@@ -24,11 +24,16 @@ def read(device: str) -> list[Row]:
     return [from_json(item) for item in content["rows"]]
 
 
-def draw(rows: Sequence[Row], path: Path) -> Path:
-    """Draws the rows, and writes a PNG; returns its path."""
+def draw(rows: Sequence[Row], device: str) -> list[Path]:
+    """Draws the rows, and writes ``results/<device>-<kind>.png``; returns the paths."""
+    kinds = {kind: list(group) for kind, group in groupby(rows, key=lambda row: row.benchmark.partition("/")[0])}
+    return [_draw(some, FOLDER / f"{device}-{kind}.png") for kind, some in kinds.items()]
+
+
+def _draw(rows: Sequence[Row], path: Path) -> Path:
     panels = [list(group) for _, group in groupby(rows, key=lambda row: row.benchmark)]
-    heights = [len(panel) + 2.2 for panel in panels]
-    figure = Figure(figsize=(10, 0.24 * sum(heights)), layout="constrained")
+    heights = [len(panel) + 1.5 for panel in panels]
+    figure = Figure(figsize=(11, 0.6 + 0.3 * sum(heights)), layout="constrained")
     axes = figure.subplots(len(panels), 1, squeeze=False, gridspec_kw={"height_ratios": heights})
     for axis, panel in zip(axes[:, 0], panels, strict=True):
         for position, row in enumerate(panel):
@@ -38,19 +43,20 @@ def draw(rows: Sequence[Row], path: Path) -> Path:
             axis.plot(ratio.median, position, "o", color=colour, markersize=5)
             axis.annotate(
                 f"{ratio.median:.2f}", (ratio.high, position), xytext=(6, 0), textcoords="offset points",
-                va="center", fontsize=7,
+                va="center", fontsize=8,
             )  # fmt: skip
             if row.target:
                 axis.plot(row.target, position, "|", color=_TARGET, markersize=11, markeredgewidth=2)
         axis.axvline(1, color="black", linewidth=0.7)
         references = {row.reference for row in panel}
         labels = [row.subject if len(references) == 1 else f"{row.subject} / {row.reference}" for row in panel]
-        axis.set_yticks(range(len(panel)), labels, fontsize=7)
+        axis.set_yticks(range(len(panel)), labels, fontsize=8)
         axis.set_ylim(len(panel) - 0.5, -0.5)
         axis.margins(x=0.12)
         against = f" (divided by: {references.pop()})" if len(references) == 1 else ""
-        axis.set_title(f"{panel[0].title}{against}", fontsize=8, loc="left")
-        axis.tick_params(axis="x", labelsize=7)
+        axis.set_title(f"{panel[0].title}{against}", fontsize=9, loc="left")
+        axis.grid(axis="x", alpha=0.25)
+        axis.tick_params(axis="x", labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle("Ratios, medians and quartiles; blue: bnguard; orange: at most", fontsize=9)
     figure.savefig(path, dpi=110)
