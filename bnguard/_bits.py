@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C import _functorch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
 
-__all__ = ["as_bytes", "below_transforms", "from_bytes", "has_values", "same_bits", "same_words", "word_of"]
+__all__ = ["PLAIN", "as_bytes", "below_transforms", "from_bytes", "has_values", "same_bits", "same_words", "word_of"]
+
+
+PLAIN: Final = frozenset({Tensor, nn.Parameter})  # classes without behaviour of their own
 
 
 def has_values(tensor: Any) -> bool:
@@ -49,25 +52,20 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     return torch.equal(as_bytes(one.detach().reshape(-1)), as_bytes(other.detach().reshape(-1)))
 
 
-def word_of(flat: Tensor) -> torch.dtype | None:
-    """The integer dtype as which a contiguous one-dimensional tensor compares fastest; None for its own."""
-    if not (flat.is_floating_point() or flat.is_complex()):
-        return None
-    # Wide words compare eight times as fast as bytes.
+def word_of(flat: Tensor) -> torch.dtype:
+    """The integer dtype as which a contiguous one-dimensional tensor compares fastest: eight times as fast as bytes."""
     size = flat.nbytes
     return torch.int64 if size % 8 == 0 else torch.int32 if size % 4 == 0 else torch.uint8
 
 
-def same_words(one: Tensor, other: Tensor, word: torch.dtype | None) -> bool:
+def same_words(one: Tensor, other: Tensor, word: torch.dtype) -> bool:
     """Whether two contiguous one-dimensional tensors have the same dtype, length and bits.
 
     Raises:
         RuntimeError: They are on different devices.
     """
-    if one.dtype != other.dtype:
+    if one.dtype != other.dtype or one.nbytes != other.nbytes:
         return False
-    if word is None:
-        return torch.equal(one, other)
     if one.is_complex():
         one, other = torch.view_as_real(one).reshape(-1), torch.view_as_real(other).reshape(-1)
-    return one.nbytes == other.nbytes and torch.equal(one.view(word), other.view(word))
+    return torch.equal(one.view(word), other.view(word))

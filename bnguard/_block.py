@@ -79,7 +79,7 @@ class Block:
         self._without_values: frozenset[int] = frozenset()  # owners
         self._found: Mapping[int, StatsChange] = _NONE  # by owner: what a comparison found
         self._verified: Mapping[int, int] = _NONE  # by owner: updates when it was last compared
-        self._errors: list[str] = []  # texts of the errors that forwards raised
+        self._errors: list[str] = []  # texts of the errors that forwards raised, each once
         self._warned = False
         self._has_warned_of_program = False
         self._refreshing = threading.Lock()
@@ -179,7 +179,7 @@ class Block:
         count(claim, str(call_site()))
         change = self._change(claim)
         text = _report.stopped_text(change, self._mode(claim), claim.budget)
-        self._errors.append(text)
+        self._note(text)
         return StatsChangedError(text, (change,))
 
     def stood(self, claim: Claim) -> None:
@@ -305,7 +305,7 @@ class Block:
             return
         text = "\n".join(texts)
         if on_change == "raise" and error is None:
-            self._errors.append(text)  # of check(): may be caught as well
+            self._note(text)  # of check(): may be caught as well
             raise StatsChangedError(text, self.changes)
         self._warned = True
         if error is not None:
@@ -316,6 +316,11 @@ class Block:
             except BNGuardWarning:
                 if error is None:
                     raise
+
+    def _note(self, text: str) -> None:
+        """Keeps the text of an error that may be caught; a loop that catches it each time adds nothing."""
+        if text not in self._errors:
+            self._errors.append(text)
 
     def _refuse_capture(self) -> None:
         if self._on_cuda and torch.cuda.is_current_stream_capturing():

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor as _is_wrapped
 
 from bnguard._aside import aside
+from bnguard._bits import PLAIN
 from bnguard._equipment import OWN_ATTRIBUTES
 from bnguard._fork import renew_after_fork
 from bnguard._layers import exchanged_buffers, tensor_table
@@ -256,7 +257,7 @@ def scratch_like(tensor: Tensor | None, slot: int) -> Tensor | None:
     """A tensor of the same shape, dtype and device, which nobody reads; another one for each ``slot``."""
     if tensor is None:
         return None
-    is_plain = type(tensor) in _PLAIN
+    is_plain = type(tensor) in PLAIN
     key = (slot, tensor.shape, tensor.dtype, tensor.device)
     found = _scratch.get(key) if is_plain else None
     if found is None:
@@ -272,12 +273,9 @@ def is_scratch_for(scratch: Tensor | None, tensor: Tensor | None) -> bool:
     return (
         scratch is not None
         and tensor is not None
-        and type(tensor) in _PLAIN
+        and type(tensor) in PLAIN
         and type(scratch) is Tensor
         and scratch.dtype is tensor.dtype
         and scratch.shape == tensor.shape
         and scratch.device == tensor.device
     )
-
-
-_PLAIN: Final = (Tensor, nn.Parameter)

@@ -69,7 +69,8 @@ class Image:
     __slots__ = ("_flats", "_parts", "_words")
 
     def __init__(self, parts: list[Part]) -> None:
-        self._parts = parts
+        # Widest first, so that each is aligned for a view as its own dtype where they are joined.
+        self._parts = sorted(parts, key=_width)
         self._flats = self._taken()
         self._words = [word_of(flat) for flat in self._flats]
 
@@ -95,21 +96,18 @@ class Image:
         return views
 
     def _taken(self) -> list[Tensor]:
-        """The values of now by part; on another device than the CPU the bytes of all parts, widest first."""
+        """The values of now by part; where comparing means waiting, the bytes of all parts in one."""
         flats = [part.flat() for part in self._parts]
-        # On the CPU, comparing each by itself waits for nothing.
-        if len(flats) < 2 or flats[0].is_cpu:
+        if len(flats) < 2 or _is_on_host(flats[0]):
             return flats
-        return [torch.cat([as_bytes(flat) for flat in sorted(flats, key=_width)])]
+        return [torch.cat([as_bytes(flat) for flat in flats])]
 
     def _parted(self) -> list[Tensor]:
         """The values that were taken, by part."""
         if len(self._flats) == len(self._parts):
             return self._flats
-        order = sorted(self._parts, key=lambda part: _width(part.tensors[0]))
-        sizes = [sum(part.sizes) * part.dtype.itemsize for part in order]
-        pieces = dict(zip(map(id, order), self._flats[0].split(sizes), strict=True))
-        return [from_bytes(pieces[id(part)], part.dtype) for part in self._parts]
+        pieces = self._flats[0].split([sum(part.sizes) * part.dtype.itemsize for part in self._parts])
+        return [from_bytes(piece, part.dtype) for piece, part in zip(pieces, self._parts, strict=True)]
 
 
 class Counts:
@@ -119,11 +117,12 @@ class Counts:
         tensors: Of an integer dtype, each with one element.
     """
 
-    __slots__ = ("_saved", "_tensors")
+    __slots__ = ("_saved", "_tensors", "_viewed")
 
     def __init__(self, tensors: list[Tensor]) -> None:
         self._tensors = tensors
         self._saved = self._taken()
+        self._viewed: Tensor | None = None  # the same, once somebody has views of it, and may write to them
 
     def is_of_values(self) -> bool:
         """Whether they are whole numbers."""
@@ -131,16 +130,22 @@ class Counts:
 
     def is_unchanged(self) -> bool:
         """Whether the tensors hold the same numbers now."""
-        return self._taken() == self._saved
+        return self._taken() == (self._saved if self._viewed is None else self._viewed.tolist())
 
     def views(self) -> dict[int, Tensor]:
-        """What each tensor held, by the id of the tensor."""
-        return {id(tensor): torch.tensor(count) for tensor, count in zip(self._tensors, self._saved, strict=True)}
+        """What each tensor held, by the id of the tensor; views of what is compared with."""
+        if self._viewed is None:
+            self._viewed = torch.tensor(self._saved)
+        return dict(zip(map(id, self._tensors), self._viewed.unbind(), strict=True))
 
     def _taken(self) -> list[int | float | bool]:
         # One by one takes half as long as a copy of all of them, and a comparison of that.
         return [tensor.item() for tensor in self._tensors]
 
 
-def _width(tensor: Tensor) -> int:
-    return -tensor.dtype.itemsize  # so that each is aligned for a view as its own dtype
+def _width(part: Part) -> int:
+    return -part.dtype.itemsize
+
+
+def _is_on_host(flat: Tensor) -> bool:
+    return flat.is_cpu

@@ -170,17 +170,8 @@ def statistics_of(module: nn.Module) -> tuple[tuple[str, ...], LayerKind]:
         mean, var, count = buffers.values()  # of all layers the most
         if mean is not None and var is not None and count is not None and is_torch_source_known(_BATCH_NORM_FORWARD):
             return _BATCH_NORM_STATISTICS, BATCH_NORM
-    if isinstance(module, _ScriptModule):
-        present = [name for name, tensor in buffers.items() if tensor is not None]
-        return _statistics_among(tuple(present)), SCRIPTED
-    names = _statistics_among(tuple(buffers))
-    for name in names:
-        if buffers[name] is None:
-            names = tuple([name for name in names if buffers[name] is not None])
-            break
-    if not names:
-        return names, OWN_FORWARD
-    return names, _kind(module)
+    names = _statistics_among(tuple([name for name, tensor in buffers.items() if tensor is not None]))
+    return names, _kind(module) if names else OWN_FORWARD
 
 
 def registered_rules() -> Mapping[type[nn.Module], object]:
@@ -194,6 +185,8 @@ def _statistics_among(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _kind(module: nn.Module) -> LayerKind:
+    if isinstance(module, _ScriptModule):
+        return SCRIPTED
     cls = type(module)
     forward = cls.forward
     kind = _STOCK.get(forward)

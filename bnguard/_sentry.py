@@ -117,7 +117,7 @@ class Sentry(Equipment):
         if not claims:
             self.remove()
             return
-        is_judged = (order == "raise" or order == "warn") and kind.predict is not None
+        is_judged = order in ("raise", "warn") and kind.predict is not None
         # Not beside hooks of others: their handles know the dictionary of hooks, and copies of them would find ours.
         self.equip(is_judged and not self.has_foreign_hooks())
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from bnguard._aside import aside
-from bnguard._bits import as_bytes, below_transforms, has_values, same_bits
+from bnguard._bits import PLAIN, as_bytes, below_transforms, has_values, same_bits
 from bnguard._image import Counts, Image, part_of
 from bnguard._layers import tensor_table, tensor_tables
 
@@ -68,7 +68,7 @@ class Snapshot:
             self._images = images
             return
         tensors = list({id(tensor): tensor for column in self._columns for tensor in column}.values())
-        self._odd = {id(tensor): tensor for tensor in tensors if type(tensor) not in _PLAIN or not has_values(tensor)}
+        self._odd = {id(tensor): tensor for tensor in tensors if type(tensor) not in PLAIN or not has_values(tensor)}
         self._images = _images_of([tensor for tensor in tensors if id(tensor) not in self._odd])
         if self._odd:
             odd_values = {key: tensor.detach().clone() for key, tensor in self._odd.items() if has_values(tensor)}
@@ -277,7 +277,6 @@ class Snapshot:
         return views
 
 
-_PLAIN: Final = {Tensor, nn.Parameter}
 _INITIAL: Final = {"running_mean": 0.0, "running_var": 1.0}
 
 
@@ -299,14 +298,14 @@ def _images_of_columns(columns: list[list[Tensor]]) -> list[Image | Counts] | No
     groups: dict[tuple[torch.dtype, int], list[Tensor]] = {}
     for column in columns:
         first = column[0]
-        if type(first) not in _PLAIN:
+        if type(first) not in PLAIN:
             return None
         groups.setdefault((first.dtype, first.dim()), []).extend(column)
     images: list[Image | Counts] = []
     parts = []
     try:
         for (dtype, rank), tensors in groups.items():
-            if rank > 1 or not set(map(type, tensors)) <= _PLAIN:
+            if rank > 1 or not set(map(type, tensors)) <= PLAIN:
                 return None
             if rank == 0 and dtype is torch.int64 and tensors[0].is_cpu:
                 images.append(Counts(tensors))

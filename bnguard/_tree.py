@@ -127,9 +127,9 @@ def walk_names(model: nn.Module) -> Iterator[str]:
 def _walk_names(module: nn.Module, name: str, path: set[int]) -> Iterator[str]:
     yield name
     path.add(id(module))
+    prefix, omitted = _prefix(module, name)
     for key, child in module._modules.items():
         if child is not None and id(child) not in path:
-            prefix, omitted = _prefix(module, name)
             yield from _walk_names(child, name if key == omitted else prefix + key, path)
     path.discard(id(module))
 

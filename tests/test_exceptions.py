@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import nullcontext, suppress
@@ -140,6 +141,17 @@ def test_swallowed_error_is_told_once() -> None:
     with pytest.raises(bnguard.StatsChangedError) as caught, bnguard.frozen(net):
         net(images())
     assert notes_of(caught.value) == []
+
+
+def test_errors_that_are_swallowed_in_a_loop_are_kept_once() -> None:
+    """A loop that catches every error of a block needs no more memory for the thousandth."""
+    net = conv_net()
+    with pytest.raises(bnguard.StatsChangedError), bnguard.frozen(net) as guard:
+        for _ in range(5):
+            with contextlib.suppress(bnguard.StatsChangedError):
+                net(images())
+        assert guard._last is not None
+        assert len(guard._last._errors) == 1
 
 
 @pytest.mark.parametrize("link", ["cause", "context", "group"])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from bnguard import _image
 from bnguard._bits import as_bytes, from_bytes, same_bits
 from bnguard._drift import largest_mean_shift
 from bnguard._snapshot import Snapshot
@@ -188,3 +189,40 @@ def test_mean_shift_needs_a_mean_and_a_variance() -> None:
     assert largest_mean_shift(before, {"running_mean": mean + 3}, 0.0) == 1.5
     assert largest_mean_shift(before, {"running_mean": torch.ones(3)}, 0.0) is None
     assert largest_mean_shift(before, {}, 0.0) is None
+
+
+@pytest.mark.parametrize("converted", [False, True])
+def test_bytes_of_several_dtypes_are_joined_where_comparing_means_waiting(
+    converted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU one comparison serves all dtypes, and each value comes back, also into a tensor converted in place."""
+    monkeypatch.setattr(_image, "_is_on_host", lambda flat: False)
+    layer = nn.Module()
+    values = {"running_a": torch.arange(3).half(), "running_b": torch.rand(5), "running_c": torch.rand(2).double()}
+    for name, value in values.items():
+        layer.register_buffer(name, value.clone())
+    snapshot = Snapshot([layer], [tuple(values)])
+    assert snapshot.is_intact()
+    layer.running_b[-1] += 1
+    assert not snapshot.is_intact()
+    if converted:
+        layer.running_a.data = layer.running_a.double()
+    assert [difference.names for difference in snapshot.changed()] == [("running_b",)]
+    layer.running_c.zero_()
+    snapshot.restore()
+    for name, value in values.items():
+        assert torch.equal(getattr(layer, name).to(value.dtype), value)
+
+
+def test_refreshed_snapshot_is_intact() -> None:
+    """What an allowed update has written is what the end compares with, counter included."""
+    layer = nn.BatchNorm2d(3)
+    snapshot = snapshot_of(layer)
+    layer(torch.randn(4, 3, 2, 2))
+    assert not snapshot.is_intact()
+    snapshot.refresh(0, unless=None)
+    assert snapshot.is_intact()
+    layer.num_batches_tracked += 1
+    assert not snapshot.is_intact()
+    snapshot.restore()
+    assert layer.num_batches_tracked == 1
