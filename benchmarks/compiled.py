@@ -10,7 +10,8 @@ import torch
 import bnguard
 from benchmarks.models import make_step, sample
 from benchmarks.race import Contender, race
-from benchmarks.results import Benchmark, Row
+from benchmarks.results import Benchmark, Row, compared
+from benchmarks.step import entered_each_step
 
 __all__ = ["BENCHMARKS"]
 
@@ -23,23 +24,16 @@ def compiled(name: str) -> list[Row]:
     net, x, y = sample(name)
     step = make_step(torch.compile(net, fullgraph=True), net, x, y)
 
-    def each_step() -> None:
-        with bnguard.frozen(net, "restore"):
-            step()
-
     loop = "frozen(net, 'restore') around the loop"
     contenders = [
         Contender(PLAIN, step),
         Contender(loop, step, partial(bnguard.frozen, net, "restore")),
-        Contender("frozen(net, 'restore') around each step", each_step),
+        Contender("frozen(net, 'restore') around each step", entered_each_step(net, step)),
     ]
     rounds, steps = _EFFORT[name]
     result = race(contenders, rounds=rounds, steps=steps)
-    row = partial(Row, f"compiled/{name}", f"Compiled training step, {name}, batch {tuple(x.shape)}")
-    targets = {loop: 1.0}
-    return [
-        row(other.name, PLAIN, result.ratio(other.name, PLAIN), targets.get(other.name)) for other in contenders[1:]
-    ]
+    title = f"Compiled training step, {name}, batch {tuple(x.shape)}"
+    return compared(f"compiled/{name}", title, result, PLAIN, {loop: 1.0})
 
 
 BENCHMARKS: Final[dict[str, Benchmark]] = {f"compiled/{name}": partial(compiled, name) for name in _EFFORT}

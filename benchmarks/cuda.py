@@ -15,7 +15,8 @@ from torch.nn import functional as F
 import bnguard
 from benchmarks.models import resnet50
 from benchmarks.race import Contender, race, spread
-from benchmarks.results import Benchmark, Row
+from benchmarks.results import Benchmark, Row, compared
+from benchmarks.step import entered_each_step
 
 __all__ = ["BENCHMARKS"]
 
@@ -46,21 +47,14 @@ def train(kind: str) -> list[Row]:
     """A training step, guarded and unguarded."""
     net, step = _made(kind)
 
-    def each_step() -> None:
-        with bnguard.frozen(net, "restore"):
-            step()
-
     contenders = [
         Contender(PLAIN, step),
         Contender(LOOP, step, partial(bnguard.frozen, net, "restore")),
-        Contender(EACH, each_step),
+        Contender(EACH, entered_each_step(net, step)),
     ]
     result = race(contenders, rounds=20, steps=3)
-    row = partial(Row, f"cuda/{kind}", f"Training step on the GPU, ResNet-50, batch 64x3x224x224, {kind}")
-    targets = {LOOP: 1.0}
-    return [
-        row(other.name, PLAIN, result.ratio(other.name, PLAIN), targets.get(other.name)) for other in contenders[1:]
-    ]
+    title = f"Training step on the GPU, ResNet-50, batch 64x3x224x224, {kind}"
+    return compared(f"cuda/{kind}", title, result, PLAIN, {LOOP: 1.0})
 
 
 def replayed() -> list[Row]:
@@ -83,7 +77,7 @@ def replayed() -> list[Row]:
     ]
     result = race(contenders, rounds=20, steps=10)
     title = "Replay of a CUDA graph, ResNet-50, batch 64x3x224x224"
-    return [Row("cuda/graph", title, LOOP, PLAIN, result.ratio(LOOP, PLAIN), 1.0)]
+    return compared("cuda/graph", title, result, PLAIN, {LOOP: 1.0})
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -10,18 +9,12 @@ from typing import Final
 
 from matplotlib.figure import Figure
 
-from benchmarks.results import FOLDER, Row, from_json
+from benchmarks.results import FOLDER, Row
 
-__all__ = ["draw", "read"]
+__all__ = ["draw"]
 
 _OURS, _OTHERS = "#0072b2", "#999999"  # of Okabe and Ito: told apart without red and green
 _TARGET: Final = "#d55e00"
-
-
-def read(device: str) -> list[Row]:
-    """The rows of the last run on a device."""
-    content = json.loads((FOLDER / f"{device}.json").read_text(encoding="utf-8"))
-    return [from_json(item) for item in content["rows"]]
 
 
 def draw(rows: Sequence[Row], device: str) -> list[Path]:

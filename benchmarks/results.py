@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
@@ -13,9 +13,9 @@ from typing import Any, TypeAlias
 
 import torch
 
-from benchmarks.race import Spread
+from benchmarks.race import Race, Spread
 
-__all__ = ["Benchmark", "Row", "environment", "from_json", "line", "to_json", "write"]
+__all__ = ["Benchmark", "Row", "compared", "environment", "from_json", "line", "to_json", "write"]
 
 FOLDER = Path(__file__).parent / "results"
 
@@ -51,6 +51,15 @@ class Row:
 
 
 Benchmark: TypeAlias = Callable[[], list[Row]]
+
+
+def compared(
+    benchmark: str, title: str, result: Race, reference: str, targets: Mapping[str, float] | None = None
+) -> list[Row]:
+    """A row for each contender but ``reference``, which they are divided by."""
+    targets = targets or {}
+    others = [name for name in result.seconds if name != reference]
+    return [Row(benchmark, title, name, reference, result.ratio(name, reference), targets.get(name)) for name in others]
 
 
 def environment(device: str) -> dict[str, object]:

@@ -13,12 +13,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 __all__ = [
     "FrozenBatchNorm",
+    "back_in_train_mode",
     "batch_norms",
     "compared_by_hooks",
     "compared_by_state_dict",
     "converted",
     "eval_by_hand",
     "guarded_by_hand",
+    "keep_in_eval_mode",
     "loaded_back",
     "momentum_zero",
     "untracked",

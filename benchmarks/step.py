@@ -16,9 +16,9 @@ from benchmarks import rivals
 from benchmarks.floors import least_around
 from benchmarks.models import NETS, make_step, sample
 from benchmarks.race import Contender, race
-from benchmarks.results import Benchmark, Row
+from benchmarks.results import Benchmark, Row, compared
 
-__all__ = ["BENCHMARKS"]
+__all__ = ["BENCHMARKS", "entered_each_step"]
 
 # Rounds, and steps of one turn: about as long for each net.
 _EFFORT: Final = {
@@ -34,12 +34,18 @@ LEAST = "the least around each step: a walk, a copy, an attribute a layer, a com
 REUSED, RUNNING = "one guard, entered again at each step", "frozen(net, use_running_stats=True) around the loop"
 
 
-def _restore_contenders(net: nn.Module, step: rivals.Step) -> list[Contender]:
-    reused = bnguard.frozen(net, "restore")
+def entered_each_step(net: nn.Module, step: rivals.Step) -> rivals.Step:
+    """A new block under ``"restore"`` around each step."""
 
-    def each_step() -> None:
+    def run() -> None:
         with bnguard.frozen(net, "restore"):
             step()
+
+    return run
+
+
+def _restore_contenders(net: nn.Module, step: rivals.Step) -> list[Contender]:
+    reused = bnguard.frozen(net, "restore")
 
     def again() -> None:
         with reused:
@@ -52,7 +58,7 @@ def _restore_contenders(net: nn.Module, step: rivals.Step) -> list[Contender]:
     return [
         Contender(PLAIN, step),
         Contender(RESTORE, step, partial(bnguard.frozen, net, "restore")),
-        Contender(RESTORE_EACH, each_step),
+        Contender(RESTORE_EACH, entered_each_step(net, step)),
         Contender(REUSED, again),
         Contender(LEAST, least),
     ]
@@ -79,13 +85,9 @@ def train(name: str) -> list[Row]:
     rounds, steps = _EFFORT[name]
     contenders = [*_restore_contenders(net, step), *_rival_contenders(net, step)]
     result = race(contenders, rounds=rounds, steps=steps)
-    row = partial(Row, f"step/{name}", f"Training step, {name}, batch {tuple(x.shape)}")
-    targets = {RESTORE: 1.0, RESTORE_EACH: _EACH[name]}
-    rows = [row(RUNNING, BY_HAND, result.ratio(RUNNING, BY_HAND), _RUNNING.get(name, 1.0))]
-    rows += [
-        row(other.name, PLAIN, result.ratio(other.name, PLAIN), targets.get(other.name)) for other in contenders[1:]
-    ]
-    return rows
+    key, title = f"step/{name}", f"Training step, {name}, batch {tuple(x.shape)}"
+    running = Row(key, title, RUNNING, BY_HAND, result.ratio(RUNNING, BY_HAND), _RUNNING.get(name, 1.0))
+    return [running, *compared(key, title, result, PLAIN, {RESTORE: 1.0, RESTORE_EACH: _EACH[name]})]
 
 
 def train_in_two_threads(name: str) -> list[Row]:
@@ -94,11 +96,8 @@ def train_in_two_threads(name: str) -> list[Row]:
     rounds, steps = _EFFORT[name]
     contenders = _restore_contenders(net, make_step(net, net, x, y))
     result = race(contenders, rounds=rounds, steps=steps, threads=2)
-    row = partial(Row, f"threads/{name}", f"Training step in two threads, {name}")
     targets = {RESTORE: 1.0, RESTORE_EACH: _EACH[name]}
-    return [
-        row(other.name, PLAIN, result.ratio(other.name, PLAIN), targets.get(other.name)) for other in contenders[1:]
-    ]
+    return compared(f"threads/{name}", f"Training step in two threads, {name}", result, PLAIN, targets)
 
 
 @contextmanager
@@ -133,8 +132,7 @@ def validate(name: str) -> list[Row]:
         Contender("frozen(net) around each batch", guarded, partial(_in_eval_mode, net)),
     ]
     result = race(contenders, rounds=2 * rounds, steps=2 * steps)
-    row = partial(Row, f"validation/{name}", f"Validation batch, {name}, eval mode, no_grad")
-    return [row(other.name, PLAIN, result.ratio(other.name, PLAIN)) for other in contenders[1:]]
+    return compared(f"validation/{name}", f"Validation batch, {name}, eval mode, no_grad", result, PLAIN)
 
 
 def test_of_a_step() -> list[Row]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 __all__ = [
+    "NORMS",
     "FrozenNorm",
     "MovingNorm",
     "OwnForward",
@@ -176,3 +178,13 @@ def rows(number: int = 4, seed: int = 1) -> Tensor:
 def batch_norms(net: nn.Module) -> list[nn.Module]:
     """The layers of torch's own BatchNorm family in ``net``, each once."""
     return [module for module in net.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+
+# By name, with two channels: what the tests of every kind of layer run through.
+NORMS: dict[str, Callable[[], nn.Module]] = {
+    "BatchNorm": lambda: nn.BatchNorm2d(2),
+    "SyncBatchNorm": lambda: nn.SyncBatchNorm(2),
+    "InstanceNorm": lambda: nn.InstanceNorm2d(2, affine=True, track_running_stats=True),
+    "own-forward": lambda: OwnForward(2),
+    "subclass": lambda: ScaledNorm(2),
+}

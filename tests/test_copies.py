@@ -19,15 +19,10 @@ from torch.optim.swa_utils import AveragedModel
 import bnguard
 from tests.asserts import WITHOUT_BNGUARD, assert_clean, assert_same_bits, outcome, state_of, statistics, values, warns
 from tests.nets import OwnForward, ReassigningNorm, conv_net, images, warmed
+from tests.policies import POLICIES
 
 ROOT = Path(__file__).parent.parent
-GUARDS: dict[str, dict[str, Any]] = {
-    "raise": {},
-    "warn": {"on_change": "warn"},
-    "restore": {"on_change": "restore"},
-    "running": {"use_running_stats": True},
-    "budget": {"on_change": "restore", "updates": 5},
-}
+GUARDS = {name: options for name, options in POLICIES.items() if name != "affine"}
 EVERY_GUARD = pytest.mark.parametrize("guard", GUARDS)
 
 

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 import bnguard
 from bnguard import _hold
 from tests.asserts import assert_clean, assert_same_bits, state_of, statistics, values, warns
-from tests.nets import OwnForward, ReassigningNorm, ScaledNorm, SharedNet, images, warmed
+from tests.nets import NORMS, ReassigningNorm, SharedNet, images, warmed
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.torch.jit.*is deprecated:DeprecationWarning"),  # of torch's own jvp
@@ -50,15 +50,7 @@ def patched() -> nn.Module:
     return layer
 
 
-LAYERS: dict[str, Callable[[], nn.Module]] = {
-    "BatchNorm": lambda: nn.BatchNorm2d(2),
-    "SyncBatchNorm": lambda: nn.SyncBatchNorm(2),
-    "InstanceNorm": lambda: nn.InstanceNorm2d(2, affine=True, track_running_stats=True),
-    "own-forward": lambda: OwnForward(2),
-    "reassigning": lambda: ReassigningNorm(2),
-    "subclass": lambda: ScaledNorm(2),
-    "patched": patched,
-}
+LAYERS = {**NORMS, "reassigning": lambda: ReassigningNorm(2), "patched": patched}
 EVERY_LAYER = pytest.mark.parametrize("kind", LAYERS)
 
 

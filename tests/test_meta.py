@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,18 +15,11 @@ from torch.nn.parameter import is_lazy
 
 import bnguard
 from tests.asserts import assert_clean, assert_same_bits, outcome, state_of, statistics, told, values, warns
-from tests.nets import OwnForward, ScaledNorm, images, warmed
+from tests.nets import NORMS, images, warmed
 
 pytestmark = pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
 
-LAYERS: dict[str, Callable[[], nn.Module]] = {
-    "BatchNorm": lambda: nn.BatchNorm2d(2),
-    "SyncBatchNorm": lambda: nn.SyncBatchNorm(2),
-    "InstanceNorm": lambda: nn.InstanceNorm2d(2, affine=True, track_running_stats=True),
-    "own-forward": lambda: OwnForward(2),
-    "subclass": lambda: ScaledNorm(2),
-}
-EVERY_LAYER = pytest.mark.parametrize("kind", LAYERS)
+EVERY_LAYER = pytest.mark.parametrize("kind", NORMS)
 GUARDS: dict[str, dict[str, Any]] = {
     "raise": {},
     "warn": {"on_change": "warn"},
@@ -44,7 +36,7 @@ VALUELESS = "not compared at exit: on the meta device, fake, or inside a transfo
 def make_net(kind: str, device: str = "cpu") -> nn.Sequential:
     """A convolution and the layer."""
     torch.manual_seed(0)
-    return warmed(nn.Sequential(nn.Conv2d(2, 2, 1), LAYERS[kind]())).to(device)
+    return warmed(nn.Sequential(nn.Conv2d(2, 2, 1), NORMS[kind]())).to(device)
 
 
 # The meta device.
@@ -134,7 +126,7 @@ def test_model_made_under_a_device_context_is_guarded() -> None:
 def test_fake_model_runs_as_unguarded(kind: str, guard: str) -> None:
     """A model that was made under ``FakeTensorMode`` gives fake outputs, and is judged where that is predicted."""
     with FakeTensorMode():
-        net = nn.Sequential(nn.Conv2d(2, 2, 1), LAYERS[kind]())
+        net = nn.Sequential(nn.Conv2d(2, 2, 1), NORMS[kind]())
         x = torch.empty(4, 2, 5, 5)
         with told() as said, bnguard.frozen(net, **GUARDS[guard]) as block:
             assert net(x).shape == x.shape
