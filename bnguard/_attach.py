@@ -22,13 +22,16 @@ _lock: Final = threading.RLock()
 renew_after_fork(_lock)
 
 
-def attach(layers: Sequence[StatsLayer], claims: Sequence[Claim], earlier: Sequence[Sentry] = ()) -> list[Sentry]:
+def attach(
+    layers: Sequence[StatsLayer], claims: Sequence[Claim], earlier: Sequence[Sentry] = (), *, outermost: bool = False
+) -> list[Sentry]:
     """Puts each claim innermost on its layer. Where that fails, ``detach`` takes back what was done.
 
     Args:
         layers: The layers.
         claims: A claim for each, of one block.
         earlier: What an earlier call has returned: to be used again, which is cheaper than to make new ones.
+        outermost: Whether the claims go around those that are there instead.
 
     Returns:
         What stands on each layer now.
@@ -44,7 +47,7 @@ def attach(layers: Sequence[StatsLayer], claims: Sequence[Claim], earlier: Seque
             module = layer.module
             sentry = sentries.get(id(module))
             if sentry is not None:
-                standing = (claim, *sentry.claims)
+                standing = (*sentry.claims, claim) if outermost else (claim, *sentry.claims)
                 sentry.set_claims(standing, standing_order(standing), graph_order(standing))
             else:
                 if candidate is not None and candidate.serves_again(layer):

@@ -16,6 +16,7 @@ from bnguard._affine import AffineHold, affine_parameters
 from bnguard._aside import aside
 from bnguard._attach import attach, detach, is_any_held
 from bnguard._callsite import call_site
+from bnguard._causes import causes_of
 from bnguard._caveats import (
     warn_about_added_layers,
     warn_about_fixed_modes,
@@ -80,7 +81,7 @@ class Block:
         self._found: Mapping[int, StatsChange] = _NONE  # by owner: what a comparison found
         self._verified: Mapping[int, int] = _NONE  # by owner: updates when it was last compared
         self._errors: list[str] = []  # texts of the errors that forwards raised, each once
-        self._warned = False
+        self._warned = settings.is_silent
         self._has_warned_of_program = False
         self._refreshing = threading.Lock()
         self._under_way: dict[int, int] = {}  # by owner: updates within the budget that have begun and not ended
@@ -103,7 +104,8 @@ class Block:
         self._claims = [Claim(self, owner, stance, budget) for owner in range(len(modules))]
         try:
             # The claims first: what other threads run in the meantime is then held already.
-            self._sentries = attach(self._layers, self._claims, self._sentries)
+            if not settings.compares_only:
+                self._sentries = attach(self._layers, self._claims, self._sentries, outermost=settings.is_outermost)
             self._statistics = Snapshot(modules, [layer.buffers for layer in self._layers])
             self._without_values = self._statistics.without_values()
             if settings.affine:
@@ -113,8 +115,9 @@ class Block:
                 self._affine.take(
                     [tensor for owner in range(len(modules)) for tensor in self._parameters.objects_of(owner)]
                 )
-            warn_about_fixed_modes(self._layers, settings)
-            warn_about_programs()
+            if settings.has_asides:
+                warn_about_fixed_modes(self._layers, settings)
+                warn_about_programs()
         except BaseException:
             self._let_go()
             raise
@@ -140,7 +143,7 @@ class Block:
             found = self._verify()
         finally:
             self._let_go()
-        if error is None:
+        if error is None and self._settings.has_asides:
             if self._statistics is not None and self._layers:
                 warn_about_added_layers(self._model, self._settings, self._tree, self._statistics)
             if self._regions and not is_any_held(self._layers):
@@ -172,13 +175,18 @@ class Block:
             layers.append(GuardedLayer(layer.names, type(layer.module).__name__, layer.buffers, how))
         return tuple(layers)
 
+    @property
+    def only_watches(self) -> bool:
+        """Whether the model is guarded without anybody having named it."""
+        return self._settings.is_outermost
+
     # What a forward calls.
 
     def stopped(self, claim: Claim) -> StatsChangedError:
         """Records an update that is stopped before it happens; returns the error to raise."""
         count(claim, str(call_site()))
         change = self._change(claim)
-        text = _report.stopped_text(change, self._mode(claim), claim.budget)
+        text = _report.stopped_text(change, self._mode(claim), claim.budget, self._settings.wording)
         self._note(text)
         return StatsChangedError(text, (change,))
 
@@ -191,7 +199,7 @@ class Block:
         count(claim, str(site))
         if not self._warned:
             self._warned = True
-            text = _report.stood_text(self._change(claim), self._mode(claim), claim.budget)
+            text = _report.stood_text(self._change(claim), self._mode(claim), claim.budget, self._settings.wording)
             warnings.warn(text, BNGuardWarning, stacklevel=site.stacklevel)
 
     def allowing(self, claim: Claim) -> Tensor | None:
@@ -294,13 +302,13 @@ class Block:
     def _act(self, found: list[StatsChange], error: BaseException | None) -> None:
         if not found and not self._errors:
             return
-        on_change = self._settings.on_change
+        on_change, wording = self._settings.on_change, self._settings.wording
         texts = []
         if found and not (on_change == "warn" and self._warned):
-            texts.append(_report.changed_text(found, on_change != "warn", self._cause(found)))
+            texts.append(_report.changed_text(found, on_change != "warn", self._cause(found), wording))
         caught = [change for change in self.changes if change not in found]
         if caught and self._errors and not _reports(error, self._errors):
-            texts.append(_report.swallowed_text(caught))
+            texts.append(_report.swallowed_text(caught, wording))
         if not texts:
             return
         text = "\n".join(texts)
@@ -390,7 +398,5 @@ def _reports(error: BaseException | None, texts: list[str]) -> bool:
         seen.add(id(current))
         if isinstance(current, StatsChangedError) and any(text in str(current) for text in texts):
             return True
-        waiting += [current.__cause__, current.__context__]
-        if isinstance(current, BaseExceptionGroup):
-            waiting += current.exceptions
+        waiting += causes_of(current)
     return False

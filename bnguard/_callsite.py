@@ -8,11 +8,14 @@ import sys
 import sysconfig
 from dataclasses import dataclass
 from types import FrameType
+from typing import Literal
 
 import torch
 import wrapt
 
-__all__ = ["CallSite", "call_site"]
+__all__ = ["CallSite", "Origin", "call_site", "is_machinery", "origin_of"]
+
+Origin = Literal["machinery", "library", "user"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +49,7 @@ def call_site() -> CallSite:
     fallback: CallSite | None = None
     outermost = CallSite("<unknown>", 0, "<unknown>", 1)
     while frame is not None:
-        origin = "machinery" if _is_made_by_a_tracer(frame) else _origin(frame.f_code.co_filename)
+        origin = "machinery" if _is_made_by_a_tracer(frame) else origin_of(frame.f_code.co_filename)
         if origin != "machinery":
             site = CallSite(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name, stacklevel)
             if origin == "user":
@@ -56,6 +59,11 @@ def call_site() -> CallSite:
         frame = frame.f_back
         stacklevel += 1
     return fallback or outermost
+
+
+def is_machinery(filename: str) -> bool:
+    """Whether the code of a file is torch's or bnguard's."""
+    return origin_of(filename) == "machinery"
 
 
 def _folder(path: str) -> str:
@@ -77,8 +85,8 @@ def _is_made_by_a_tracer(frame: FrameType) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
-def _origin(filename: str) -> str:
-    """Tells "machinery" (torch, bnguard), "library" (installed code) and "user" apart."""
+def origin_of(filename: str) -> Origin:
+    """Whose code a file is: torch's and bnguard's, that of another installed package, or the user's."""
     path = os.path.abspath(filename) if not filename.startswith("<") else filename
     if path == _DEMO:
         return "user"

@@ -14,13 +14,31 @@ from bnguard._checkpoint import Region
 from bnguard._fork import renew_after_fork
 from bnguard.errors import StatsChangedError
 
-__all__ = ["Claim", "Stance", "Verdict", "count", "decide", "graph_order", "pay", "settle", "standing_order"]
+__all__ = [
+    "Claim",
+    "Stance",
+    "Verdict",
+    "count",
+    "decide",
+    "graph_order",
+    "is_in_backward",
+    "pay",
+    "settle",
+    "standing_order",
+]
 
 Stance = Literal["raise", "warn", "restore", "running", "recompute"]
 
 
 class Judge(Protocol):
-    """The block behind a claim, as far as a forward needs it."""
+    """The block behind a claim, as far as a forward needs it.
+
+    Attributes:
+        only_watches: Whether the model is guarded without anybody having named it.
+    """
+
+    @property
+    def only_watches(self) -> bool: ...  # see above
 
     def stopped(self, claim: Claim) -> StatsChangedError:
         """Records an update that was stopped; returns the error to raise."""

@@ -126,10 +126,15 @@ class Equipment(ABC):
         if not hasattr(cls, "__deepcopy__"):
             return copy._reconstruct(module, memo, *module.__reduce_ex__(4))  # type: ignore[attr-defined]  # asks getstate
         # A class that copies __dict__ by itself, as that of a parametrized layer does: it gets a layer without ours.
-        plain = cls.__new__(cls)
-        plain.__dict__.update(self._without_ours(module.__dict__))
-        memo[id(module)] = copied = copy.deepcopy(plain, memo)
+        memo[id(module)] = copied = copy.deepcopy(self.without_ours(), memo)
         return copied
+
+    def without_ours(self) -> Any:
+        """Another object of the layer's class, with all that hangs on the layer, and nothing of bnguard."""
+        cls: Any = type(self.module)
+        plain = cls.__new__(cls)
+        plain.__dict__.update(self._without_ours(self.module.__dict__))
+        return plain
 
     def _without_ours(self, state: dict[str, Any]) -> dict[str, Any]:
         had_forward = self._is_ours(state.get("forward"))

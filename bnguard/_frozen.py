@@ -6,7 +6,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import nn
@@ -112,6 +112,13 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
             select_layers(model, find_layers(model), settings.include, settings.exclude)
         self._set(model, settings)
 
+    @classmethod
+    def _of(cls, model: nn.Module, settings: Settings) -> Self:
+        """A guard with settings that are checked already."""
+        guard = cls.__new__(cls)
+        guard._set(model, settings)
+        return guard
+
     def _set(self, model: nn.Module, settings: Settings) -> None:
         self._model = model
         self._settings = settings
@@ -120,7 +127,7 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
         self._lock = threading.Lock()
 
     @outside_graphs
-    def __enter__(self) -> frozen:
+    def __enter__(self) -> Self:
         block = Block(self._model, self._settings, self._last)
         with self._lock:
             self._open.append((threading.get_ident(), block))
@@ -144,7 +151,7 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
         return guarded
 
     @outside_graphs
-    def start(self) -> frozen:
+    def start(self) -> Self:
         """Enters a block that lasts until ``stop()``; returns the guard."""
         return self.__enter__()
 

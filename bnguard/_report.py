@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Final, Literal
 
 from bnguard._changes import GuardedLayer, StatsChange
 
 __all__ = [
+    "FROZEN",
     "Cause",
+    "Wording",
+    "added_text",
+    "assertion_text",
     "capture_text",
     "changed_text",
+    "count_text",
     "fixed_mode_text",
     "layer_text",
     "pending_text",
@@ -22,20 +28,53 @@ __all__ = [
     "stopped_text",
     "suggestion",
     "swallowed_text",
+    "times_text",
     "traced_block_text",
 ]
 
 _SHOWN = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Wording:
+    """What messages call a guard, after the way by which the user came to it.
+
+    Attributes:
+        place: What the block is inside of.
+        place_with_budget: The same of a guard with a budget, ``{}``.
+        choice: How another option, ``{}``, is asked for.
+        more_choices: Further ways out, each with what it does.
+        everything: Where all changes are listed.
+        expected: What to do about changes that are meant.
+    """
+
+    place: str = "frozen()"
+    place_with_budget: str = "frozen(updates={})"
+    choice: str = "frozen(model, {})"
+    more_choices: tuple[tuple[str, str], ...] = ()
+    everything: str = "guard.changes lists them all"
+    expected: str = "use on_change='restore' where they are expected"
+
+    def inside(self, budget: int) -> str:
+        """What a block with this budget is inside of."""
+        return self.place_with_budget.format(budget) if budget else self.place
+
+    def choices(self, *options: tuple[str, str]) -> list[str]:
+        """A line for each option, and what it does."""
+        ways = [(self.choice.format(option), effect) for option, effect in options] + list(self.more_choices)
+        width = max([len(way) for way, _ in ways])
+        return [f"  {way:<{width}}    {effect}" for way, effect in ways]
+
+
+FROZEN: Final = Wording()
 Cause = Literal["unknown", "compiled", "replaced"]
 _CAUSES: Final[dict[Cause, tuple[str, ...]]] = {
     "unknown": (
         "No forward that bnguard can see explains it: look for load_state_dict(), reset_running_stats(), assignments,",
-        "F.batch_norm() or forward() called directly, a compiled or scripted model, or another thread or process.",
+        "F.batch_norm() or forward() called directly, a forward that failed, a compiled or scripted model, or another",
+        "thread or process.",
     ),
-    "compiled": (
-        "In a compiled graph no forward can be seen or stopped; this comparison finds what it changed.",
-        '  frozen(model, on_change="restore")       holds the statistics, in compiled graphs too',
-    ),
+    "compiled": ("In a compiled graph no forward can be seen or stopped; this comparison finds what it changed.",),
     "replaced": (
         "Another module has taken their place and uses their statistics (convert_sync_batchnorm(), prepare_qat(), or",
         "fusion): change the model before the block.",
@@ -54,70 +93,86 @@ def listing(words: Sequence[str]) -> str:
     return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
 
 
-def stopped_text(change: StatsChange, mode: str, budget: int) -> str:
+def stopped_text(change: StatsChange, mode: str, budget: int, wording: Wording = FROZEN) -> str:
     """The error that a forward raises instead of updating."""
+    place = wording.inside(budget)
     if budget:
         what = (
-            f"{layer_text(change.names, change.type)} has updated {_times(budget)} inside frozen(updates={budget}):\n"
+            f"{layer_text(change.names, change.type)} has updated {times_text(budget)} inside {place}:\n"
             f"this forward would update {listing(change.buffers)} once more."
         )
-        advice = (
-            f"A step should update each layer {_times(budget)}: run the batches through the model in one forward, or\n"
-            f'  frozen(model, on_change="restore", updates={budget})    '
-            f"let the first {_forwards(budget)} update, not the rest"
-        )
+        first = f"let the first {_forwards(budget)} update, not the rest"
+        times = times_text(budget)
+        advice = [
+            f"A step should update each layer {times}: run the batches through the model in one forward, or",
+            *wording.choices((f'on_change="restore", updates={budget}', first)),
+        ]
     else:
         what = (
-            f"{layer_text(change.names, change.type)} is in {mode} mode inside frozen():\n"
+            f"{layer_text(change.names, change.type)} is in {mode} mode inside {place}:\n"
             f"this forward would update {listing(change.buffers)}."
         )
         choose = "Call eval() on it after model.train(), or choose" if mode == "train" else "Choose"
-        advice = (
-            f"{choose} what you meant:\n"
-            "  frozen(model, use_running_stats=True)    normalise with the frozen statistics\n"
-            '  frozen(model, on_change="restore")       normalise with the batch, keep the statistics'
-        )
-    return f"{what}\n  at {change.where}\n{advice}"
+        advice = [
+            f"{choose} what you meant:",
+            *wording.choices(
+                ("use_running_stats=True", "normalise with the frozen statistics"),
+                ('on_change="restore"', "normalise with the batch, keep the statistics"),
+            ),
+        ]
+    return "\n".join([what, f"  at {change.where}", *advice])
 
 
-def stood_text(change: StatsChange, mode: str, budget: int) -> str:
+def stood_text(change: StatsChange, mode: str, budget: int, wording: Wording = FROZEN) -> str:
     """The one warning of a block under ``on_change="warn"``, at the line of the first update."""
+    place = wording.inside(budget)
     if budget:
-        what = f"has updated {_times(budget)} inside frozen(updates={budget}) and updates once more"
+        what = f"has updated {times_text(budget)} inside {place} and updates once more"
     else:
-        what = f"is in {mode} mode inside frozen() and updates its running statistics"
+        what = f"is in {mode} mode inside {place} and updates its running statistics"
     return (
         f"{layer_text(change.names, change.type)} {what}: {listing(change.buffers)}.\n"
         f"  at {change.where}\n"
-        "The update stands. Further ones are not warned about; guard.changes lists them all."
+        f"The update stands. Further ones are not warned about; {wording.everything}."
     )
 
 
-def swallowed_text(stopped: Sequence[StatsChange]) -> str:
+def swallowed_text(stopped: Sequence[StatsChange], wording: Wording = FROZEN) -> str:
     """The error at the end of a block in which somebody caught the error of a forward."""
     if all([change.prevented for change in stopped]):
         did, outcome = "would have updated", "The updates did not happen."
     else:
         did, outcome = "changed", "The statistics of entry are back."
-    head = f"{_layers(len(stopped))} {did} inside frozen(), and the StatsChangedError that said so was caught:"
-    advice = "Let the error through, or use on_change='restore' where they are expected."
+    what = f"{_layers(len(stopped))} {did} inside {wording.place}"
+    head = f"{what}, and the StatsChangedError that said so was caught:"
+    advice = f"Let the error through, or {wording.expected}."
     return "\n".join([head, *_lines(stopped), f"{outcome} {advice}"])
 
 
-def changed_text(changes: Sequence[StatsChange], restored: bool, cause: Cause = "unknown") -> str:
+def changed_text(
+    changes: Sequence[StatsChange], restored: bool, cause: Cause = "unknown", wording: Wording = FROZEN
+) -> str:
     """What only the comparison at the end of a block, or of ``check()``, could see.
 
     Args:
         changes: The layers.
         restored: Whether their statistics of entry are back.
         cause: What is known of those that no forward was seen of.
+        wording: What the guard is called.
     """
     seen = [change for change in changes if change.updates]
     causes = () if len(seen) == len(changes) else _CAUSES[cause]
+    if causes and cause == "compiled":
+        causes = (*causes, *wording.choices(('on_change="restore"', "holds the statistics, in compiled graphs too")))
     outcome = "The statistics of entry are back." if restored else "The changes stand."
-    return "\n".join(
-        [f"running statistics of {_layers(len(changes))} changed inside frozen():", *_lines(changes), *causes, outcome]
-    )
+    head = f"running statistics of {_layers(len(changes))} changed inside {wording.place}:"
+    return "\n".join([head, *_lines(changes), *causes, outcome])
+
+
+def assertion_text(changes: Sequence[StatsChange], function: str) -> str:
+    """What ``assert_stats_unchanged`` says about a function."""
+    what = "the function" if function == "<lambda>" else f"{function}()"
+    return "\n".join([f"running statistics of {_layers(len(changes))} changed in {what}:", *_lines(changes)])
 
 
 def added_text(names: Sequence[str]) -> str:
@@ -223,26 +278,28 @@ def _lines(changes: Sequence[StatsChange], limit: int | None = _SHOWN) -> list[s
 
 def _change_text(change: StatsChange) -> str:
     parts = [listing(change.buffers)]
-    if change.mean_shift is not None:
+    if change.mean_shift:
         parts.append(f"mean moved by up to {change.mean_shift:.3g} standard deviations")
     if change.updates:
         verb = "stopped" if change.prevented else "seen"
         first = "" if change.updates == 1 else ", first"
-        parts.append(f"{_count(change.updates, 'update')} {verb}{first} at {change.where}")
+        parts.append(f"{count_text(change.updates, 'update')} {verb}{first} at {change.where}")
     return f"{layer_text(change.names, change.type)}: {'; '.join(parts)}"
 
 
 def _layers(number: int) -> str:
-    return _count(number, "layer")
+    return count_text(number, "layer")
 
 
 def _forwards(number: int) -> str:
     return "one" if number == 1 else str(number)
 
 
-def _count(number: int, noun: str) -> str:
+def count_text(number: int, noun: str) -> str:
+    """``1 layer``, ``2 layers``."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def _times(number: int) -> str:
+def times_text(number: int) -> str:
+    """``once``, ``twice``, ``3 times``."""
     return {1: "once", 2: "twice"}.get(number, f"{number} times")

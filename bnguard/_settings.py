@@ -7,6 +7,7 @@ from typing import Any, Final, Literal, TypeAlias, get_args
 
 from bnguard import _report
 from bnguard._claims import Stance
+from bnguard._report import FROZEN, Wording
 from bnguard._select import Selector, as_selectors
 
 __all__ = ["OnChange", "Settings", "check_settings"]
@@ -16,7 +17,21 @@ OnChange: TypeAlias = Literal["raise", "warn", "restore"]
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """The options of ``frozen``, checked."""
+    """The options of ``frozen``, checked, and what only a door of bnguard's own asks for.
+
+    Attributes:
+        on_change: See ``frozen``, as for the next five.
+        use_running_stats: See there.
+        affine: See there.
+        updates: See there.
+        include: See there.
+        exclude: See there.
+        wording: What messages call the guard.
+        has_asides: Whether to warn about what a block does not cover.
+        is_silent: Whether changes that stand are recorded and not warned about.
+        compares_only: Whether forwards are left alone, and the statistics merely compared.
+        is_outermost: Whether guards that were there before are inside of this one.
+    """
 
     on_change: OnChange = "raise"
     use_running_stats: bool = False
@@ -24,6 +39,11 @@ class Settings:
     updates: int = 0
     include: tuple[Selector, ...] = ()
     exclude: tuple[Selector, ...] = ()
+    wording: Wording = FROZEN
+    has_asides: bool = True
+    is_silent: bool = False
+    compares_only: bool = False
+    is_outermost: bool = False
 
     @property
     def stance(self) -> Stance:

@@ -15,6 +15,7 @@ from torch import nn
 from bnguard._decorate import guard_function
 from bnguard._frozen import frozen
 from bnguard._graphs import outside_graphs
+from bnguard._models import modules_in, roots_of
 from bnguard._select import Selector
 from bnguard._settings import OnChange, Settings, check_settings
 from bnguard._tree import any_layer
@@ -150,17 +151,17 @@ def _models(
 ) -> list[nn.Module]:
     """The models that one call is about, none of them a part of another."""
     if source is not None:
-        named = list(dict.fromkeys(_modules_in(_named(source, wrapped, instance, args, kwargs))))
+        named = modules_in(_named(source, wrapped, instance, args, kwargs))
         if not named:
             what = f"{source!r}" if isinstance(source, str) else "the callable"
             raise TypeError(f"strict: model={what} gave no torch.nn.Module at the call of {_name_of(wrapped)}()")
-        return _roots(named)
+        return roots_of(named)
     bare: list[nn.Module] = []
     for place in _places(wrapped, instance, args, kwargs):
-        found = list(dict.fromkeys(_modules_in(place)))
+        found = modules_in(place)
         guarded = [module for module in found if any_layer(module)]
         if guarded:
-            return _roots(guarded)
+            return roots_of(guarded)
         bare = bare or found
     if not bare:
         raise TypeError(
@@ -194,18 +195,6 @@ def _places(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str
     yield list(_read_by(wrapped))
 
 
-def _modules_in(value: Any) -> Iterator[nn.Module]:
-    """Modules in a value, and inside lists, tuples, sets and dicts."""
-    if isinstance(value, nn.Module):
-        yield value
-    elif isinstance(value, (list, tuple, set, frozenset)):
-        for item in value:
-            yield from _modules_in(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _modules_in(item)
-
-
 def _read_by(function: Any) -> Iterator[Any]:
     """What a function reads from its closure and its globals, functions defined inside it included."""
     plain = inspect.unwrap(getattr(function, "__func__", function))
@@ -232,12 +221,6 @@ def _name_of(function: Any) -> str:
     """Its qualified name; for a partial or another object that can be called, its type's."""
     name: str = getattr(function, "__qualname__", type(function).__name__)
     return name
-
-
-def _roots(models: list[nn.Module]) -> list[nn.Module]:
-    """``models`` without those that are a part of another one."""
-    parts = {id(part) for model in models for part in model.modules() if part is not model}
-    return [model for model in models if id(model) not in parts] or models[:1]
 
 
 def _check_parameter(function: Any, path: str) -> None:

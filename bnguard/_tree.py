@@ -10,13 +10,13 @@ from torch import nn
 
 from bnguard._layers import StatsLayer, registered_rules, statistics_of
 
-__all__ = ["Tree", "any_layer", "find_layers", "walk_names"]
+__all__ = ["WRAPPERS", "Tree", "any_layer", "find_layers", "walk_names"]
 
 _BUFFERS: Final = attrgetter("_buffers")
 _MODULES: Final = attrgetter("_modules")
 
 # Wrappers whose own attribute is no part of the name that users know, and mostly none of the state_dict key.
-_WRAPPERS: Final = {
+WRAPPERS: Final = {
     "DataParallel": "module",
     "DistributedDataParallel": "module",
     "FullyShardedDataParallel": "_fsdp_wrapped_module",
@@ -136,7 +136,7 @@ def _walk_names(module: nn.Module, name: str, path: set[int]) -> Iterator[str]:
 
 def _prefix(module: nn.Module, name: str) -> tuple[str, str | None]:
     """What goes before the key of a child, and the key of the child that has the module's own name."""
-    return f"{name}." if name else "", _WRAPPERS.get(type(module).__name__)
+    return f"{name}." if name else "", WRAPPERS.get(type(module).__name__)
 
 
 def _visit(

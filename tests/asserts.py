@@ -8,12 +8,15 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 import bnguard
+from bnguard.testing import assert_stats_unchanged
+
+T = TypeVar("T")
 
 
 def state_of(module: nn.Module) -> dict[str, Tensor]:
@@ -85,13 +88,15 @@ def assert_clean(model: nn.Module) -> None:
             assert attribute not in module.__dict__, f"{name or '(root)'}.{attribute}"
 
 
-def assert_stats_unchanged(model: nn.Module, before: Mapping[str, Tensor], objects: Mapping[str, Tensor]) -> None:
-    """Every buffer is the same object with the same bits as before."""
+def assert_untouched(model: nn.Module, fn: Callable[[], T]) -> T:
+    """Runs ``fn()``, and returns what that does: every buffer is the same object afterwards, with the same bits."""
+    objects = dict(model.named_buffers(remove_duplicate=False))
+    result = assert_stats_unchanged(model, fn)
     now = dict(model.named_buffers(remove_duplicate=False))
     assert list(now) == list(objects)
     for name, tensor in now.items():
         assert tensor is objects[name], name
-    assert_same_bits({name: model.state_dict()[name] for name in now}, {name: before[name] for name in now})
+    return result
 
 
 _HOOKS = (

@@ -8,6 +8,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch.nn.modules import module as torch_module
+
+from tests.suites import Keeper
 
 # Read by cuBLAS when it starts; without it deterministic algorithms refuse matrix products.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -28,8 +31,11 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
 
 @pytest.fixture(autouse=True)
 def _nothing_stays_open() -> Iterator[None]:
-    """After each test no layer is claimed, no parameter held, no forward exchanged."""
+    """After each test no layer is claimed, no parameter held, no forward exchanged, and no hook sees all modules."""
+    Keeper.put_back()
     yield
+    hooks = torch_module._global_forward_pre_hooks
+    assert hooks.pop("bnguard", None) is None, "a suite's hook outlived its test"
     tables = {"_sentry": "sentries", "_affine": "_held", "_hold": "_exchange_calls"}
     left = [getattr(sys.modules.get(f"bnguard.{module}"), table, None) for module, table in tables.items()]
     left = [table for table in left if table]

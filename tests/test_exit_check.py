@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bnguard
-from tests.asserts import assert_clean, assert_same_bits, assert_same_gradients, assert_stats_unchanged, state_of, warns
+from tests.asserts import assert_clean, assert_same_bits, assert_same_gradients, assert_untouched, state_of, warns
 
 
 def make_net() -> nn.Sequential:
@@ -104,14 +104,18 @@ EVERY_WRITE = pytest.mark.parametrize("write", WRITES.values(), ids=WRITES.keys(
 def test_exit_raises_and_restores_what_no_forward_wrote(write: Callable[[nn.Sequential], Any]) -> None:
     """Under raise the block's end raises and names the layer; objects and bits are those of entry."""
     net = make_net()
-    before, objects = state_of(net), dict(net.named_buffers())
-    with pytest.raises(bnguard.StatsChangedError, match=r"1 \(BatchNorm2d\)") as caught, bnguard.frozen(net) as guard:
-        write(net)
-    assert caught.value.changes == guard.changes
+    guard = bnguard.frozen(net)
+
+    def run() -> bnguard.StatsChangedError:
+        with pytest.raises(bnguard.StatsChangedError, match=r"1 \(BatchNorm2d\)") as caught, guard:
+            write(net)
+        return caught.value
+
+    error = assert_untouched(net, run)
+    assert error.changes == guard.changes
     assert guard.changes[0].names == ("1",)
     assert guard.changes[0].updates == 0
     assert guard.changes[0].where is None
-    assert_stats_unchanged(net, before, objects)
     assert_clean(net)
 
 
@@ -119,12 +123,14 @@ def test_exit_raises_and_restores_what_no_forward_wrote(write: Callable[[nn.Sequ
 def test_exit_restores_under_restore_with_one_warning(write: Callable[[nn.Sequential], Any]) -> None:
     """Under restore the same, with a warning that names the layer; a forward method is held, and silent."""
     net = make_net()
-    before, objects = state_of(net), dict(net.named_buffers())
     is_held = write is WRITES["forward-method"]
-    with warns(count=0 if is_held else 1) as caught, bnguard.frozen(net, "restore"):
-        write(net)
-    assert is_held or "  1 (BatchNorm2d): " in caught.message
-    assert_stats_unchanged(net, before, objects)
+
+    def run() -> None:
+        with warns(count=0 if is_held else 1) as caught, bnguard.frozen(net, "restore"):
+            write(net)
+        assert is_held or "  1 (BatchNorm2d): " in caught.message
+
+    assert_untouched(net, run)
 
 
 @EVERY_WRITE
@@ -269,16 +275,21 @@ def test_added_layer_is_pointed_out() -> None:
 def test_check_finds_and_restores_in_mid_block() -> None:
     """``check()`` raises as the end would, and puts back; if its error is caught, the block fails all the same."""
     net = make_net()
-    before, objects = state_of(net), dict(net.named_buffers())
+    guard = bnguard.frozen(net)
     text = "1 layer changed inside frozen(), and the StatsChangedError that said so was caught:"
-    with pytest.raises(bnguard.StatsChangedError, match=re.escape(text)), bnguard.frozen(net) as guard:
-        guard.check()
+
+    def move_and_check() -> None:
         net[1].running_mean.add_(1)
         with pytest.raises(bnguard.StatsChangedError, match=r"1 \(BatchNorm2d\)"):
             guard.check()
-        assert_stats_unchanged(net, before, objects)
+
+    def run() -> None:
+        with pytest.raises(bnguard.StatsChangedError, match=re.escape(text)), guard:
+            guard.check()
+            assert_untouched(net, move_and_check)
+
+    assert_untouched(net, run)
     assert len(guard.changes) == 1
-    assert_stats_unchanged(net, before, objects)
 
 
 def test_error_of_check_that_is_let_through_is_told_once() -> None:
@@ -294,13 +305,15 @@ def test_error_of_check_that_is_let_through_is_told_once() -> None:
 def test_write_before_an_allowed_update_is_found(on_change: Any) -> None:
     """An update within the budget does not hide what somebody wrote before it: the statistics of entry come back."""
     net = make_net()
-    before, objects = state_of(net), dict(net.named_buffers())
-    expected = pytest.raises(bnguard.StatsChangedError) if on_change == "raise" else warns()
-    with expected, bnguard.frozen(net, on_change, updates=1) as guard:
-        net[1].running_mean.data.fill_(1e6)
-        net[:2](make_input())
+    guard = bnguard.frozen(net, on_change, updates=1)
+
+    def run() -> None:
+        with pytest.raises(bnguard.StatsChangedError) if on_change == "raise" else warns(), guard:
+            net[1].running_mean.data.fill_(1e6)
+            net[:2](make_input())
+
+    assert_untouched(net, run)
     assert [change.names for change in guard.changes] == [("1",)]
-    assert_stats_unchanged(net, before, objects)
 
 
 def test_check_under_restore_warns_each_time() -> None:

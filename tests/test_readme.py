@@ -12,11 +12,16 @@ import torch
 from torch import nn
 
 import bnguard
+from tests.suites import suite
+
+__all__ = ["suite"]
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.M | re.S)
 SCRIPT, PREAMBLE, *EXAMPLES = [code for language, code in BLOCKS if language == "python"]
+SUITE = next(code for code in EXAMPLES if code.startswith("# test_model.py\n"))
+EXAMPLES.remove(SUITE)
 ERROR = next(code for language, code in BLOCKS if language == "text")
 
 
@@ -54,32 +59,36 @@ def test_examples_run():
     assert len(EXAMPLES) >= 4
     for example in EXAMPLES:
         run_example(example, names)
-    tests = [value for name, value in names.items() if name.startswith("test_")]
-    assert len(tests) == 2
-    for test in tests:
-        test()
 
 
-def test_examples_of_tests_fail_where_they_should():
-    """The README's tests are tests: a validation in train mode fails, and so does a second update."""
-    names = {}
-    for code in (PREAMBLE, *EXAMPLES):
-        run_example(code, names)
-    names["validate"] = lambda model, images: model.train()(images)
-    with pytest.raises(bnguard.StatsChangedError, match="in train mode"):
-        names["test_validation_leaves_the_statistics_alone"]()
-    names["model"] = _Twice(names["model"])
-    with pytest.raises(bnguard.StatsChangedError, match="has updated once"):
-        names["test_a_training_step_updates_each_layer_once"]()
+@pytest.mark.parametrize("switches", [(), ("--bn-report",), ("-W", "error", "--strict-markers")])
+def test_suite_passes(suite, switches):
+    """The complete file passes as it stands."""
+    suite.pytester.makepyfile(test_model=SUITE)
+    suite.again(*switches, *REWRITTEN, passed=6)
 
 
-class _Twice(nn.Module):
-    def __init__(self, inner):
-        super().__init__()
-        self.inner = inner
+def test_suite_passes_while_everything_is_watched(suite):
+    """Under the switch the one test that trains beside its guard, without saying why, fails, and no other."""
+    suite.pytester.makepyfile(test_model=SUITE)
+    result = suite.again("--bn-frozen=raise", *REWRITTEN, passed=5, failed=1)
+    result.stdout.fnmatch_lines(["FAILED test_model.py::test_what_moves_and_what_does_not *"])
 
-    def forward(self, images):
-        return self.inner(images) + self.inner(images)
+
+def test_tests_of_the_suite_fail_where_they_should(suite):
+    """They are tests: a validation in train mode fails three of them, a second forward in the step one."""
+    code = SUITE.replace("    model.eval()\n", "    model.train()\n")
+    suite.pytester.makepyfile(test_model=code)
+    result = suite.again(*REWRITTEN, passed=3, failed=3)
+    result.stdout.fnmatch_lines(["E*StatsChangedError: bn1 (BatchNorm2d) is in train mode inside bn_frozen():"])
+    code = SUITE.replace("model(IMAGES).sum()", "(model(IMAGES) + model(IMAGES)).sum()")
+    suite.pytester.makepyfile(test_model=code)
+    result = suite.again(*REWRITTEN, passed=5, failed=1)
+    result.stdout.fnmatch_lines(["E*bn1 (BatchNorm2d) has updated once inside @pytest.mark.bn_frozen(updates=1):"])
+
+
+# pytest cannot rewrite the assertions of a package that this process has imported.
+REWRITTEN = ("-W", "ignore::pytest.PytestAssertRewriteWarning")
 
 
 def test_calls_in_the_text_are_valid():

@@ -1,0 +1,606 @@
+"""The switch ``--bn-frozen`` and the ini value: every model that runs in any test is watched, wherever it was made."""
+
+import pytest
+import torch
+from torch.nn.modules import module as torch_module
+
+from tests.suites import HEAD, Suite, block, suite
+
+__all__ = ["suite"]
+
+
+def test_switch_fails_every_test_that_updates(suite: Suite):
+    """A model that the test makes itself is watched; the message says how to allow it."""
+    result = suite.fails("def test_it():\n    make()(IMAGES)", "--bn-frozen=raise", failed=1)
+    assert block(result, "StatsChangedError") == (
+        "bnguard.errors.StatsChangedError: 1 (BatchNorm2d) is in train mode inside --bn-frozen=raise:\n"
+        "this forward would update running_mean, running_var and num_batches_tracked.\n"
+        "  at test_it.py:18 in test_it\n"
+        "Call eval() on it after model.train(), or choose what you meant:\n"
+        "  bn_frozen(model, use_running_stats=True)    normalise with the frozen statistics\n"
+        '  bn_frozen(model, on_change="restore")       normalise with the batch, keep the statistics\n'
+        '  @pytest.mark.bn_updates("why")              let this test update'
+    )
+
+
+def test_switch_off_is_the_default(suite: Suite):
+    """Without the switch nothing is watched, and torch has no hook of ours."""
+    suite.run("def test_it():\n    make()(IMAGES)", passed=1)
+    suite.run(
+        "from torch.nn.modules import module\ndef test_it():\n    assert not module._global_forward_pre_hooks", passed=1
+    )
+
+
+def test_switch_leaves_torch_as_it_was(suite: Suite):
+    """After the session torch's table of hooks is as before, and no model carries anything."""
+    before = dict(torch_module._global_forward_pre_hooks)
+    suite.run(
+        """
+MODEL = make()
+
+def test_it():
+    MODEL.eval()(IMAGES)
+    assert "bnguard" in MODEL[1]._forward_pre_hooks
+
+def test_between():
+    assert "bnguard" not in MODEL[1]._forward_pre_hooks
+""",
+        "--bn-frozen=raise",
+        passed=2,
+    )
+    assert dict(torch_module._global_forward_pre_hooks) == before
+
+
+def test_ini_value_switches_it_on(suite: Suite):
+    """``bn_frozen = raise`` in the configuration file is the switch for everybody; the message names it."""
+    suite.ini("bn_frozen = raise")
+    result = suite.run("def test_it():\n    make()(IMAGES)", failed=1)
+    result.stdout.fnmatch_lines(["E*is in train mode inside bn_frozen = raise:"])
+
+
+def test_wrong_values_are_refused(suite: Suite):
+    """A value that does not exist ends the run before any test, and says which do."""
+    suite.ini("bn_frozen = rais")
+    suite.pytester.makepyfile("def test_it():\n    pass")
+    result = suite.pytester.runpytest_inprocess()
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["ERROR: *tox.ini: bn_frozen = rais: did you mean 'raise'? (valid are*"])
+    suite.ini()
+    result = suite.pytester.runpytest_inprocess("--bn-frozen=restore")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*--bn-frozen: invalid choice: 'restore' (choose from *raise*, *warn*, *off*)"])
+
+
+def test_warn_lets_tests_pass(suite: Suite):
+    """``warn`` changes no result: the change stands, and one warning a test says so."""
+    result = suite.run(
+        "def test_it(model):\n    model(IMAGES)\n    model(IMAGES)\n    assert moved(model)",
+        "--bn-frozen=warn",
+        passed=1,
+    )
+    text = "\n".join(result.outlines)
+    assert text.count("BNGuardWarning") == 1
+    assert (
+        "1 (BatchNorm2d) is in train mode inside --bn-frozen=warn and updates its running statistics: running_mean, "
+        "running_var and num_batches_tracked."
+    ) in text
+    assert "The update stands. Further ones are not warned about; pytest --bn-report lists them all." in text
+    suite.again("--bn-frozen=warn", "-W", "error", "-W", "ignore::pytest.PytestAssertRewriteWarning", failed=1)
+
+
+def test_setup_and_teardown_may_update(suite: Suite):
+    """Only the test itself is watched: a fixture may train the model that it brings."""
+    suite.run(
+        """
+@pytest.fixture
+def trained(model):
+    model(IMAGES)
+    yield model
+    model(IMAGES)
+
+def test_it(trained):
+    assert moved(trained)
+    trained.eval()(IMAGES)
+""",
+        "--bn-frozen=raise",
+        passed=1,
+    )
+
+
+def test_shared_model_is_watched_in_each_test(suite: Suite):
+    """A model of the whole session is put back after each test that moved it."""
+    suite.run(
+        """
+@pytest.fixture(scope="session")
+def shared():
+    return make()
+
+@pytest.mark.parametrize("write", [False, True, True])
+def test_it(shared, write):
+    assert not moved(shared)
+    shared.eval()(IMAGES)
+    if write:
+        shared[1].running_mean.data.add_(1)
+""",
+        "--bn-frozen=raise",
+        failed=2,
+        passed=1,
+    )
+
+
+def test_swallowed_error_fails_the_test(suite: Suite):
+    """A test that catches the error of the suite's guard fails; a guard of its own is nearer, and may be expected."""
+    source = """
+def test_it(model):
+    with pytest.raises(bnguard.StatsChangedError), bnguard.frozen(model):
+        model(IMAGES)
+
+def test_caught(model):
+    try:
+        model(IMAGES)
+    except RuntimeError:
+        pass
+"""
+    suite.run(source, "--bn-frozen=raise", failed=1, passed=1)
+
+
+def test_layers_with_a_forward_of_their_own(suite: Suite):
+    """Where nothing can be predicted the forward is compared."""
+    suite.fails(
+        """
+class Norm(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x) * 1.5
+
+def test_it():
+    Norm(3)(IMAGES)
+
+def test_fine():
+    Norm(3).eval()(IMAGES)
+""",
+        "--bn-frozen=raise",
+        failed=1,
+        passed=1,
+    )
+
+
+def test_part_before_the_whole(suite: Suite):
+    """A backbone that runs by itself, then inside a net: each layer is watched once, and counted once."""
+    result = suite.run(
+        """
+def test_it(model):
+    model(IMAGES)
+    net = nn.Sequential(model, nn.BatchNorm2d(4))
+    net(IMAGES)
+    net(IMAGES)
+    assert model[1].num_batches_tracked == 3
+""",
+        "--bn-frozen=warn",
+        "--bn-report",
+        passed=1,
+    )
+    result.stdout.fnmatch_lines(["1 test moved running statistics: 5 updates."])
+
+
+def test_layer_that_comes_later_is_watched(suite: Suite):
+    """A layer that is put into a model after its first forward is met at its own."""
+    suite.fails(
+        """
+def test_it(model):
+    model.eval()(IMAGES)
+    model.append(nn.BatchNorm2d(4))
+    model(IMAGES)
+""",
+        "--bn-frozen=raise",
+        failed=1,
+    )
+
+
+def test_many_models_in_one_test(suite: Suite):
+    """Guards make way for newer ones, and what they found still fails the test; memory stays bounded."""
+    suite.fails(
+        """
+import gc, weakref
+
+def test_many():
+    models = [make().eval() for _ in range(40)]
+    for _ in range(3):
+        for model in models:
+            model(IMAGES)
+
+def test_written():
+    models = [make().eval() for _ in range(40)]
+    for model in models:
+        model(IMAGES)
+        model[1].running_var.data.mul_(2)
+
+def test_forgotten():
+    seen = []
+    for _ in range(40):
+        model = make().eval()
+        model(IMAGES)
+        seen.append(weakref.ref(model))
+    del model
+    gc.collect()
+    assert sum(ref() is not None for ref in seen) <= 17
+""",
+        "--bn-frozen=raise",
+        failed=1,
+        passed=2,
+    )
+
+
+COMPILED = """
+import pytest
+torch._dynamo.config.cache_size_limit = 64
+MODEL = make()
+STEP = torch.compile(lambda x: MODEL(x), backend="eager", fullgraph=True)
+NET = torch.compile(make(), backend="eager")
+
+@pytest.mark.parametrize("mode", ["eval", "train", "train", "eval"])
+def test_function(mode):
+    getattr(MODEL, mode)()
+    assert not moved(MODEL)
+    STEP(IMAGES)
+
+@pytest.mark.parametrize("mode", ["eval", "train", "train", "eval"])
+def test_module(mode):
+    getattr(NET, mode)()
+    NET(IMAGES)
+"""
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+def test_compiled_models_are_compared(suite: Suite):
+    """In a graph no hook runs, in the second test no line of Python: the comparison at the end finds it."""
+    result = suite.run(COMPILED, "--bn-frozen=raise", failed=4, passed=4)
+    result.stdout.fnmatch_lines(
+        ["E*In a compiled graph no forward can be seen or stopped; this comparison finds what*"]
+    )
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+def test_compiled_models_run_without_warnings_of_torch(suite: Suite):
+    """A warning of torch, about hooks that see all modules, does not reach a suite that runs under -W error."""
+    source = COMPILED.replace('"train", "train", "eval"', '"eval"')
+    suite.run(source, "--bn-frozen=raise", "-W", "error", "-W", "ignore::pytest.PytestAssertRewriteWarning", passed=4)
+
+
+@pytest.fixture
+def _fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "torch.jit.trace(model.eval(), IMAGES, check_trace=False)(IMAGES)",
+        "torch.fx.symbolic_trace(model)",
+        "torch.export.export(model.eval(), (IMAGES,))",
+        "torch.export.export(model.train(), (IMAGES,), strict=False)",
+        "copy.deepcopy(model).eval()(IMAGES)",
+        "pickle.loads(pickle.dumps(model)).eval()(IMAGES)",
+        "torch.jit.script(model.eval())(IMAGES)",
+        "torch.func.functional_call(model.eval(), dict(model.named_parameters()), (IMAGES,))",
+        "model.eval()(IMAGES); torch.testing.assert_close(torch.jit.script(model)(IMAGES), model(IMAGES))",
+        "nn.utils.fusion.fuse_conv_bn_eval(model[0].eval(), model[1].eval())(IMAGES)",
+        "model.half().eval()",
+    ],
+)
+def test_tools_work_as_without_the_switch(suite: Suite, code):
+    """Programs, copies and transforms of a model that runs only in eval mode raise and warn of nothing."""
+    suite.run(
+        f"import copy, pickle\ndef test_it(model):\n    {code}",
+        "--bn-frozen=raise",
+        "-W",
+        "error::bnguard.BNGuardWarning",
+        passed=1,
+    )
+
+
+def test_layer_that_is_the_model_is_stopped_at_its_first_forward(suite: Suite):
+    """A layer that nobody calls from a model is met at its own forward, and judged there; every update counts."""
+    source = """
+def test_it():
+    layer = nn.BatchNorm2d(3)
+    layer(IMAGES)
+    layer(IMAGES)
+    layer(IMAGES)
+
+def test_inside_a_block_of_its_own():
+    layer = nn.BatchNorm2d(3)
+    with pytest.raises(bnguard.StatsChangedError), bnguard.frozen(layer):
+        layer(IMAGES)
+"""
+    result = suite.run(source, "--bn-frozen=raise", failed=1, passed=1)
+    result.stdout.fnmatch_lines(["E*at test_it.py:20 in test_it"])
+    result = suite.again("--bn-report", passed=2)
+    result.stdout.fnmatch_lines(["1 test moved running statistics: 3 updates."])
+
+
+def test_compiled_module_where_warnings_are_errors(suite: Suite):
+    """Where the test itself makes every warning an error, torch's about hooks that see all modules does not come."""
+    suite.run(
+        """
+import warnings
+
+def test_it(model):
+    compiled = torch.compile(model.eval(), backend="eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compiled(IMAGES)
+
+def test_hooks_of_others_are_still_warned_about(model):
+    handle = nn.modules.module.register_module_forward_pre_hook(lambda module, args: None)
+    with pytest.warns(UserWarning, match="global hooks"):
+        torch.compile(model.eval(), backend="eager")(IMAGES)
+    handle.remove()
+""",
+        "--bn-frozen=raise",
+        passed=2,
+    )
+
+
+def test_models_are_let_go_after_their_test(suite: Suite):
+    """What was watched is not kept for the rest of the session."""
+    suite.run(
+        """
+import gc, weakref
+SEEN = []
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_it(mode):
+    model = getattr(make(), mode)()
+    SEEN.append(weakref.ref(model))
+    model(IMAGES)
+
+def test_gone():
+    gc.collect()
+    assert [ref() for ref in SEEN] == [None, None]
+""",
+        "--bn-report",
+        passed=3,
+    )
+
+
+def test_torch_is_imported_before_any_test_is_in_its_way(suite: Suite):
+    """Tests that stand in for a machine without torch pass under the switch, too."""
+    suite.pytester.makepyfile(
+        """
+import sys
+
+def test_platform(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "win32")
+
+def test_no_torch(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+"""
+    )
+    suite.pytester.runpytest_subprocess("--bn-frozen=raise").assert_outcomes(passed=2)
+
+
+def test_suite_inside_a_suite(suite: Suite):
+    """A session in a test, as of pytester, leaves the watch of the outer one on."""
+    suite.run(
+        """
+pytest_plugins = ["pytester"]
+
+def test_it(pytester):
+    pytester.makepyfile("def test_inner(): pass")
+    pytester.runpytest_inprocess("--bn-report").assert_outcomes(passed=1)
+    make()(IMAGES)
+""",
+        "--bn-frozen=raise",
+        failed=1,
+    )
+
+
+def test_fixtures_that_the_test_asks_for_may_update(suite: Suite):
+    """request.getfixturevalue() in a test sets a fixture up: what that trains is none of the test's."""
+    suite.run(
+        """
+@pytest.fixture
+def trained():
+    model = make()
+    model(IMAGES)
+    return model
+
+def test_it(request):
+    request.getfixturevalue("trained").eval()(IMAGES)
+
+def test_later(request):
+    request.getfixturevalue("trained")(IMAGES)
+""",
+        "--bn-frozen=raise",
+        passed=1,
+        failed=1,
+    )
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        "def __eq__(self, other): return self is other",
+        "def __getattr__(self, name): raise KeyError(name)",
+        "def __len__(self): return 0",
+        "def __bool__(self): raise ValueError",
+    ],
+)
+def test_unusual_models_run_as_without_the_switch(suite: Suite, members):
+    """What runs unwatched runs watched."""
+    suite.run(
+        f"""
+class Unusual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        object.__setattr__(self, "inner", make().eval())
+
+    def forward(self, x):
+        return self.inner(x)
+
+    {members}
+
+def test_it():
+    Unusual()(IMAGES)
+""",
+        "--bn-frozen=raise",
+        passed=1,
+    )
+
+
+@pytest.mark.parametrize("way", ["raise KeyboardInterrupt", "pytest.exit('enough')", "pytest.skip('later')"])
+def test_warning_replaces_no_exception(suite: Suite, way):
+    """Under -W error a finding is a note on whatever is on its way, Ctrl-C above all."""
+    suite.pytester.makepyfile(
+        test_it=HEAD
+        + f"""
+def test_it(model):
+    model.eval()(IMAGES)
+    model[1].running_mean.data.add_(1)
+    {way}
+
+def test_next():
+    pass
+"""
+    )
+    arguments = ("--bn-frozen=warn", "-W", "error::bnguard.BNGuardWarning", "-p", "no:cacheprovider")
+    result = suite.pytester.runpytest_subprocess(*arguments)
+    if "skip" in way:
+        result.assert_outcomes(skipped=1, passed=1)
+    else:
+        assert result.ret == pytest.ExitCode.INTERRUPTED
+
+
+def test_threads_meet_one_guard(suite: Suite):
+    """Several threads may be the first to run a model."""
+    suite.run(
+        """
+import threading
+
+def test_it():
+    model = make().eval()
+    threads = [threading.Thread(target=model, args=(IMAGES,)) for _ in range(8)]
+    for thread in threads: thread.start()
+    for thread in threads: thread.join()
+""",
+        "--bn-frozen=raise",
+        passed=1,
+    )
+
+
+def test_test_cases_doctests_and_coroutines(suite: Suite):
+    """Every kind of test is watched."""
+    suite.fails(
+        '''
+import unittest
+
+class Test(unittest.TestCase):
+    def test_case(self):
+        make()(IMAGES)
+
+    def test_fine(self):
+        make().eval()(IMAGES)
+
+@pytest.mark.asyncio
+async def test_coroutine():
+    make()(IMAGES)
+
+def train():
+    """
+    >>> make()(IMAGES).shape
+    torch.Size([2, 4, 6, 6])
+    """
+
+def write():
+    """
+    >>> model = make().eval()
+    >>> model(IMAGES).shape
+    torch.Size([2, 4, 6, 6])
+    >>> _ = model[1].running_mean.data.add_(1)
+    """
+''',
+        "--bn-frozen=raise",
+        "--doctest-modules",
+        failed=4,
+        passed=1,
+    )
+
+
+def test_hypothesis_finds_and_shrinks(suite: Suite):
+    """A property whose examples update fails with the smallest one."""
+    result = suite.fails(
+        """
+from hypothesis import given, strategies as st
+
+@given(size=st.integers(0, 100))
+def test_it(size):
+    model = make()
+    if size < 7:
+        model.eval()
+    model(IMAGES)
+""",
+        "--bn-frozen=raise",
+        failed=1,
+    )
+    result.stdout.fnmatch_lines(["E*StatsChangedError: 1 (BatchNorm2d) is in train mode inside --bn-frozen=raise:"])
+    result.stdout.fnmatch_lines(["*size=7,*"])
+    result.stdout.no_fnmatch_line("*was caught*")
+
+
+def test_collecting_imports_no_torch(pytester: pytest.Pytester):
+    """A suite that uses none of it pays for nothing: the entry point is there, and torch is not imported."""
+    pytester.makepyfile(
+        """
+import sys
+
+def test_it():
+    assert "bnguard.pytest_plugin" in sys.modules
+    assert "torch" not in sys.modules
+"""
+    )
+    result = pytester.runpytest_subprocess("-p", "no:hypothesispytest", "-v")
+    result.assert_outcomes(passed=1)
+    result = pytester.runpytest_subprocess("--collect-only", "-p", "no:bnguard")
+    assert result.ret == 0
+
+
+def test_markers_are_unknown_without_the_plugin(pytester: pytest.Pytester):
+    """Taken out with -p no:bnguard, the plugin is out: nothing of it is registered."""
+    pytester.makepyfile("import pytest\n\n@pytest.mark.bn_updates\ndef test_it():\n    pass")
+    assert pytester.runpytest_subprocess("--strict-markers").ret == 0
+    result = pytester.runpytest_subprocess("--strict-markers", "-p", "no:bnguard")
+    assert result.ret != 0
+    result.stdout.fnmatch_lines(["*'bn_updates' not found in `markers` configuration option*"])
+
+
+@pytest.mark.parametrize(
+    ("option", "sentences"),
+    [
+        (
+            "--help",
+            [
+                "*running statistics of BatchNorm layers (bnguard):*",
+                "*--bn-frozen={raise,warn,off}*",
+                "*Fail every test that moves the running statistics*",
+                "*--bn-report*List which tests moved the running statistics of*",
+                "*bn_frozen (string):*As --bn-frozen: what to do about tests that move*",
+            ],
+        ),
+        (
+            "--markers",
+            [
+                "@pytest.mark.bn_frozen(on_change='raise', [*][*]options): fail the test if it moves the running*",
+                "@pytest.mark.bn_updates(reason=''): let the test move running statistics although *",
+            ],
+        ),
+        (
+            "--fixtures",
+            ["bn_frozen -- *", "*A function: ``bn_frozen(model)`` fails the test if it moves the model's running*"],
+        ),
+    ],
+)
+def test_each_piece_is_described(suite: Suite, option, sentences):
+    """--help, --markers and --fixtures say what there is, in a sentence each."""
+    suite.pytester.runpytest_inprocess(option).stdout.fnmatch_lines(sentences)
