@@ -25,7 +25,7 @@ def _python(*args: str, cwd: str | None = None, **variables: str) -> None:
 
 def _milliseconds_more(contenders: Sequence[Contender]) -> Spread:
     """How much longer the first takes than the second."""
-    ours, theirs = race(contenders, rounds=30, steps=1).seconds.values()
+    ours, theirs = race(contenders, rounds=20, steps=1).seconds.values()
     return spread([1000 * (one - other) for one, other in zip(ours, theirs, strict=True)])
 
 

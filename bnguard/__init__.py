@@ -13,11 +13,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bnguard._changes import GuardedLayer as GuardedLayer
     from bnguard._changes import StatsChange as StatsChange
+    from bnguard._drift import Drift as Drift
+    from bnguard._drift import DriftSeries as DriftSeries
+    from bnguard._findings import Finding as Finding
     from bnguard._frozen import frozen as frozen
     from bnguard._layers import LayerRegistration as LayerRegistration
     from bnguard._layers import register_layer as register_layer
+    from bnguard._ledger import Mode as Mode
+    from bnguard._ledger import StatsUpdates as StatsUpdates
     from bnguard._recompute import recompute_frozen as recompute_frozen
     from bnguard._strict import strict as strict
+    from bnguard._watch import watch as watch
     from bnguard.errors import BNGuardError as BNGuardError
     from bnguard.errors import BNGuardWarning as BNGuardWarning
     from bnguard.errors import StatsChangedError as StatsChangedError
@@ -27,28 +33,40 @@ __version__ = "0.1.0"
 _HOMES = {
     "BNGuardError": "errors",
     "BNGuardWarning": "errors",
+    "Drift": "_drift",
+    "DriftSeries": "_drift",
+    "Finding": "_findings",
     "GuardedLayer": "_changes",
     "LayerRegistration": "_layers",
+    "Mode": "_ledger",
     "StatsChange": "_changes",
     "StatsChangedError": "errors",
+    "StatsUpdates": "_ledger",
     "frozen": "_frozen",
     "recompute_frozen": "_recompute",
     "register_layer": "_layers",
     "strict": "_strict",
+    "watch": "_watch",
 }
 
 __all__ = [
     "BNGuardError",
     "BNGuardWarning",
+    "Drift",
+    "DriftSeries",
+    "Finding",
     "GuardedLayer",
     "LayerRegistration",
+    "Mode",
     "StatsChange",
     "StatsChangedError",
+    "StatsUpdates",
     "__version__",
     "frozen",
     "recompute_frozen",
     "register_layer",
     "strict",
+    "watch",
 ]
 
 

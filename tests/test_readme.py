@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import bnguard
+from bnguard._findings import CODES
 from tests.suites import suite
 
 __all__ = ["suite"]
@@ -105,12 +106,17 @@ def test_calls_in_the_text_are_valid():
 
 def test_options_in_the_text_exist():
     """Every option that the README writes is one of ``frozen`` or ``strict``, or of a function of torch."""
-    functions = (bnguard.frozen, bnguard.strict, torch.compile, torch.jit.trace)
+    functions = (bnguard.frozen, bnguard.strict, bnguard.watch, torch.compile, torch.jit.trace, nn.BatchNorm2d)
     known = {name for function in functions for name in inspect.signature(function).parameters}
     prose = re.sub(r"^```.*?^```$", "", README, flags=re.M | re.S)
     options = set(re.findall(r"`(\w+)=[^`]*`", prose))
     assert options
     assert options <= known
+
+
+def test_every_finding_is_listed():
+    """The table has each code once, in order."""
+    assert re.findall(r"^\| (BN\d+) \|", README, re.M) == list(CODES)
 
 
 def test_links_lead_to_files():

@@ -1,0 +1,364 @@
+"""What a watch has seen of one layer: updates by line and mode, however many there were."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from types import CodeType
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from bnguard._aside import aside
+from bnguard._claims import is_in_backward
+from bnguard._layers import StatsLayer
+from bnguard._model_calls import ModelCall
+from bnguard._steps import OptimizerSteps, StepCounter
+
+__all__ = ["Ledger", "Line", "Mode", "StatsUpdates", "mode_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class Mode:
+    """How a forward ran that updated running statistics.
+
+    Attributes:
+        training: The layer was in train mode. An InstanceNorm with ``track_running_stats`` off updates in eval mode.
+        grad: Autograd recorded.
+        inference: In ``torch.inference_mode()``.
+        autocast: In ``torch.autocast`` for the device of the input.
+        recompute: Inside a backward pass: activation checkpointing ran the forward again.
+        calibration: Inside ``torch.optim.swa_utils.update_bn``.
+        compiled: In a compiled graph; how it ran is not known then.
+    """
+
+    training: bool = True
+    grad: bool = True
+    inference: bool = False
+    autocast: bool = False
+    recompute: bool = False
+    calibration: bool = False
+    compiled: bool = False
+
+    def __str__(self) -> str:
+        if self.compiled:
+            return "compiled"
+        words = ["train" if self.training else "eval"]
+        if not self.grad and not self.inference:
+            words.append("no_grad")
+        words += [name for name in ("inference", "autocast", "recompute", "calibration") if getattr(self, name)]
+        return ", ".join(words)
+
+
+@dataclass(frozen=True, slots=True)
+class StatsUpdates:
+    """All updates of one layer that came from one line in one mode.
+
+    Attributes:
+        names: Key prefixes in ``model.state_dict()``, e.g. ``("stem.bn",)``; ``("",)`` is the model itself.
+        type: The class name, e.g. ``"BatchNorm2d"``.
+        where: The user's line that called the model, ``"train.py:42 in train_epoch"``; None for a compiled graph.
+        mode: How those forwards ran.
+        count: How many updates there were.
+        first_step: Steps that the layer's optimizer had made before the first of them.
+        last_step: The same before the last one.
+        batch_shape: Shape of the input of the first; None where that is not known.
+        fewest_values: Fewest values per channel that one of them had: the numbers a variance is estimated from.
+        small_batches: Updates from fewer than eight values per channel.
+    """
+
+    names: tuple[str, ...]
+    type: str
+    where: str | None
+    mode: Mode
+    count: int
+    first_step: int = 0
+    last_step: int = 0
+    batch_shape: tuple[int, ...] | None = None
+    fewest_values: int | None = None
+    small_batches: int = 0
+
+
+FEW_VALUES: Final = 8
+
+
+@dataclass(slots=True)
+class Line:
+    """The same while it grows."""
+
+    count: int
+    first_step: int
+    last_step: int
+    batch_shape: tuple[int, ...] | None
+    fewest_values: int | None
+    small_batches: int = 0
+
+
+@dataclass(slots=True)  # not frozen: that takes three times as long to make
+class Forward:
+    """One updating forward of the step under way."""
+
+    site: str
+    place: tuple[CodeType, int] | None
+    backward: tuple[int, int] | None
+
+
+_MOST_FORWARDS: Final = 16  # of one step that are told apart
+_MOST_PATTERNS: Final = 16
+
+
+@dataclass(slots=True)
+class Several:
+    """Steps in which a layer updated several times, by the lines that did it.
+
+    Attributes:
+        steps: How many there were.
+        most: Most updates in one of them.
+    """
+
+    steps: int = 0
+    most: int = 0
+
+
+@dataclass(slots=True)
+class WrongGradients:
+    """Backward passes through an eval-mode forward whose layer has updated since.
+
+    Attributes:
+        count: How many.
+        eval_site: The line of the eval-mode forward.
+        train_site: The line of the latest update before the backward pass.
+    """
+
+    count: int
+    eval_site: str
+    train_site: str
+
+
+class Ledger:
+    """What was seen of one layer. All of it is told from the host: no tensor is read.
+
+    Attributes:
+        layer: Its names, type and buffers; the module weakly.
+        tensors: Its statistics as they hang on it, by name.
+        before: Copies of them when it was met.
+        lines: Updates by line and mode.
+        updates: All of them.
+        evaluations: Forwards in eval mode.
+        held: Updates that a guard has prevented.
+        untracked: Forwards in train mode with ``track_running_stats`` off, although there are statistics.
+        frozen: Updates by line while autograd recorded and no parameter of the layer was trained.
+        several: Steps with several forwards, by their lines.
+        places: Steps in which one forward of the model called the layer from several places.
+        undone: The line of the first update after the layer had been put into eval mode by itself; else None.
+        wrong: What is known of wrong gradients.
+    """
+
+    __slots__ = (
+        "_forwards", "_last_site", "_model", "_module", "_optimizers", "_optimizers_of", "_own_eval", "_probe", "_step",
+        "before", "buffers", "eps", "evaluations", "frozen", "frozen_before", "held", "kind", "lines", "momentum",
+        "names", "places", "several", "tensors", "type", "undone", "untracked", "updates", "wrong",
+    )  # fmt: skip
+
+    def __init__(self, layer: StatsLayer, model: nn.Module, before: dict[str, Tensor]) -> None:
+        module: Any = layer.module
+        self.names = layer.names
+        self.type = type(module).__name__
+        self.kind = layer.kind
+        self.buffers = layer.buffers
+        self.eps = module.eps if isinstance(getattr(module, "eps", None), float) else 0.0
+        self.momentum = getattr(module, "momentum", None)
+        self._module = weakref.ref(layer.module)
+        self._model = weakref.ref(model)
+        self.before = before
+        self.tensors = {name: module._buffers[name] for name in before}
+        self.lines: dict[tuple[str, Mode], Line] = {}
+        self.updates = 0
+        self.evaluations = 0
+        self.held = 0
+        self.untracked = 0
+        self.frozen: dict[str, int] = {}
+        self.frozen_before: dict[str, Tensor] = {}  # parameters that were not trained at an update, as they were then
+        self.several: dict[tuple[str, ...], Several] = {}
+        self.places = 0
+        self.undone: str | None = None
+        self.wrong: WrongGradients | None = None
+        self._own_eval = False
+        self._last_site = ""
+        self._probe: weakref.ref[nn.Parameter] | None = None
+        self._step = 0
+        self._forwards: list[Forward] = []
+        self._optimizers: tuple[OptimizerSteps, ...] = ()
+        self._optimizers_of = -1  # changes of the counter for which those are right
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The layer, as long as somebody else keeps it."""
+        return self._module()
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The model, as long as somebody else keeps it."""
+        return self._model()
+
+    def add(self, call: ModelCall, args: tuple[Any, ...], steps: StepCounter) -> None:
+        """Takes in one update."""
+        module = self._module()
+        if module is None:
+            return
+        input = args[0] if args and isinstance(args[0], Tensor) else None
+        mode = mode_of(module, input, call)
+        step = self._step_now(module, steps)
+        self.updates += 1
+        self._last_site = call.site
+        self._add_to_line(call.site, mode, step, input)
+        if mode.training and self._own_eval and self.undone is None and not mode.calibration:
+            self.undone = call.site
+        if mode.grad and mode.training and self._is_frozen(module):
+            if call.site in self.frozen or len(self.frozen) < _MOST_PATTERNS:
+                self.frozen[call.site] = self.frozen.get(call.site, 0) + 1
+            if not self.frozen_before:
+                self._keep_frozen(module)
+        if mode.grad and not mode.recompute:
+            if step != self._step:
+                self.close_step()
+                self._step = step
+            if len(self._forwards) < _MOST_FORWARDS:
+                self._forwards.append(Forward(call.site, call.place, self._backward_seen()))
+
+    def add_evaluation(self, module: nn.Module) -> None:
+        """Takes in one forward that updates nothing."""
+        if module.training:
+            self.untracked += getattr(module, "track_running_stats", True) is False
+            return
+        self.evaluations += 1
+        if not self._own_eval:
+            model = self._model()
+            # By itself: its model trains.
+            self._own_eval = model is not None and model is not module and model.training and self._may_learn(module)
+
+    def watch_backward(self, output: Any, call: ModelCall) -> None:
+        """Looks, when backward comes to an eval-mode forward, whether the layer has updated in the meantime."""
+        node = output.grad_fn if isinstance(output, Tensor) else None
+        if node is None:
+            return
+        updates, site = self.updates, call.site
+
+        def passed(_: Any) -> None:
+            if self.updates > updates:
+                count = 1 if self.wrong is None else self.wrong.count + 1
+                self.wrong = WrongGradients(count, site, self._last_site)
+
+        node.register_prehook(passed)
+
+    def is_optimized(self, parameter: nn.Parameter) -> bool:
+        """Whether a parameter is one of an optimizer by whose steps the layer goes."""
+        return any([id(parameter) in optimizer.parameters for optimizer in self._optimizers])
+
+    def close_step(self) -> None:
+        """Judges the forwards of the step that is over."""
+        forwards, self._forwards = self._forwards, []
+        if len(forwards) < 2:
+            return
+        extra: list[Forward] = []
+        from_places = False
+        for number, forward in enumerate(forwards):
+            earlier = forwards[:number]
+            if not earlier:
+                continue
+            same_pass = [
+                other for other in earlier if other.backward == forward.backward and other.site == forward.site
+            ]
+            if same_pass and forward.place is not None and all([other.place != forward.place for other in same_pass]):
+                from_places = True
+            elif same_pass or all([other.site != forward.site for other in earlier]):
+                extra.append(forward)  # else a backward pass lies between: gradients are accumulated
+        self.places += from_places
+        if extra:
+            sites = tuple(sorted({forward.site for forward in forwards}))
+            if sites in self.several or len(self.several) < _MOST_PATTERNS:
+                several = self.several.setdefault(sites, Several())
+                several.steps += 1
+                several.most = max(several.most, len(forwards))
+
+    def now(self) -> dict[str, Tensor]:
+        """The statistics of now; the last that were known where the layer is gone."""
+        module = self._module()
+        buffers = self.tensors if module is None else module._buffers
+        return {name: tensor for name in self.buffers if (tensor := buffers.get(name)) is not None}
+
+    def _add_to_line(self, site: str, mode: Mode, step: int, input: Tensor | None) -> None:
+        shape = None if input is None else tuple(input.shape)
+        values = None if input is None or input.dim() < 2 else input.numel() // max(1, input.shape[1])
+        line = self.lines.get((site, mode))
+        if line is None:
+            self.lines[site, mode] = line = Line(0, step, step, shape, values)
+        line.count += 1
+        line.last_step = step
+        if values is not None:
+            if line.fewest_values is None or values < line.fewest_values:
+                line.fewest_values = values
+            line.small_batches += values < FEW_VALUES
+
+    def _step_now(self, module: nn.Module, steps: StepCounter) -> int:
+        if self._optimizers_of != steps.changes:
+            self._optimizers = steps.of(module, self._model() or module)
+            self._optimizers_of = steps.changes
+        return sum([optimizer.count for optimizer in self._optimizers])
+
+    def _backward_seen(self) -> tuple[int, int] | None:
+        """Something that is another after each backward pass through the layer: which gradient, and its version."""
+        parameter = None if self._probe is None else self._probe()
+        if parameter is None or not parameter.requires_grad:
+            parameter = self._trained_parameter()
+            if parameter is None:
+                return None
+            self._probe = weakref.ref(parameter)
+        grad = parameter.grad
+        return None if grad is None else (id(grad), grad._version)
+
+    def _trained_parameter(self) -> nn.Parameter | None:
+        """One of the layer, or else of its model."""
+        for module in (self._module(), self._model()):
+            found = () if module is None else module.parameters()
+            parameter = next((parameter for parameter in found if parameter.requires_grad), None)
+            if parameter is not None:
+                return parameter
+        return None
+
+    def _is_frozen(self, module: nn.Module) -> bool:
+        """Whether none of the layer's parameters is trained; of a layer without any, none of its model's."""
+        own = [parameter for parameter in module._parameters.values() if parameter is not None]
+        if own:
+            return not any([parameter.requires_grad for parameter in own])
+        return self._trained_parameter() is None
+
+    @aside()
+    def _keep_frozen(self, module: nn.Module) -> None:
+        own = {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
+        self.frozen_before = {name: parameter.detach().clone() for name, parameter in own.items()}
+
+    def _may_learn(self, module: nn.Module) -> bool:
+        """Whether the layer's own parameters are trained; one that is frozen on purpose has none that are."""
+        return any([parameter.requires_grad for parameter in module.parameters(recurse=False)])
+
+
+def mode_of(module: nn.Module, input: Tensor | None, call: ModelCall) -> Mode:
+    """How a forward runs that is about to begin."""
+    flags = (
+        module.training,
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        input is not None and input.device.type in _AUTOCAST and torch.is_autocast_enabled(input.device.type),
+        is_in_backward(),
+        call.calibrates,
+    )
+    mode = _modes.get(flags)
+    if mode is None:
+        _modes[flags] = mode = Mode(*flags)
+    return mode
+
+
+_modes: Final[dict[tuple[bool, ...], Mode]] = {}
+_AUTOCAST: Final = ("cpu", "cuda", "xpu", "mps")

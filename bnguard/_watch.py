@@ -1,0 +1,353 @@
+"""``watch``: record who updates running statistics, without holding anything."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Final, Self
+
+import torch
+from torch import Tensor, nn
+
+from bnguard import _every_forward
+from bnguard._aside import aside
+from bnguard._bits import below_transforms, has_values, same_bits
+from bnguard._changes import StatsChange
+from bnguard._claims import decide
+from bnguard._drift import Drift, DriftSample, DriftSeries, drift_between, largest_mean_shift, sample_of, series_of
+from bnguard._findings import Finding, findings_of, sightings_in
+from bnguard._graphs import is_taken_in, outside_graphs, take_in
+from bnguard._layers import INSTANCE_NORM, StatsLayer
+from bnguard._ledger import Ledger, Line, Mode, StatsUpdates
+from bnguard._model_calls import model_call
+from bnguard._sentry import sentries
+from bnguard._steps import StepCounter
+from bnguard._tree import Tree
+from bnguard._watch_report import watch_text
+
+__all__ = ["watch"]
+
+_COMPILED: Final = Mode(compiled=True)
+
+
+@dataclass(slots=True)
+class _Pending:
+    """A forward under way of a layer of which only its statistics tell whether it updates."""
+
+    versions: list[tuple[int, int]]
+    call: Any
+
+
+class watch:  # noqa: N801  # lower case, as torch.no_grad
+    """Records who updates running statistics: which layer, from which line, in which mode, how often.
+
+    Nothing is held and nothing raised: the statistics move as they would. Nothing is read from the device until the
+    end; a run of any length takes as much memory as it has layers and lines.
+
+    ::
+
+        with bnguard.watch(model) as record:
+            train(model)
+        print(record.report())
+
+        record = bnguard.watch().start()         # every model in the process, also those that are made later
+        ...
+        record.stop()
+
+    What a guard (``frozen``) prevents is no update. In a compiled graph no line can be seen: updates there are counted
+    by ``num_batches_tracked``. What no forward explains is in ``unexplained``.
+
+    Args:
+        model: The model, or one layer; None for every model that runs in this process.
+        every: Measure the drift at every so-many-th optimizer step, for ``series``. None measures at the end only.
+
+    Raises:
+        TypeError: ``model`` is no module, ``every`` no whole number.
+        ValueError: ``every`` is not positive.
+    """
+
+    wants_results = True
+
+    def __init__(self, model: nn.Module | None = None, *, every: int | None = None) -> None:
+        if model is not None and not isinstance(model, nn.Module):
+            raise TypeError(f"watch() takes a torch.nn.Module, or nothing for every model, got {type(model).__name__}")
+        if every is not None and (isinstance(every, bool) or not isinstance(every, int)):
+            raise TypeError(f"every must be a whole number of optimizer steps, got {every!r}")
+        if every is not None and every < 1:
+            raise ValueError(f"every={every}: the number of optimizer steps must be positive")
+        self._model = model
+        self._every = every
+        self._lock = threading.RLock()
+        self._ledgers: dict[int, Ledger] = {}  # by id of the layer
+        self._order: list[Ledger] = []  # as met, models in the order of state_dict()
+        self._known: dict[int, weakref.ref[nn.Module]] = {}  # by id: modules of models that have been met
+        self._tree: Tree | None = None
+        self._pending: dict[tuple[int, int], list[_Pending]] = {}  # by thread and layer
+        self._steps = StepCounter(None if every is None else self._sample)
+        self._samples: list[DriftSample] = []
+        self._is_open = False
+        self._final: dict[int, dict[str, Tensor]] = {}  # by position: statistics at the end
+
+    # Enter and leave.
+
+    @outside_graphs
+    def __enter__(self) -> Self:
+        return self.start()
+
+    @outside_graphs
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    @outside_graphs
+    def start(self) -> Self:
+        """Records from now on; returns the watch. What an earlier run has recorded is forgotten.
+
+        Raises:
+            RuntimeError: It records already.
+        """
+        if self._is_open:
+            raise RuntimeError("this watch records already: stop() it first, or make another one")
+        self.__init__(self._model, every=self._every)  # type: ignore[misc]
+        if self._model is not None:
+            self._take_in(self._model)
+        self._is_open = True
+        self._steps.open()
+        _every_forward.listen(self)
+        return self
+
+    @outside_graphs
+    def stop(self) -> None:
+        """Records no more, and compares the statistics with those of the beginning. Twice does nothing."""
+        if not self._is_open:
+            return
+        self._is_open = False
+        _every_forward.unlisten(self)
+        self._steps.close()
+        with self._lock:
+            for ledger in self._order:
+                ledger.close_step()
+            self._final = {number: _copies(ledger.now()) for number, ledger in enumerate(self._order)}
+
+    # What was recorded.
+
+    @property
+    def updates(self) -> tuple[StatsUpdates, ...]:
+        """Updates by layer, line and mode, in the order of ``state_dict()``, model by model."""
+        return tuple(
+            [update for number, ledger in enumerate(self._order) for update in self._updates_of(number, ledger)]
+        )
+
+    @property
+    def drift(self) -> tuple[Drift, ...]:
+        """How far each layer that keeps a mean and a variance has moved from the beginning to the end, or to now."""
+        drifts = []
+        for number, ledger in enumerate(self._order):
+            drift = drift_between(ledger.names, ledger.type, ledger.before, self._now(number, ledger), ledger.eps)
+            if drift is not None:
+                drifts.append(drift)
+        return tuple(drifts)
+
+    @property
+    def series(self) -> DriftSeries:
+        """How far each layer had moved from the beginning, at every ``every``-th optimizer step."""
+        return series_of(self._samples, [ledger.names[0] for ledger in self._order])
+
+    @property
+    def unexplained(self) -> tuple[StatsChange, ...]:
+        """Layers whose statistics have changed although no forward was seen that did it."""
+        changes = []
+        for number, ledger in enumerate(self._order):
+            now = self._now(number, ledger)
+            differing = tuple(
+                [name for name in ledger.before if name not in now or not _same(ledger.before[name], now[name])]
+            )
+            if differing and not ledger.updates and not self._unseen(number, ledger):
+                shift = largest_mean_shift(ledger.before, now, ledger.eps)
+                changes.append(StatsChange(ledger.names, ledger.type, differing, 0, None, shift))
+        return tuple(changes)
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """What is wrong with what was recorded, the worst first."""
+        nows = [self._now(number, ledger) for number, ledger in enumerate(self._order)]
+        return findings_of(sightings_in(self._order, nows, self._steps.count > 0))
+
+    def report(self) -> str:
+        """What was recorded, as text: what is wrong first, then the lines that updated, then what moved most."""
+        return watch_text(self.findings, self.updates, self.unexplained, self.drift)
+
+    def __repr__(self) -> str:
+        what = "every model" if self._model is None else f"a {type(self._model).__name__}"
+        return f"<bnguard.watch of {what}, {'open' if self._is_open else 'closed'}>"
+
+    # What torch calls.
+
+    def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Takes note of a forward that is about to begin."""
+        ledger = self._ledgers.get(id(module))
+        if ledger is None:
+            if self._model is not None:
+                if module is self._model:
+                    self._look_again()
+                return
+            if id(module) in self._known:
+                return
+            self._take_in(module)
+            ledger = self._ledgers.get(id(module))
+            if ledger is None:
+                return
+        elif module is self._model:
+            self._look_again()
+        predict = ledger.kind.predict
+        if predict is None:
+            self._wait(ledger, module)
+        elif predict(module):
+            if _is_prevented(module):
+                ledger.held += 1
+            else:
+                with self._lock:
+                    ledger.add(model_call(), args, self._steps)
+        else:
+            ledger.add_evaluation(module)
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Takes note of what a forward has done."""
+        ledger = self._ledgers.get(id(module))
+        if ledger is None:
+            return
+        if ledger.kind.predict is None:
+            waiting = self._pending.get((threading.get_ident(), id(module)))
+            if waiting:
+                pending = waiting.pop()
+                if _versions(ledger, module) != pending.versions:
+                    with self._lock:
+                        ledger.add(pending.call, args, self._steps)
+                else:
+                    ledger.add_evaluation(module)
+        if not module.training and torch.is_grad_enabled():
+            ledger.watch_backward(output, model_call())
+
+    def traced(self, key: int) -> None:
+        """Takes note of a module that a graph takes in."""
+        ledger = self._ledgers.get(key)
+        module = None if ledger is None else ledger.module
+        if module is not None:
+            take_in(module)
+
+    # Parts.
+
+    @aside()
+    def _take_in(self, model: nn.Module) -> None:
+        """Records the layers of a model from now on."""
+        with self._lock:
+            tree = Tree(model)
+            if self._model is not None:
+                self._tree = tree
+            else:
+                for part in model.modules():
+                    key = id(part)
+                    self._known[key] = weakref.ref(part, lambda _, key=key: self._forget(key))  # type: ignore[misc]
+            for layer in tree.layers:
+                self._open_ledger(layer, model)
+
+    def _open_ledger(self, layer: StatsLayer, model: nn.Module) -> None:
+        key = id(layer.module)
+        known = self._ledgers.get(key)
+        if known is not None and known.module is layer.module:
+            return
+        buffers = layer.module._buffers
+        present = {name: tensor for name in layer.buffers if (tensor := buffers.get(name)) is not None}
+        ledger = Ledger(layer, model, _copies(present))
+        self._ledgers[key] = ledger
+        self._order.append(ledger)
+
+    def _forget(self, key: int) -> None:
+        self._known.pop(key, None)
+        self._ledgers.pop(key, None)  # stays in the order: what it did is still to be told
+
+    def _look_again(self) -> None:
+        """Takes in what has come into the model since."""
+        if self._tree is not None and self._model is not None and not self._tree.has_same_modules():
+            self._take_in(self._model)
+
+    def _sample(self, step: int) -> None:
+        """Measures the drift on the device."""
+        if self._every is None or step % self._every:
+            return
+        with self._lock:
+            layers = [
+                (number, ledger.before, ledger.now(), ledger.eps)
+                for number, ledger in enumerate(self._order)
+                if ledger.module is not None
+            ]
+            self._samples.append(sample_of(step, layers))
+
+    def _wait(self, ledger: Ledger, module: nn.Module) -> None:
+        if _is_prevented(module):
+            ledger.held += 1
+            return
+        waiting = self._pending.setdefault((threading.get_ident(), id(module)), [])
+        waiting.append(_Pending(_versions(ledger, module), model_call()))
+
+    def _now(self, number: int, ledger: Ledger) -> dict[str, Tensor]:
+        return ledger.now() if self._is_open else self._final.get(number, {})
+
+    def _updates_of(self, number: int, ledger: Ledger) -> list[StatsUpdates]:
+        updates = [_as_record(ledger, site, mode, line) for (site, mode), line in ledger.lines.items()]
+        unseen = self._unseen(number, ledger)
+        if unseen:
+            updates.append(StatsUpdates(ledger.names, ledger.type, None, _COMPILED, unseen))
+        return updates
+
+    def _unseen(self, number: int, ledger: Ledger) -> int:
+        """Updates that a compiled graph has made, as far as the layer counts them."""
+        module = ledger.module
+        if module is None or not is_taken_in(module) or ledger.kind is INSTANCE_NORM:
+            return 0
+        before, now = (values.get("num_batches_tracked") for values in (ledger.before, self._now(number, ledger)))
+        if before is None or now is None:
+            return 0
+        return max(0, int(now) - int(before) - ledger.updates)
+
+
+def _as_record(ledger: Ledger, site: str, mode: Mode, line: Line) -> StatsUpdates:
+    return StatsUpdates(
+        ledger.names,
+        ledger.type,
+        site,
+        mode,
+        line.count,
+        line.first_step,
+        line.last_step,
+        line.batch_shape,
+        line.fewest_values,
+        line.small_batches,
+    )
+
+
+def _is_prevented(module: nn.Module) -> bool:
+    """Whether a guard keeps the update of a forward from happening."""
+    sentry = sentries.get(id(module))
+    return sentry is not None and decide(sentry.claims).stance != "stand"
+
+
+def _versions(ledger: Ledger, module: nn.Module) -> list[tuple[int, int]]:
+    """Which tensors the statistics are, and how often each was written to: nothing is read from the device."""
+    buffers = module._buffers
+    present = [tensor for name in ledger.buffers if (tensor := buffers.get(name)) is not None]
+    return [(id(tensor), 0 if tensor.is_inference() else tensor._version) for tensor in present]
+
+
+@aside()
+def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    plain = {name: below_transforms(tensor) for name, tensor in tensors.items()}
+    return {name: tensor.detach().clone() for name, tensor in plain.items() if has_values(tensor)}
+
+
+@aside()
+def _same(one: Tensor, other: Tensor) -> bool:
+    return same_bits(one, other.to(one.device, one.dtype))

@@ -1,0 +1,452 @@
+"""``watch``: every update is recorded, by line and mode; nothing else changes."""
+
+import copy
+import gc
+import threading
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+import bnguard
+from tests.asserts import assert_clean, assert_same_bits, state_of
+from tests.nets import conv_net, images
+from tests.strategies import HandmadeNorm, OwnForward
+
+IMAGES = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def net_of(*layers):
+    """A convolution and these."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), *layers)
+
+
+def run(net):
+    """One forward, always from the same line."""
+    net(IMAGES)
+
+
+def only(items):
+    """The one item."""
+    (item,) = items
+    return item
+
+
+def test_an_update_is_recorded_with_everything():
+    """Layer, type, line and function, mode, batch shape, step and count."""
+    net = net_of(nn.BatchNorm2d(4))
+    with bnguard.watch(net) as record:
+        for _ in range(3):
+            net(IMAGES)
+    update = only(record.updates)
+    assert update.names == ("1",)
+    assert update.type == "BatchNorm2d"
+    assert update.where.startswith("tests/test_watch.py:")
+    assert update.where.endswith(" in test_an_update_is_recorded_with_everything")
+    assert update.mode == bnguard.Mode()
+    assert update.count == 3
+    assert update.batch_shape == (8, 4, 6, 6)
+    assert update.fewest_values == 8 * 36
+    assert (update.first_step, update.last_step, update.small_batches) == (0, 0, 0)
+
+
+MODES = {
+    "no_grad": (torch.no_grad, bnguard.Mode(grad=False), "train, no_grad"),
+    "inference": (torch.inference_mode, bnguard.Mode(grad=False, inference=True), "train, inference"),
+    "autocast": (lambda: torch.autocast("cpu", torch.bfloat16), bnguard.Mode(autocast=True), "train, autocast"),
+}
+
+
+@pytest.mark.parametrize(("context", "mode", "words"), MODES.values(), ids=MODES)
+def test_modes_are_told_apart(context, mode, words):
+    """Updates of one line in several modes are several records."""
+    net = net_of(nn.BatchNorm2d(4))
+    with bnguard.watch(net) as record:
+        for number in range(3):
+            with context() if number else torch.enable_grad():
+                net(IMAGES)
+    assert {update.mode: update.count for update in record.updates} == {bnguard.Mode(): 1, mode: 2}
+    assert str(mode) == words
+
+
+def test_recomputed_forwards_and_calibration_are_told_apart():
+    """The second forward of a checkpointed region, and those of update_bn."""
+    net = net_of(nn.BatchNorm2d(4))
+    with bnguard.watch(net) as record:
+        torch.utils.checkpoint.checkpoint(net, IMAGES, use_reentrant=False).sum().backward()
+        torch.optim.swa_utils.update_bn([IMAGES], net)
+    modes = [update.mode for update in record.updates]
+    assert modes == [bnguard.Mode(), bnguard.Mode(recompute=True), bnguard.Mode(grad=False, calibration=True)]
+
+
+def test_lines_are_those_that_call_the_model():
+    """Not lines of the model's own code: who called it is what is asked. Wrappers are no callers."""
+
+    class Inner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn = nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            return self.bn(x)
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Inner()
+
+        def forward(self, x):
+            return self.inner(x)
+
+    def train(model):
+        model(IMAGES)
+
+    def validate(model):
+        model(IMAGES)
+
+    net = Outer()
+    with bnguard.watch(net) as record:
+        train(net)
+        validate(nn.DataParallel(net))
+        train(net.inner)
+    assert [(update.where.split()[-1], update.count) for update in record.updates] == [("train", 2), ("validate", 1)]
+
+
+def test_steps_are_those_of_the_layers_optimizer():
+    """With two optimizers each layer goes by its own; one without any by all."""
+    one, two, none = (net_of(nn.BatchNorm2d(4)) for _ in range(3))
+    first, second = (torch.optim.SGD(net.parameters(), 0.1) for net in (one, two))
+    with bnguard.watch() as record:
+        for net in (one, two, none):
+            run(net)
+        for _ in range(2):
+            first.step()
+        second.step()
+        for net in (one, two, none):
+            run(net)
+    assert [(update.first_step, update.last_step) for update in record.updates] == [(0, 2), (0, 1), (0, 3)]
+
+
+def test_a_million_steps_take_no_memory():
+    """Records grow with layers and lines, not with updates."""
+    net = nn.BatchNorm1d(2)
+    rows = torch.randn(4, 2)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+
+    def sizes(record):
+        ledger = record._order[0]
+        return len(ledger.lines), len(ledger.several), len(ledger._forwards), len(record._pending)
+
+    with bnguard.watch(net) as record:
+        for number in range(300):
+            net(rows)
+            net(rows)
+            optimizer.step()
+            if number == 20:
+                early = sizes(record)
+        assert sizes(record) == early
+    assert sum(update.count for update in record.updates) == 600
+
+
+def test_layers_of_every_kind_are_seen():
+    """Layers that only their statistics tell about, too; nothing is seen where nothing updates."""
+    for layer in (
+        OwnForward(4),
+        HandmadeNorm(4, 0.1),
+        HandmadeNorm(4, 0.1, reassign=True),
+        nn.InstanceNorm2d(4, track_running_stats=True),
+    ):
+        net = net_of(layer)
+        with bnguard.watch(net) as record:
+            run(net)
+            run(net)
+            run(net.eval())
+        assert only(record.updates).count == 2, type(layer)
+
+
+def test_every_model_in_the_process():
+    """With no model given, whatever runs is met, models that are made later included, each once."""
+    early = net_of(nn.BatchNorm2d(4))
+    with bnguard.watch() as record:
+        run(early)
+        late = net_of(nn.BatchNorm2d(4))
+        run(late)
+        run(nn.Sequential(late, nn.BatchNorm2d(4)))
+    assert [(update.names, update.count) for update in record.updates] == [(("1",), 1), (("1",), 2), (("1",), 1)]
+
+
+def test_other_models_are_not_watched():
+    """With a model given, only that; a layer that comes into it later is met."""
+    net, other = net_of(nn.BatchNorm2d(4)), net_of(nn.BatchNorm2d(4))
+    with bnguard.watch(net) as record:
+        run(other)
+        run(net)
+        net.append(nn.BatchNorm2d(4))
+        run(net)
+    assert [(update.names, update.count) for update in record.updates] == [(("1",), 2), (("2",), 1)]
+
+
+def test_models_that_go_are_let_go():
+    """A watch of everything keeps no model alive, and tells what one did that is gone."""
+    with bnguard.watch() as record:
+        seen = []
+        for _ in range(3):
+            net = net_of(nn.BatchNorm2d(4))
+            net(IMAGES)
+            seen.append(weakref.ref(net))
+        del net
+        gc.collect()
+        assert [reference() for reference in seen] == [None] * 3
+    assert [update.count for update in record.updates] == [1] * 3
+    assert all(drift.has_moved for drift in record.drift)
+
+
+def test_what_a_guard_prevents_is_no_update():
+    """Under restore and use_running_stats nothing updates; under warn, and within a budget, it does."""
+    net = net_of(nn.BatchNorm2d(4))
+    with bnguard.watch(net) as record:
+        for options in ({"on_change": "restore"}, {"use_running_stats": True}):
+            with bnguard.frozen(net, **options):
+                net(IMAGES)
+        with pytest.raises(bnguard.StatsChangedError), bnguard.frozen(net):
+            net(IMAGES)
+        assert record.updates == ()
+        with bnguard.frozen(net, "restore", updates=1):
+            net(IMAGES)
+            net(IMAGES)
+    assert only(record.updates).count == 1
+
+
+def test_changes_without_a_forward_are_unexplained():
+    """load_state_dict, a write to .data, another tensor; a layer that updated too has its explanation."""
+    net = net_of(nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.BatchNorm2d(4))
+    with bnguard.watch(net) as record:
+        net[1].running_mean.data.add_(1)
+        net[2].load_state_dict(nn.BatchNorm2d(4).state_dict() | {"running_var": torch.full((4,), 2.0)})
+        net[3].running_var = torch.full((4,), 3.0)
+    assert [(change.names, change.buffers) for change in record.unexplained] == [
+        (("1",), ("running_mean",)),
+        (("2",), ("running_var",)),
+        (("3",), ("running_var",)),
+    ]
+    assert record.unexplained[0].mean_shift == pytest.approx(1, rel=1e-4)
+    assert record.updates == ()
+
+
+def test_conversion_is_no_change():
+    """A model in another dtype has the statistics that it had."""
+    net = net_of(nn.BatchNorm2d(4))
+    with bnguard.watch(net) as record:
+        net.double()
+    assert record.unexplained == ()
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_compiled_graphs_are_counted(full):
+    """No line can be seen in a graph; the layer's own counter tells how often it updated."""
+    torch._dynamo.reset()
+    net = net_of(nn.BatchNorm2d(4))
+    compiled = torch.compile(net, backend="eager", fullgraph=full)
+    try:
+        with bnguard.watch(net) as record:
+            for _ in range(3):
+                compiled(IMAGES)
+    finally:
+        torch._dynamo.reset()
+    update = only(record.updates)
+    assert (update.mode, update.where, update.count) == (bnguard.Mode(compiled=True), None, 3)
+    assert record.unexplained == ()
+
+
+def test_drift_is_from_the_beginning_to_the_end():
+    """By layer, in network order; what has not moved is there as well. Inside, it is that of now."""
+    net = net_of(nn.BatchNorm2d(4), nn.BatchNorm2d(4))
+    with bnguard.watch(net) as record:
+        net[:2](IMAGES)
+        during = record.drift[0].divergence
+        net[:2](IMAGES)
+    first, second = record.drift
+    assert (first.names, second.names) == (("1",), ("2",))
+    assert first.has_moved
+    assert not second.has_moved
+    assert not torch.equal(first.divergence, during)
+    net(IMAGES)
+    assert torch.equal(record.drift[0].divergence, first.divergence)
+
+
+def test_series_is_measured_at_every_so_many_steps():
+    """Each sample is what ``drift`` says at that moment; a layer that comes later has no value before."""
+    net = net_of(nn.BatchNorm2d(4), nn.BatchNorm2d(4))
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    shifts, nats = [], []
+    with bnguard.watch(net, every=2) as record:
+        for number in range(1, 8):
+            if number == 5:
+                net.append(nn.BatchNorm2d(4))
+            net(IMAGES).sum().backward()
+            optimizer.step()
+            if number % 2 == 0:
+                shifts.append([drift.mean_shift.max().item() for drift in record.drift])
+                nats.append([drift.divergence.max().item() for drift in record.drift])
+    series = record.series
+    assert series.steps == (2, 4, 6)
+    assert series.layers == ("1", "2", "3")
+    assert series.mean_shift.isnan().tolist() == [[False, False, True]] * 2 + [[False] * 3]
+    for row in range(3):
+        width = len(shifts[row])
+        torch.testing.assert_close(series.mean_shift[row, :width], torch.tensor(shifts[row], dtype=torch.float64))
+        torch.testing.assert_close(series.divergence[row, :width], torch.tensor(nats[row], dtype=torch.float64))
+    assert bnguard.watch(net).series.steps == ()
+
+
+def test_training_is_bit_for_bit_that_of_a_twin():
+    """Outputs, gradients, statistics and random numbers are those of the unwatched model."""
+    net = conv_net()
+    twin = copy.deepcopy(net)
+    states = []
+    for model, context in ((net, bnguard.watch(every=1)), (twin, torch.enable_grad())):
+        torch.manual_seed(3)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+        with context:
+            for _ in range(3):
+                optimizer.zero_grad()
+                F.dropout(model(images())).square().mean().backward()
+                optimizer.step()
+        states.append([state_of(model), [p.grad for p in model.parameters()], torch.get_rng_state()])
+    assert_same_bits(states[0][0], states[1][0])
+    assert_same_bits(states[0][1], states[1][1])
+    assert torch.equal(states[0][2], states[1][2])
+
+
+def test_report_leads_with_the_verdict():
+    """Findings, then a row for each line and mode, then what no forward explains, then what moved most."""
+    net = net_of(nn.BatchNorm2d(4), nn.BatchNorm2d(4))
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+
+    def validate():
+        with torch.no_grad():
+            net(IMAGES)
+
+    with bnguard.watch(net) as record:
+        for _ in range(2):
+            net(IMAGES).sum().backward()
+            optimizer.step()
+        validate()
+    lines = record.report().splitlines()
+    assert lines[0] == "1 finding; 6 updates of 2 layers"
+    assert lines[2].startswith("BN002 train-mode forward without gradients at tests/test_watch.py:")
+    assert lines[3] == "  2 layers (1, 2) made 1 update each in train mode where autograd did not record."
+    table = lines[6:9]
+    assert table[0] == "updates  layers  steps   mode            line"
+    assert table[1].startswith("      4       2  0 to 1  train           tests/test_watch.py:")
+    assert table[2].startswith("      2       2  2       train, no_grad  tests/test_watch.py:")
+    assert lines[10] == "moved most:"
+    assert lines[11].startswith("  1 (BatchNorm2d): channel ")
+    assert repr(record) == "<bnguard.watch of a Sequential, closed>"
+
+
+def test_report_of_nothing():
+    """A run that updates nothing, and one that only writes."""
+    net = net_of(nn.BatchNorm2d(4)).eval()
+    with bnguard.watch(net) as record:
+        net(IMAGES)
+    assert record.report() == "no finding; no update"
+    with bnguard.watch() as record:
+        net(IMAGES)
+        net[1].running_var.data.mul_(2)
+    assert record.report().splitlines()[:3] == [
+        "no finding; no update",
+        "",
+        "1 layer changed without a forward that could be seen:",
+    ]
+
+
+def test_nothing_is_left_behind():
+    """On the model, in torch's tables, or in copies that are taken inside; also after an exception."""
+    net = net_of(nn.BatchNorm2d(4))
+    tables = [torch_module._global_forward_pre_hooks, torch_module._global_forward_hooks]
+    before = [dict(table) for table in tables]
+    from torch.optim import optimizer as torch_optimizer
+
+    optimizer_hooks = dict(torch_optimizer._global_optimizer_post_hooks)
+    with pytest.raises(OSError, match="mine"), bnguard.watch():
+        net(IMAGES)
+        copied = copy.deepcopy(net)
+        raise OSError("mine")
+    assert [dict(table) for table in tables] == before
+    assert dict(torch_optimizer._global_optimizer_post_hooks) == optimizer_hooks
+    for model in (net, copied):
+        assert_clean(model)
+
+
+def test_forward_that_fails_leaves_the_watch_working():
+    """An input that torch rejects is an error of torch's, with and without."""
+    net = net_of(OwnForward(4))
+    with bnguard.watch(net) as record:
+        with pytest.raises(RuntimeError):
+            net(torch.ones(2, 5, 8, 8))
+        net(IMAGES)
+    assert only(record.updates).count == 1
+
+
+def test_start_and_stop():
+    """A watch can be started by hand, stopped twice, and started again, which forgets."""
+    net = net_of(nn.BatchNorm2d(4))
+    record = bnguard.watch(net).start()
+    net(IMAGES)
+    with pytest.raises(RuntimeError, match="records already"):
+        record.start()
+    record.stop()
+    record.stop()
+    net(IMAGES)
+    assert only(record.updates).count == 1
+    with record:
+        run(net)
+        run(net)
+    assert only(record.updates).count == 2
+
+
+def test_watches_overlap():
+    """Each has its own records; the hook goes with the last."""
+    net = net_of(nn.BatchNorm2d(4))
+    with bnguard.watch(net) as outer:
+        with bnguard.watch() as inner:
+            run(net)
+        run(net)
+    assert (only(outer.updates).count, only(inner.updates).count) == (2, 1)
+
+
+def test_threads_are_recorded():
+    """No update is lost between threads."""
+    nets = [net_of(nn.BatchNorm2d(4)) for _ in range(4)]
+
+    def run(net):
+        for _ in range(25):
+            net(IMAGES)
+
+    with bnguard.watch() as record:
+        threads = [threading.Thread(target=run, args=(net,)) for net in nets]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert [update.count for update in record.updates] == [25] * 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        (([],), {}, TypeError, r"watch\(\) takes a torch\.nn\.Module, or nothing for every model, got list"),
+        ((), {"every": "1"}, TypeError, "every must be a whole number of optimizer steps, got '1'"),
+        ((), {"every": True}, TypeError, "every must be a whole number"),
+        ((), {"every": 0}, ValueError, "every=0: the number of optimizer steps must be positive"),
+    ],
+)
+def test_bad_input_is_refused(arguments, options, error, message):
+    """With the offending value, before anything is touched."""
+    with pytest.raises(error, match=message):
+        bnguard.watch(*arguments, **options)
