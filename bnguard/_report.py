@@ -71,8 +71,8 @@ Cause = Literal["unknown", "compiled", "replaced"]
 _CAUSES: Final[dict[Cause, tuple[str, ...]]] = {
     "unknown": (
         "No forward that bnguard can see explains it: look for load_state_dict(), reset_running_stats(), assignments,",
-        "F.batch_norm() or forward() called directly, a forward that failed, a compiled or scripted model, or another",
-        "thread or process.",
+        "F.batch_norm() or forward() called directly, a forward that failed, another thread or process, or a",
+        "compiled or scripted model.",
     ),
     "compiled": ("In a compiled graph no forward can be seen or stopped; this comparison finds what it changed.",),
     "replaced": (

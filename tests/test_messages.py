@@ -16,8 +16,8 @@ from tests.nets import ReassigningNorm, SharedNet, conv_net, deep_net, images
 
 CAUSES = """\
 No forward that bnguard can see explains it: look for load_state_dict(), reset_running_stats(), assignments,
-F.batch_norm() or forward() called directly, a forward that failed, a compiled or scripted model, or another
-thread or process.
+F.batch_norm() or forward() called directly, a forward that failed, another thread or process, or a
+compiled or scripted model.
 """
 CHOICES = """\
   frozen(model, use_running_stats=True)    normalise with the frozen statistics

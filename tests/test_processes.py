@@ -95,7 +95,7 @@ def test_child_that_moves_shared_statistics_is_found(guard: str, method: str) ->
     train(twin)
     assert len(said.warnings) == (guard != "raise")
     assert "2 layers changed inside frozen()" in (said.error or said.warnings[0])
-    assert "thread or process" in (said.error or said.warnings[0])
+    assert "another thread or process" in (said.error or said.warnings[0])
     assert [change.updates for change in block.changes] == [0, 0]
     assert all(tensor is objects[name] for name, tensor in statistics(net).items())
     assert_same_bits(statistics(net), statistics(twin) if guard == "warn" else before)

@@ -35,8 +35,8 @@ def test_it(model, value):
         "bnguard.errors.StatsChangedError: running statistics of 1 layer changed inside @pytest.mark.bn_frozen:\n"
         "  1 (BatchNorm2d): running_mean; mean moved by up to 1 standard deviations\n"
         "No forward that bnguard can see explains it: look for load_state_dict(), reset_running_stats(), assignments,\n"
-        "F.batch_norm() or forward() called directly, a forward that failed, a compiled or scripted model, or another\n"
-        "thread or process.\n"
+        "F.batch_norm() or forward() called directly, a forward that failed, another thread or process, or a\n"
+        "compiled or scripted model.\n"
         "The statistics of entry are back."
     )
     result.stdout.fnmatch_lines([">   def test_it(model, value):"])
