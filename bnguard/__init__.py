@@ -11,8 +11,11 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bnguard._audit import audit as audit
     from bnguard._changes import GuardedLayer as GuardedLayer
     from bnguard._changes import StatsChange as StatsChange
+    from bnguard._diff import StatsDiff as StatsDiff
+    from bnguard._diff import diff as diff
     from bnguard._drift import Drift as Drift
     from bnguard._drift import DriftSeries as DriftSeries
     from bnguard._findings import Finding as Finding
@@ -41,7 +44,10 @@ _HOMES = {
     "Mode": "_ledger",
     "StatsChange": "_changes",
     "StatsChangedError": "errors",
+    "StatsDiff": "_diff",
     "StatsUpdates": "_ledger",
+    "audit": "_audit",
+    "diff": "_diff",
     "frozen": "_frozen",
     "recompute_frozen": "_recompute",
     "register_layer": "_layers",
@@ -60,8 +66,11 @@ __all__ = [
     "Mode",
     "StatsChange",
     "StatsChangedError",
+    "StatsDiff",
     "StatsUpdates",
     "__version__",
+    "audit",
+    "diff",
     "frozen",
     "recompute_frozen",
     "register_layer",

@@ -81,7 +81,7 @@ class Block:
         self._found: Mapping[int, StatsChange] = _NONE  # by owner: what a comparison found
         self._verified: Mapping[int, int] = _NONE  # by owner: updates when it was last compared
         self._errors: list[str] = []  # texts of the errors that forwards raised, each once
-        self._warned = settings.is_silent
+        self._warned = settings.manner.is_silent
         self._has_warned_of_program = False
         self._refreshing = threading.Lock()
         self._under_way: dict[int, int] = {}  # by owner: updates within the budget that have begun and not ended
@@ -104,8 +104,10 @@ class Block:
         self._claims = [Claim(self, owner, stance, budget) for owner in range(len(modules))]
         try:
             # The claims first: what other threads run in the meantime is then held already.
-            if not settings.compares_only:
-                self._sentries = attach(self._layers, self._claims, self._sentries, outermost=settings.is_outermost)
+            if not settings.manner.compares_only:
+                self._sentries = attach(
+                    self._layers, self._claims, self._sentries, outermost=settings.manner.is_outermost
+                )
             self._statistics = Snapshot(modules, [layer.buffers for layer in self._layers])
             self._without_values = self._statistics.without_values()
             if settings.affine:
@@ -115,7 +117,7 @@ class Block:
                 self._affine.take(
                     [tensor for owner in range(len(modules)) for tensor in self._parameters.objects_of(owner)]
                 )
-            if settings.has_asides:
+            if settings.manner.has_asides:
                 warn_about_fixed_modes(self._layers, settings)
                 warn_about_programs()
         except BaseException:
@@ -143,7 +145,7 @@ class Block:
             found = self._verify()
         finally:
             self._let_go()
-        if error is None and self._settings.has_asides:
+        if error is None and self._settings.manner.has_asides:
             if self._statistics is not None and self._layers:
                 warn_about_added_layers(self._model, self._settings, self._tree, self._statistics)
             if self._regions and not is_any_held(self._layers):
@@ -178,7 +180,7 @@ class Block:
     @property
     def only_watches(self) -> bool:
         """Whether the model is guarded without anybody having named it."""
-        return self._settings.is_outermost
+        return self._settings.manner.is_outermost
 
     # What a forward calls.
 
@@ -186,7 +188,7 @@ class Block:
         """Records an update that is stopped before it happens; returns the error to raise."""
         count(claim, str(call_site()))
         change = self._change(claim)
-        text = _report.stopped_text(change, self._mode(claim), claim.budget, self._settings.wording)
+        text = _report.stopped_text(change, self._mode(claim), claim.budget, self._settings.manner.wording)
         self._note(text)
         return StatsChangedError(text, (change,))
 
@@ -199,7 +201,9 @@ class Block:
         count(claim, str(site))
         if not self._warned:
             self._warned = True
-            text = _report.stood_text(self._change(claim), self._mode(claim), claim.budget, self._settings.wording)
+            text = _report.stood_text(
+                self._change(claim), self._mode(claim), claim.budget, self._settings.manner.wording
+            )
             warnings.warn(text, BNGuardWarning, stacklevel=site.stacklevel)
 
     def allowing(self, claim: Claim) -> Tensor | None:
@@ -302,7 +306,7 @@ class Block:
     def _act(self, found: list[StatsChange], error: BaseException | None) -> None:
         if not found and not self._errors:
             return
-        on_change, wording = self._settings.on_change, self._settings.wording
+        on_change, wording = self._settings.on_change, self._settings.manner.wording
         texts = []
         if found and not (on_change == "warn" and self._warned):
             texts.append(_report.changed_text(found, on_change != "warn", self._cause(found), wording))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -14,7 +14,7 @@ from bnguard._bits import has_values, same_bits
 from bnguard._ledger import FEW_VALUES, Ledger
 from bnguard._report import count_text, times_text
 
-__all__ = ["CODES", "Finding", "Severity", "Sighting", "findings_of", "sightings_in"]
+__all__ = ["CODES", "STATIC", "Finding", "Severity", "Sighting", "findings_of", "sightings_in"]
 
 Severity = Literal["error", "warning", "note"]
 
@@ -155,8 +155,16 @@ class Sighting:
     detail: Any = None
 
 
-def findings_of(sightings: Iterable[Sighting]) -> tuple[Finding, ...]:
-    """Puts together what several layers have in common; errors first, then by code, in the order of the sightings."""
+def findings_of(
+    sightings: Iterable[Sighting], sentences: Mapping[str, Callable[[Any], str]] | None = None
+) -> tuple[Finding, ...]:
+    """Puts together what several layers have in common; errors first, then by code, in the order of the sightings.
+
+    Args:
+        sightings: What was seen.
+        sentences: What to say of each code; by default what is said of a run.
+    """
+    sentences = RUN if sentences is None else sentences
     groups: dict[tuple[str, str | None, Any], list[Sighting]] = {}
     for sighting in sightings:
         groups.setdefault((sighting.code, sighting.where, sighting.detail), []).append(sighting)
@@ -165,7 +173,7 @@ def findings_of(sightings: Iterable[Sighting]) -> tuple[Finding, ...]:
         title, severity, fix = CODES[code]
         layers = tuple(dict.fromkeys(sighting.layer for sighting in group))
         numbers = [sighting.number for sighting in group]
-        what = _SENTENCES[code](_Group(layers, numbers, detail))
+        what = sentences[code](_Group(layers, numbers, detail))
         findings.append(Finding(code, title, severity, layers, where, what, fix))
     rank = {"error": 0, "warning": 1, "note": 2}
     return tuple(sorted(findings, key=lambda finding: (rank[finding.severity], finding.code)))
@@ -297,9 +305,18 @@ class _Group:
     @property
     def of(self) -> str:
         """The layers, in words."""
+        return f"{count_text(len(self.layers), 'layer')} ({self.names})"
+
+    @property
+    def names(self) -> str:
+        """The first names."""
         shown = ", ".join([name or "(root)" for name in self.layers[:3]])
-        more = f" and {len(self.layers) - 3} more" if len(self.layers) > 3 else ""
-        return f"{count_text(len(self.layers), 'layer')} ({shown}{more})"
+        return f"{shown} and {len(self.layers) - 3} more" if len(self.layers) > 3 else shown
+
+    @property
+    def be(self) -> str:
+        """What the layers are."""
+        return "are" if len(self.layers) > 1 else "is"
 
     @property
     def have(self) -> str:
@@ -322,7 +339,7 @@ def _several(group: _Group) -> str:
     return f"{group.of} updated up to {times_text(most)} in {count_text(group.most, 'optimizer step')}, from {lines}"
 
 
-_SENTENCES: Final[dict[str, Any]] = {
+RUN: Final[Mapping[str, Callable[[_Group], str]]] = {
     "BN001": lambda g: f"{g.of} made {g.updates} although no parameter of theirs is trained",
     "BN002": lambda g: f"{g.of} made {g.updates} in train mode where autograd did not record",
     "BN003": _several,
@@ -345,4 +362,19 @@ _SENTENCES: Final[dict[str, Any]] = {
     "BN014": lambda g: (
         f"{g.of} was trained while a guard held it and evaluated with mean 0 and variance 1, which it never left"
     ),
+}
+
+STATIC: Final[Mapping[str, Callable[[_Group], str]]] = {
+    "BN001": lambda g: f"{g.of} {g.be} in train mode although no parameter of theirs is trained: statistics will move",
+    "BN004": lambda g: f"{g.of} {g.be} used under several names",
+    "BN007": RUN["BN007"],
+    "BN008": lambda g: f"{g.of} {g.be} in eval mode in a model in train mode: the next train() reaches them",
+    "BN009": RUN["BN009"],
+    "BN010": lambda g: (
+        f"the next step of {g.detail} moves {count_text(len(g.layers), 'parameter')} ({g.names}) with "
+        "requires_grad=False, which still have a gradient"
+    ),
+    "BN011": lambda g: f"{g.of} {g.have} statistics, and track_running_stats=False",
+    "BN012": lambda g: f"{g.of} {g.have} NaN, infinite or negative statistics",
+    "BN014": lambda g: f"{g.of} {g.be} in eval mode with mean 0 and variance 1: no batch was ever counted",
 }

@@ -21,6 +21,7 @@ __all__ = [
     "LayerKind",
     "LayerRegistration",
     "StatsLayer",
+    "is_statistic",
     "is_torch_source_known",
     "register_layer",
     "registered_rules",
@@ -172,6 +173,11 @@ def statistics_of(module: nn.Module) -> tuple[tuple[str, ...], LayerKind]:
             return _BATCH_NORM_STATISTICS, BATCH_NORM
     names = _statistics_among(tuple([name for name, tensor in buffers.items() if tensor is not None]))
     return names, _kind(module) if names else OWN_FORWARD
+
+
+def is_statistic(name: str) -> bool:
+    """Whether a buffer of this name is taken for a running statistic."""
+    return _STATISTIC.fullmatch(name) is not None
 
 
 def registered_rules() -> Mapping[type[nn.Module], object]:

@@ -33,6 +33,9 @@ class Lookout:
     Args:
         guards: The guards of the test.
         settings: How to guard.
+
+    Attributes:
+        has_guarded: Whether anything was met that is meant.
     """
 
     wants_results = False
@@ -44,6 +47,7 @@ class Lookout:
         self._open: deque[Post] = deque()
         self._compared: list[Post] = []  # of models in compiled graphs
         self._lock = threading.RLock()
+        self.has_guarded = False
 
     def begin(self) -> None:
         """Looks out from now on."""
@@ -54,9 +58,13 @@ class Lookout:
                     self._compare(model)
         _every_forward.listen(self)
 
-    def end(self) -> None:
-        """Looks out no more. May be done again."""
-        _every_forward.unlisten(self, keep_hook=True)  # of the next test
+    def end(self, *, for_good: bool = False) -> None:
+        """Looks out no more. May be done again.
+
+        Args:
+            for_good: Whether no other will: else the hook of every forward stays on.
+        """
+        _every_forward.unlisten(self, keep_hook=not for_good)
 
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Guards the model of a module that is about to run, if that is the first."""
@@ -88,8 +96,11 @@ class Lookout:
             if any_layer(module):
                 try:
                     self._open.append(self._guards.add(Rank.SUITE, module, self._settings))
+                    self.has_guarded = True
                 except BNGuardError:  # while a CUDA graph is captured
                     return
+                except ValueError:  # nothing in it is meant
+                    pass
             for part in parts.values():
                 self._remember(part)
             if len(self._open) > _AT_ONCE:
@@ -112,7 +123,8 @@ class Lookout:
                 self._compare(model)
 
     def _compare(self, model: nn.Module) -> None:
-        self._compared.append(self._guards.add(Rank.SUITE, model, replace(self._settings, compares_only=True)))
+        manner = replace(self._settings.manner, compares_only=True)
+        self._compared.append(self._guards.add(Rank.SUITE, model, replace(self._settings, manner=manner)))
 
     def _remember(self, module: nn.Module) -> None:
         key = id(module)

@@ -10,14 +10,36 @@ from bnguard._claims import Stance
 from bnguard._report import FROZEN, Wording
 from bnguard._select import Selector, as_selectors
 
-__all__ = ["OnChange", "Settings", "check_settings"]
+__all__ = ["Manner", "OnChange", "Settings", "check_settings"]
 
 OnChange: TypeAlias = Literal["raise", "warn", "restore"]
 
 
 @dataclass(frozen=True, slots=True)
+class Manner:
+    """What only a door of bnguard's own asks for: the pytest plugin, the command line.
+
+    Attributes:
+        wording: What messages call the guard.
+        has_asides: Whether to warn about what a block does not cover.
+        is_silent: Whether changes that stand are recorded and not warned about.
+        compares_only: Whether forwards are left alone, and the statistics merely compared.
+        is_outermost: Whether guards that were there before are inside of this one.
+    """
+
+    wording: Wording = FROZEN
+    has_asides: bool = True
+    is_silent: bool = False
+    compares_only: bool = False
+    is_outermost: bool = False
+
+
+PLAIN: Final = Manner()
+
+
+@dataclass(frozen=True, slots=True)
 class Settings:
-    """The options of ``frozen``, checked, and what only a door of bnguard's own asks for.
+    """The options of ``frozen``, checked.
 
     Attributes:
         on_change: See ``frozen``, as for the next five.
@@ -26,11 +48,7 @@ class Settings:
         updates: See there.
         include: See there.
         exclude: See there.
-        wording: What messages call the guard.
-        has_asides: Whether to warn about what a block does not cover.
-        is_silent: Whether changes that stand are recorded and not warned about.
-        compares_only: Whether forwards are left alone, and the statistics merely compared.
-        is_outermost: Whether guards that were there before are inside of this one.
+        manner: How the guard goes about it.
     """
 
     on_change: OnChange = "raise"
@@ -39,11 +57,7 @@ class Settings:
     updates: int = 0
     include: tuple[Selector, ...] = ()
     exclude: tuple[Selector, ...] = ()
-    wording: Wording = FROZEN
-    has_asides: bool = True
-    is_silent: bool = False
-    compares_only: bool = False
-    is_outermost: bool = False
+    manner: Manner = PLAIN
 
     @property
     def stance(self) -> Stance:

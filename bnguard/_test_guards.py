@@ -17,7 +17,7 @@ from bnguard._frozen import frozen
 from bnguard._graphs import outside_graphs
 from bnguard._report import Wording
 from bnguard._select import select_layers
-from bnguard._settings import Settings
+from bnguard._settings import Manner, Settings
 from bnguard._tree import find_layers
 from bnguard.errors import BNGuardError, BNGuardWarning, StatsChangedError
 
@@ -53,7 +53,7 @@ class LocalGuard(frozen):
     __slots__ = ("_is_fresh", "_on_enter", "_on_leave")
 
     def _set(self, model: nn.Module, settings: Settings) -> None:
-        super()._set(model, dataclasses.replace(settings, wording=_FIXTURE))
+        super()._set(model, dataclasses.replace(settings, manner=Manner(_FIXTURE)))
         self._is_fresh = False
         self._on_enter: Callable[[], object] = lambda: None
         self._on_leave: Callable[[], object] = lambda: None

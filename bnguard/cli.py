@@ -27,15 +27,44 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments; those of the process where None.
 
     Returns:
-        The exit code: 0, or 1 where an extra is missing. Wrong arguments end the process with 2, as argparse does.
+        The exit code: 0 for clean, 1 for findings or a missing extra; of ``run`` the script's own where that is not 0.
+        Wrong arguments end the process with 2, as argparse does.
     """
     parser = _parser()
     options = parser.parse_args(argv)
-    missing = _missing("demo") if options.plot is None else _missing("demo", "plot")
-    if missing:
-        print(missing, file=sys.stderr)
-        return 1
-    return _demo(parser, options.seed, options.plot)
+    if options.command == "demo":
+        missing = _missing("demo") if options.plot is None else _missing("demo", "plot")
+        if missing:
+            print(missing, file=sys.stderr)
+            return 1
+        return _demo(parser, options.seed, options.plot)
+    from bnguard import _commands  # imports torch
+
+    try:
+        if options.command == "audit":
+            return _commands.audit_target(options.target, options.json)
+        if options.command == "diff":
+            return _commands.diff_states(options.before, options.after, options.key, options.json)
+        return _run(parser, options)
+    except _commands.UsageError as error:
+        parser.exit(2, f"bnguard {options.command}: {error}\n")
+
+
+def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+    from bnguard import _commands
+
+    target, *args = [options.module, *options.args] if options.module else options.args or [None]
+    if target is None:
+        parser.error("run needs a script, or -m and a module")
+    return _commands.run_watched(
+        target,
+        args,
+        is_module=options.module is not None,
+        fail_on=options.fail_on,
+        frozen=options.frozen,
+        on_change=options.on_change,
+        json=options.json,
+    )
 
 
 def _demo(parser: argparse.ArgumentParser, seed: int, plot: Path | None) -> int:
@@ -66,6 +95,48 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"bnguard {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    run = commands.add_parser(
+        "run",
+        help="run a script unedited, and say who moves running statistics",
+        description=(
+            "Runs a script as python does, records every update of running statistics, and prints what is wrong, "
+            "which lines updated, and what moved most; also after an exception or Ctrl-C. The exit code is that of the "
+            "script."
+        ),
+    )
+    run.add_argument("-m", dest="module", metavar="MODULE", help="run a module instead, as python -m does")
+    run.add_argument("--frozen", metavar="PATTERN", help="guard the layers that match, in every model that runs")
+    run.add_argument(
+        "--on-change",
+        choices=("raise", "warn", "restore"),
+        default="raise",
+        help="what becomes of their updates (default: raise)",
+    )
+    run.add_argument(
+        "--fail-on",
+        type=_codes,
+        default=frozenset(),
+        metavar="CODES",
+        help="exit with 1 if one of these findings is made: BN001,BN002",
+    )
+    run.add_argument("--json", type=Path, metavar="FILE", help="write what was recorded as JSON")
+    run.add_argument("args", nargs=argparse.REMAINDER, metavar="script [args]", help="the script and its arguments")
+    audit = commands.add_parser(
+        "audit",
+        help="look at a model without running it",
+        description="Prints what is wrong with the running statistics of the model that a callable makes.",
+    )
+    audit.add_argument("target", metavar="module:callable", help="what makes the model, such as models:make_net")
+    audit.add_argument("--json", type=Path, metavar="FILE", help="write the findings as JSON")
+    diff = commands.add_parser(
+        "diff",
+        help="compare the running statistics of two checkpoints",
+        description="Prints which layers moved between two checkpoint files, what is missing, and what is broken.",
+    )
+    diff.add_argument("before", metavar="BEFORE", help=".pt, .pth, .ckpt or .safetensors; nothing in it is executed")
+    diff.add_argument("after", metavar="AFTER", help="the later one")
+    diff.add_argument("--key", metavar="KEY", help="where the state dict is in them (default: the usual places)")
+    diff.add_argument("--json", type=Path, metavar="FILE", help="write the differences as JSON")
     demo = commands.add_parser(
         "demo",
         help="fine-tune on real data, with and without a guard (under a minute, no download)",
@@ -84,6 +155,17 @@ def _seed(text: str) -> int:
     if not 0 <= seed < 2**32:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 to {2**32 - 1}")
     return seed
+
+
+def _codes(text: str) -> frozenset[str]:
+    codes = [code.strip().upper() for code in text.split(",")]
+    wrong = [code for code in codes if code not in _CODES]
+    if wrong:
+        raise argparse.ArgumentTypeError(f"{wrong[0]!r} is no finding: they are {_CODES[0]} to {_CODES[-1]}")
+    return frozenset(codes)
+
+
+_CODES: Final = [f"BN{number:03}" for number in range(1, 15)]
 
 
 def _missing(*extras: str) -> str | None:

@@ -237,16 +237,11 @@ def _begin(item: pytest.Item) -> None:
     watches = switches.on_change != "off" and not allowed
     lookout = item.config.stash.get(_LOOKOUT_CLASS, None)
     if lookout is not None and (watches or switches.reports):
-        from bnguard._settings import Settings
+        from bnguard._settings import Manner, Settings
         from bnguard._test_guards import suite_wording
 
-        settings = Settings(
-            "raise" if watches and switches.on_change == "raise" else "warn",
-            wording=suite_wording(switches.place),
-            has_asides=False,
-            is_outermost=True,
-            is_silent=not watches,
-        )
+        manner = Manner(suite_wording(switches.place), has_asides=False, is_outermost=True, is_silent=not watches)
+        settings = Settings("raise" if watches and switches.on_change == "raise" else "warn", manner=manner)
         item.config.stash[_LOOKOUT] = watch.lookout = lookout(watch.guards, settings)
         watch.lookout.begin()
 
@@ -279,10 +274,11 @@ def _reason_of(mark: pytest.Mark) -> str:
 
 def _begin_marked(item: pytest.Item, mark: pytest.Mark, guards: Guards) -> None:
     """Guards the models that reach a marked test."""
+    from bnguard._settings import Manner
     from bnguard._test_guards import MARKER
 
     try:
-        settings = dataclasses.replace(_settings_of(*mark.args, **mark.kwargs), wording=MARKER)
+        settings = dataclasses.replace(_settings_of(*mark.args, **mark.kwargs), manner=Manner(MARKER))
     except (TypeError, ValueError) as error:
         pytest.fail(f"@pytest.mark.bn_frozen: {error}", pytrace=False)
     instance = getattr(item, "instance", None)

@@ -1,0 +1,105 @@
+"""Read the tensors of a checkpoint file, and execute nothing of it."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import warnings
+from collections.abc import Mapping
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+__all__ = ["find_state_dict", "load_checkpoint"]
+
+# Where training code keeps the state dict in a checkpoint; the first that is there.
+_KEYS: Final = (
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "module",
+    "net",
+    "network",
+    "ema",
+    "model_ema",
+    "state_dict_ema",
+)
+
+
+def load_checkpoint(path: str | os.PathLike[str]) -> Mapping[str, Any]:
+    """Loads ``.pt``, ``.pth``, ``.ckpt`` (with ``weights_only=True``) and ``.safetensors``, onto the CPU.
+
+    Raises:
+        ValueError: The file is no checkpoint, is truncated, or holds objects that only unpickling could bring back,
+            which could run any code.
+        ImportError: A ``.safetensors`` file, and that package is not installed.
+        OSError: The file cannot be read.
+    """
+    name = os.fspath(path)
+    if os.path.getsize(name) == 0:
+        raise ValueError(f"{name} is empty")
+    loaded = _load_safetensors(name) if name.endswith(".safetensors") else _load_torch(name)
+    if not isinstance(loaded, Mapping):
+        raise ValueError(f"{name} holds a {type(loaded).__name__}, no state dict: save model.state_dict()")
+    return loaded
+
+
+def find_state_dict(checkpoint: Mapping[str, Any], key: str | None, source: str) -> Mapping[str, Tensor]:
+    """The mapping of names to tensors in a checkpoint.
+
+    Args:
+        checkpoint: A state dict, or what holds one.
+        key: Under which key to look; None looks at the usual places.
+        source: What to call the checkpoint in an error.
+
+    Raises:
+        ValueError: There is none, or none under ``key``.
+    """
+    if key is not None:
+        if key not in checkpoint:
+            raise ValueError(f"{source} has no {key!r}; it has {', '.join(map(repr, checkpoint)) or 'nothing'}")
+        candidates = [checkpoint[key]]
+    else:
+        candidates = [checkpoint, *[checkpoint[name] for name in _KEYS if name in checkpoint]]
+    for candidate in candidates:
+        if isinstance(candidate, Mapping):
+            tensors = {str(name): value for name, value in candidate.items() if isinstance(value, Tensor)}
+            if tensors:
+                return tensors
+    keys = ", ".join([repr(name) for name in list(checkpoint)[:8]])
+    raise ValueError(
+        f"{source} holds no state dict that bnguard can find: it has {keys or 'nothing'}; name one with key="
+    )
+
+
+def _load_torch(name: str) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of another protocol of pickle: it is read, or refused below
+            return torch.load(name, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "Unsupported" in str(error) or "WeightsUnpickler" in str(error) or "weights_only" in str(error):
+            raise ValueError(
+                f"{name} holds Python objects, not only tensors: loading them could run any code, and bnguard does "
+                "not. Save model.state_dict() instead"
+            ) from None
+        raise ValueError(_foreign(name)) from error
+    except (RuntimeError, EOFError, KeyError, ValueError) as error:
+        raise ValueError(_foreign(name)) from error
+
+
+def _load_safetensors(name: str) -> Any:
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError:
+        raise ImportError(f"{name} needs safetensors: pip install 'bnguard[safetensors]'") from None
+    try:
+        return load_file(name)
+    except SafetensorError as error:
+        raise ValueError(_foreign(name)) from error
+
+
+def _foreign(name: str) -> str:
+    return f"{name} is no checkpoint, or it is truncated"

@@ -1,0 +1,209 @@
+"""``diff``: what moved between two models, state dicts or checkpoint files."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, TypeAlias
+
+from torch import Tensor, nn
+
+from bnguard._aside import aside
+from bnguard._bits import has_values, same_bits
+from bnguard._checkpoint_file import find_state_dict, load_checkpoint
+from bnguard._drift import Drift, drift_between
+from bnguard._findings import is_broken
+from bnguard._graphs import outside_graphs
+from bnguard._layers import is_statistic
+from bnguard._report import count_text
+from bnguard._tree import WRAPPERS, find_layers
+
+__all__ = ["StatsDiff", "diff"]
+
+Source: TypeAlias = "nn.Module | Mapping[str, Any] | str | os.PathLike[str]"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StatsDiff:
+    """What moved between two states of a model.
+
+    Attributes:
+        moved: Layers with other statistics, in the order of the later state; how far, for those with a mean and a
+            variance of one shape.
+        changed: Names of all layers with other statistics.
+        unchanged: Names of layers with the same bits.
+        missing: Names of layers that only the earlier state has.
+        added: Names of layers that only the later state has.
+        broken_before: Names of layers with NaN, infinity or a negative variance in the earlier state.
+        broken_after: The same in the later state.
+    """
+
+    moved: tuple[Drift, ...]
+    changed: tuple[str, ...]
+    unchanged: tuple[str, ...]
+    missing: tuple[str, ...]
+    added: tuple[str, ...]
+    broken_before: tuple[str, ...]
+    broken_after: tuple[str, ...]
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether nothing differs and nothing is broken."""
+        return not (self.changed or self.missing or self.added or self.broken_before or self.broken_after)
+
+    def report(self) -> str:
+        """All of it, as text: what moved most first."""
+        total = len(self.changed) + len(self.unchanged)
+        lines = [f"{len(self.changed)} of {count_text(total, 'layer')} moved"]
+        by_divergence = sorted(self.moved, key=_divergence, reverse=True)
+        lines += [f"  {drift}" for drift in by_divergence]
+        told = {drift.names[0] for drift in self.moved}
+        lines += [f"  {name or '(root)'}: other statistics" for name in self.changed if name not in told]
+        for title, names in (
+            ("only before", self.missing),
+            ("only after", self.added),
+            ("broken before (NaN, infinite or negative)", self.broken_before),
+            ("broken after (NaN, infinite or negative)", self.broken_after),
+        ):
+            if names:
+                lines.append(f"{title}: {', '.join([name or '(root)' for name in names])}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    type: str
+    eps: float
+    statistics: dict[str, Tensor]
+
+
+_EPS: Final = 1e-5  # torch's own, where only tensors are known
+
+
+@outside_graphs
+@aside()
+def diff(before: Source, after: Source, *, key: str | None = None) -> StatsDiff:
+    """Compares the running statistics of two models, state dicts or checkpoint files.
+
+    Files are read with ``torch.load(weights_only=True)``, or as safetensors: nothing in them is executed. A state dict
+    is found at the top or under ``state_dict``, ``model``, ``ema`` and the like. Names are compared without the
+    prefixes of wrappers (``module.``, ``_orig_mod.``); where one state has all names under one more prefix, as
+    Lightning's checkpoints have, without that.
+
+    Args:
+        before: The earlier state: a model, a state dict, a checkpoint, or the path of a file.
+        after: The later one.
+        key: Where the state dict is in a checkpoint; None looks at the usual places.
+
+    Returns:
+        What moved, what is missing, and what is broken. For a channel's drift ``eps`` is the layer's own where a model
+        is given, else torch's ``1e-5``.
+
+    Raises:
+        TypeError: A state is none of those.
+        ValueError: A file is no checkpoint, is truncated, or holds objects that would have to be unpickled; no state
+            dict is found; or there are no running statistics.
+        OSError: A file cannot be read.
+        ImportError: A ``.safetensors`` file, and that package is not installed.
+    """
+    old, new = (_layers_of(state, key, name) for state, name in ((before, "before"), (after, "after")))
+    if not old.keys() & new.keys():
+        old, new = _aligned(old, new)
+    moved, changed, unchanged = [], [], []
+    for name, layer in new.items():
+        earlier = old.get(name)
+        if earlier is None:
+            continue
+        if _same(earlier.statistics, layer.statistics):
+            unchanged.append(name)
+            continue
+        changed.append(name)
+        eps = layer.eps if layer.eps != _EPS else earlier.eps
+        drift = drift_between((name,), layer.type or earlier.type, earlier.statistics, layer.statistics, eps)
+        if drift is not None:
+            moved.append(drift)
+    return StatsDiff(
+        tuple(moved),
+        tuple(changed),
+        tuple(unchanged),
+        tuple([name for name in old if name not in new]),
+        tuple([name for name in new if name not in old]),
+        _broken(old),
+        _broken(new),
+    )
+
+
+def _layers_of(state: Any, key: str | None, role: str) -> dict[str, _Layer]:
+    """The layers with running statistics of one state, by name."""
+    if isinstance(state, nn.Module):
+        layers = {}
+        for layer in find_layers(state):
+            module: Any = layer.module
+            eps = module.eps if isinstance(getattr(module, "eps", None), float) else _EPS
+            buffers = dict(module.named_buffers(recurse=False))
+            statistics = {name: buffers[name] for name in layer.buffers if name in buffers}
+            layers[layer.names[0]] = _Layer(type(module).__name__, eps, statistics)
+        source = f"{role}, a {type(state).__name__},"
+    else:
+        if isinstance(state, (str, os.PathLike)):
+            source, checkpoint = str(Path(state)), load_checkpoint(state)
+        elif isinstance(state, Mapping):
+            source, checkpoint = role, state
+        else:
+            raise TypeError(
+                f"{role} must be a model, a state dict or the path of a checkpoint, got {type(state).__name__}"
+            )
+        layers = _layers_in(find_state_dict(checkpoint, key, source))
+    if not layers:
+        raise ValueError(f"{source} has no running statistics")
+    return layers
+
+
+_PREFIX: Final = re.compile(rf"(?:^|(?<=\.))(?:{'|'.join(sorted(set(WRAPPERS.values())))})\.")
+
+
+def _layers_in(state_dict: Mapping[str, Tensor]) -> dict[str, _Layer]:
+    layers: dict[str, _Layer] = {}
+    for full_name, tensor in state_dict.items():
+        prefix, _, name = full_name.rpartition(".")
+        if is_statistic(name):
+            layer = layers.setdefault(_PREFIX.sub("", f"{prefix}.")[:-1], _Layer("layer", _EPS, {}))
+            layer.statistics[name] = tensor
+    return layers
+
+
+def _aligned(old: dict[str, _Layer], new: dict[str, _Layer]) -> tuple[dict[str, _Layer], dict[str, _Layer]]:
+    """The same without a prefix that all names of one of them have before those of the other."""
+    for one, other, swap in ((old, new, False), (new, old, True)):
+        first = next(iter(one))
+        for end in [index for index, char in enumerate(first) if char == "."]:
+            prefix = first[: end + 1]
+            if all([name.startswith(prefix) for name in one]) and any([prefix + name in one for name in other]):
+                shorter = {name[len(prefix) :]: layer for name, layer in one.items()}
+                return (other, shorter) if swap else (shorter, other)
+    return old, new
+
+
+def _same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    if one.keys() != other.keys():
+        return False
+    pairs = [(one[name], other[name].to(one[name].device)) for name in one]
+    return all([not (has_values(left) and has_values(right)) or same_bits(left, right) for left, right in pairs])
+
+
+def _broken(layers: Mapping[str, _Layer]) -> tuple[str, ...]:
+    return tuple(
+        [
+            name
+            for name, layer in layers.items()
+            if any([has_values(tensor) and is_broken(key, tensor) for key, tensor in layer.statistics.items()])
+        ]
+    )
+
+
+def _divergence(drift: Drift) -> float:
+    value = float(drift.divergence[drift.worst])
+    return float("inf") if value != value else value  # NaN

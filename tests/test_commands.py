@@ -1,0 +1,229 @@
+"""The command line on scripts, models and files that nobody edited."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from torch import nn
+
+import bnguard
+
+SCRIPT = """\
+import sys
+import torch
+from torch import nn
+
+net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 2))
+optimizer = torch.optim.SGD(net.parameters(), 0.1)
+images = torch.randn(8, 3, 8, 8)
+
+
+def train():
+    net.train()
+    for _ in range(3):
+        optimizer.zero_grad()
+        net(images).square().mean().backward()
+        optimizer.step()
+
+
+def validate():
+    with torch.no_grad():
+        net(images)
+
+
+if __name__ == "__main__":
+    print("arguments", sys.argv)
+    train()
+    {call}
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    """Writes the script, with something to do after the training."""
+
+    def write(call="net.eval()"):
+        path = tmp_path / "train.py"
+        path.write_text(SCRIPT.replace("{call}", call))
+        return path
+
+    return write
+
+
+def bnguard_(*args, cwd, **options):
+    """Runs a command."""
+    command = [sys.executable, "-m", "bnguard", *map(str, args)]
+    environment = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(bnguard.__file__))}
+    return subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, check=False, timeout=120, env=environment, **options
+    )
+
+
+def test_clean_script(script, tmp_path):
+    """A correct script: its own output, then the report, and 0."""
+    script()
+    done = bnguard_("run", "train.py", "--lr", "0.1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    lines = done.stdout.splitlines()
+    assert lines[:4] == [
+        "arguments ['train.py', '--lr', '0.1']",
+        "",
+        "bnguard run train.py",
+        "no finding; 3 updates of 1 layer",
+    ]
+    assert lines[5:7] == [
+        "updates  layers  steps   mode   line",
+        "      3       1  0 to 2  train  train.py:14 in train",
+    ]
+
+
+def test_findings_are_told_and_fail_only_if_asked(script, tmp_path):
+    """The report leads with what is wrong; --fail-on makes it the exit code; --json writes it down."""
+    script("validate()")
+    done = bnguard_("run", "--json", "out.json", "train.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "1 finding; 4 updates of 1 layer" in done.stdout
+    assert "BN002 train-mode forward without gradients at train.py:20 in validate" in done.stdout
+    assert bnguard_("run", "--fail-on", "BN001,BN002", "train.py", cwd=tmp_path).returncode == 1
+    assert bnguard_("run", "--fail-on", "BN001", "train.py", cwd=tmp_path).returncode == 0
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["schema"] == 1
+    assert found["exit_code"] == 0
+    assert [finding["code"] for finding in found["findings"]] == ["BN002"]
+    assert [(update["where"], update["count"]) for update in found["updates"]] == [
+        ("train.py:14 in train", 3),
+        ("train.py:20 in validate", 1),
+    ]
+    assert found["drift"][0]["names"] == ["1"]
+    assert found["drift"][0]["divergence"] > 0
+
+
+def test_script_that_fails_is_its_own(script, tmp_path):
+    """Traceback and exit code are those of python, to the letter; the report comes all the same."""
+    path = script("raise ValueError('mine')")
+    plain = subprocess.run([sys.executable, path.name], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = bnguard_("run", "--fail-on", "BN002", "train.py", cwd=tmp_path)
+    assert done.returncode == plain.returncode == 1
+    assert done.stderr == plain.stderr
+    assert "no finding; 3 updates of 1 layer" in done.stdout
+
+
+@pytest.mark.parametrize("code", ["3", "'bye'", "None", "0"])
+def test_exit_codes_are_the_scripts(script, tmp_path, code):
+    """sys.exit() with a number, a text, or nothing."""
+    script(f"sys.exit({code})")
+    plain = subprocess.run([sys.executable, "train.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = bnguard_("run", "train.py", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (plain.returncode, plain.stderr)
+    assert "3 updates of 1 layer" in done.stdout
+
+
+def test_interrupt_is_reported(script, tmp_path):
+    """After Ctrl-C there is a report, the traceback of the script, and 130."""
+    script("print('ready', flush=True); __import__('time').sleep(60)")
+    environment = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(bnguard.__file__))}
+    command = [sys.executable, "-m", "bnguard", "run", "train.py"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    for line in process.stdout:
+        if line == "ready\n":
+            break
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.rstrip().endswith("KeyboardInterrupt")
+    assert "bnguard" not in err
+    assert "no finding; 3 updates of 1 layer" in out
+
+
+def test_module_is_run_as_python_does(script, tmp_path):
+    """Run -m: arguments and __main__."""
+    script()
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "__init__.py").write_text("")
+    (tmp_path / "train.py").rename(tmp_path / "package" / "train.py")
+    done = bnguard_("run", "-m", "package.train", "x", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "package/train.py', 'x']" in done.stdout
+    assert "3 updates of 1 layer" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("policy", "code", "text"),
+    [
+        ("raise", 1, "1 (BatchNorm2d) is in train mode inside bnguard run --frozen 1:"),
+        ("warn", 0, "3 updates of 1 layer"),
+        ("restore", 0, "no finding; no update"),
+    ],
+)
+def test_layers_can_be_guarded(script, tmp_path, policy, code, text):
+    """--frozen enforces on the layers that match, in whatever model."""
+    script()
+    done = bnguard_("run", "--frozen", "1", "--on-change", policy, "train.py", cwd=tmp_path)
+    assert done.returncode == code, done.stderr
+    assert text in done.stdout + done.stderr
+
+
+def test_pattern_that_matches_nothing_is_told(script, tmp_path):
+    """Silence would look like a guard."""
+    script()
+    done = bnguard_("run", "--frozen", "backbone.*", "train.py", cwd=tmp_path)
+    assert "--frozen backbone.* matched no layer of the models that ran." in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["run"], "run needs a script, or -m and a module"),
+        (["run", "nowhere.py"], "No such file or directory"),
+        (["run", "-m", "nowhere.at.all"], "No module named"),
+        (["run", "--fail-on", "BN015", "x.py"], "'BN015' is no finding: they are BN001 to BN014"),
+        (["audit", "models"], "'models' names no callable: write module:callable, as in models:make_net"),
+        (["audit", "nowhere:make"], "'nowhere:make': No module named 'nowhere'"),
+        (["audit", "json:dumps_"], "has no attribute 'dumps_'"),
+        (["audit", "os:getcwd"], "'os:getcwd' gives a str, no torch.nn.Module"),
+        (["diff", "a.pt", "b.pt"], "No such file or directory"),
+    ],
+)
+def test_usage_errors_are_2(args, message, tmp_path):
+    """One line on stderr, and no traceback."""
+    done = bnguard_(*args, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_audit_of_a_callable(tmp_path):
+    """What a function makes, an instance, or a class."""
+    (tmp_path / "models.py").write_text(
+        "from torch import nn\n\nnet = nn.BatchNorm1d(2)\n\n"
+        "def make():\n    return nn.Sequential(nn.BatchNorm1d(2, momentum=0.9))\n"
+    )
+    done = bnguard_("audit", "models:make", "--json", "out.json", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stdout.startswith("BN007 momentum by another convention\n  1 layer (0) has momentum 0.9:")
+    assert json.loads((tmp_path / "out.json").read_text())["findings"][0]["code"] == "BN007"
+    done = bnguard_("audit", "models:net", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "no finding\n")
+
+
+def test_diff_of_two_files(tmp_path):
+    """What moved between two checkpoints."""
+    net = nn.Sequential(nn.BatchNorm1d(2))
+    torch.save(net.state_dict(), tmp_path / "a.pt")
+    net(torch.randn(8, 2))
+    torch.save({"state_dict": net.state_dict()}, tmp_path / "b.ckpt")
+    done = bnguard_("diff", "a.pt", "b.ckpt", "--json", "out.json", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stdout.startswith("1 of 1 layer moved\n  0 (layer): channel ")
+    assert json.loads((tmp_path / "out.json").read_text())["changed"] == ["0"]
+    done = bnguard_("diff", "a.pt", "a.pt", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "0 of 1 layer moved\n")
