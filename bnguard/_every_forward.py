@@ -11,7 +11,7 @@ from torch.nn.modules import module as torch_module
 
 from bnguard._graphs import at_compile_time
 
-__all__ = ["Listener", "listen", "stand_down", "unlisten"]
+__all__ = ["Listener", "interests_changed", "listen", "stand_down", "unlisten"]
 
 # One function under one key for the whole process: graphs are compiled anew for another one.
 _KEY: Final = "bnguard"
@@ -23,7 +23,8 @@ class Listener(Protocol):
     """Who wants to know of forwards.
 
     Attributes:
-        wants_results: Whether ``after`` is to be called, which costs every module a second hook.
+        wants_results: Whether ``after`` is to be called, which costs every module a second hook. Who changes it calls
+            ``interests_changed``.
     """
 
     wants_results: bool
@@ -61,6 +62,12 @@ def unlisten(listener: Listener, *, keep_hook: bool = False) -> None:
         _set_post_hook()
         if not _listeners and not keep_hook:
             _take_off()
+
+
+def interests_changed() -> None:
+    """Puts on or takes off what the listeners want now; in time for the forward that is about to begin."""
+    with _lock:
+        _set_post_hook()
 
 
 def stand_down() -> None:

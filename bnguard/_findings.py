@@ -199,7 +199,8 @@ def _seen_by_line(ledger: Ledger) -> Iterator[Sighting]:
         yield Sighting("BN001", name, site, number)
     without_grad: dict[str, int] = {}
     recomputed: dict[str, int] = {}
-    for (site, mode), line in ledger.lines.items():
+    for line in ledger.lines:
+        site, mode = line.site, line.mode
         if mode.training and not mode.grad and not mode.calibration and not mode.recompute:
             without_grad[site] = without_grad.get(site, 0) + line.count
         if mode.recompute:
@@ -208,13 +209,10 @@ def _seen_by_line(ledger: Ledger) -> Iterator[Sighting]:
         yield Sighting("BN002", name, site, number)
     for site, number in recomputed.items():
         yield Sighting("BN005", name, site, number)
-    small = sum([line.small_batches for line in ledger.lines.values()])
+    small = sum([line.small_batches for line in ledger.lines])
     if small >= 2 and 2 * small >= ledger.updates:
-        site, line = max(
-            [(site, line) for (site, _), line in ledger.lines.items() if line.small_batches],
-            key=lambda pair: pair[1].small_batches,
-        )
-        yield Sighting("BN006", name, site, small, line.fewest_values)
+        line = max(ledger.lines, key=lambda line: line.small_batches)
+        yield Sighting("BN006", name, line.site, small, line.fewest_values)
 
 
 def _seen_over_steps(ledger: Ledger, has_stepped: bool) -> Iterator[Sighting]:
@@ -224,7 +222,7 @@ def _seen_over_steps(ledger: Ledger, has_stepped: bool) -> Iterator[Sighting]:
             if several.steps >= 2 or several.most >= 3:  # once twice: a first forward that only looks at shapes
                 yield Sighting("BN003", name, sites[0], several.steps, (several.most, sites))
     if ledger.places:
-        yield Sighting("BN004", name, next(iter(ledger.lines))[0], ledger.places)
+        yield Sighting("BN004", name, ledger.lines[0].site, ledger.places)
     if ledger.undone is not None:
         yield Sighting("BN008", name, ledger.undone, ledger.updates)
     if ledger.wrong is not None:

@@ -16,7 +16,7 @@ from bnguard._layers import StatsLayer
 from bnguard._model_calls import ModelCall
 from bnguard._steps import OptimizerSteps, StepCounter
 
-__all__ = ["Ledger", "Line", "Mode", "StatsUpdates", "mode_of"]
+__all__ = ["Ledger", "Line", "Mode", "StatsUpdates"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +87,8 @@ FEW_VALUES: Final = 8
 class Line:
     """The same while it grows."""
 
+    site: str
+    mode: Mode
     count: int
     first_step: int
     last_step: int
@@ -143,7 +145,6 @@ class Ledger:
         layer: Its names, type and buffers; the module weakly.
         tensors: Its statistics as they hang on it, by name.
         before: Copies of them when it was met.
-        lines: Updates by line and mode.
         updates: All of them.
         evaluations: Forwards in eval mode.
         held: Updates that a guard has prevented.
@@ -156,9 +157,9 @@ class Ledger:
     """
 
     __slots__ = (
-        "_forwards", "_last_site", "_model", "_module", "_optimizers", "_optimizers_of", "_own_eval", "_probe", "_step",
-        "before", "buffers", "eps", "evaluations", "frozen", "frozen_before", "held", "kind", "lines", "momentum",
-        "names", "places", "several", "tensors", "type", "undone", "untracked", "updates", "wrong",
+        "_forwards", "_last_site", "_lines", "_model", "_module", "_optimizers", "_optimizers_of", "_own_eval",
+        "_probe", "_step", "before", "buffers", "eps", "evaluations", "frozen", "frozen_before", "held", "kind",
+        "momentum", "names", "places", "several", "tensors", "type", "undone", "untracked", "updates", "wrong",
     )  # fmt: skip
 
     def __init__(self, layer: StatsLayer, model: nn.Module, before: dict[str, Tensor]) -> None:
@@ -173,7 +174,7 @@ class Ledger:
         self._model = weakref.ref(model)
         self.before = before
         self.tensors = {name: module._buffers[name] for name in before}
-        self.lines: dict[tuple[str, Mode], Line] = {}
+        self._lines: dict[tuple[str, tuple[bool, ...]], Line] = {}  # by line and mode
         self.updates = 0
         self.evaluations = 0
         self.held = 0
@@ -198,6 +199,11 @@ class Ledger:
         return self._module()
 
     @property
+    def lines(self) -> list[Line]:
+        """Updates by line and mode."""
+        return list(self._lines.values())
+
+    @property
     def model(self) -> nn.Module | None:
         """The model, as long as somebody else keeps it."""
         return self._model()
@@ -208,11 +214,11 @@ class Ledger:
         if module is None:
             return
         input = args[0] if args and isinstance(args[0], Tensor) else None
-        mode = mode_of(module, input, call)
+        flags = _flags_of(module, input, call)
         step = self._step_now(module, steps)
         self.updates += 1
         self._last_site = call.site
-        self._add_to_line(call.site, mode, step, input)
+        mode = self._add_to_line(call.site, flags, step, input)
         if mode.training and self._own_eval and self.undone is None and not mode.calibration:
             self.undone = call.site
         if mode.grad and mode.training and self._is_frozen(module):
@@ -288,18 +294,20 @@ class Ledger:
         buffers = self.tensors if module is None else module._buffers
         return {name: tensor for name in self.buffers if (tensor := buffers.get(name)) is not None}
 
-    def _add_to_line(self, site: str, mode: Mode, step: int, input: Tensor | None) -> None:
-        shape = None if input is None else tuple(input.shape)
-        values = None if input is None or input.dim() < 2 else input.numel() // max(1, input.shape[1])
-        line = self.lines.get((site, mode))
+    def _add_to_line(self, site: str, flags: tuple[bool, ...], step: int, input: Tensor | None) -> Mode:
+        line = self._lines.get((site, flags))
         if line is None:
-            self.lines[site, mode] = line = Line(0, step, step, shape, values)
+            shape = None if input is None else tuple(input.shape)
+            self._lines[site, flags] = line = Line(site, Mode(*flags), 0, step, step, shape, None)
         line.count += 1
         line.last_step = step
-        if values is not None:
+        if input is not None and input.dim() > 1:
+            values = input.numel() // max(1, input.shape[1])
             if line.fewest_values is None or values < line.fewest_values:
                 line.fewest_values = values
-            line.small_batches += values < FEW_VALUES
+            if values < FEW_VALUES:
+                line.small_batches += 1
+        return line.mode
 
     def _step_now(self, module: nn.Module, steps: StepCounter) -> int:
         if self._optimizers_of != steps.changes:
@@ -329,10 +337,13 @@ class Ledger:
 
     def _is_frozen(self, module: nn.Module) -> bool:
         """Whether none of the layer's parameters is trained; of a layer without any, none of its model's."""
-        own = [parameter for parameter in module._parameters.values() if parameter is not None]
-        if own:
-            return not any([parameter.requires_grad for parameter in own])
-        return self._trained_parameter() is None
+        has_own = False
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                if parameter.requires_grad:
+                    return False
+                has_own = True
+        return has_own or self._trained_parameter() is None
 
     @aside()
     def _keep_frozen(self, module: nn.Module) -> None:
@@ -344,21 +355,17 @@ class Ledger:
         return any([parameter.requires_grad for parameter in module.parameters(recurse=False)])
 
 
-def mode_of(module: nn.Module, input: Tensor | None, call: ModelCall) -> Mode:
-    """How a forward runs that is about to begin."""
-    flags = (
+def _flags_of(module: nn.Module, input: Tensor | None, call: ModelCall) -> tuple[bool, ...]:
+    """The first fields of ``Mode``, for a forward that is about to begin."""
+    return (
         module.training,
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
-        input is not None and input.device.type in _AUTOCAST and torch.is_autocast_enabled(input.device.type),
+        torch._C._is_any_autocast_enabled() and input is not None and _is_autocast(input.device.type),
         is_in_backward(),
         call.calibrates,
     )
-    mode = _modes.get(flags)
-    if mode is None:
-        _modes[flags] = mode = Mode(*flags)
-    return mode
 
 
-_modes: Final[dict[tuple[bool, ...], Mode]] = {}
-_AUTOCAST: Final = ("cpu", "cuda", "xpu", "mps")
+def _is_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

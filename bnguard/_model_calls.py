@@ -1,11 +1,9 @@
-"""Where the user's code called the model whose forward is under way, and from where in it a layer is called."""
+"""Where the user's code called the models whose forwards are under way, and from where in them layers are called."""
 
 from __future__ import annotations
 
-import sys
-from dataclasses import dataclass
 from types import CodeType, FrameType
-from typing import Any, Final
+from typing import Final, NamedTuple
 
 from torch import nn
 from torch.optim.swa_utils import update_bn
@@ -13,77 +11,107 @@ from torch.optim.swa_utils import update_bn
 from bnguard._callsite import CallSite, origin_of
 from bnguard._tree import WRAPPERS
 
-__all__ = ["ModelCall", "model_call"]
+__all__ = ["ModelCall", "ModelCalls"]
 
 # torch calls each module through it, once.
 _CALL: Final = nn.Module.__call__.__code__
 _CALIBRATES: Final = update_bn.__code__
+_MOST: Final = 4096
 
 
-@dataclass(frozen=True, slots=True)
-class ModelCall:
-    """How a forward of a layer has come about.
+class ModelCall(NamedTuple):
+    """How a forward has come about.
 
     Attributes:
         site: The user's line that called the outermost module, wrappers such as ``DistributedDataParallel`` aside; of a
             forward that backward recomputes, the line that called ``backward()`` where that is known.
-        place: The instruction that called the layer, in whatever code.
+        place: The instruction that called this module, in whatever code.
         calibrates: Whether that is a part of ``torch.optim.swa_utils.update_bn``.
+        wraps: Whether the module is such a wrapper.
     """
 
     site: str
     place: tuple[CodeType, int] | None
     calibrates: bool
+    wraps: bool
 
 
-_sites: Final[dict[tuple[CodeType, int], str]] = {}
-_MOST_SITES: Final = 4096
+class ModelCalls:
+    """The calls of modules that are under way. To be told of each as it begins, so that a few frames tell its line.
+
+    A frame is known by its id: whoever has that later has told so before it runs anything.
+    """
+
+    def __init__(self) -> None:
+        self._by_frame: dict[int, ModelCall] = {}
+        self._lines: dict[tuple[CodeType, int], str] = {}
+
+    def begin(self, module: nn.Module, frame: FrameType | None) -> ModelCall:
+        """Takes in the call of a module. ``frame`` is one that it runs, or that of torch's call itself."""
+        frame = _call_at(frame)
+        wraps = type(module).__name__ in WRAPPERS
+        if frame is None:
+            return ModelCall("<unknown>", None, calibrates=False, wraps=wraps)
+        caller = frame.f_back
+        parent = _call_at(caller)
+        outer = None if parent is None else self._by_frame.get(id(parent))
+        place = None if caller is None else (caller.f_code, caller.f_lasti)
+        if outer is None or outer.wraps:
+            site, calibrates = self._user_line(frame) if parent is None or outer is not None else self._search(frame)
+            call = ModelCall(site, place, calibrates, wraps)
+        else:
+            call = ModelCall(outer.site, place, outer.calibrates, wraps)
+        if len(self._by_frame) >= _MOST:
+            self._by_frame.clear()
+        self._by_frame[id(frame)] = call
+        return call
+
+    def under_way(self, frame: FrameType | None) -> ModelCall | None:
+        """The call that ``begin`` has taken in and whose end is near; None if there was none."""
+        frame = _call_at(frame)
+        return None if frame is None else self._by_frame.get(id(frame))
+
+    def _search(self, frame: FrameType) -> tuple[str, bool]:
+        """The same for a call inside calls that began before anybody was told."""
+        outermost, current = frame, _call_at(frame.f_back)
+        while current is not None:
+            if type(current.f_locals.get("self")).__name__ not in WRAPPERS:
+                outermost = current
+            current = _call_at(current.f_back)
+        return self._user_line(outermost)
+
+    def _user_line(self, frame: FrameType) -> tuple[str, bool]:
+        """The innermost line of the user outside of a frame, else of a package; whether update_bn is on the way."""
+        found: FrameType | None = None
+        fallback: FrameType | None = None
+        calibrates = False
+        current = frame.f_back
+        while current is not None:
+            code = current.f_code
+            if code is _CALIBRATES:
+                calibrates = True
+            origin = origin_of(code.co_filename)
+            if origin == "user":
+                found = current
+                break
+            if origin == "library" and fallback is None:
+                fallback = current
+            current = current.f_back
+        found = found or fallback
+        return "<unknown>" if found is None else self._text(found), calibrates
+
+    def _text(self, frame: FrameType) -> str:
+        key = (frame.f_code, frame.f_lasti)
+        text = self._lines.get(key)
+        if text is None:
+            if len(self._lines) >= _MOST:  # code that is made again and again
+                self._lines.clear()
+            self._lines[key] = text = str(CallSite(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name, 0))
+        return text
 
 
-def model_call() -> ModelCall:
-    """Finds the calls that have led to the forward pre-hook that asks. Nothing is read but the stack."""
-    frame: FrameType | None = sys._getframe(1)
-    calls: list[FrameType] = []
-    calibrates = False
-    while frame is not None:
-        code = frame.f_code
-        if code is _CALL:
-            calls.append(frame)
-        elif code is _CALIBRATES:
-            calibrates = True
+def _call_at(frame: FrameType | None) -> FrameType | None:
+    """The innermost call of a module at or outside of a frame."""
+    while frame is not None and frame.f_code is not _CALL:
         frame = frame.f_back
-    if not calls:
-        return ModelCall(_user_line(sys._getframe(1)), None, calibrates)
-    outermost = next((call for call in reversed(calls) if not _is_wrapper(call)), calls[0])
-    layer_caller = calls[0].f_back
-    place = None if layer_caller is None else (layer_caller.f_code, layer_caller.f_lasti)
-    return ModelCall(_user_line(outermost), place, calibrates)
-
-
-def _is_wrapper(call: FrameType) -> bool:
-    module: Any = call.f_locals.get("self")
-    return type(module).__name__ in WRAPPERS
-
-
-def _user_line(frame: FrameType) -> str:
-    """The innermost line of the user outside of a frame; else that of an installed package."""
-    fallback: FrameType | None = None
-    current = frame.f_back
-    while current is not None:
-        origin = origin_of(current.f_code.co_filename)
-        if origin == "user":
-            return _line_of(current)
-        if origin == "library" and fallback is None:
-            fallback = current
-        current = current.f_back
-    return "<unknown>" if fallback is None else _line_of(fallback)
-
-
-def _line_of(frame: FrameType) -> str:
-    key = (frame.f_code, frame.f_lasti)
-    text = _sites.get(key)
-    if text is None:
-        if len(_sites) >= _MOST_SITES:  # code that is made again and again
-            _sites.clear()
-        _sites[key] = text = str(CallSite(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name, 0))
-    return text
+    return frame

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from bnguard._findings import Finding, findings_of, sightings_in
 from bnguard._graphs import is_taken_in, outside_graphs, take_in
 from bnguard._layers import INSTANCE_NORM, StatsLayer
 from bnguard._ledger import Ledger, Line, Mode, StatsUpdates
-from bnguard._model_calls import model_call
+from bnguard._model_calls import ModelCall, ModelCalls
 from bnguard._sentry import sentries
 from bnguard._steps import StepCounter
 from bnguard._tree import Tree
@@ -37,7 +38,7 @@ class _Pending:
     """A forward under way of a layer of which only its statistics tell whether it updates."""
 
     versions: list[tuple[int, int]]
-    call: Any
+    call: ModelCall
 
 
 class watch:  # noqa: N801  # lower case, as torch.no_grad
@@ -68,8 +69,6 @@ class watch:  # noqa: N801  # lower case, as torch.no_grad
         ValueError: ``every`` is not positive.
     """
 
-    wants_results = True
-
     def __init__(self, model: nn.Module | None = None, *, every: int | None = None) -> None:
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"watch() takes a torch.nn.Module, or nothing for every model, got {type(model).__name__}")
@@ -85,8 +84,10 @@ class watch:  # noqa: N801  # lower case, as torch.no_grad
         self._known: dict[int, weakref.ref[nn.Module]] = {}  # by id: modules of models that have been met
         self._tree: Tree | None = None
         self._pending: dict[tuple[int, int], list[_Pending]] = {}  # by thread and layer
+        self._calls = ModelCalls()
         self._steps = StepCounter(None if every is None else self._sample)
         self._samples: list[DriftSample] = []
+        self.wants_results = False  # until there is something that only results tell
         self._is_open = False
         self._final: dict[int, dict[str, Tensor]] = {}  # by position: statistics at the end
 
@@ -188,6 +189,7 @@ class watch:  # noqa: N801  # lower case, as torch.no_grad
 
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Takes note of a forward that is about to begin."""
+        call = self._calls.begin(module, sys._getframe(3))
         ledger = self._ledgers.get(id(module))
         if ledger is None:
             if self._model is not None:
@@ -204,15 +206,17 @@ class watch:  # noqa: N801  # lower case, as torch.no_grad
             self._look_again()
         predict = ledger.kind.predict
         if predict is None:
-            self._wait(ledger, module)
+            self._wait(ledger, module, call)
         elif predict(module):
             if _is_prevented(module):
                 ledger.held += 1
             else:
                 with self._lock:
-                    ledger.add(model_call(), args, self._steps)
+                    ledger.add(call, args, self._steps)
         else:
             ledger.add_evaluation(module)
+            if not module.training and not self.wants_results and torch.is_grad_enabled():
+                self._want_results()
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Takes note of what a forward has done."""
@@ -229,7 +233,9 @@ class watch:  # noqa: N801  # lower case, as torch.no_grad
                 else:
                     ledger.add_evaluation(module)
         if not module.training and torch.is_grad_enabled():
-            ledger.watch_backward(output, model_call())
+            call = self._calls.under_way(sys._getframe(3))
+            if call is not None:
+                ledger.watch_backward(output, call)
 
     def traced(self, key: int) -> None:
         """Takes note of a module that a graph takes in."""
@@ -286,18 +292,24 @@ class watch:  # noqa: N801  # lower case, as torch.no_grad
             ]
             self._samples.append(sample_of(step, layers))
 
-    def _wait(self, ledger: Ledger, module: nn.Module) -> None:
+    def _wait(self, ledger: Ledger, module: nn.Module, call: ModelCall) -> None:
         if _is_prevented(module):
             ledger.held += 1
             return
+        self._want_results()
         waiting = self._pending.setdefault((threading.get_ident(), id(module)), [])
-        waiting.append(_Pending(_versions(ledger, module), model_call()))
+        waiting.append(_Pending(_versions(ledger, module), call))
+
+    def _want_results(self) -> None:
+        if not self.wants_results:
+            self.wants_results = True
+            _every_forward.interests_changed()
 
     def _now(self, number: int, ledger: Ledger) -> dict[str, Tensor]:
         return ledger.now() if self._is_open else self._final.get(number, {})
 
     def _updates_of(self, number: int, ledger: Ledger) -> list[StatsUpdates]:
-        updates = [_as_record(ledger, site, mode, line) for (site, mode), line in ledger.lines.items()]
+        updates = [_as_record(ledger, line) for line in ledger.lines]
         unseen = self._unseen(number, ledger)
         if unseen:
             updates.append(StatsUpdates(ledger.names, ledger.type, None, _COMPILED, unseen))
@@ -314,12 +326,12 @@ class watch:  # noqa: N801  # lower case, as torch.no_grad
         return max(0, int(now) - int(before) - ledger.updates)
 
 
-def _as_record(ledger: Ledger, site: str, mode: Mode, line: Line) -> StatsUpdates:
+def _as_record(ledger: Ledger, line: Line) -> StatsUpdates:
     return StatsUpdates(
         ledger.names,
         ledger.type,
-        site,
-        mode,
+        line.site,
+        line.mode,
         line.count,
         line.first_step,
         line.last_step,
