@@ -31,7 +31,7 @@ def _draw(rows: Sequence[Row], path: Path) -> Path:
     for axis, panel in zip(axes[:, 0], panels, strict=True):
         for position, row in enumerate(panel):
             ratio = row.ratio
-            colour = _OURS if "frozen(" in row.subject or "guard" in row.subject else _OTHERS
+            colour = _OURS if any([word in row.subject for word in ("frozen(", "watch(", "guard")]) else _OTHERS
             axis.plot([ratio.low, ratio.high], [position, position], color=colour, linewidth=3, alpha=0.5)
             axis.plot(ratio.median, position, "o", color=colour, markersize=5)
             axis.annotate(
@@ -40,17 +40,18 @@ def _draw(rows: Sequence[Row], path: Path) -> Path:
             )  # fmt: skip
             if row.target:
                 axis.plot(row.target, position, "|", color=_TARGET, markersize=11, markeredgewidth=2)
-        axis.axvline(1, color="black", linewidth=0.7)
+        is_difference = panel[0].is_difference
+        axis.axvline(0 if is_difference else 1, color="black", linewidth=0.7)
         references = {row.reference for row in panel}
         labels = [row.subject if len(references) == 1 else f"{row.subject} / {row.reference}" for row in panel]
         axis.set_yticks(range(len(panel)), labels, fontsize=8)
         axis.set_ylim(len(panel) - 0.5, -0.5)
         axis.margins(x=0.12)
-        against = f" (divided by: {references.pop()})" if len(references) == 1 else ""
+        against = f" ({'than' if is_difference else 'divided by'}: {references.pop()})" if len(references) == 1 else ""
         axis.set_title(f"{panel[0].title}{against}", fontsize=9, loc="left")
         axis.grid(axis="x", alpha=0.25)
         axis.tick_params(axis="x", labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle("Ratios, medians and quartiles; blue: bnguard; orange: at most", fontsize=9)
+    figure.suptitle("Medians and quartiles; blue: bnguard; orange: at most", fontsize=9)
     figure.savefig(path, dpi=110)
     return path

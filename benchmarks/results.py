@@ -28,8 +28,8 @@ class Row:
         benchmark: The key that ``python -m benchmarks`` takes.
         title: What that measures.
         subject: What was measured.
-        reference: What it is divided by.
-        ratio: The figure, without a unit unless the title says otherwise.
+        reference: What it is divided by; or, where the title ends with "more", what is taken off.
+        ratio: The figure: a ratio, or that difference in the unit of the title.
         target: What it should be at most; None where it is given for comparison.
     """
 
@@ -39,6 +39,11 @@ class Row:
     reference: str
     ratio: Spread
     target: float | None = None
+
+    @property
+    def is_difference(self) -> bool:
+        """Whether the figure says by how much, and not how many times."""
+        return self.title.endswith(" more")
 
     @property
     def verdict(self) -> str:
@@ -95,9 +100,9 @@ def write(device: str, rows: Sequence[Row], skipped: Iterable[str]) -> tuple[Pat
     head = [
         f"# What bnguard costs: {device}",
         "",
-        "Written by `python -m benchmarks`. Each figure is a ratio of two things that took turns in one process: the",
-        "median of the rounds, and their quartiles. A target is met by the median, or within the noise by the lower",
-        "quartile.",
+        "Written by `python -m benchmarks`. Each figure is a ratio of two things that took turns in one process, or",
+        "how much more one takes, where the title says so: the median of the rounds, and their quartiles. A target is",
+        "met by the median, or within the noise by the lower quartile.",
         "",
         ", ".join(f"{key} {value}" for key, value in about.items()) + ".",
     ]
@@ -105,7 +110,8 @@ def write(device: str, rows: Sequence[Row], skipped: Iterable[str]) -> tuple[Pat
     for key, group in groupby(rows, key=lambda row: row.benchmark):
         some = list(group)
         tables += ["", f"## {some[0].title}", "", f"`python -m benchmarks {key}`", ""]
-        tables += ["| what | divided by | ratio | quartiles | target | |", "| --- | --- | --- | --- | --- | --- |"]
+        columns = "more than | by" if some[0].is_difference else "divided by | ratio"
+        tables += [f"| what | {columns} | quartiles | target | |", "| --- | --- | --- | --- | --- | --- |"]
         tables += [line(row) for row in some]
     notes = ["", "## Not measured", "", *[f"- {reason}" for reason in skipped]] if skipped else []
     FOLDER.mkdir(exist_ok=True)
