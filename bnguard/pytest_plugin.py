@@ -326,8 +326,7 @@ def _guard_models(item: pytest.Item, settings: Any, guards: Guards) -> None:
     values = list(getattr(item, "funcargs", {}).values())
     instance = getattr(item, "instance", None)
     classes = [dict(vars(cls)) for cls in type(instance).__mro__[:-1]]  # what setup_class and others put there
-    values = [value for value in [*values, instance, *classes] if not _is_pytests(value)]
-    models = modules_reachable_from(values)
+    models = modules_reachable_from([*values, instance, *classes])
     if not models:
         pytest.fail(
             "@pytest.mark.bn_frozen guards the models that a test's fixtures and parameters bring, and none came: no "
@@ -349,11 +348,6 @@ def _guard_models(item: pytest.Item, settings: Any, guards: Guards) -> None:
             refusals.append(error)
     if len(refusals) == len(roots_of(guarded)):
         pytest.fail(f"@pytest.mark.bn_frozen: {refusals[0]}", pytrace=False)
-
-
-def _is_pytests(value: Any) -> bool:
-    """Whether an object is pytest's own, whose attributes are none of the test's."""
-    return type(value).__module__.partition(".")[0] in ("_pytest", "pytest")
 
 
 def _end(item: pytest.Item, error: BaseException | None) -> None:

@@ -61,6 +61,8 @@ def test_report_lists_what_moved_without_a_switch(suite: Suite):
     """No test fails, none warns of its own; each line of code that moved statistics is there, with counts."""
     result = suite.run(SOURCE, "--bn-report", passed=6)
     assert section(result) == LINES.replace("5 tests", "4 tests").splitlines()
+    # That of test_writes, which asks for one.
+    assert "\n".join(result.outlines).count(": BNGuardWarning: ") == 1
 
 
 def test_report_of_a_watched_suite(suite: Suite):
