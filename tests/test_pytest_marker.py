@@ -58,7 +58,7 @@ HOLDERS = {
 @pytest.mark.parametrize("holder", HOLDERS.values(), ids=HOLDERS)
 def test_model_is_found_in(suite: Suite, holder):
     """Models reach a test in collections, dataclasses and attributes of plain objects."""
-    suite.fails(
+    result = suite.fails(
         f"""
 import dataclasses, types
 
@@ -86,6 +86,7 @@ def test_it(holder):
 """,
         failed=1,
     )
+    result.stdout.fnmatch_lines(["E*StatsChangedError: 1 (BatchNorm2d) is in train mode*"])
 
 
 def test_models_of_parameters_and_of_fixtures_that_fixtures_use(suite: Suite):
@@ -409,7 +410,7 @@ def test_it(nets):
 
 def test_models_on_the_class_are_found(suite: Suite):
     """setup_class, setUpClass and request.cls put them there; one on the instance hides none of them."""
-    suite.fails(
+    result = suite.fails(
         """
 import unittest
 
@@ -436,3 +437,4 @@ class TestCase(unittest.TestCase):
 """,
         failed=2,
     )
+    assert "\n".join(result.outlines).count("StatsChangedError: 1 (BatchNorm2d) is in train mode") == 2

@@ -243,6 +243,15 @@ def test_function(mode):
     assert not moved(MODEL)
     STEP(IMAGES)
 
+FIRST = make()
+FIRST_STEP = torch.compile(lambda x: FIRST(x), backend="eager", fullgraph=True)
+
+@pytest.mark.parametrize("mode", ["train", "train", "eval"])
+def test_first(mode):
+    getattr(FIRST, mode)()
+    assert not moved(FIRST)
+    FIRST_STEP(IMAGES)
+
 @pytest.mark.parametrize("mode", ["eval", "train", "train", "eval"])
 def test_module(mode):
     getattr(NET, mode)()
@@ -253,7 +262,7 @@ def test_module(mode):
 @pytest.mark.usefixtures("_fresh_compiler")
 def test_compiled_models_are_compared(suite: Suite):
     """In a graph no hook runs, in the second test no line of Python: the comparison at the end finds it."""
-    result = suite.run(COMPILED, "--bn-frozen=raise", failed=4, passed=4)
+    result = suite.run(COMPILED, "--bn-frozen=raise", failed=6, passed=5)
     result.stdout.fnmatch_lines(
         ["E*In a compiled graph no forward can be seen or stopped; this comparison finds what*"]
     )
@@ -263,7 +272,7 @@ def test_compiled_models_are_compared(suite: Suite):
 def test_compiled_models_run_without_warnings_of_torch(suite: Suite):
     """A warning of torch, about hooks that see all modules, does not reach a suite that runs under -W error."""
     source = COMPILED.replace('"train", "train", "eval"', '"eval"')
-    suite.run(source, "--bn-frozen=raise", "-W", "error", "-W", "ignore::pytest.PytestAssertRewriteWarning", passed=4)
+    suite.run(source, "--bn-frozen=raise", "-W", "error", "-W", "ignore::pytest.PytestAssertRewriteWarning", passed=5)
 
 
 @pytest.fixture
