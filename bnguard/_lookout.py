@@ -12,10 +12,11 @@ from typing import Any, Final
 from torch import nn
 
 from bnguard import _every_forward
+from bnguard._graphs import take_in
 from bnguard._sentry import sentries
 from bnguard._settings import Settings
 from bnguard._test_guards import Guards, Post, Rank
-from bnguard._tree import any_layer
+from bnguard._tree import any_layer, find_layers
 from bnguard.errors import BNGuardError
 
 __all__ = ["Lookout"]
@@ -123,6 +124,8 @@ class Lookout:
                 self._compare(model)
 
     def _compare(self, model: nn.Module) -> None:
+        for layer in find_layers(model):
+            take_in(layer.module)
         manner = replace(self._settings.manner, compares_only=True)
         self._compared.append(self._guards.add(Rank.SUITE, model, replace(self._settings, manner=manner)))
 

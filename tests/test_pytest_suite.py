@@ -263,9 +263,8 @@ def test_module(mode):
 def test_compiled_models_are_compared(suite: Suite):
     """In a graph no hook runs, in the second test no line of Python: the comparison at the end finds it."""
     result = suite.run(COMPILED, "--bn-frozen=raise", failed=6, passed=5)
-    result.stdout.fnmatch_lines(
-        ["E*In a compiled graph no forward can be seen or stopped; this comparison finds what*"]
-    )
+    found = "In a compiled graph no forward can be seen or stopped; this comparison finds what it changed."
+    assert sum(found in line for line in result.outlines) == 6
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
