@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from bnguard._aside import aside
 from bnguard._bits import has_values
-from bnguard._findings import STATIC, Finding, Sighting, findings_of, is_broken, is_initial
+from bnguard._findings import (
+    STATIC,
+    Finding,
+    Sighting,
+    findings_of,
+    half_precision_of,
+    has_broken,
+    is_initial,
+    is_of_another_convention,
+)
 from bnguard._graphs import outside_graphs
 from bnguard._layers import StatsLayer
 from bnguard._tree import find_layers
@@ -60,7 +68,7 @@ def _settings_of(layer: StatsLayer, model: nn.Module) -> Iterator[Sighting]:
     if len(layer.names) > 1:
         yield Sighting("BN004", " = ".join(layer.names), None)
     momentum = getattr(module, "momentum", None)
-    if isinstance(momentum, float) and 0.5 < momentum < 1:
+    if is_of_another_convention(momentum):
         yield Sighting("BN007", name, None, 0, momentum)
     if model.training and not module.training and module is not model and not is_frozen:
         yield Sighting("BN008", name, None)
@@ -73,10 +81,10 @@ def _values_of(layer: StatsLayer) -> list[Sighting]:
     module, name = layer.module, layer.names[0]
     buffers = {key: tensor for key, tensor in module.named_buffers(recurse=False) if key in layer.buffers}
     found = []
-    halves = {tensor.dtype for tensor in buffers.values()} & {torch.float16, torch.bfloat16}
-    if halves:
-        found.append(Sighting("BN009", name, None, 0, str(halves.pop())))
-    if any([has_values(tensor) and is_broken(key, tensor) for key, tensor in buffers.items()]):
+    half = half_precision_of(buffers)
+    if half is not None:
+        found.append(Sighting("BN009", name, None, 0, half))
+    if has_broken(buffers):
         found.append(Sighting("BN012", name, None))
     if not module.training and is_initial(buffers):
         found.append(Sighting("BN014", name, None))

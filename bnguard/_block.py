@@ -26,7 +26,7 @@ from bnguard._caveats import (
 from bnguard._changes import GuardedLayer, StatsChange
 from bnguard._checkpoint import Region
 from bnguard._claims import Claim, count, pay
-from bnguard._drift import largest_mean_shift
+from bnguard._drift import eps_of, largest_mean_shift
 from bnguard._graphs import compiled_parts, is_taken_in
 from bnguard._layers import StatsLayer, tensor_tables
 from bnguard._protection import protection_text
@@ -362,11 +362,10 @@ class Block:
         layer, claim = self._layers[difference.owner], self._claims[difference.owner]
         shift = None
         if snapshot is self._statistics:
-            eps = getattr(layer.module, "eps", 0.0)
             shift = largest_mean_shift(
                 snapshot.before(difference.owner),
                 snapshot.now(difference.owner),
-                eps if isinstance(eps, float) else 0.0,
+                eps_of(layer.module),
             )
         seen = claim.updates if claim.stance == "warn" else 0
         where = claim.where if seen else None

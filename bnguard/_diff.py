@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from bnguard._aside import aside
 from bnguard._bits import has_values, same_bits
 from bnguard._checkpoint_file import find_state_dict, load_checkpoint
-from bnguard._drift import Drift, drift_between
-from bnguard._findings import is_broken
+from bnguard._drift import Drift, drift_between, eps_of
+from bnguard._findings import has_broken
 from bnguard._graphs import outside_graphs
 from bnguard._layers import is_statistic
 from bnguard._report import count_text
@@ -58,7 +58,7 @@ class StatsDiff:
         """All of it, as text: what moved most first."""
         total = len(self.changed) + len(self.unchanged)
         lines = [f"{len(self.changed)} of {count_text(total, 'layer')} moved"]
-        by_divergence = sorted(self.moved, key=_divergence, reverse=True)
+        by_divergence = sorted(self.moved, key=lambda drift: drift.largest, reverse=True)
         lines += [f"  {drift}" for drift in by_divergence]
         told = {drift.names[0] for drift in self.moved}
         lines += [f"  {name or '(root)'}: other statistics" for name in self.changed if name not in told]
@@ -142,10 +142,9 @@ def _layers_of(state: Any, key: str | None, role: str) -> dict[str, _Layer]:
         layers = {}
         for layer in find_layers(state):
             module: Any = layer.module
-            eps = module.eps if isinstance(getattr(module, "eps", None), float) else _EPS
             buffers = dict(module.named_buffers(recurse=False))
             statistics = {name: buffers[name] for name in layer.buffers if name in buffers}
-            layers[layer.names[0]] = _Layer(type(module).__name__, eps, statistics)
+            layers[layer.names[0]] = _Layer(type(module).__name__, eps_of(module, _EPS), statistics)
         source = f"{role}, a {type(state).__name__},"
     else:
         if isinstance(state, (str, os.PathLike)):
@@ -195,15 +194,4 @@ def _same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
 
 
 def _broken(layers: Mapping[str, _Layer]) -> tuple[str, ...]:
-    return tuple(
-        [
-            name
-            for name, layer in layers.items()
-            if any([has_values(tensor) and is_broken(key, tensor) for key, tensor in layer.statistics.items()])
-        ]
-    )
-
-
-def _divergence(drift: Drift) -> float:
-    value = float(drift.divergence[drift.worst])
-    return float("inf") if value != value else value  # NaN
+    return tuple([name for name, layer in layers.items() if has_broken(layer.statistics)])

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bnguard._aside import aside
 
-__all__ = ["Drift", "DriftSample", "DriftSeries", "drift_between", "largest_mean_shift", "sample_of", "series_of"]
+__all__ = [
+    "Drift",
+    "DriftSample",
+    "DriftSeries",
+    "drift_between",
+    "eps_of",
+    "largest_mean_shift",
+    "sample_of",
+    "series_of",
+]
 
 _VARIANCES: Final = ("var", "variance")
 
@@ -46,11 +56,23 @@ class Drift:
         """Whether any channel has."""
         return bool((self.divergence != 0).any())
 
+    @property
+    def largest(self) -> float:
+        """The divergence of the worst channel, to sort by; infinite where that is NaN."""
+        value = float(self.divergence[self.worst])
+        return math.inf if math.isnan(value) else value
+
     def __str__(self) -> str:
         name = " = ".join([name or "(root)" for name in self.names])
         shift, ratio, nats = (values[self.worst] for values in (self.mean_shift, self.variance_ratio, self.divergence))
         what = f"moved by {shift:.3g} standard deviations, variance x {ratio:.3g}, {nats:.3g} nats"
         return f"{name} ({self.type}): channel {self.worst} {what}"
+
+
+def eps_of(module: nn.Module, default: float = 0.0) -> float:
+    """What a layer adds to its variance; ``default`` where it does not say."""
+    eps = getattr(module, "eps", None)
+    return eps if isinstance(eps, float) else default
 
 
 @aside()

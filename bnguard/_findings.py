@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bnguard._aside import aside
 from bnguard._bits import has_values, same_bits
@@ -227,26 +227,19 @@ def _seen_over_steps(ledger: Ledger, has_stepped: bool) -> Iterator[Sighting]:
         yield Sighting("BN008", name, ledger.undone, ledger.updates)
     if ledger.wrong is not None:
         yield Sighting("BN013", name, ledger.wrong.train_site, ledger.wrong.count, ledger.wrong.eval_site)
-    momentum = ledger.momentum
-    if ledger.updates and isinstance(momentum, float) and 0.5 < momentum < 1:
-        yield Sighting("BN007", name, None, 0, momentum)
+    if ledger.updates and is_of_another_convention(ledger.momentum):
+        yield Sighting("BN007", name, None, 0, ledger.momentum)
     if ledger.untracked:
         yield Sighting("BN011", name, None, ledger.untracked)
 
 
-@aside()
-def _end_values(ledger: Ledger, now: dict[str, Tensor]) -> tuple[str, ...]:
-    return tuple([name for name, tensor in now.items() if has_values(tensor) and is_broken(name, tensor)])
-
-
 def _seen_at_the_end(ledger: Ledger, now: dict[str, Tensor], has_stepped: bool) -> Iterator[Sighting]:
     name = ledger.names[0]
-    dtypes = {tensor.dtype for tensor in now.values()} & {torch.float16, torch.bfloat16}
-    if ledger.updates and dtypes:
-        yield Sighting("BN009", name, None, 0, str(dtypes.pop()))
-    broken = _end_values(ledger, now)
-    if broken:
-        yield Sighting("BN012", name, None, 0, bool(_end_values(ledger, ledger.before)))
+    half = half_precision_of(now)
+    if ledger.updates and half is not None:
+        yield Sighting("BN009", name, None, 0, half)
+    if has_broken(now):
+        yield Sighting("BN012", name, None, 0, has_broken(ledger.before))
     if has_stepped and ledger.held and ledger.evaluations and not ledger.updates and is_initial(now):
         yield Sighting("BN014", name, None, ledger.held)
     moved = _moved_parameters(ledger) if has_stepped else ()
@@ -270,8 +263,24 @@ def _moved_parameters(ledger: Ledger) -> tuple[str, ...]:
     return tuple(moved)
 
 
-def is_broken(name: str, statistic: Tensor) -> bool:
-    """Whether a statistic holds NaN, infinity, or a variance below 0. Reads it."""
+def is_of_another_convention(momentum: Any) -> bool:
+    """Whether a momentum is one of Keras', say, where most of the old statistics is kept."""
+    return isinstance(momentum, float) and 0.5 < momentum < 1
+
+
+def half_precision_of(statistics: Mapping[str, Tensor]) -> str | None:
+    """The dtype of statistics in half precision; None where none are."""
+    dtypes = {tensor.dtype for tensor in statistics.values()} & {torch.float16, torch.bfloat16}
+    return str(dtypes.pop()) if dtypes else None
+
+
+@aside()
+def has_broken(statistics: Mapping[str, Tensor]) -> bool:
+    """Whether some of a layer's statistics hold NaN, infinity, or a variance below 0. Reads them."""
+    return any([has_values(tensor) and _is_broken(name, tensor) for name, tensor in statistics.items()])
+
+
+def _is_broken(name: str, statistic: Tensor) -> bool:
     if not statistic.is_floating_point():
         return False
     bad = ~statistic.isfinite()
@@ -287,11 +296,6 @@ def is_initial(statistics: dict[str, Tensor]) -> bool:
     if mean is None or var is None or not has_values(mean) or not has_values(var):
         return False
     return bool(mean.eq(0).all()) and bool(var.eq(1).all()) and (count is None or int(count) == 0)
-
-
-def untracked(module: nn.Module) -> bool:
-    """Whether a layer has statistics that its flag says not to keep."""
-    return getattr(module, "track_running_stats", True) is False and module._buffers.get("running_mean") is not None
 
 
 @dataclass(frozen=True, slots=True)

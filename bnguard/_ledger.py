@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from bnguard._aside import aside
 from bnguard._claims import is_in_backward
+from bnguard._drift import eps_of
 from bnguard._layers import StatsLayer
 from bnguard._model_calls import ModelCall
 from bnguard._steps import OptimizerSteps, StepCounter
@@ -168,7 +169,7 @@ class Ledger:
         self.type = type(module).__name__
         self.kind = layer.kind
         self.buffers = layer.buffers
-        self.eps = module.eps if isinstance(getattr(module, "eps", None), float) else 0.0
+        self.eps = eps_of(module)
         self.momentum = getattr(module, "momentum", None)
         self._module = weakref.ref(layer.module)
         self._model = weakref.ref(model)
@@ -202,11 +203,6 @@ class Ledger:
     def lines(self) -> list[Line]:
         """Updates by line and mode."""
         return list(self._lines.values())
-
-    @property
-    def model(self) -> nn.Module | None:
-        """The model, as long as somebody else keeps it."""
-        return self._model()
 
     def add(self, call: ModelCall, args: tuple[Any, ...], steps: StepCounter) -> None:
         """Takes in one update."""

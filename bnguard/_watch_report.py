@@ -28,7 +28,7 @@ def watch_text(
         parts.append("\n".join(_table(updates)))
     if unexplained:
         parts.append(_unexplained(unexplained))
-    moved = sorted([one for one in drift if one.has_moved], key=_largest, reverse=True)
+    moved = sorted([one for one in drift if one.has_moved], key=lambda one: one.largest, reverse=True)
     if moved:
         parts.append("\n".join(["moved most:", *[f"  {one}" for one in moved[:_SHOWN]]]))
     return "\n\n".join(parts)
@@ -65,8 +65,3 @@ def _unexplained(changes: Sequence[StatsChange]) -> str:
     if len(changes) > _SHOWN:
         lines.append(f"  and {len(changes) - _SHOWN} more")
     return "\n".join(lines)
-
-
-def _largest(drift: Drift) -> float:
-    value = drift.divergence[drift.worst].item()
-    return float("inf") if value != value else float(value)  # NaN

@@ -340,13 +340,13 @@ def _guard_models(item: pytest.Item, settings: Any, guards: Guards) -> None:
 
         item.warn(BNGuardWarning(unguarded_text(type(models[0]).__name__)))
         return
-    refusals = []
-    for model in roots_of(guarded):
+    roots, refusals = roots_of(guarded), []
+    for model in roots:
         try:
             guards.add(Rank.MARKER, model, settings)
         except ValueError as error:  # a pattern may be about one of several models
             refusals.append(error)
-    if len(refusals) == len(roots_of(guarded)):
+    if len(refusals) == len(roots):
         pytest.fail(f"@pytest.mark.bn_frozen: {refusals[0]}", pytrace=False)
 
 
@@ -413,7 +413,7 @@ def _raise_at_test(item: pytest.Item, error: BaseException) -> NoReturn:
             node.col_offset, node.end_col_offset = 0, width
     names = {"error": error.with_traceback(None)}
     exec(compile(tree, filename, "exec"), names)
-    names["throw"]()  # type: ignore[operator]
+    names["throw"]()  # type: ignore[operator]  # what exec has defined
     raise AssertionError
 
 

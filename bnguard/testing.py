@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from bnguard import _report
 from bnguard._changes import StatsChange
-from bnguard._drift import largest_mean_shift
+from bnguard._drift import eps_of, largest_mean_shift
 from bnguard._layers import StatsLayer
 from bnguard._tree import find_layers
 
@@ -77,8 +77,7 @@ def _change(layer: StatsLayer, before: dict[str, Tensor]) -> StatsChange | None:
     differing = tuple([name for name in before if name not in now or not _same(before[name], now[name])])
     if not differing:
         return None
-    eps = getattr(layer.module, "eps", 0.0)
-    shift = largest_mean_shift(before, now, eps if isinstance(eps, float) else 0.0)
+    shift = largest_mean_shift(before, now, eps_of(layer.module))
     return StatsChange(layer.names, type(layer.module).__name__, differing, 0, None, shift)
 
 
@@ -104,7 +103,7 @@ def bn_layers(*, dims: Sequence[int] = (0, 1, 2, 3), channels: tuple[int, int] =
         ImportError: Hypothesis is not installed.
     """
     st = _hypothesis()
-    return st.composite(_layer)(tuple(dims), channels, _DTYPES)  # type: ignore[no-any-return]
+    return st.composite(_layer)(tuple(dims), channels, _DTYPES)  # type: ignore[no-any-return]  # imported late
 
 
 def bn_nets(*, dims: Sequence[int] = (0, 1, 2, 3), dropout: bool = False) -> SearchStrategy[nn.Sequential]:
