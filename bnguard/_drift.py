@@ -133,7 +133,7 @@ class DriftSample:
     Attributes:
         step: The optimizer step.
         columns: Which layers, by their position.
-        values: Shape ``(2, len(columns))``: mean shift and divergence.
+        values: Mean shift and divergence, for each device a tensor of shape ``(2, layers there)``, side by side.
     """
 
     step: int

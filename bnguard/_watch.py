@@ -78,6 +78,9 @@ class watch:  # noqa: N801  # lower case, as torch.no_grad
             raise ValueError(f"every={every}: the number of optimizer steps must be positive")
         self._model = model
         self._every = every
+        self._forget_all()
+
+    def _forget_all(self) -> None:
         self._lock = threading.RLock()
         self._ledgers: dict[int, Ledger] = {}  # by id of the layer
         self._order: list[Ledger] = []  # as met, models in the order of state_dict()
@@ -85,7 +88,7 @@ class watch:  # noqa: N801  # lower case, as torch.no_grad
         self._tree: Tree | None = None
         self._pending: dict[tuple[int, int], list[_Pending]] = {}  # by thread and layer
         self._calls = ModelCalls()
-        self._steps = StepCounter(None if every is None else self._sample)
+        self._steps = StepCounter(None if self._every is None else self._sample)
         self._samples: list[DriftSample] = []
         self.wants_results = False  # until there is something that only results tell
         self._is_open = False
@@ -112,7 +115,7 @@ class watch:  # noqa: N801  # lower case, as torch.no_grad
         """
         if self._is_open:
             raise RuntimeError("this watch records already: stop() it first, or make another one")
-        self.__init__(self._model, every=self._every)  # type: ignore[misc]
+        self._forget_all()
         if self._model is not None:
             self._take_in(self._model)
         self._is_open = True
@@ -256,7 +259,7 @@ class watch:  # noqa: N801  # lower case, as torch.no_grad
             else:
                 for part in model.modules():
                     key = id(part)
-                    self._known[key] = weakref.ref(part, lambda _, key=key: self._forget(key))  # type: ignore[misc]
+                    self._known[key] = weakref.ref(part, lambda _, key=key: self._forget(key))  # type: ignore[misc]  # a default
             for layer in tree.layers:
                 self._open_ledger(layer, model)
 
