@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from bnguard._ledger import StatsUpdates as StatsUpdates
     from bnguard._recompute import recompute_frozen as recompute_frozen
     from bnguard._strict import strict as strict
+    from bnguard._timeline import UpdateSeries as UpdateSeries
     from bnguard._watch import watch as watch
     from bnguard.errors import BNGuardError as BNGuardError
     from bnguard.errors import BNGuardWarning as BNGuardWarning
@@ -46,6 +47,7 @@ _HOMES = {
     "StatsChangedError": "errors",
     "StatsDiff": "_diff",
     "StatsUpdates": "_ledger",
+    "UpdateSeries": "_timeline",
     "audit": "_audit",
     "diff": "_diff",
     "frozen": "_frozen",
@@ -68,6 +70,7 @@ __all__ = [
     "StatsChangedError",
     "StatsDiff",
     "StatsUpdates",
+    "UpdateSeries",
     "__version__",
     "audit",
     "diff",

@@ -9,17 +9,10 @@ from torch.optim import Optimizer
 
 from bnguard._aside import aside
 from bnguard._bits import has_values
-from bnguard._findings import (
-    STATIC,
-    Finding,
-    Sighting,
-    findings_of,
-    half_precision_of,
-    has_broken,
-    is_initial,
-    is_of_another_convention,
-)
+from bnguard._finding_texts import STATIC
+from bnguard._findings import Finding, Sighting, findings_of
 from bnguard._graphs import outside_graphs
+from bnguard._health import half_precision_of, has_broken, is_initial, is_of_another_convention
 from bnguard._layers import StatsLayer
 from bnguard._tree import find_layers
 
@@ -56,7 +49,7 @@ def audit(model: nn.Module, optimizer: Optimizer | None = None) -> tuple[Finding
         sightings += _values_of(layer)
     if optimizer is not None:
         sightings += _movable_parameters(model, optimizer)
-    return findings_of(sightings, STATIC)
+    return findings_of(sightings, STATIC, STATIC)
 
 
 def _settings_of(layer: StatsLayer, model: nn.Module) -> Iterator[Sighting]:

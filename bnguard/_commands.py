@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import sys
-from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any, Final
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from torch import nn
 
-from bnguard import _json
 from bnguard._audit import audit
 from bnguard._diff import diff
 from bnguard._findings import Finding
 from bnguard._lookout import Lookout
+from bnguard._output import json_file, terminal
+from bnguard._output.document import Document
+from bnguard._output.documents import audit_document, diff_document, watch_document
+from bnguard._output.files import Outputs, no_pictures
+from bnguard._progress import Progress
 from bnguard._report import Wording
 from bnguard._run_script import Ending, run_module, run_script
 from bnguard._settings import Manner, OnChange, Settings
@@ -22,10 +27,14 @@ from bnguard._test_guards import Guards
 from bnguard._watch import watch
 from bnguard.errors import StatsChangedError
 
+if TYPE_CHECKING:
+    from bnguard._output.pictures import Picture
+
 __all__ = ["UsageError", "audit_target", "diff_states", "run_watched"]
 
 CLEAN: Final = 0
 FOUND: Final = 1
+USAGE: Final = 2
 
 
 class UsageError(Exception):
@@ -40,7 +49,9 @@ def run_watched(
     fail_on: frozenset[str] = frozenset(),
     frozen: str | None = None,
     on_change: OnChange = "raise",
-    json: Path | None = None,
+    every: int | Literal["auto"] | None = None,
+    progress: float | None = None,
+    outputs: Outputs,
 ) -> int:
     """Runs a script or a module under ``watch``, and prints the report, however it ends.
 
@@ -51,10 +62,13 @@ def run_watched(
         fail_on: Codes of findings that make a run fail that has not failed by itself.
         frozen: Pattern of the layers that are guarded; None guards none.
         on_change: What becomes of their updates.
-        json: Where to write what was recorded.
+        every: At which optimizer steps the drift is measured, as in ``watch``.
+        progress: Seconds between two lines on stderr about how far the run is; None prints none.
+        outputs: What to write; absolute paths, since the script may change its directory.
 
     Returns:
-        The script's own exit code; where that is 0, 1 if a finding of ``fail_on`` was made or a guarded layer changed.
+        The script's own exit code; where that is 0, 1 if a finding of ``fail_on`` was made or a guarded layer changed,
+        2 if something could not be written.
 
     Raises:
         UsageError: There is no such script or module.
@@ -67,9 +81,9 @@ def run_watched(
             guards,
             Settings(on_change, include=(frozen,), manner=Manner(wording, has_asides=False, is_outermost=True)),
         )
-    record = watch()
+    record = watch(every=every)
     failure: StatsChangedError | None = None
-    with record:
+    with record, nullcontext() if progress is None else Progress(record, progress):
         if lookout is not None:
             lookout.begin()
         try:
@@ -84,39 +98,42 @@ def run_watched(
             failure = found
     ending.show()
     sys.stdout.flush()
-    print(f"\n{_title(target, is_module)}\n{record.report()}")
-    if failure is not None:
-        print(f"\n{failure}")
+    notes = [] if failure is None else [str(failure)]
     if lookout is not None and not lookout.has_guarded:
-        print(f"\n--frozen {frozen} matched no layer of the models that ran.")
-    if json is not None:
-        _json.write(json, {"target": target, "exit_code": ending.exit_code, **_json.of_watch(record)})
+        notes.append(f"--frozen {frozen} matched no layer of the models that ran.")
+    document = dataclasses.replace(
+        watch_document(record.findings, record.updates, record.unexplained, record.drift),
+        title=f"bnguard run {'-m ' if is_module else ''}{target}",
+        notes=tuple(notes),
+    )
+    print()
+    content = {"target": target, "exit_code": ending.exit_code, **json_file.of_watch(record)}
+    written = _show(document, content, outputs, "run", lambda: _pictures_of(record))
     if ending.exit_code:
         return ending.exit_code
-    return FOUND if failure is not None or _codes(record.findings) & fail_on else CLEAN
+    return FOUND if failure is not None or _codes(record.findings) & fail_on else written
 
 
-def audit_target(target: str, json: Path | None = None) -> int:
+def audit_target(target: str, outputs: Outputs) -> int:
     """Prints what is wrong with the model that ``module:callable`` makes.
 
     Returns:
-        1 if there are findings, else 0.
+        1 if there are findings, 2 if something could not be written, else 0.
 
     Raises:
         UsageError: There is no such module or callable, or it makes no model.
     """
     findings = audit(_model_of(target))
-    print("\n\n".join([str(finding) for finding in findings]) if findings else "no finding")
-    if json is not None:
-        _json.write(json, {"target": target, **_json.of_findings(findings)})
-    return FOUND if findings else CLEAN
+    document = dataclasses.replace(audit_document(findings), title=f"bnguard audit {target}")
+    written = _show(document, {"target": target, **json_file.of_findings(findings)}, outputs, "audit")
+    return FOUND if findings else written
 
 
-def diff_states(before: str, after: str, key: str | None = None, json: Path | None = None) -> int:
+def diff_states(before: str, after: str, key: str | None, outputs: Outputs) -> int:
     """Prints what moved between two checkpoint files.
 
     Returns:
-        1 if anything differs or is broken, else 0.
+        1 if anything differs or is broken, 2 if something could not be written, else 0.
 
     Raises:
         UsageError: One cannot be read.
@@ -125,10 +142,43 @@ def diff_states(before: str, after: str, key: str | None = None, json: Path | No
         found = diff(before, after, key=key)
     except (ValueError, OSError, ImportError) as error:
         raise UsageError(str(error)) from error
-    print(found.report())
-    if json is not None:
-        _json.write(json, {"before": before, "after": after, **_json.of_diff(found)})
-    return CLEAN if found.is_clean else FOUND
+    document = dataclasses.replace(diff_document(found), title=f"bnguard diff {before} {after}")
+    content = {"before": before, "after": after, **json_file.of_diff(found)}
+
+    def pictures() -> list[Picture]:
+        from bnguard._output.pictures import diff_pictures  # needs an extra
+
+        return diff_pictures(found.moved)
+
+    written = _show(document, content, outputs, "diff", pictures)
+    return written if found.is_clean else FOUND
+
+
+def _show(
+    document: Document,
+    content: Mapping[str, Any],
+    outputs: Outputs,
+    command: str,
+    pictures: Callable[[], list[Picture]] = no_pictures,
+) -> int:
+    """Prints a report, and writes the files."""
+    if outputs.paths:
+        more = "\n".join([f"Written: {path}" for path in outputs.paths])
+    else:
+        more = "More: --html FILE has all of it, --json FILE for programs."
+    terminal.show(dataclasses.replace(document, more=more if document.tables or outputs.paths else ""))
+    try:
+        outputs.write(document, content, pictures)
+    except OSError as error:
+        print(f"bnguard {command}: {error}", file=sys.stderr)
+        return USAGE
+    return CLEAN
+
+
+def _pictures_of(record: watch) -> list[Picture]:
+    from bnguard._output.pictures import watch_pictures  # needs an extra
+
+    return watch_pictures(record.drift, record.series, record.update_series)
 
 
 def _run(target: str, args: Sequence[str], is_module: bool) -> Ending:
@@ -161,7 +211,3 @@ def _model_of(target: str) -> nn.Module:
 
 def _codes(findings: Iterable[Finding]) -> frozenset[str]:
     return frozenset([finding.code for finding in findings])
-
-
-def _title(target: str, is_module: bool) -> str:
-    return f"bnguard run {'-m ' if is_module else ''}{target}"

@@ -7,21 +7,10 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from bnguard._output.pictures import format_of
 from bnguard.demo import DemoResult
 
-__all__ = ["draw", "problem_with"]
-
-
-def problem_with(path: Path) -> str | None:
-    """Why no picture can be written to ``path``, or None."""
-    if path.is_dir():
-        return f"{path} is a folder"
-    if not path.absolute().parent.is_dir():
-        return f"no folder {path.parent}"
-    formats = Figure().canvas.get_supported_filetypes()
-    if _format(path) not in formats:
-        return f"{path.name}: no format {path.suffix!r}; there are {', '.join(sorted(formats))}"
-    return None
+__all__ = ["draw"]
 
 
 def draw(result: DemoResult, path: Path) -> None:
@@ -39,8 +28,4 @@ def draw(result: DemoResult, path: Path) -> None:
     panels[0].set_ylabel("largest shift of a running mean\n(standard deviations)")
     panels[0].legend(frameon=False, loc="center right")
     figure.suptitle("Drift of a backbone frozen with requires_grad_(False)")
-    figure.savefig(path, format=_format(path), dpi=120)
-
-
-def _format(path: Path) -> str:
-    return path.suffix[1:].lower() or "png"
+    figure.savefig(path, format=format_of(path), dpi=120)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from bnguard.demo import DemoResult
 
-__all__ = ["show"]
+__all__ = ["as_json", "show"]
 
 _NOTES = """\
 source: this backbone with the head it was trained with, in eval mode
@@ -34,6 +37,16 @@ def show(result: DemoResult) -> None:
     print(_NOTES)
     print('The same under on_change="raise", the default, ends at the first forward:\n')
     print(f"{type(result.error).__name__}: {result.error}")
+
+
+def as_json(result: DemoResult) -> dict[str, Any]:
+    """The numbers, for programs."""
+    names = ("train_images", "test_images")
+    return {
+        **{name: getattr(result, name) for name in names},
+        "runs": [dataclasses.asdict(run) for run in result.runs],
+        "error": str(result.error),
+    }
 
 
 def _table(result: DemoResult) -> Table:

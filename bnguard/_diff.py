@@ -15,10 +15,11 @@ from bnguard._aside import aside
 from bnguard._bits import has_values, same_bits
 from bnguard._checkpoint_file import find_state_dict, load_checkpoint
 from bnguard._drift import Drift, drift_between, eps_of
-from bnguard._findings import has_broken
 from bnguard._graphs import outside_graphs
+from bnguard._health import has_broken
 from bnguard._layers import is_statistic
-from bnguard._report import count_text
+from bnguard._output.document import as_text
+from bnguard._output.documents import diff_document
 from bnguard._tree import WRAPPERS, find_layers
 
 __all__ = ["StatsDiff", "diff"]
@@ -56,21 +57,7 @@ class StatsDiff:
 
     def report(self) -> str:
         """All of it, as text: what moved most first."""
-        total = len(self.changed) + len(self.unchanged)
-        lines = [f"{len(self.changed)} of {count_text(total, 'layer')} moved"]
-        by_divergence = sorted(self.moved, key=lambda drift: drift.largest, reverse=True)
-        lines += [f"  {drift}" for drift in by_divergence]
-        told = {drift.names[0] for drift in self.moved}
-        lines += [f"  {name or '(root)'}: other statistics" for name in self.changed if name not in told]
-        for title, names in (
-            ("only before", self.missing),
-            ("only after", self.added),
-            ("broken before (NaN, infinite or negative)", self.broken_before),
-            ("broken after (NaN, infinite or negative)", self.broken_after),
-        ):
-            if names:
-                lines.append(f"{title}: {', '.join([name or '(root)' for name in names])}")
-        return "\n".join(lines)
+        return as_text(diff_document(self))
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bnguard._aside import aside
+from bnguard._report import layer_text
 
 __all__ = [
     "Drift",
@@ -42,6 +43,9 @@ class Drift:
             ``(log(var_old / var_new) + (var_new + (mean_new - mean_old)**2) / var_old - 1) / 2``. That is the closed
             form for two normal distributions (Kullback and Leibler 1951).
         worst: The channel with the largest divergence; NaN counts as the largest.
+        means: Running means at the earlier and the later point, each of shape ``(C,)``.
+        variances: Running variances at both, with ``eps`` added, each of shape ``(C,)``.
+        model: Class of the model, where several were watched: ``"Generator"``, or ``"Generator 2"`` for the second one.
     """
 
     names: tuple[str, ...]
@@ -50,6 +54,9 @@ class Drift:
     variance_ratio: Tensor
     divergence: Tensor
     worst: int
+    means: tuple[Tensor, Tensor]
+    variances: tuple[Tensor, Tensor]
+    model: str = ""
 
     @property
     def has_moved(self) -> bool:
@@ -63,10 +70,9 @@ class Drift:
         return math.inf if math.isnan(value) else value
 
     def __str__(self) -> str:
-        name = " = ".join([name or "(root)" for name in self.names])
         shift, ratio, nats = (values[self.worst] for values in (self.mean_shift, self.variance_ratio, self.divergence))
         what = f"moved by {shift:.3g} standard deviations, variance x {ratio:.3g}, {nats:.3g} nats"
-        return f"{name} ({self.type}): channel {self.worst} {what}"
+        return f"{layer_text(self.names, self.type, self.model)}: channel {self.worst} {what}"
 
 
 def eps_of(module: nn.Module, default: float = 0.0) -> float:
@@ -77,7 +83,12 @@ def eps_of(module: nn.Module, default: float = 0.0) -> float:
 
 @aside()
 def drift_between(
-    names: tuple[str, ...], type_name: str, before: Mapping[str, Tensor], after: Mapping[str, Tensor], eps: float
+    names: tuple[str, ...],
+    type_name: str,
+    before: Mapping[str, Tensor],
+    after: Mapping[str, Tensor],
+    eps: float,
+    model: str = "",
 ) -> Drift | None:
     """The drift of one layer.
 
@@ -87,6 +98,7 @@ def drift_between(
         before: Its statistics by buffer name, each of shape ``(C,)``.
         after: The same, later.
         eps: Added to the variances.
+        model: As in ``Drift``.
 
     Returns:
         The drift, on the CPU in float64; None where the layer keeps no mean with a variance, or their shapes changed.
@@ -94,11 +106,11 @@ def drift_between(
     pairs = _pairs(before, after)
     if not pairs:
         return None
-    means = [torch.cat([pair[part] for pair in pairs]) for part in (0, 1)]
-    variances = [torch.cat([pair[part] for pair in pairs]) + eps for part in (2, 3)]
-    shift, ratio, divergence = measures(*means, *variances)
+    old_mean, new_mean = (torch.cat([pair[part] for pair in pairs]) for part in (0, 1))
+    old_var, new_var = (torch.cat([pair[part] for pair in pairs]) + eps for part in (2, 3))
+    shift, ratio, divergence = measures(old_mean, new_mean, old_var, new_var)
     worst = int(divergence.nan_to_num(nan=torch.inf).argmax())
-    return Drift(names, type_name, shift, ratio, divergence, worst)
+    return Drift(names, type_name, shift, ratio, divergence, worst, (old_mean, new_mean), (old_var, new_var), model)
 
 
 def measures(old_mean: Tensor, new_mean: Tensor, old_var: Tensor, new_var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -114,10 +126,11 @@ class DriftSeries:
 
     Attributes:
         steps: Optimizer steps at which it was measured, ``S`` of them.
-        layers: Names of the layers, ``L`` of them, in the order of ``state_dict()``.
-        mean_shift: Shape ``(S, L)``: largest shift of a channel's mean, in standard deviations at the beginning. NaN
-            where a layer was not yet there, or is broken.
-        divergence: Shape ``(S, L)``: largest divergence of a channel, in nats; see ``Drift``.
+        layers: Names of the layers, ``L`` of them, in the order of ``state_dict()``, model by model; with the class of
+            the model before them where several were watched.
+        mean_shift: Shape ``(S, L)``: largest shift of a channel's mean, in standard deviations at the beginning; NaN
+            where a layer was not yet there, infinite where its statistics are broken.
+        divergence: Shape ``(S, L)``: largest divergence of a channel, in nats, see ``Drift``; NaN and infinite alike.
     """
 
     steps: tuple[int, ...]
@@ -156,9 +169,11 @@ def sample_of(
         for mean, variance in _names(before)[:1]:
             if mean not in now or variance not in now or now[mean].shape != before[mean].shape:
                 continue
-            four = [before[mean], now[mean], before[variance] + eps, now[variance] + eps]
             device = now[mean].device
-            columns = [tensor.detach().to(device, torch.float64).reshape(-1) for tensor in four]
+            dtype = torch.float32 if device.type == "mps" else torch.float64  # which that has not
+            four = (before[mean], now[mean], before[variance], now[variance])
+            columns = [tensor.detach().to(device, dtype).reshape(-1) for tensor in four]
+            columns[2:] = [column + eps for column in columns[2:]]
             groups.setdefault(device, []).append((position, columns))
     values = []
     for group in groups.values():
@@ -176,7 +191,8 @@ def series_of(samples: Sequence[DriftSample], layers: Sequence[str]) -> DriftSer
     table = torch.full((2, len(samples), len(layers)), torch.nan, dtype=torch.float64)
     for row, sample in enumerate(samples):
         if sample.values:
-            table[:, row, list(sample.columns)] = torch.cat([values.cpu() for values in sample.values], dim=1)
+            values = torch.cat([values.cpu() for values in sample.values], dim=1)
+            table[:, row, list(sample.columns)] = values.nan_to_num(nan=torch.inf, posinf=torch.inf)
     return DriftSeries(tuple([sample.step for sample in samples]), tuple(layers), table[0], table[1])
 
 

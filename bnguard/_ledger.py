@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import defaultdict
 from dataclasses import dataclass
 from types import CodeType
 from typing import Any, Final
@@ -16,6 +17,7 @@ from bnguard._drift import eps_of
 from bnguard._layers import StatsLayer
 from bnguard._model_calls import ModelCall
 from bnguard._steps import OptimizerSteps, StepCounter
+from bnguard._timeline import Timeline
 
 __all__ = ["Ledger", "Line", "Mode", "StatsUpdates"]
 
@@ -67,6 +69,7 @@ class StatsUpdates:
         batch_shape: Shape of the input of the first; None where that is not known.
         fewest_values: Fewest values per channel that one of them had: the numbers a variance is estimated from.
         small_batches: Updates from fewer than eight values per channel.
+        model: Class of the model, where several were watched: ``"Generator"``, or ``"Generator 2"`` for the second one.
     """
 
     names: tuple[str, ...]
@@ -79,6 +82,7 @@ class StatsUpdates:
     batch_shape: tuple[int, ...] | None = None
     fewest_values: int | None = None
     small_batches: int = 0
+    model: str = ""
 
 
 FEW_VALUES: Final = 8
@@ -95,6 +99,7 @@ class Line:
     last_step: int
     batch_shape: tuple[int, ...] | None
     fewest_values: int | None
+    timeline: Timeline
     small_batches: int = 0
 
 
@@ -144,6 +149,8 @@ class Ledger:
 
     Attributes:
         layer: Its names, type and buffers; the module weakly.
+        model: The model in which it was met; weakly.
+        model_name: What to call that, where there are several.
         tensors: Its statistics as they hang on it, by name.
         before: Copies of them when it was met.
         updates: All of them.
@@ -160,11 +167,13 @@ class Ledger:
     __slots__ = (
         "_forwards", "_last_site", "_lines", "_model", "_module", "_optimizers", "_optimizers_of", "_own_eval",
         "_probe", "_step", "before", "buffers", "eps", "evaluations", "frozen", "frozen_before", "held", "kind",
-        "momentum", "names", "places", "several", "tensors", "type", "undone", "untracked", "updates", "wrong",
+        "model_name", "momentum", "names", "places", "several", "tensors", "type", "undone", "untracked", "updates",
+        "wrong",
     )  # fmt: skip
 
-    def __init__(self, layer: StatsLayer, model: nn.Module, before: dict[str, Tensor]) -> None:
+    def __init__(self, layer: StatsLayer, model: nn.Module, model_name: str, before: dict[str, Tensor]) -> None:
         module: Any = layer.module
+        self.model_name = model_name
         self.names = layer.names
         self.type = type(module).__name__
         self.kind = layer.kind
@@ -204,7 +213,9 @@ class Ledger:
         """Updates by line and mode."""
         return list(self._lines.values())
 
-    def add(self, call: ModelCall, args: tuple[Any, ...], steps: StepCounter) -> None:
+    def add(
+        self, call: ModelCall, args: tuple[Any, ...], steps: StepCounter, timelines: defaultdict[str, Timeline]
+    ) -> None:
         """Takes in one update."""
         module = self._module()
         if module is None:
@@ -214,7 +225,7 @@ class Ledger:
         step = self._step_now(module, steps)
         self.updates += 1
         self._last_site = call.site
-        mode = self._add_to_line(call.site, flags, step, input)
+        mode = self._add_to_line(call.site, flags, step, input, timelines)
         if mode.training and self._own_eval and self.undone is None and not mode.calibration:
             self.undone = call.site
         if mode.grad and mode.training and self._is_frozen(module):
@@ -290,12 +301,21 @@ class Ledger:
         buffers = self.tensors if module is None else module._buffers
         return {name: tensor for name in self.buffers if (tensor := buffers.get(name)) is not None}
 
-    def _add_to_line(self, site: str, flags: tuple[bool, ...], step: int, input: Tensor | None) -> Mode:
+    def _add_to_line(
+        self,
+        site: str,
+        flags: tuple[bool, ...],
+        step: int,
+        input: Tensor | None,
+        timelines: defaultdict[str, Timeline],
+    ) -> Mode:
         line = self._lines.get((site, flags))
         if line is None:
             shape = None if input is None else tuple(input.shape)
-            self._lines[site, flags] = line = Line(site, Mode(*flags), 0, step, step, shape, None)
+            line = Line(site, Mode(*flags), 0, step, step, shape, None, timelines[site])
+            self._lines[site, flags] = line
         line.count += 1
+        line.timeline.add(step)
         line.last_step = step
         if input is not None and input.dim() > 1:
             values = input.numel() // max(1, input.shape[1])

@@ -20,6 +20,8 @@ __all__ = [
     "count_text",
     "fixed_mode_text",
     "layer_text",
+    "listing",
+    "name_text",
     "pending_text",
     "recorded_text",
     "report_text",
@@ -82,10 +84,15 @@ _CAUSES: Final[dict[Cause, tuple[str, ...]]] = {
 }
 
 
-def layer_text(names: Sequence[str], type_name: str) -> str:
+def name_text(name: str, model: str = "") -> str:
+    """The name of a layer: ``stem.bn``, or ``Generator: stem.bn`` where several models are told apart."""
+    return f"{model}: {name or '(root)'}" if model else name or "(root)"
+
+
+def layer_text(names: Sequence[str], type_name: str, model: str = "") -> str:
     """One layer, as every message prints it: ``stem.bn (BatchNorm2d)``."""
     shown = [name or "(root)" for name in names]
-    return f"{' = '.join(shown)} ({type_name})"
+    return f"{name_text(' = '.join(shown), model)} ({type_name})"
 
 
 def listing(words: Sequence[str]) -> str:

@@ -10,7 +10,7 @@ from torch import nn
 
 from bnguard._layers import StatsLayer, registered_rules, statistics_of
 
-__all__ = ["WRAPPERS", "Tree", "any_layer", "find_layers", "walk_names"]
+__all__ = ["WRAPPERS", "Tree", "any_layer", "find_layers", "unwrapped", "walk_names"]
 
 _BUFFERS: Final = attrgetter("_buffers")
 _MODULES: Final = attrgetter("_modules")
@@ -23,6 +23,15 @@ WRAPPERS: Final = {
     "OptimizedModule": "_orig_mod",
     "CheckpointWrapper": "_checkpoint_wrapped_module",
 }
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of wrappers."""
+    inner: Any = model
+    while isinstance(inner, nn.Module):
+        model = inner
+        inner = getattr(model, WRAPPERS.get(type(model).__name__, ""), None)
+    return model
 
 
 class Tree:

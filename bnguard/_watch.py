@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -18,19 +19,24 @@ from bnguard._bits import below_transforms, has_values, same_bits
 from bnguard._changes import StatsChange
 from bnguard._claims import decide
 from bnguard._drift import Drift, DriftSample, DriftSeries, drift_between, largest_mean_shift, sample_of, series_of
-from bnguard._findings import Finding, findings_of, sightings_in
+from bnguard._findings import Finding, findings_of
 from bnguard._graphs import is_taken_in, outside_graphs, take_in
 from bnguard._layers import INSTANCE_NORM, StatsLayer
 from bnguard._ledger import Ledger, Line, Mode, StatsUpdates
 from bnguard._model_calls import ModelCall, ModelCalls
+from bnguard._output.document import as_text
+from bnguard._output.documents import watch_document
+from bnguard._report import name_text
 from bnguard._sentry import sentries
+from bnguard._sightings import sightings_in
 from bnguard._steps import StepCounter
-from bnguard._tree import Tree
-from bnguard._watch_report import watch_text
+from bnguard._timeline import Timeline, UpdateSeries, updates_over_steps
+from bnguard._tree import Tree, unwrapped
 
 __all__ = ["watch"]
 
 _COMPILED: Final = Mode(compiled=True)
+_MOST_SAMPLES: Final = 256
 
 
 @dataclass(slots=True)
@@ -62,20 +68,19 @@ class watch:  # noqa: N801  # lower case, as torch.no_grad
 
     Args:
         model: The model, or one layer; None for every model that runs in this process.
-        every: Measure the drift at every so-many-th optimizer step, for ``series``. None measures at the end only.
+        every: Measure the drift at every so-many-th optimizer step, for ``series``. ``"auto"`` measures at 128 to 256
+            steps of any run, evenly spaced, and at the end; None at the end only. One measurement reads and writes
+            twice the statistics on their device, and waits for nothing.
 
     Raises:
         TypeError: ``model`` is no module, ``every`` no whole number.
-        ValueError: ``every`` is not positive.
+        ValueError: ``every`` is not positive, or another word than ``"auto"``.
     """
 
-    def __init__(self, model: nn.Module | None = None, *, every: int | None = None) -> None:
+    def __init__(self, model: nn.Module | None = None, *, every: int | Literal["auto"] | None = None) -> None:
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"watch() takes a torch.nn.Module, or nothing for every model, got {type(model).__name__}")
-        if every is not None and (isinstance(every, bool) or not isinstance(every, int)):
-            raise TypeError(f"every must be a whole number of optimizer steps, got {every!r}")
-        if every is not None and every < 1:
-            raise ValueError(f"every={every}: the number of optimizer steps must be positive")
+        _check_every(every)
         self._model = model
         self._every = every
         self._forget_all()
@@ -90,6 +95,9 @@ class watch:  # noqa: N801  # lower case, as torch.no_grad
         self._calls = ModelCalls()
         self._steps = StepCounter(None if self._every is None else self._sample)
         self._samples: list[DriftSample] = []
+        self._interval = 1 if self._every in (None, "auto") else int(self._every)
+        self._model_names: Counter[str] = Counter()
+        self._timelines: defaultdict[str, Timeline] = defaultdict(Timeline)  # by line, in the order they updated first
         self.wants_results = False  # until there is something that only results tell
         self._is_open = False
         self._final: dict[int, dict[str, Tensor]] = {}  # by position: statistics at the end
@@ -134,6 +142,10 @@ class watch:  # noqa: N801  # lower case, as torch.no_grad
         with self._lock:
             for ledger in self._order:
                 ledger.close_step()
+            if self._every == "auto":
+                if self._samples and self._samples[-1].step == self._steps.count:
+                    self._samples.pop()  # what came after that step counts, too
+                self._measure(self._steps.count)
             self._final = {number: _copies(ledger.now()) for number, ledger in enumerate(self._order)}
 
     # What was recorded.
@@ -150,7 +162,8 @@ class watch:  # noqa: N801  # lower case, as torch.no_grad
         """How far each layer that keeps a mean and a variance has moved from the beginning to the end, or to now."""
         drifts = []
         for number, ledger in enumerate(self._order):
-            drift = drift_between(ledger.names, ledger.type, ledger.before, self._now(number, ledger), ledger.eps)
+            now, model = self._now(number, ledger), self._model_name(ledger)
+            drift = drift_between(ledger.names, ledger.type, ledger.before, now, ledger.eps, model)
             if drift is not None:
                 drifts.append(drift)
         return tuple(drifts)
@@ -158,7 +171,26 @@ class watch:  # noqa: N801  # lower case, as torch.no_grad
     @property
     def series(self) -> DriftSeries:
         """How far each layer had moved from the beginning, at every ``every``-th optimizer step."""
-        return series_of(self._samples, [ledger.names[0] for ledger in self._order])
+        return series_of(
+            self._samples, [name_text(ledger.names[0], self._model_name(ledger)) for ledger in self._order]
+        )
+
+    @property
+    def update_series(self) -> UpdateSeries:
+        """How many updates came from each line over the optimizer steps; compiled graphs have none."""
+        lines: dict[str, list[Line]] = {site: [] for site in self._timelines}
+        layers: Counter[str] = Counter()
+        for ledger in self._order:
+            layers.update({line.site for line in ledger.lines})
+            for line in ledger.lines:
+                lines[line.site].append(line)
+        return updates_over_steps(
+            [
+                (site, layers[site], max([line.last_step for line in some]), self._timelines[site])
+                for site, some in lines.items()
+                if some
+            ]
+        )
 
     @property
     def unexplained(self) -> tuple[StatsChange, ...]:
@@ -175,14 +207,20 @@ class watch:  # noqa: N801  # lower case, as torch.no_grad
         return tuple(changes)
 
     @property
+    def counts(self) -> tuple[int, int, int]:
+        """How many optimizer steps, updates and layers there have been so far; reads nothing from a device."""
+        return self._steps.count, sum([ledger.updates for ledger in self._order]), len(self._order)
+
+    @property
     def findings(self) -> tuple[Finding, ...]:
         """What is wrong with what was recorded, the worst first."""
         nows = [self._now(number, ledger) for number, ledger in enumerate(self._order)]
-        return findings_of(sightings_in(self._order, nows, self._steps.count > 0))
+        labels = [name_text(ledger.names[0], self._model_name(ledger)) for ledger in self._order]
+        return findings_of(sightings_in(self._order, labels, nows, self._steps.count > 0))
 
     def report(self) -> str:
         """What was recorded, as text: what is wrong first, then the lines that updated, then what moved most."""
-        return watch_text(self.findings, self.updates, self.unexplained, self.drift)
+        return as_text(watch_document(self.findings, self.updates, self.unexplained, self.drift))
 
     def __repr__(self) -> str:
         what = "every model" if self._model is None else f"a {type(self._model).__name__}"
@@ -215,7 +253,7 @@ class watch:  # noqa: N801  # lower case, as torch.no_grad
                 ledger.held += 1
             else:
                 with self._lock:
-                    ledger.add(call, args, self._steps)
+                    ledger.add(call, args, self._steps, self._timelines)
         else:
             ledger.add_evaluation(module)
             if not module.training and not self.wants_results and torch.is_grad_enabled():
@@ -232,7 +270,7 @@ class watch:  # noqa: N801  # lower case, as torch.no_grad
                 pending = waiting.pop()
                 if _versions(ledger, module) != pending.versions:
                     with self._lock:
-                        ledger.add(pending.call, args, self._steps)
+                        ledger.add(pending.call, args, self._steps, self._timelines)
                 else:
                     ledger.add_evaluation(module)
         if not module.training and torch.is_grad_enabled():
@@ -260,18 +298,34 @@ class watch:  # noqa: N801  # lower case, as torch.no_grad
                 for part in model.modules():
                     key = id(part)
                     self._known[key] = weakref.ref(part, lambda _, key=key: self._forget(key))  # type: ignore[misc]  # a default
-            for layer in tree.layers:
-                self._open_ledger(layer, model)
+            fresh = [layer for layer in tree.layers if not self._is_known(layer)]
+            if fresh:
+                name = self._name_of(model)
+                for layer in fresh:
+                    self._open_ledger(layer, model, name)
 
-    def _open_ledger(self, layer: StatsLayer, model: nn.Module) -> None:
-        key = id(layer.module)
-        known = self._ledgers.get(key)
-        if known is not None and known.module is layer.module:
-            return
+    def _is_known(self, layer: StatsLayer) -> bool:
+        known = self._ledgers.get(id(layer.module))
+        return known is not None and known.module is layer.module
+
+    def _name_of(self, model: nn.Module) -> str:
+        """What to call a model where there are several; one that grows keeps its name."""
+        if model is self._model and self._order:
+            return self._order[0].model_name
+        name = type(unwrapped(model)).__name__
+        self._model_names[name] += 1
+        number = self._model_names[name]
+        return name if number == 1 else f"{name} {number}"
+
+    def _model_name(self, ledger: Ledger) -> str:
+        """The name of a layer's model where that tells layers apart."""
+        return ledger.model_name if self._model_names.total() > 1 else ""
+
+    def _open_ledger(self, layer: StatsLayer, model: nn.Module, model_name: str) -> None:
         buffers = layer.module._buffers
         present = {name: tensor for name in layer.buffers if (tensor := buffers.get(name)) is not None}
-        ledger = Ledger(layer, model, _copies(present))
-        self._ledgers[key] = ledger
+        ledger = Ledger(layer, model, model_name, _copies(present))
+        self._ledgers[id(layer.module)] = ledger
         self._order.append(ledger)
 
     def _forget(self, key: int) -> None:
@@ -284,16 +338,19 @@ class watch:  # noqa: N801  # lower case, as torch.no_grad
             self._take_in(self._model)
 
     def _sample(self, step: int) -> None:
-        """Measures the drift on the device."""
-        if self._every is None or step % self._every:
+        """Measures the drift, where it is the turn of that step."""
+        if step % self._interval:
             return
         with self._lock:
-            layers = [
-                (number, ledger.before, ledger.now(), ledger.eps)
-                for number, ledger in enumerate(self._order)
-                if ledger.module is not None
-            ]
-            self._samples.append(sample_of(step, layers))
+            self._measure(step)
+            if self._every == "auto" and len(self._samples) >= _MOST_SAMPLES:
+                self._interval *= 2
+                self._samples = [sample for sample in self._samples if sample.step % self._interval == 0]
+
+    def _measure(self, step: int) -> None:
+        """Measures the drift on the device."""
+        layers = [(number, ledger.before, ledger.now(), ledger.eps) for number, ledger in enumerate(self._order)]
+        self._samples.append(sample_of(step, layers))
 
     def _wait(self, ledger: Ledger, module: nn.Module, call: ModelCall) -> None:
         if _is_prevented(module):
@@ -312,10 +369,11 @@ class watch:  # noqa: N801  # lower case, as torch.no_grad
         return ledger.now() if self._is_open else self._final.get(number, {})
 
     def _updates_of(self, number: int, ledger: Ledger) -> list[StatsUpdates]:
-        updates = [_as_record(ledger, line) for line in ledger.lines]
+        model = self._model_name(ledger)
+        updates = [_as_record(ledger, line, model) for line in ledger.lines]
         unseen = self._unseen(number, ledger)
         if unseen:
-            updates.append(StatsUpdates(ledger.names, ledger.type, None, _COMPILED, unseen))
+            updates.append(StatsUpdates(ledger.names, ledger.type, None, _COMPILED, unseen, model=model))
         return updates
 
     def _unseen(self, number: int, ledger: Ledger) -> int:
@@ -329,7 +387,18 @@ class watch:  # noqa: N801  # lower case, as torch.no_grad
         return max(0, int(now) - int(before) - ledger.updates)
 
 
-def _as_record(ledger: Ledger, line: Line) -> StatsUpdates:
+def _check_every(every: object) -> None:
+    if every is None or every == "auto":
+        return
+    if isinstance(every, str):
+        raise ValueError(f"every={every!r}: give a number of optimizer steps, or 'auto'")
+    if isinstance(every, bool) or not isinstance(every, int):
+        raise TypeError(f"every must be a whole number of optimizer steps, or 'auto', got {every!r}")
+    if every < 1:
+        raise ValueError(f"every={every}: the number of optimizer steps must be positive")
+
+
+def _as_record(ledger: Ledger, line: Line, model: str) -> StatsUpdates:
     return StatsUpdates(
         ledger.names,
         ledger.type,
@@ -341,6 +410,7 @@ def _as_record(ledger: Ledger, line: Line) -> StatsUpdates:
         line.batch_shape,
         line.fewest_values,
         line.small_batches,
+        model,
     )
 
 

@@ -7,9 +7,12 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from bnguard import __version__
+
+if TYPE_CHECKING:
+    from bnguard._output.files import Outputs
 
 __all__ = ["main"]
 
@@ -27,35 +30,37 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments; those of the process where None.
 
     Returns:
-        The exit code: 0 for clean, 1 for findings or a missing extra; of ``run`` the script's own where that is not 0.
-        Wrong arguments end the process with 2, as argparse does.
+        The exit code: 0 for clean, 1 for findings, 2 for something that is missing or cannot be written; of ``run`` the
+        script's own where that is not 0. Wrong arguments end the process with 2, as argparse does.
     """
     parser = _parser()
     options = parser.parse_args(argv)
+    missing = _missing(*_wanted(options))
+    if missing:
+        print(missing, file=sys.stderr)
+        return 2
+    outputs = _outputs(parser, options)
     if options.command == "demo":
-        missing = _missing("demo") if options.plot is None else _missing("demo", "plot")
-        if missing:
-            print(missing, file=sys.stderr)
-            return 1
-        return _demo(parser, options.seed, options.plot)
+        return _demo(options.seed, options.plot, options.json)
     from bnguard import _commands  # imports torch
 
     try:
         if options.command == "audit":
-            return _commands.audit_target(options.target, options.json)
+            return _commands.audit_target(options.target, outputs)
         if options.command == "diff":
-            return _commands.diff_states(options.before, options.after, options.key, options.json)
-        return _run(parser, options)
+            return _commands.diff_states(options.before, options.after, options.key, outputs)
+        return _run(parser, options, outputs)
     except _commands.UsageError as error:
         parser.exit(2, f"bnguard {options.command}: {error}\n")
 
 
-def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+def _run(parser: argparse.ArgumentParser, options: argparse.Namespace, outputs: Outputs) -> int:
     from bnguard import _commands
 
     target, *args = [options.module, *options.args] if options.module else options.args or [None]
     if target is None:
         parser.error("run needs a script, or -m and a module")
+    has_pictures = outputs.plot is not None or outputs.html is not None
     return _commands.run_watched(
         target,
         args,
@@ -63,11 +68,36 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
         fail_on=options.fail_on,
         frozen=options.frozen,
         on_change=options.on_change,
-        json=options.json,
+        every=options.every or ("auto" if has_pictures else None),
+        progress=options.progress or (_PROGRESS if sys.stderr.isatty() else None),
+        outputs=outputs,
     )
 
 
-def _demo(parser: argparse.ArgumentParser, seed: int, plot: Path | None) -> int:
+def _wanted(options: argparse.Namespace) -> list[str]:
+    """The extras that a command needs."""
+    extras = ["demo"] if options.command == "demo" else []
+    draws = options.plot is not None or (options.html is not None and options.command != "audit")
+    return [*extras, *["plot"] * draws]
+
+
+def _outputs(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Outputs:
+    """Where to write what: refused now, not after hours, and from where the user is, not where the script goes."""
+    from bnguard._output.files import Outputs, problem_with
+
+    paths = {name: getattr(options, name) for name in ("json", "plot", "html")}
+    for name, path in paths.items():
+        problem = None if path is None else problem_with(path)
+        if problem is None and name == "plot" and path is not None:
+            from bnguard._output.pictures import problem_with_format
+
+            problem = problem_with_format(path)
+        if problem is not None:
+            parser.error(f"argument --{name}: {problem}")
+    return Outputs(**{name: None if path is None else path.absolute() for name, path in paths.items()})
+
+
+def _demo(seed: int, plot: Path | None, json: Path | None) -> int:
     # Here, because they need an extra.
     import torch
 
@@ -75,17 +105,17 @@ def _demo(parser: argparse.ArgumentParser, seed: int, plot: Path | None) -> int:
 
     # The network is small, and on a busy machine threads that wait for each other cost ten times what they save.
     torch.set_num_threads(1)
-    if plot is not None:
-        from bnguard import _demo_plot
-
-        problem = _demo_plot.problem_with(plot)
-        if problem is not None:
-            parser.error(f"argument --plot: {problem}")
     result = demo.run(seed=seed)
     _demo_report.show(result)
     if plot is not None:
+        from bnguard import _demo_plot
+
         _demo_plot.draw(result, plot)
         print(f"\nDrift per layer and step: {plot}")
+    if json is not None:
+        from bnguard._output import json_file
+
+        json_file.write(json, {"seed": seed, **_demo_report.as_json(result)})
     return 0
 
 
@@ -119,7 +149,19 @@ def _parser() -> argparse.ArgumentParser:
         metavar="CODES",
         help="exit with 1 if one of these findings is made: BN001,BN002",
     )
-    run.add_argument("--json", type=Path, metavar="FILE", help="write what was recorded as JSON")
+    run.add_argument(
+        "--every",
+        type=_positive_whole,
+        metavar="N",
+        help="measure the drift at every N-th optimizer step (default: at 128 to 256 steps where there are pictures)",
+    )
+    run.add_argument(
+        "--progress",
+        type=_positive,
+        metavar="SECONDS",
+        help=f"say so often on stderr how far the run is (default: {_PROGRESS:g} on a terminal, else never)",
+    )
+    _add_outputs(run, "json", "plot", "html")
     run.add_argument("args", nargs=argparse.REMAINDER, metavar="script [args]", help="the script and its arguments")
     audit = commands.add_parser(
         "audit",
@@ -127,7 +169,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Prints what is wrong with the running statistics of the model that a callable makes.",
     )
     audit.add_argument("target", metavar="module:callable", help="what makes the model, such as models:make_net")
-    audit.add_argument("--json", type=Path, metavar="FILE", help="write the findings as JSON")
+    _add_outputs(audit, "json", "html")
     diff = commands.add_parser(
         "diff",
         help="compare the running statistics of two checkpoints",
@@ -136,7 +178,7 @@ def _parser() -> argparse.ArgumentParser:
     diff.add_argument("before", metavar="BEFORE", help=".pt, .pth, .ckpt or .safetensors; nothing in it is executed")
     diff.add_argument("after", metavar="AFTER", help="the later one")
     diff.add_argument("--key", metavar="KEY", help="where the state dict is in them (default: the usual places)")
-    diff.add_argument("--json", type=Path, metavar="FILE", help="write the differences as JSON")
+    _add_outputs(diff, "json", "plot", "html")
     demo = commands.add_parser(
         "demo",
         help="fine-tune on real data, with and without a guard (under a minute, no download)",
@@ -145,9 +187,41 @@ def _parser() -> argparse.ArgumentParser:
             "fine-tunes a new head on shifted images: without a guard and with one. Needs the extra 'demo'."
         ),
     )
-    demo.add_argument("--plot", type=Path, metavar="FILE", help="draw the drift per layer and step (extra 'plot')")
+    _add_outputs(demo, "json", "plot")
     demo.add_argument("--seed", type=_seed, default=0, metavar="N", help="seed of every run (default: 0)")
     return parser
+
+
+_OUTPUTS: Final = {
+    "json": "write all of it for programs; README.md has the schema",
+    "plot": "draw it: .png, .svg, .pdf (extra 'plot')",
+    "html": "write one page with tables and pictures, which needs nothing else (extra 'plot')",
+}
+
+
+def _add_outputs(command: argparse.ArgumentParser, *names: str) -> None:
+    """The options for files; all three are there as attributes."""
+    for name, text in _OUTPUTS.items():
+        if name in names:
+            command.add_argument(f"--{name}", type=Path, metavar="FILE", help=text)
+        else:
+            command.set_defaults(**{name: None})
+
+
+def _positive_whole(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
+    return int(text)
+
+
+def _positive(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
+    return seconds
 
 
 def _seed(text: str) -> int:
@@ -165,6 +239,7 @@ def _codes(text: str) -> frozenset[str]:
     return frozenset(codes)
 
 
+_PROGRESS: Final = 10.0  # seconds
 _CODES: Final = [f"BN{number:03}" for number in range(1, 15)]
 
 

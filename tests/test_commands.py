@@ -77,10 +77,12 @@ def test_clean_script(script, tmp_path):
         "bnguard run train.py",
         "no finding; 3 updates of 1 layer",
     ]
-    assert lines[5:7] == [
-        "updates  layers  steps   mode   line",
-        "      3       1  0 to 2  train  train.py:14 in train",
+    assert lines[5:8] == [
+        "updates by line:",
+        "  updates  layers  steps   mode   line",
+        "        3       1  0 to 2  train  train.py:14 in train",
     ]
+    assert lines[-1] == "More: --html FILE has all of it, --json FILE for programs."
 
 
 def test_findings_are_told_and_fail_only_if_asked(script, tmp_path):
@@ -209,10 +211,17 @@ def test_audit_of_a_callable(tmp_path):
     )
     done = bnguard_("audit", "models:make", "--json", "out.json", cwd=tmp_path)
     assert done.returncode == 1
-    assert done.stdout.startswith("BN007 momentum by another convention\n  1 layer (0) has momentum 0.9:")
+    assert done.stdout.splitlines()[:6] == [
+        "bnguard audit models:make",
+        "1 layer (0) has momentum 0.9: the running statistics are those of the last batches: write 0.1 for Keras' 0.9.",
+        "1 finding",
+        "",
+        "BN007 momentum by another convention",
+        "  1 layer (0) has momentum 0.9: the running statistics are those of the last batches.",
+    ]
     assert json.loads((tmp_path / "out.json").read_text())["findings"][0]["code"] == "BN007"
     done = bnguard_("audit", "models:net", cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (0, "no finding\n")
+    assert (done.returncode, done.stdout) == (0, "bnguard audit models:net\nno finding\n")
 
 
 def test_diff_of_two_files(tmp_path):
@@ -223,7 +232,7 @@ def test_diff_of_two_files(tmp_path):
     torch.save({"state_dict": net.state_dict()}, tmp_path / "b.ckpt")
     done = bnguard_("diff", "a.pt", "b.ckpt", "--json", "out.json", cwd=tmp_path)
     assert done.returncode == 1
-    assert done.stdout.startswith("1 of 1 layer moved\n  0 (layer): channel ")
+    assert done.stdout.startswith("bnguard diff a.pt b.ckpt\n1 of 1 layer moved\n\nmoved:\n  layer ")
     assert json.loads((tmp_path / "out.json").read_text())["changed"] == ["0"]
     done = bnguard_("diff", "a.pt", "a.pt", cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (0, "0 of 1 layer moved\n")
+    assert (done.returncode, done.stdout) == (0, "bnguard diff a.pt a.pt\n0 of 1 layer moved\n")

@@ -164,10 +164,10 @@ def test_plot_draws_what_was_measured(result, tmp_path, monkeypatch):
     ],
 )
 def test_missing_extra_is_one_sentence(monkeypatch, capsys, absent, arguments, sentence):
-    """A missing package is one sentence with the install line, and exit code 1."""
+    """A missing package is one sentence with the install line, and exit code 2."""
     for name in absent:
         monkeypatch.setitem(sys.modules, name, None)
-    assert cli.main(arguments) == 1
+    assert cli.main(arguments) == 2
     assert capsys.readouterr() == ("", sentence)
 
 

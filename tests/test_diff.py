@@ -109,14 +109,30 @@ def test_report_says_all():
     after[3].running_mean[1] = float("nan")
     found = bnguard.diff(before, after)
     lines = found.report().splitlines()
-    assert lines[0] == "2 of 2 layers moved"
-    assert lines[1].startswith("  1 (BatchNorm2d): channel 1 moved by 5 standard deviations, variance x 1, 12.5 nats")
-    assert lines[2].startswith("  0 (BatchNorm2d): channel 0 moved by 1 standard deviations, variance x 1, 0.5 nats")
-    assert lines[3:] == [
-        "only before: 2",
-        "only after: 3",
-        "broken before (NaN, infinite or negative): 2",
-        "broken after (NaN, infinite or negative): 3",
+    assert lines == [
+        "1 layer of the later state is broken: take an earlier checkpoint",
+        "2 of 2 layers moved, 1 missing, 1 added",
+        "",
+        "moved:",
+        "  layer            channel  mean  variance  divergence",
+        "  1 (BatchNorm2d)        1  5 sd       x 1   12.5 nats",
+        "  0 (BatchNorm2d)        0  1 sd       x 1    0.5 nats",
+        "",
+        "only before:",
+        "  layer",
+        "  2",
+        "",
+        "only after:",
+        "  layer",
+        "  3",
+        "",
+        "broken before (NaN, infinite or negative):",
+        "  layer",
+        "  2",
+        "",
+        "broken after (NaN, infinite or negative):",
+        "  layer",
+        "  3",
     ]
 
 
@@ -128,6 +144,7 @@ def test_counter_alone_is_a_change():
     found = bnguard.diff(net, later)
     assert found.changed == ("0",)
     assert not found.moved[0].has_moved
+    assert found.report().splitlines()[2:] == ["other statistics than mean and variance moved:", "  layer", "  0"]
 
 
 def test_key_chooses():

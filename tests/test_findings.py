@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import bnguard
-from bnguard._findings import CODES
+from bnguard._finding_texts import CODES
 from tests.asserts import assert_same_bits
 
 IMAGES = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -478,7 +478,8 @@ def test_distributed_training_has_no_finding():
 def test_every_code_is_described():
     """There are fourteen, each with a title, a severity and a way out."""
     assert list(CODES) == [f"BN{number:03}" for number in range(1, 15)]
-    for title, severity, fix in CODES.values():
-        assert title
-        assert severity in ("error", "warning", "note")
-        assert len(fix) > 20
+    for code in CODES.values():
+        assert code.title
+        assert code.severity in ("error", "warning", "note")
+        assert len(code.fix) > 20
+        assert 10 < len(code.cure) < 80

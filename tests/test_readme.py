@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import bnguard
-from bnguard._findings import CODES
+from bnguard._finding_texts import CODES
 from tests.suites import suite
 
 __all__ = ["suite"]

@@ -337,15 +337,20 @@ def test_report_leads_with_the_verdict():
             optimizer.step()
         validate()
     lines = record.report().splitlines()
-    assert lines[0] == "1 finding; 6 updates of 2 layers"
-    assert lines[2].startswith("BN002 train-mode forward without gradients at tests/test_watch.py:")
-    assert lines[3] == "  2 layers (1, 2) made 1 update each in train mode where autograd did not record."
-    table = lines[6:9]
-    assert table[0] == "updates  layers  steps   mode            line"
-    assert table[1].startswith("      4       2  0 to 1  train           tests/test_watch.py:")
-    assert table[2].startswith("      2       2  2       train, no_grad  tests/test_watch.py:")
-    assert lines[10] == "moved most:"
-    assert lines[11].startswith("  1 (BatchNorm2d): channel ")
+    where = record.findings[0].where
+    assert where.endswith(" in validate")
+    assert lines[0] == f"{where} moved 2 layers, 1 update each, without gradients: call model.eval() before it."
+    assert lines[1] == "1 finding; 6 updates of 2 layers"
+    assert lines[3] == f"BN002 train-mode forward without gradients at {where}"
+    assert lines[4] == "  2 layers (1, 2) made 1 update each in train mode where autograd did not record."
+    assert lines[7:9] == ["updates by line:", "  updates  layers  steps   mode            line"]
+    assert lines[9].startswith("        4       2  0 to 1  train           tests/test_watch.py:")
+    assert lines[10].startswith("        2       2  2       train, no_grad  tests/test_watch.py:")
+    assert lines[12] == "moved most:"
+    assert lines[13].split() == ["layer", "channel", "mean", "variance", "divergence"]
+    assert lines[14].startswith("  1 (BatchNorm2d) ")
+    assert lines[14].endswith(" nats")
+    assert lines[-1] == "More: record.updates, record.drift and record.findings have it all."
     assert repr(record) == "<bnguard.watch of a Sequential, closed>"
 
 
@@ -358,11 +363,103 @@ def test_report_of_nothing():
     with bnguard.watch() as record:
         net(IMAGES)
         net[1].running_var.data.mul_(2)
-    assert record.report().splitlines()[:3] == [
+    assert record.report().splitlines()[:5] == [
         "no finding; no update",
         "",
-        "1 layer changed without a forward that could be seen:",
+        "changed without a forward that could be seen:",
+        "  layer            statistics",
+        "  1 (BatchNorm2d)  running_var",
     ]
+
+
+def test_models_are_told_apart():
+    """Where several are watched, and only there, the class of the model is part of a layer's name."""
+
+    class Critic(nn.Sequential):
+        pass
+
+    nets = [net_of(nn.BatchNorm2d(4)), Critic(nn.BatchNorm2d(3)), nn.DataParallel(Critic(nn.BatchNorm2d(3)))]
+    with bnguard.watch() as record:
+        for net in nets:
+            with torch.no_grad():
+                net(IMAGES)
+    assert [update.model for update in record.updates] == ["Sequential", "Critic", "Critic 2"]
+    assert [drift.model for drift in record.drift] == ["Sequential", "Critic", "Critic 2"]
+    assert [finding.layers for finding in record.findings] == [("Sequential: 1", "Critic: 0", "Critic 2: 0")]
+    assert "3 updates of 3 layers" in record.report()
+    assert "  Critic 2: 0 (BatchNorm2d) " in record.report()
+    with bnguard.watch() as record:
+        run(nets[0])
+    assert only(record.updates).model == only(record.drift).model == ""
+    with bnguard.watch(nets[0]) as record:
+        nets[0].append(nn.BatchNorm2d(4))
+        run(nets[0])
+    assert [update.model for update in record.updates] == ["", ""]
+
+
+@pytest.mark.parametrize("steps", [1, 5, 255, 256, 257, 1100])
+def test_auto_measures_evenly_and_at_the_end(steps):
+    """At equal distances, 128 to 256 times in a long run, and at the end; the drift is the twin's."""
+    net, twin = net_of(nn.BatchNorm2d(4)), net_of(nn.BatchNorm2d(4))
+    optimizer = torch.optim.SGD(net.parameters(), 0.0)
+    small = IMAGES[:2, :, :4, :4]
+    with bnguard.watch(net, every="auto") as record:
+        for _ in range(steps):
+            net(small)
+            optimizer.step()
+        net[1].running_mean += 1
+    series = record.series
+    assert series.steps[-1] == steps
+    assert min(steps, 128) <= len(series.steps) <= 257
+    distances = {later - earlier for earlier, later in zip(series.steps, series.steps[1:-1], strict=False)}
+    assert len(distances) <= 1
+    before = twin[1].running_mean.clone()
+    for _ in range(series.steps[0]):
+        twin(small)
+    shift = (twin[1].running_mean - before).abs().max() / (1 + 1e-5) ** 0.5
+    if steps > 1:
+        torch.testing.assert_close(series.mean_shift[0, 0], shift.double())
+    torch.testing.assert_close(series.mean_shift[-1, 0], record.drift[0].mean_shift.max())
+
+
+def test_auto_without_a_step_measures_the_end():
+    """A run that only looks has one sample."""
+    net = net_of(nn.BatchNorm2d(4))
+    with bnguard.watch(net, every="auto") as record:
+        run(net)
+    assert record.series.steps == (0,)
+    torch.testing.assert_close(record.series.divergence[0, 0], record.drift[0].divergence.max())
+
+
+def test_broken_layers_are_infinite_in_a_series():
+    """Broken is not the same as not yet there."""
+    net = net_of(nn.BatchNorm2d(4))
+    optimizer = torch.optim.SGD(net.parameters(), 0.0)
+    with bnguard.watch(net, every=1) as record:
+        run(net)
+        optimizer.step()
+        net[1].running_mean[2] = float("nan")
+        optimizer.step()
+    assert record.series.divergence.isinf().tolist() == [[False], [True]]
+
+
+def test_updates_over_the_steps():
+    """By line: how many, per layer and step, as they happened."""
+    net = net_of(nn.BatchNorm2d(4), nn.BatchNorm2d(4))
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    with bnguard.watch(net) as record:
+        for step in range(4):
+            net(IMAGES).sum().backward()
+            optimizer.step()
+            if step == 2:
+                run(net)
+                run(net)
+    series = record.update_series
+    assert [line.rpartition(" ")[2] for line in series.lines] == ["test_updates_over_the_steps", "run"]
+    assert (series.steps, series.end, series.layers) == ((0, 1, 2, 3), 4, (2, 2))
+    assert series.counts.tolist() == [[2, 0], [2, 0], [2, 0], [2, 4]]
+    assert series.rates.tolist() == [[1, 0], [1, 0], [1, 0], [1, 2]]
+    assert bnguard.watch().update_series.lines == ()
 
 
 def test_nothing_is_left_behind():
@@ -441,7 +538,8 @@ def test_threads_are_recorded():
     ("arguments", "options", "error", "message"),
     [
         (([],), {}, TypeError, r"watch\(\) takes a torch\.nn\.Module, or nothing for every model, got list"),
-        ((), {"every": "1"}, TypeError, "every must be a whole number of optimizer steps, got '1'"),
+        ((), {"every": 1.5}, TypeError, "every must be a whole number of optimizer steps, or 'auto', got 1.5"),
+        ((), {"every": "often"}, ValueError, "every='often': give a number of optimizer steps, or 'auto'"),
         ((), {"every": True}, TypeError, "every must be a whole number"),
         ((), {"every": 0}, ValueError, "every=0: the number of optimizer steps must be positive"),
     ],

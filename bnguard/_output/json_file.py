@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from bnguard import __version__
 from bnguard._diff import StatsDiff
-from bnguard._drift import Drift
+from bnguard._drift import Drift, DriftSeries
 from bnguard._findings import Finding
+from bnguard._timeline import UpdateSeries
 from bnguard._watch import watch
 
 __all__ = ["SCHEMA_VERSION", "of_diff", "of_findings", "of_watch", "write"]
@@ -26,12 +27,14 @@ def of_findings(findings: Iterable[Finding]) -> dict[str, Any]:
 
 
 def of_watch(record: watch) -> dict[str, Any]:
-    """The findings, and ``updates``, ``unexplained`` and ``drift``, with the fields of their classes."""
+    """The findings, and ``updates``, ``unexplained``, ``drift`` and both series, with their classes' fields."""
     return {
         **of_findings(record.findings),
         "updates": [dataclasses.asdict(update) for update in record.updates],
         "unexplained": [dataclasses.asdict(change) for change in record.unexplained],
         "drift": [_drift(drift) for drift in record.drift],
+        "series": _series(record.series),
+        "update_series": _update_series(record.update_series),
     }
 
 
@@ -41,7 +44,7 @@ def of_diff(found: StatsDiff) -> dict[str, Any]:
     return {"moved": [_drift(drift) for drift in found.moved], **{name: list(getattr(found, name)) for name in names}}
 
 
-def write(path: Path, content: dict[str, Any]) -> None:
+def write(path: Path, content: Mapping[str, Any]) -> None:
     """Writes a file. NaN and infinity, which JSON does not know, become null."""
     document = {"schema": SCHEMA_VERSION, "bnguard": __version__, **content}
     path.write_text(json.dumps(_finite(document), indent=2, allow_nan=False) + "\n", encoding="utf-8")
@@ -53,10 +56,30 @@ def _drift(drift: Drift) -> dict[str, Any]:
     return {
         "names": list(drift.names),
         "type": drift.type,
+        "model": drift.model,
         "worst_channel": worst,
         "mean_shift": float(drift.mean_shift[worst]),
         "variance_ratio": float(drift.variance_ratio[worst]),
         "divergence": float(drift.divergence[worst]),
+    }
+
+
+def _series(series: DriftSeries) -> dict[str, Any]:
+    return {
+        "steps": series.steps,
+        "layers": series.layers,
+        "mean_shift": series.mean_shift.tolist(),
+        "divergence": series.divergence.tolist(),
+    }
+
+
+def _update_series(series: UpdateSeries) -> dict[str, Any]:
+    return {
+        "steps": series.steps,
+        "end": series.end,
+        "lines": series.lines,
+        "layers": series.layers,
+        "counts": series.counts.tolist(),
     }
 
 

@@ -1,0 +1,78 @@
+"""The files that a command writes: JSON, pictures, a page."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bnguard._output import json_file, page
+from bnguard._output.document import Document
+
+if TYPE_CHECKING:
+    from bnguard._output.pictures import Picture
+
+__all__ = ["Outputs", "no_pictures", "problem_with"]
+
+
+def no_pictures() -> list[Picture]:
+    """What there is to draw of something that has no pictures."""
+    return []
+
+
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """Where to write what; None writes nothing.
+
+    Attributes:
+        json: Everything, for programs.
+        plot: The pictures, as one file.
+        html: A page with the tables and the pictures.
+    """
+
+    json: Path | None = None
+    plot: Path | None = None
+    html: Path | None = None
+
+    @property
+    def paths(self) -> list[Path]:
+        """Those that are to be written."""
+        return [path for field in fields(self) if (path := getattr(self, field.name)) is not None]
+
+    def write(
+        self, document: Document, content: Mapping[str, Any], pictures: Callable[[], list[Picture]] = no_pictures
+    ) -> None:
+        """Writes them.
+
+        Args:
+            document: For the page.
+            content: For the JSON file.
+            pictures: Gives the pictures; asked only where there are some to be drawn.
+
+        Raises:
+            OSError: One cannot be written.
+        """
+        if self.json is not None:
+            json_file.write(self.json, content)
+        if self.plot is not None or self.html is not None:
+            drawn = pictures()
+            if self.plot is not None:
+                from bnguard._output.pictures import save  # needs an extra
+
+                save(drawn, self.plot)
+            if self.html is not None:
+                page.write(self.html, document, drawn)
+
+
+def problem_with(path: Path) -> str | None:
+    """Why nothing can be written to a path, or None."""
+    folder = path.absolute().parent
+    if path.is_dir():
+        return f"{path} is a folder"
+    if not folder.is_dir():
+        return f"no folder {path.parent}"
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        return f"{path} cannot be written"
+    return None
