@@ -13,24 +13,24 @@ from torch import nn
 
 import bnguard
 from bnguard._finding_texts import CODES
+from tests.readme import README, SECTIONS, code
 from tests.suites import suite
 
 __all__ = ["suite"]
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.M | re.S)
-SCRIPT, PREAMBLE, *EXAMPLES = [code for language, code in BLOCKS if language == "python"]
-SUITE = next(code for code in EXAMPLES if code.startswith("# test_model.py\n"))
+(SCRIPT,) = code(SECTIONS[""])
+(ERROR,) = code(SECTIONS[""], "text")
+PREAMBLE, *EXAMPLES = code(SECTIONS["Quickstart"])
+(SUITE,) = [example for example in EXAMPLES if example.startswith("# test_model.py\n")]
 EXAMPLES.remove(SUITE)
-ERROR = next(code for language, code in BLOCKS if language == "text")
 
 
-def run_example(code, names):
+def run_example(example, names):
     """Runs one block after the preamble; an example of ``warn`` may warn, of bnguard's category only."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", bnguard.BNGuardWarning)
-        exec(compile(code, "README.md", "exec"), names)
+        exec(compile(example, "README.md", "exec"), names)
 
 
 def test_error_is_the_one_that_the_script_gives(tmp_path):
@@ -48,9 +48,9 @@ def test_script_passes_with_what_the_error_advises(tmp_path):
     advised = re.findall(r"frozen\(model, ([^)]*)\)", ERROR)
     assert len(advised) == 2
     for option in advised:
-        code = SCRIPT.replace("bnguard.frozen(backbone)", f"bnguard.frozen(backbone, {option})")
-        assert code != SCRIPT
-        run_example(code, {})
+        script = SCRIPT.replace("bnguard.frozen(backbone)", f"bnguard.frozen(backbone, {option})")
+        assert script != SCRIPT
+        run_example(script, {})
 
 
 def test_examples_run():
@@ -60,6 +60,11 @@ def test_examples_run():
     assert len(EXAMPLES) >= 4
     for example in EXAMPLES:
         run_example(example, names)
+
+
+def test_no_block_is_left_out():
+    """Each block of Python is run."""
+    assert sorted([SCRIPT, PREAMBLE, *EXAMPLES, SUITE]) == sorted(code(README))
 
 
 @pytest.mark.parametrize("switches", [(), ("--bn-report",), ("-W", "error", "--strict-markers")])
@@ -78,12 +83,10 @@ def test_suite_passes_while_everything_is_watched(suite):
 
 def test_tests_of_the_suite_fail_where_they_should(suite):
     """They are tests: a validation in train mode fails three of them, a second forward in the step one."""
-    code = SUITE.replace("    model.eval()\n", "    model.train()\n")
-    suite.pytester.makepyfile(test_model=code)
+    suite.pytester.makepyfile(test_model=SUITE.replace("    model.eval()\n", "    model.train()\n"))
     result = suite.again(*REWRITTEN, passed=3, failed=3)
     result.stdout.fnmatch_lines(["E*StatsChangedError: bn1 (BatchNorm2d) is in train mode inside bn_frozen():"])
-    code = SUITE.replace("model(IMAGES).sum()", "(model(IMAGES) + model(IMAGES)).sum()")
-    suite.pytester.makepyfile(test_model=code)
+    suite.pytester.makepyfile(test_model=SUITE.replace("model(IMAGES).sum()", "(model(IMAGES) + model(IMAGES)).sum()"))
     result = suite.again(*REWRITTEN, passed=5, failed=1)
     result.stdout.fnmatch_lines(["E*bn1 (BatchNorm2d) has updated once inside @pytest.mark.bn_frozen(updates=1):"])
 
