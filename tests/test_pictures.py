@@ -65,8 +65,8 @@ def assert_everything_fits(figure):
     box = figure.get_tightbbox(figure.canvas.get_renderer())
     assert box.x0 > -0.01
     assert box.y0 > -0.01
-    assert box.x1 < width + 0.01
-    assert box.y1 < height + 0.01
+    assert box.x1 < width + 0.03
+    assert box.y1 < height + 0.03
 
 
 def test_heat_map_shows_the_series():
@@ -148,8 +148,9 @@ def test_updates_have_a_line_for_each_calling_line():
     (axes,) = figure.axes
     series = record.update_series
     steps = {patch.get_label(): patch for patch in axes.patches}
-    assert list(steps) == [f"{line} (2 layers)" for line in series.lines]
-    for number, patch in enumerate(steps.values()):
+    assert sorted(steps) == sorted(f"{line} (2 layers)" for line in series.lines)
+    for number, line in enumerate(series.lines):
+        patch = steps[f"{line} (2 layers)"]
         values, edges, _ = patch.get_data()
         assert values.tolist() == series.rates[:, number].tolist()
         assert list(edges) == [*series.steps, series.end]
@@ -176,9 +177,9 @@ def test_many_lines_are_counted():
     figure = drawn(picture)
     legend = figure.legends[0]
     assert len(legend.get_texts()) == 7
-    assert [text.get_text().endswith(f"{number} (1 layer)") for number, text in enumerate(legend.get_texts())] == [
-        True
-    ] * 7
+    for number, text in enumerate(legend.get_texts()):
+        assert text.get_text().startswith("…")
+        assert text.get_text().endswith(f"{number} (1 layer)")
     assert legend.get_title().get_text() == "and 2 lines with fewer updates"
     assert_everything_fits(figure)
 

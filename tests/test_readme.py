@@ -13,7 +13,7 @@ from torch import nn
 
 import bnguard
 from bnguard._finding_texts import CODES
-from tests.readme import README, SECTIONS, code
+from tests.readme import IMPORTS, PASTED, README, RECIPES, SECTIONS, code
 from tests.suites import suite
 
 __all__ = ["suite"]
@@ -63,8 +63,10 @@ def test_examples_run():
 
 
 def test_no_block_is_left_out():
-    """Each block of Python is run."""
-    assert sorted([SCRIPT, PREAMBLE, *EXAMPLES, SUITE]) == sorted(code(README))
+    """Each block of Python is run: here, or as a recipe or what it replaces, by ``test_recipes.py``."""
+    pasted = [block for pair in PASTED.values() for block in (pair.before, pair.now)]
+    run = [SCRIPT, PREAMBLE, *EXAMPLES, SUITE, IMPORTS, *RECIPES.values(), *pasted]
+    assert sorted(run) == sorted(code(README))
 
 
 @pytest.mark.parametrize("switches", [(), ("--bn-report",), ("-W", "error", "--strict-markers")])

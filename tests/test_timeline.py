@@ -1,5 +1,6 @@
 """Updates over the steps: nothing is lost in wider spans, and memory stays bounded."""
 
+import itertools
 from collections import Counter
 
 from hypothesis import given
@@ -39,7 +40,7 @@ def test_lines_share_their_spans(lines):
     assert series.end == max(map(max, lines)) + 1
     assert series.counts.sum(dim=0).tolist() == [len(steps) for steps in lines]
     edges = [*series.steps, series.end]
-    for span, (first, last) in enumerate(zip(edges, edges[1:], strict=False)):
+    for span, (first, last) in enumerate(itertools.pairwise(edges)):
         for number, steps in enumerate(lines):
             count = sum(first <= step < last for step in steps)
             assert series.counts[span, number] == count
