@@ -7,13 +7,13 @@ import os
 import sys
 import sysconfig
 from dataclasses import dataclass
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Literal
 
 import torch
 import wrapt
 
-__all__ = ["CallSite", "Origin", "call_site", "is_machinery", "origin_of"]
+__all__ = ["CallSite", "Origin", "call_site", "function_of", "is_machinery", "origin_of"]
 
 Origin = Literal["machinery", "library", "user"]
 
@@ -25,7 +25,7 @@ class CallSite:
     Attributes:
         filename: Path as the interpreter knows it.
         lineno: Line number, from 1.
-        function: Name of the function, ``"<module>"`` at top level.
+        function: Name of the function, ``"<module>"`` at top level; a comprehension belongs to its function.
         stacklevel: What ``warnings.warn`` needs, when called from the caller of ``call_site``, to point here.
     """
 
@@ -51,14 +51,23 @@ def call_site() -> CallSite:
     while frame is not None:
         origin = "machinery" if _is_made_by_a_tracer(frame) else origin_of(frame.f_code.co_filename)
         if origin != "machinery":
-            site = CallSite(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name, stacklevel)
+            site = CallSite(frame.f_code.co_filename, frame.f_lineno, function_of(frame.f_code), stacklevel)
             if origin == "user":
                 return site
             fallback = fallback or site
-        outermost = CallSite(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name, stacklevel)
+        outermost = CallSite(frame.f_code.co_filename, frame.f_lineno, function_of(frame.f_code), stacklevel)
         frame = frame.f_back
         stacklevel += 1
     return fallback or outermost
+
+
+_COMPREHENSIONS = ("<listcomp>", "<genexpr>", "<setcomp>", "<dictcomp>")
+
+
+def function_of(code: CodeType) -> str:
+    """The name of the function that code is part of."""
+    path = [part for part in code.co_qualname.split(".") if part != "<locals>" and part not in _COMPREHENSIONS]
+    return path[-1] if path else "<module>"
 
 
 def is_machinery(filename: str) -> bool:

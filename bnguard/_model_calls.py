@@ -8,7 +8,7 @@ from typing import Final, NamedTuple
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
-from bnguard._callsite import CallSite, origin_of
+from bnguard._callsite import CallSite, function_of, origin_of
 from bnguard._tree import WRAPPERS
 
 __all__ = ["ModelCall", "ModelCalls"]
@@ -106,7 +106,9 @@ class ModelCalls:
         if text is None:
             if len(self._lines) >= _MOST:  # code that is made again and again
                 self._lines.clear()
-            self._lines[key] = text = str(CallSite(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name, 0))
+            self._lines[key] = text = str(
+                CallSite(frame.f_code.co_filename, frame.f_lineno, function_of(frame.f_code), 0)
+            )
         return text
 
 

@@ -53,6 +53,19 @@ def test_call_site_as_text() -> None:
     assert str(call_site()) == f"tests/test_callsite.py:{here()} in test_call_site_as_text"
 
 
+def test_comprehensions_belong_to_their_function() -> None:
+    """A user has not named them; a lambda is what it is called."""
+    (site,) = [call_site() for _ in range(1)]
+    assert site.function == "test_comprehensions_belong_to_their_function"
+    assert next(call_site() for _ in range(1)).function == "test_comprehensions_belong_to_their_function"
+    assert {call_site().function for _ in range(1)} == {"test_comprehensions_belong_to_their_function"}
+    assert {0: call_site().function for _ in range(1)}[0] == "test_comprehensions_belong_to_their_function"
+    assert (lambda: call_site())().function == "<lambda>"
+    names: dict[str, Any] = {"call_site": call_site}
+    exec(compile("found = [call_site() for _ in range(1)]", "script.py", "exec"), names)
+    assert names["found"][0].function == "<module>"
+
+
 def test_call_site_elsewhere_is_an_absolute_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file that is not below the working directory is given in full."""
     monkeypatch.chdir(tmp_path)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 import bnguard
+from tests.readme import README
 
 SCRIPT = """\
 import sys
@@ -236,3 +238,128 @@ def test_diff_of_two_files(tmp_path):
     assert json.loads((tmp_path / "out.json").read_text())["changed"] == ["0"]
     done = bnguard_("diff", "a.pt", "a.pt", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, "bnguard diff a.pt a.pt\n0 of 1 layer moved\n")
+
+
+def test_files_are_written_where_the_user_is(script, tmp_path):
+    """JSON, pictures and a page, also where the script changes its directory; the report says so."""
+    script("validate(); import os; os.chdir('/')")
+    done = bnguard_("run", "--json", "out.json", "--plot", "out.svg", "--html", "out.html", "train.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    paths = [tmp_path / f"out.{suffix}" for suffix in ("json", "svg", "html")]
+    assert done.stdout.splitlines()[-3:] == [f"Written: {path}" for path in paths]
+    record, picture, page = (path.read_text() for path in paths)
+    assert json.loads(record)["series"]["steps"] == [1, 2, 3]
+    assert picture.startswith("<?xml")
+    assert "<h1>bnguard run train.py</h1>" in page
+    assert page.count("data:image/svg+xml;base64,") == 3
+
+
+def test_drift_is_measured_as_often_as_asked(script, tmp_path):
+    """--every, for pictures and JSON; without both nothing is measured on the way."""
+    script()
+    bnguard_("run", "--every", "2", "--json", "out.json", "train.py", cwd=tmp_path)
+    assert json.loads((tmp_path / "out.json").read_text())["series"]["steps"] == [2]
+    bnguard_("run", "--json", "out.json", "train.py", cwd=tmp_path)
+    assert json.loads((tmp_path / "out.json").read_text())["series"]["steps"] == []
+
+
+def test_pages_of_audit_and_diff(tmp_path):
+    """Each command has one."""
+    (tmp_path / "models.py").write_text("from torch import nn\nnet = nn.BatchNorm1d(2, momentum=0.9)\n")
+    assert bnguard_("audit", "models:net", "--html", "out.html", cwd=tmp_path).returncode == 1
+    assert "BN007" in (tmp_path / "out.html").read_text()
+    net = nn.Sequential(nn.BatchNorm1d(2))
+    torch.save(net.state_dict(), tmp_path / "a.pt")
+    net(torch.randn(8, 2))
+    torch.save(net.state_dict(), tmp_path / "b.pt")
+    done = bnguard_("diff", "a.pt", "b.pt", "--html", "out.html", "--plot", "out.png", cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    assert (tmp_path / "out.html").read_text().count("data:image/svg+xml;base64,") == 2
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("option", "path", "problem"),
+    [
+        ("--json", "missing/out.json", "argument --json: no folder"),
+        ("--html", ".", "argument --html: . is a folder"),
+        ("--plot", "out.xyz", "argument --plot: out.xyz: no format '.xyz'; there are "),
+        ("--every", "0", "'0' is no whole number from 1 on"),
+        ("--progress", "-1", "'-1' is no number of seconds above 0"),
+        ("--progress", "soon", "'soon' is no number of seconds above 0"),
+    ],
+)
+def test_bad_options_are_refused_before_the_script_runs(script, tmp_path, option, path, problem):
+    """Not after hours of training."""
+    script()
+    done = bnguard_("run", option, path, "train.py", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert problem in done.stderr
+
+
+def test_file_that_cannot_be_written_in_the_end(script, tmp_path):
+    """The report is there all the same, the reason is on stderr, and the exit code is 2."""
+    script("import os; os.rmdir('folder')")
+    (tmp_path / "folder").mkdir()
+    done = bnguard_("run", "--json", "folder/out.json", "train.py", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "no finding; 3 updates of 1 layer" in done.stdout
+    assert re.fullmatch(r"bnguard run: .*No such file or directory: .*out\.json'\n", done.stderr)
+
+
+def test_missing_extra_is_told_before_the_script_runs(script, tmp_path):
+    """One sentence with the install line."""
+    script()
+    code = "import sys; sys.modules['matplotlib'] = None; from bnguard.cli import main; sys.exit(main())"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "run", "--html", "out.html", "train.py"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "This command needs matplotlib: pip install 'bnguard[plot]'\n"
+
+
+def test_long_runs_show_progress_on_stderr(script, tmp_path):
+    """Every so many seconds, with the numbers so far; stdout is what it is without."""
+    script()
+    plain = bnguard_("run", "train.py", cwd=tmp_path)
+    more = "for _ in range(64): train(); __import__('time').sleep(0.01)"
+    script(more)
+    done = bnguard_("run", "--progress", "0.2", "train.py", cwd=tmp_path)
+    lines = done.stderr.splitlines()
+    assert lines
+    assert all(re.fullmatch(r"bnguard: 0:\d\d, \d+ optimizer steps, \d+ updates of 1 layer", line) for line in lines)
+    steps = [int(re.search(r"(\d+) optimizer", line)[1]) for line in lines]
+    assert steps == sorted(steps)
+    assert "bnguard:" not in done.stdout
+    assert plain.stderr == ""
+
+
+DOCUMENTED = dict(re.findall(r"^\| `(\w+)` \| (?:.*?): `([\w`, ]+)` \|$", README, re.M))
+
+
+def test_json_is_as_documented(script, tmp_path):
+    """The README's table has every key and every field, and no other."""
+    script(
+        "validate(); net[1].running_var.data.mul_(2); extra = nn.BatchNorm1d(2); extra.eval()(torch.ones(2, 2))\n"
+        "    extra.running_mean.fill_(3)"
+    )
+    bnguard_("run", "--json", "run.json", "--every", "1", "train.py", cwd=tmp_path)
+    torch.save({"bn.running_mean": torch.zeros(1), "bn.running_var": torch.ones(1)}, tmp_path / "a.pt")
+    torch.save({"bn.running_mean": torch.ones(1), "bn.running_var": torch.ones(1)}, tmp_path / "b.pt")
+    bnguard_("diff", "a.pt", "b.pt", "--json", "diff.json", cwd=tmp_path)
+    run, diff = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("run", "diff"))
+    documented = {key: re.findall(r"\w+", fields) for key, fields in DOCUMENTED.items()}
+    for content in (run, diff):
+        for key, value in content.items():
+            assert f"`{key}`" in README, key
+            rows = value if isinstance(value, list) else [value]
+            for row in rows:
+                if isinstance(row, dict):
+                    assert sorted(row) == sorted(documented[key]), key
+    assert {key for key, value in run.items() if value and isinstance(value, (list, dict))} >= {
+        "findings", "updates", "unexplained", "drift", "series", "update_series"
+    }  # fmt: skip
+    assert diff["moved"]
+    assert sorted(run["updates"][0]["mode"]) == sorted(documented["mode"])

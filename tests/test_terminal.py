@@ -1,0 +1,118 @@
+"""Reports on a terminal: rich at 80 columns; plain text when piped, under NO_COLOR, or without rich."""
+
+import os
+import pty
+import re
+import subprocess
+import sys
+
+import pytest
+
+import bnguard
+
+SCRIPT = """\
+import torch
+from torch import nn
+
+torch.manual_seed(0)
+net = nn.Sequential()
+for number in range(30):
+    block = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    net.add_module(f"some_rather_long_stage_name_{number}", block)
+
+
+def validate_the_model_on_all_the_held_out_images():
+    with torch.no_grad():
+        net(torch.randn(8, 4))
+
+
+for _ in range(3):
+    validate_the_model_on_all_the_held_out_images()
+"""
+ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+
+
+@pytest.fixture
+def script(tmp_path):
+    """A script with long names, in the current directory."""
+    (tmp_path / "train_a_network_with_a_long_name.py").write_text(SCRIPT)
+    return tmp_path
+
+
+def on_a_terminal(folder, *code, **variables):
+    """What a command prints on a terminal of 80 columns."""
+    master, slave = pty.openpty()
+    environment = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "COLUMNS")}
+    environment |= {"TERM": "xterm-256color", "COLUMNS": "80", "PYTHONPATH": root(), **variables}
+    command = [sys.executable, *(code or ("-m", "bnguard", "run", "train_a_network_with_a_long_name.py"))]
+    with subprocess.Popen(command, cwd=folder, stdout=slave, stderr=subprocess.PIPE, env=environment) as process:
+        os.close(slave)
+        parts = []
+        while True:
+            try:
+                part = os.read(master, 65536)
+            except OSError:  # that is how a terminal ends
+                break
+            if not part:
+                break
+            parts.append(part)
+        errors = process.stderr.read().decode()
+    os.close(master)
+    assert process.returncode == 0, errors
+    return b"".join(parts).decode().replace("\r\n", "\n")
+
+
+def piped(folder):
+    """What the command prints into a pipe."""
+    command = [sys.executable, "-m", "bnguard", "run", "train_a_network_with_a_long_name.py"]
+    done = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": root()}
+    )
+    return done.stdout
+
+
+def root():
+    """Where the package lies."""
+    return os.path.dirname(os.path.dirname(bnguard.__file__))
+
+
+def words(text):
+    """The words of a text, without lines that were drawn."""
+    return re.sub(r"[^\w.%()':,/=-]+", "", text)
+
+
+def test_rich_fits_into_80_columns(script):
+    """In colour, nothing cut off, every line at most as wide as the terminal."""
+    text = on_a_terminal(script)
+    assert ESCAPES.search(text)
+    plain = ESCAPES.sub("", text)
+    assert max(map(len, plain.splitlines())) <= 80
+    assert "…" not in plain
+    assert "90 updates of 30 layers" in plain
+    assert "some_rather_long_stage_name_" in plain
+    assert "and 27 more" in plain
+    # Wrapped or not, what is said is what a pipe gets.
+    verdict = piped(script).splitlines()[2]
+    assert "train_a_network_with_a_long_name.py:13 in validate_the_model" in verdict
+    assert words(verdict) in words(plain)
+
+
+def test_a_pipe_gets_plain_text(script):
+    """No colour, no frames, no line broken."""
+    text = piped(script)
+    assert not ESCAPES.search(text)
+    assert text.isascii()
+    assert max(map(len, text.splitlines())) > 80
+
+
+@pytest.mark.parametrize("variables", [{"NO_COLOR": "1"}, {"TERM": "dumb"}])
+def test_no_color_is_plain(script, variables):
+    """A terminal that wants none gets what a pipe gets."""
+    assert on_a_terminal(script, **variables) == piped(script)
+
+
+def test_without_rich_it_is_plain(script):
+    """The extra is one."""
+    code = "import sys; sys.modules['rich'] = None; from bnguard.cli import main; sys.exit(main())"
+    text = on_a_terminal(script, "-c", code, "run", "train_a_network_with_a_long_name.py")
+    assert text == piped(script)
