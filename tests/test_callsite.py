@@ -59,7 +59,7 @@ def test_comprehensions_belong_to_their_function() -> None:
     assert site.function == "test_comprehensions_belong_to_their_function"
     assert next(call_site() for _ in range(1)).function == "test_comprehensions_belong_to_their_function"
     assert {call_site().function for _ in range(1)} == {"test_comprehensions_belong_to_their_function"}
-    assert {0: call_site().function for _ in range(1)}[0] == "test_comprehensions_belong_to_their_function"
+    assert {n: call_site().function for n in range(1)}[0] == "test_comprehensions_belong_to_their_function"
     assert (lambda: call_site())().function == "<lambda>"
     names: dict[str, Any] = {"call_site": call_site}
     exec(compile("found = [call_site() for _ in range(1)]", "script.py", "exec"), names)
