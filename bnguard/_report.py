@@ -17,11 +17,14 @@ __all__ = [
     "assertion_text",
     "capture_text",
     "changed_text",
+    "checkpoint_text",
     "count_text",
     "fixed_mode_text",
     "layer_text",
     "listing",
     "name_text",
+    "no_part_text",
+    "peer_text",
     "pending_text",
     "recorded_text",
     "report_text",
@@ -206,12 +209,39 @@ def pending_text(in_eval_mode: bool) -> str:
     )
 
 
-def unguarded_text(type_name: str) -> str:
+def unguarded_text(type_name: str, wording: Wording = FROZEN) -> str:
     """The warning about a model without any layer to guard."""
     return (
-        f"{type_name} has no layer with running statistics: frozen() has nothing to guard.\n"
+        f"{type_name} has no layer with running statistics: {wording.place} has nothing to guard.\n"
         "If one of its layers keeps statistics under other names, see bnguard.register_layer()."
     )
+
+
+def checkpoint_text(changes: Sequence[StatsChange], wording: Wording) -> str:
+    """The warning about a checkpoint with statistics that are not those of the beginning."""
+    head = f"this checkpoint holds running statistics of {_layers(len(changes))} that changed inside {wording.place}:"
+    return "\n".join(
+        [
+            head,
+            *_lines(changes),
+            "Later ones are not warned about. To keep the statistics of the beginning:",
+            *wording.choices(('on_change="restore"', "normalise with the batch, keep the statistics")),
+        ]
+    )
+
+
+def peer_text(rank: int, wording: Wording) -> str:
+    """The error of a process in which nothing changed, of a run that ends because of another one."""
+    return (
+        f"running statistics changed inside {wording.place} in another process than this one, of rank {rank}:\n"
+        "its error names the layers. All processes end here, so that none waits for another."
+    )
+
+
+def no_part_text(path: str, there: str, name: str, children: Sequence[str], wording: Wording) -> str:
+    """The error about a path that leads nowhere."""
+    parts = suggestion(name, children) if children else f"{there} has no submodules"
+    return f"{wording.place}: target {path!r}: {there} has no submodule {name!r}; {parts}"
 
 
 def capture_text() -> str:
