@@ -230,12 +230,9 @@ def checkpoint_text(changes: Sequence[StatsChange], wording: Wording) -> str:
     )
 
 
-def peer_text(rank: int, wording: Wording) -> str:
+def peer_text(rank: int, text: str) -> str:
     """The error of a process in which nothing changed, of a run that ends because of another one."""
-    return (
-        f"running statistics changed inside {wording.place} in another process than this one, of rank {rank}:\n"
-        "its error names the layers. All processes end here, so that none waits for another."
-    )
+    return f"in the process of rank {rank}, for which all end here, so that none waits for another:\n{text}"
 
 
 def no_part_text(path: str, there: str, name: str, children: Sequence[str], wording: Wording) -> str:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import copy
 import csv
 import inspect
+import json
+import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -37,6 +40,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.utilities.exceptions import _TunerExitException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -420,6 +424,14 @@ def test_layers_are_those_of_target_include_and_exclude(target, options, guarded
 # Scenarios.
 
 
+class AfterSetup(SingleDeviceStrategy):
+    """Loads checkpoints when FSDP and DeepSpeed do."""
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        return True
+
+
 class LeftInTrainMode(Net):
     """A validation that forgot eval(): Lightning lets a module decide."""
 
@@ -438,11 +450,13 @@ def test_validation_left_in_train_mode_learns_from_its_data_and_is_stopped(tmp_p
     twin = fit(LeftInTrainMode(), make_trainer(tmp_path))
     assert twin.error is None
     assert twin.has_moved()
-    run = fit(LeftInTrainMode(), make_trainer(tmp_path, BNGuardCallback("backbone")))
-    assert isinstance(run.error, bnguard.StatsChangedError)
-    assert "in validation_step" in str(run.error)
-    assert run.net.losses == []
-    run.assert_held()
+    for strategy in (SingleDeviceStrategy, AfterSetup):
+        options = {"strategy": strategy(torch.device("cpu"))}
+        run = fit(LeftInTrainMode(), make_trainer(tmp_path, BNGuardCallback("backbone"), **options))
+        assert isinstance(run.error, bnguard.StatsChangedError)
+        assert "in validation_step" in str(run.error)
+        assert run.net.losses == []
+        run.assert_held()
     run = fit(LeftInTrainMode(), make_trainer(tmp_path, BNGuardCallback("backbone", "restore")))
     assert run.error is None
     run.assert_held()
@@ -536,6 +550,7 @@ def test_swallowed_error_still_ends_the_run(tmp_path):
     assert fit(Swallows(), make_trainer(tmp_path)).has_moved()
     run = fit(Swallows(), make_trainer(tmp_path, BNGuardCallback("backbone")))
     assert "the StatsChangedError that said so was caught" in str(run.error)
+    assert run.trainer.current_epoch == 0
     run.assert_held()
 
 
@@ -576,14 +591,6 @@ def test_finding_at_ctrl_c_is_a_warning(on_change, tmp_path):
     run = fit(make_net(), make_trainer(tmp_path, guard, at("on_train_batch_end", act)))  # under the filter "error"
     assert isinstance(run.error, SystemExit)
     run.assert_held()
-
-
-class AfterSetup(SingleDeviceStrategy):
-    """Loads checkpoints when FSDP and DeepSpeed do."""
-
-    @property
-    def restore_checkpoint_after_setup(self) -> bool:
-        return True
 
 
 @pytest.mark.parametrize("strategy", [SingleDeviceStrategy, AfterSetup])
@@ -900,6 +907,15 @@ def test_learning_rate_finder_does_not_move_what_is_held(tmp_path):
         run.assert_held()
 
 
+def test_tuner_that_ends_a_run_in_its_own_way_ends_the_guard(tmp_path):
+    """Neither on_fit_end nor on_exception is called then."""
+    guard = BNGuardCallback("backbone", "restore")
+    run = fit(make_net(), make_trainer(tmp_path, guard, at("on_train_epoch_end", fail(_TunerExitException()))))
+    assert run.error is None
+    assert run.trainer.current_epoch == 0
+    run.assert_held()
+
+
 def test_double_precision_is_guarded_as_it_is(tmp_path):
     """Statistics are converted before the guard begins."""
     guard = BNGuardCallback("backbone", use_running_stats=True)
@@ -1050,6 +1066,99 @@ def test_no_tensor_is_read_in_a_training_step(on_change, options, reads, tmp_pat
 
     guard = BNGuardCallback("backbone", on_change, use_running_stats=on_change == "raise", **options)
     assert (count(guard) > count()) == reads
+
+
+# Several processes.
+
+
+DISTRIBUTED = """
+import json, sys, warnings
+from pathlib import Path
+import torch
+import lightning.pytorch as pl
+from lightning.pytorch.loggers import CSVLogger
+from torch.utils.data import DataLoader, TensorDataset
+import bnguard
+from bnguard.integrations.lightning import BNGuardCallback
+from tests.test_lightning import Net
+
+torch.set_num_threads(1)
+data = DataLoader(TensorDataset(torch.randn(48, 1, 4, 4), torch.arange(48) % 3), batch_size=8)
+for name, writer, options in json.loads(sys.argv[1]):
+    folder = Path(name).absolute()
+    folder.mkdir(exist_ok=True)
+
+    class Write(pl.Callback):
+        def on_train_batch_end(self, trainer, net, *rest):
+            # The last step: before each forward the other processes get the statistics of rank zero.
+            if trainer.global_rank == writer and trainer.global_step == 3:
+                net.backbone[1].num_batches_tracked.data.add_(1)
+
+    guards = [] if options is None else [BNGuardCallback("backbone", **options)]
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=2, strategy="ddp", max_epochs=1, logger=CSVLogger(folder, "", ""),
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
+        callbacks=[*guards, Write()],
+    )
+    net, failure = Net(), None
+    with warnings.catch_warnings(record=True) as records:
+        warnings.simplefilter("always")
+        try:
+            trainer.fit(net, data, data)
+        except bnguard.StatsChangedError as error:
+            failure = str(error)
+    ours = [str(record.message) for record in records if issubclass(record.category, bnguard.BNGuardWarning)]
+    told = {"count": int(net.backbone[1].num_batches_tracked), "error": failure, "warnings": len(ours)}
+    (folder / str(trainer.global_rank)).write_text(json.dumps(told))
+"""
+
+
+def test_several_processes(tmp_path):
+    """Each is guarded, that of rank zero logs and warns; where one of them finds a change, all end, and say which."""
+    runs = [
+        ("twin", None, None),
+        ("restore", None, {"on_change": "restore"}),
+        ("warn", None, {"on_change": "warn"}),
+        ("raise", 1, {"use_running_stats": True}),
+    ]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "NODE_RANK": "0"}
+    path = {"PYTHONPATH": str(Path(__file__).parents[1])}
+    log = tmp_path / "log"
+    with log.open("w") as output:
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-c", DISTRIBUTED, json.dumps(runs)],
+                cwd=tmp_path,
+                env={**os.environ, **path, **world, "LOCAL_RANK": str(rank)},
+                stdout=output,
+                stderr=output,
+            )
+            for rank in (0, 1)
+        ]
+    try:
+        for process in processes:
+            assert process.wait(timeout=120) == 0, log.read_text()
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    told = {name: [json.loads((tmp_path / name / str(rank)).read_text()) for rank in (0, 1)] for name, *_ in runs}
+    assert [process["count"] for process in told["twin"]] == [4, 4]
+    assert told["restore"] == [{"count": 1, "error": None, "warnings": 0}] * 2
+    assert [process["count"] for process in told["warn"]] == [4, 4]
+    assert [process["warnings"] for process in told["warn"]] == [2, 0]
+    rows = logged(tmp_path / "warn")
+    assert rows
+    assert {row["bnguard/backbone.1/updates"] for row in rows} == {"3.0"}
+    zero, one = told["raise"]
+    assert zero["count"] == one["count"] == 1
+    own = "running statistics of 1 layer changed inside BNGuardCallback():\n  backbone.1 (BatchNorm2d)"
+    assert one["error"].startswith(own)
+    head = "in the process of rank 1, for which all end here, so that none waits for another:\n"
+    assert zero["error"].startswith(head + own)
 
 
 # What is refused, and what is told.

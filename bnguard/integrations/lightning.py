@@ -102,7 +102,7 @@ class BNGuardCallback(_Callback):
 
     Where strategies load the checkpoint after ``on_fit_start`` (FSDP, DeepSpeed, ``ModelParallelStrategy``), the guard
     begins at ``on_sanity_check_start`` or ``on_train_start``, when it has been loaded. With several processes each
-    guards its own copy; where a comparison under ``"raise"`` fails in one of them, all raise.
+    guards its own copy and that of rank zero warns; where a comparison under ``"raise"`` fails in one, all raise.
 
     Not covered: an update that raises in one process only, as any other exception there. Callbacks that average weights
     keep a model of their own, which is no part of the guarded one: with ``use_buffers=True`` their checkpoints hold its
@@ -346,9 +346,7 @@ class BNGuardCallback(_Callback):
         try:
             self._log(trainer)
             if has_peers and self._settings.on_change == "raise" and trainer.world_size > 1:
-                is_anywhere = trainer.strategy.reduce_boolean_decision(failure is not None, all=False)
-                if is_anywhere and failure is None:
-                    failure = StatsChangedError(_report.peer_text(trainer.global_rank, self._wording))
+                failure = _failure_anywhere(trainer, failure)
         finally:
             if failure is not None:
                 raise failure
@@ -365,6 +363,18 @@ class BNGuardCallback(_Callback):
                 metrics[f"{name}/mean_shift"] = change.mean_shift
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
+
+
+def _failure_anywhere(trainer: Any, failure: StatsChangedError | None) -> StatsChangedError | None:
+    """This process' failure, else the first of another one: launchers end the others before these have told theirs."""
+    if not trainer.strategy.reduce_boolean_decision(failure is not None, all=False):
+        return None
+    mine = None if failure is None else (str(failure), failure.changes)
+    for rank in range(trainer.world_size):
+        theirs = trainer.strategy.broadcast(mine, src=rank)
+        if theirs is not None and failure is None:
+            failure = StatsChangedError(_report.peer_text(rank, theirs[0]), theirs[1])
+    return failure
 
 
 def _as_paths(target: Any) -> tuple[str, ...]:
