@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from bnguard import _report
 from bnguard._affine import AffineHold, affine_parameters
+from bnguard._agreement import Agreement
 from bnguard._aside import aside
 from bnguard._attach import attach, detach, is_any_held
+from bnguard._broadcast import overwritten_by_ddp
 from bnguard._callsite import call_site
-from bnguard._causes import causes_of
 from bnguard._caveats import (
     warn_about_added_layers,
     warn_about_fixed_modes,
@@ -29,7 +30,9 @@ from bnguard._claims import Claim, count, pay
 from bnguard._drift import eps_of, largest_mean_shift
 from bnguard._graphs import compiled_parts, is_taken_in
 from bnguard._layers import StatsLayer, tensor_tables
+from bnguard._outcome import Outcome
 from bnguard._protection import protection_text
+from bnguard._ranks import Ranks
 from bnguard._select import select_layers
 from bnguard._sentry import Sentry
 from bnguard._settings import Settings
@@ -56,9 +59,9 @@ class Block:
     """
 
     __slots__ = (
-        "_affine", "_claims", "_errors", "_found", "_has_warned_of_program", "_layers", "_model", "_on_cuda",
+        "_affine", "_claims", "_found", "_has_warned_of_program", "_layers", "_model", "_on_cuda", "_outcome",
         "_parameters", "_process", "_refreshing", "_regions", "_sentries", "_settings", "_statistics", "_tree",
-        "_under_way", "_verified", "_warned", "_without_values",
+        "_under_way", "_verified", "_without_values",
     )  # fmt: skip
 
     def __init__(self, model: nn.Module, settings: Settings, earlier: Block | None = None) -> None:
@@ -80,8 +83,7 @@ class Block:
         self._without_values: frozenset[int] = frozenset()  # owners
         self._found: Mapping[int, StatsChange] = _NONE  # by owner: what a comparison found
         self._verified: Mapping[int, int] = _NONE  # by owner: updates when it was last compared
-        self._errors: list[str] = []  # texts of the errors that forwards raised, each once
-        self._warned = settings.manner.is_silent
+        self._outcome = Outcome(settings, None)
         self._has_warned_of_program = False
         self._refreshing = threading.Lock()
         self._under_way: dict[int, int] = {}  # by owner: updates within the budget that have begun and not ended
@@ -91,6 +93,7 @@ class Block:
         """Guards the layers from now on. If that fails, the model is as it was."""
         settings, modules = self._settings, [layer.module for layer in self._layers]
         self._process = os.getpid()
+        self._outcome = Outcome(settings, self._agreement())
         self._on_cuda = torch.cuda.is_initialized() and any(
             [
                 tensor.is_cuda
@@ -187,10 +190,7 @@ class Block:
     def stopped(self, claim: Claim) -> StatsChangedError:
         """Records an update that is stopped before it happens; returns the error to raise."""
         count(claim, str(call_site()))
-        change = self._change(claim)
-        text = _report.stopped_text(change, self._mode(claim), claim.budget, self._settings.manner.wording)
-        self._note(text)
-        return StatsChangedError(text, (change,))
+        return self._outcome.stopped(self._change(claim), self._mode(claim), claim.budget)
 
     def stood(self, claim: Claim) -> None:
         """Records an update that stands; the first one of the block is warned about, at the user's line."""
@@ -199,12 +199,7 @@ class Block:
             return
         site = call_site()
         count(claim, str(site))
-        if not self._warned:
-            self._warned = True
-            text = _report.stood_text(
-                self._change(claim), self._mode(claim), claim.budget, self._settings.manner.wording
-            )
-            warnings.warn(text, BNGuardWarning, stacklevel=site.stacklevel)
+        self._outcome.stood(self._change(claim), self._mode(claim), claim.budget, site)
 
     def allowing(self, claim: Claim) -> Tensor | None:
         """Notes, on the device, whether something other than a forward has written to the layer before.
@@ -304,35 +299,24 @@ class Block:
         detach(self._layers, self._claims, self._model)
 
     def _act(self, found: list[StatsChange], error: BaseException | None) -> None:
-        if not found and not self._errors:
-            return
-        on_change, wording = self._settings.on_change, self._settings.manner.wording
-        texts = []
-        if found and not (on_change == "warn" and self._warned):
-            texts.append(_report.changed_text(found, on_change != "warn", self._cause(found), wording))
-        caught = [change for change in self.changes if change not in found]
-        if caught and self._errors and not _reports(error, self._errors):
-            texts.append(_report.swallowed_text(caught, wording))
-        if not texts:
-            return
-        text = "\n".join(texts)
-        if on_change == "raise" and error is None:
-            self._note(text)  # of check(): may be caught as well
-            raise StatsChangedError(text, self.changes)
-        self._warned = True
-        if error is not None:
-            error.add_note(f"bnguard: {text}")
-        if on_change != "raise" or isinstance(error, (GeneratorExit, StopIteration, StopAsyncIteration)):
-            try:
-                warnings.warn(text, BNGuardWarning, stacklevel=call_site().stacklevel)
-            except BNGuardWarning:
-                if error is None:
-                    raise
+        if found or self._outcome.is_due:
+            unseen = [change for change in found if not change.updates]
+            overwritten = self._overwritten(unseen) if unseen else []
+            self._outcome.act(found, overwritten, self.changes, self._cause(found), error)
 
-    def _note(self, text: str) -> None:
-        """Keeps the text of an error that may be caught; a loop that catches it each time adds nothing."""
-        if text not in self._errors:
-            self._errors.append(text)
+    def _overwritten(self, changes: list[StatsChange]) -> list[StatsChange]:
+        """Those of some changes that another rank's statistics have made."""
+        modules = {layer.names: layer.module for layer in self._layers}
+        ids = overwritten_by_ddp([modules[change.names] for change in changes])
+        return [change for change in changes if id(modules[change.names]) in ids]
+
+    def _agreement(self) -> Agreement | None:
+        """With the other ranks of a distributed run."""
+        ranks = Ranks.of(self._settings.group)
+        if ranks is None:
+            return None
+        settings = self._settings
+        return Agreement(ranks, str(call_site()), settings.manner.wording, settings.on_change == "raise")
 
     def _refuse_capture(self) -> None:
         if self._on_cuda and torch.cuda.is_current_stream_capturing():
@@ -388,18 +372,3 @@ def _joined(one: StatsChange, other: StatsChange) -> StatsChange:
     return StatsChange(
         one.names, one.type, one.buffers + other.buffers, one.updates, one.where, one.mean_shift or other.mean_shift
     )
-
-
-def _reports(error: BaseException | None, texts: list[str]) -> bool:
-    """Whether an exception on its way is, or was caused by, one of ours. DataParallel rebuilds ours from its text."""
-    seen: set[int] = set()
-    waiting = [error]
-    while waiting:
-        current = waiting.pop()
-        if current is None or id(current) in seen:
-            continue
-        seen.add(id(current))
-        if isinstance(current, StatsChangedError) and any(text in str(current) for text in texts):
-            return True
-        waiting += causes_of(current)
-    return False

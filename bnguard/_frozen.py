@@ -17,6 +17,7 @@ from bnguard._callsite import call_site
 from bnguard._changes import GuardedLayer, StatsChange
 from bnguard._decorate import guard_function
 from bnguard._graphs import outside_graphs
+from bnguard._ranks import Group
 from bnguard._select import Selector, select_layers
 from bnguard._settings import OnChange, Settings, check_settings
 from bnguard._tree import any_layer, find_layers
@@ -78,11 +79,18 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
             all in it; the model itself is ``"(root)"``), modules, predicates ``(name, module) -> bool``, or a list of
             them.
         exclude: Do not guard these layers; as ``include``.
+        group: In a distributed run, the ``torch.distributed`` process group whose ranks agree at the end of the block
+            and at ``check()``: under ``"raise"`` all of them raise if one has found something, naming ranks and layers,
+            else the first rank warns for all. None is the default group, where there is one; False is none, for a block
+            that not all ranks enter. They wait for each other, at most as long as the timeout of the process group. A
+            rank that an exception leads out of the block tells the others and does not wait: where that is a
+            ``StatsChangedError`` they raise as well, else the first of them warns.
 
     Raises:
         TypeError: ``model`` is no module; an option has the wrong type.
         ValueError: An ``on_change`` that does not exist, a negative ``updates``, options that contradict each other, a
             pattern that selects nothing.
+        BNGuardError: At the end of the block, under ``"raise"``: some ranks have not come there in time.
 
     Warns:
         BNGuardWarning: The model has no layer with running statistics.
@@ -101,10 +109,11 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
         updates: int = 0,
         include: Selector | Iterable[Selector] | None = None,
         exclude: Selector | Iterable[Selector] | None = None,
+        group: Group = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(_no_module_text(model))
-        settings = check_settings(on_change, use_running_stats, affine, updates, include, exclude)
+        settings = check_settings(on_change, use_running_stats, affine, updates, include, exclude, group)
         if not any_layer(model):
             text = _report.unguarded_text(type(model).__name__)
             warnings.warn(text, BNGuardWarning, stacklevel=call_site().stacklevel)

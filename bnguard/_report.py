@@ -15,6 +15,7 @@ __all__ = [
     "Wording",
     "added_text",
     "assertion_text",
+    "broadcast_text",
     "capture_text",
     "changed_text",
     "checkpoint_text",
@@ -22,10 +23,13 @@ __all__ = [
     "fixed_mode_text",
     "layer_text",
     "listing",
+    "missing_ranks_text",
     "name_text",
     "no_part_text",
+    "others_text",
     "peer_text",
     "pending_text",
+    "ranks_text",
     "recorded_text",
     "report_text",
     "script_text",
@@ -35,6 +39,7 @@ __all__ = [
     "swallowed_text",
     "times_text",
     "traced_block_text",
+    "unreachable_text",
 ]
 
 _SHOWN = 3
@@ -239,6 +244,63 @@ def no_part_text(path: str, there: str, name: str, children: Sequence[str], word
     """The error about a path that leads nowhere."""
     parts = suggestion(name, children) if children else f"{there} has no submodules"
     return f"{wording.place}: target {path!r}: {there} has no submodule {name!r}; {parts}"
+
+
+def others_text(own: str, others: Sequence[tuple[int, str]]) -> str:
+    """What this rank has found, and what others have; each text once.
+
+    Args:
+        own: The text of this rank; empty where it has found nothing.
+        others: Rank and text of each of the others.
+    """
+    groups: dict[str, list[int]] = {}
+    for rank, text in others:
+        groups.setdefault(text, []).append(rank)
+    parts = [own] if own else []
+    for text, ranks in groups.items():
+        where = f"on {ranks_text(tuple(ranks))}"
+        if text == own:
+            parts.append(f"The same {where}.")
+        else:
+            parts.append("\n".join([f"{where[0].upper()}{where[1:]}:" if own else f"{where}:", *_indented(text)]))
+    return "\n".join(parts)
+
+
+def missing_ranks_text(ranks: tuple[int, ...], seconds: float, place: str, where: str) -> str:
+    """What is said of ranks that have not come to the end of a block in time."""
+    return (
+        f"{ranks_text(ranks)} did not come to the end of {place} within {seconds:g} seconds, the timeout of the "
+        f"process group.\n  begun at {where}\n"
+        "A block that not all ranks enter needs group=False; one of fewer ranks needs group= with those."
+    )
+
+
+def unreachable_text(problem: str, place: str) -> str:
+    """What is said where the other ranks cannot be told at all."""
+    return f"at the end of {place} the other ranks could not be asked what they found: {problem}"
+
+
+def broadcast_text(changes: Sequence[StatsChange], restored: bool, wording: Wording = FROZEN) -> str:
+    """What a rank is told whose statistics ``DistributedDataParallel`` has overwritten with those of another rank."""
+    outcome = "The statistics of entry are back." if restored else "The changes stand."
+    return "\n".join(
+        [
+            f"DDP broadcast at forward: rank 0's statistics took the place of others inside {wording.place}:",
+            *_lines(changes),
+            f"{outcome} DistributedDataParallel(broadcast_buffers=False) lets each rank keep its own.",
+        ]
+    )
+
+
+def ranks_text(ranks: Sequence[int]) -> str:
+    """``rank 1``, ``ranks 1, 2 and 5``; ``other ranks`` where they cannot be told."""
+    if not ranks:
+        return "other ranks"
+    return f"rank{'s' if len(ranks) > 1 else ''} {listing([str(rank) for rank in ranks])}"
+
+
+def _indented(text: str) -> list[str]:
+    return [f"  {line}" for line in text.splitlines()]
 
 
 def capture_text() -> str:

@@ -7,6 +7,7 @@ from typing import Any, Final, Literal, TypeAlias, get_args
 
 from bnguard import _report
 from bnguard._claims import Stance
+from bnguard._ranks import Group, check_group
 from bnguard._report import FROZEN, Wording
 from bnguard._select import Selector, as_selectors
 
@@ -48,6 +49,7 @@ class Settings:
         updates: See there.
         include: See there.
         exclude: See there.
+        group: See there; False where nobody has asked.
         manner: How the guard goes about it.
     """
 
@@ -57,6 +59,7 @@ class Settings:
     updates: int = 0
     include: tuple[Selector, ...] = ()
     exclude: tuple[Selector, ...] = ()
+    group: Group = False
     manner: Manner = PLAIN
 
     @property
@@ -69,7 +72,13 @@ _POLICIES: Final[tuple[str, ...]] = get_args(OnChange)
 
 
 def check_settings(
-    on_change: Any, use_running_stats: Any, affine: Any, updates: Any, include: Any, exclude: Any
+    on_change: Any,
+    use_running_stats: Any,
+    affine: Any,
+    updates: Any,
+    include: Any,
+    exclude: Any,
+    group: Any,
 ) -> Settings:
     """Checks the options of ``frozen``. See there for the errors."""
     if on_change not in _POLICIES:
@@ -86,6 +95,7 @@ def check_settings(
             f"use_running_stats=True contradicts updates={updates}: "
             "a layer that normalises with its running statistics makes no update; leave one of them out"
         )
+    check_group(group)
     return Settings(
         on_change,
         use_running_stats,
@@ -93,4 +103,5 @@ def check_settings(
         updates,
         as_selectors("include", include),
         as_selectors("exclude", exclude),
+        group,
     )

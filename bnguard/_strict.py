@@ -16,6 +16,7 @@ from bnguard._decorate import guard_function
 from bnguard._frozen import frozen
 from bnguard._graphs import outside_graphs
 from bnguard._models import modules_in, roots_of
+from bnguard._ranks import Group
 from bnguard._select import Selector
 from bnguard._settings import OnChange, Settings, check_settings
 from bnguard._tree import any_layer
@@ -40,6 +41,7 @@ def strict(
     updates: int = 0,
     include: Selector | Iterable[Selector] | None = None,
     exclude: Selector | Iterable[Selector] | None = None,
+    group: Group = None,
 ) -> Callable[[F], F]: ...
 
 
@@ -54,6 +56,7 @@ def strict(
     updates: int = 0,
     include: Any = None,
     exclude: Any = None,
+    group: Group = None,
 ) -> Any:
     """Runs each call of a function inside ``frozen``, on the models that the call is about.
 
@@ -82,6 +85,7 @@ def strict(
         updates: See ``frozen``.
         include: See ``frozen``.
         exclude: See ``frozen``.
+        group: See ``frozen``.
 
     Raises:
         TypeError: At decoration: what is decorated is no function, or an option has the wrong type. At the call: no
@@ -90,7 +94,7 @@ def strict(
     """
     if isinstance(function, nn.Module):
         raise TypeError("strict decorates functions; to guard a model use frozen(model), or strict(model=model)")
-    settings = check_settings(on_change, use_running_stats, affine, updates, include, exclude)
+    settings = check_settings(on_change, use_running_stats, affine, updates, include, exclude, group)
     if not (model is None or isinstance(model, (nn.Module, str)) or callable(model)):
         raise TypeError(f"model must be a module, the name of a parameter or a callable, got {model!r}")
 
@@ -140,6 +144,7 @@ def _options(settings: Settings) -> dict[str, Any]:
         "updates": settings.updates,
         "include": settings.include or None,
         "exclude": settings.exclude or None,
+        "group": settings.group,
     }
 
 

@@ -296,10 +296,11 @@ def _settings_of(
     updates: Any = 0,
     include: Any = None,
     exclude: Any = None,
+    group: Any = False,
 ) -> Any:
     from bnguard._settings import check_settings
 
-    return check_settings(on_change, use_running_stats, affine, updates, include, exclude)
+    return check_settings(on_change, use_running_stats, affine, updates, include, exclude, group)
 
 
 def _guard_after_set_up(item: pytest.Item, instance: Any, settings: Any, guards: Guards) -> None:

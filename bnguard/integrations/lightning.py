@@ -46,6 +46,7 @@ from bnguard import _report
 from bnguard._callsite import call_site
 from bnguard._changes import GuardedLayer, StatsChange
 from bnguard._frozen import frozen
+from bnguard._ranks import Group
 from bnguard._report import Wording
 from bnguard._select import Selector, select_layers
 from bnguard._settings import Manner, OnChange, check_settings
@@ -141,11 +142,12 @@ class BNGuardCallback(_Callback):
         updates: int = 0,
         include: Selector | Iterable[Selector] | None = None,
         exclude: Selector | Iterable[Selector] | None = None,
+        group: Group = None,
         log_every: int | None = None,
     ) -> None:
         super().__init__()
         self._paths = _as_paths(target)
-        settings = check_settings(on_change, use_running_stats, affine, updates, include, exclude)
+        settings = check_settings(on_change, use_running_stats, affine, updates, include, exclude, group)
         if log_every is not None and (isinstance(log_every, bool) or not isinstance(log_every, int)):
             raise TypeError(f"log_every must be a whole number of optimizer steps, got {log_every!r}")
         if log_every is not None and log_every < 1:

@@ -1,0 +1,293 @@
+"""Ranks of a distributed run agree: all raise, one warns for all, or nothing happens, and nobody is left waiting."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from tests.rank_scenarios import SCENARIOS
+
+ROOT = Path(__file__).parents[1]
+LIMIT = 240  # seconds for a whole job
+OF_PAIRS = [name for name in SCENARIOS if name != "subgroup"]
+OF_FOUR = [
+    "clean", "change_on_one", "forward_stopped_on_one", "own_error_on_one", "warn_of_another", "restore_of_another",
+    "subgroup", "many_blocks", "ddp_broadcast", "ddp_overwrites",
+]  # fmt: skip
+
+
+def job(folder, *command):
+    """Runs a job, with a hard limit, and returns what each rank reports."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        check=False,
+    )
+    results = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    assert done.returncode == 0, [result.get("failed") for result in results] or done.stderr
+    return results
+
+
+def once(tmp_path_factory, name, run):
+    """Runs a job for all processes of the test run."""
+    folder = tmp_path_factory.getbasetemp().parent / name
+    with FileLock(f"{folder}.lock", timeout=2 * LIMIT):
+        if not (folder / "done").exists():
+            folder.mkdir(exist_ok=True)
+            run(folder)
+            (folder / "done").touch()
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """Two ranks, started with torchrun."""
+
+    def run(folder):
+        job(folder, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "tests.rank_job",
+            str(folder), *OF_PAIRS)  # fmt: skip
+
+    return once(tmp_path_factory, "two_ranks", run)
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    """Four ranks, started with torch.multiprocessing.spawn."""
+
+    def run(folder):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        job(folder, "-m", "tests.rank_job", "--spawn", "4", str(port), str(folder), *OF_FOUR)
+
+    return once(tmp_path_factory, "four_ranks", run)
+
+
+@pytest.fixture(params=["two", "four"])
+def ranks(request):
+    """Both."""
+    return request.getfixturevalue(request.param)
+
+
+def of(ranks, name):
+    """What each rank reports of a scenario."""
+    return [rank[name] for rank in ranks]
+
+
+def assert_silent(result):
+    """Nothing was raised, noted or warned about."""
+    assert (result["error"], result["notes"], result["warnings"]) == (None, [], [])
+
+
+CHANGED = "running statistics of 1 layer changed inside frozen():"
+
+
+def test_clean_ranks_stay_silent(ranks):
+    """Nothing on any."""
+    for result in of(ranks, "clean"):
+        assert_silent(result)
+
+
+def test_a_change_on_one_rank_raises_on_all(ranks):
+    """The error names rank and layer; the statistics are back."""
+    first, second, *others = of(ranks, "change_on_one")
+    assert second["error"] == "StatsChangedError"
+    assert second["text"].startswith(f"{CHANGED}\n  1 (BatchNorm2d): running_mean")
+    for result in (first, *others):
+        assert result["error"] == "StatsChangedError"
+        assert result["text"].startswith(f"on rank 1:\n  {CHANGED}\n    1 (BatchNorm2d): running_mean")
+    assert all(result["restored"] for result in of(ranks, "change_on_one"))
+
+
+def test_the_same_change_is_told_once(two):
+    """With the ranks that share it."""
+    for rank, result in enumerate(of(two, "same_change_on_all")):
+        assert result["error"] == "StatsChangedError"
+        assert result["text"].count(CHANGED) == 1
+        assert result["text"].endswith(f"\nThe same on rank {1 - rank}.")
+
+
+def test_other_changes_are_told_beside_ones_own(two):
+    """Each rank has its own first."""
+    for rank, result in enumerate(of(two, "other_change_on_another")):
+        assert result["text"].startswith(f"{CHANGED}\n  {rank} (BatchNorm1d): running_var")
+        assert f"\nOn rank {1 - rank}:\n  {CHANGED}\n    {1 - rank} (BatchNorm1d): running_var" in result["text"]
+
+
+def test_a_forward_stopped_on_one_rank_raises_on_all(ranks):
+    """There at once, on the others at the end of the block, with the line."""
+    first, second, *others = of(ranks, "forward_stopped_on_one")
+    assert second["error"] == "StatsChangedError"
+    assert second["text"].startswith("1 (BatchNorm2d) is in train mode inside frozen():")
+    for result in (first, *others):
+        assert result["error"] == "StatsChangedError"
+        assert result["text"].startswith("on rank 1:\n  1 (BatchNorm2d) is in train mode inside frozen():")
+        assert re.search(r"at tests/rank_scenarios\.py:\d+ in <lambda>", result["text"])
+
+
+def test_an_error_of_its_own_stops_nobody(ranks):
+    """It goes its way; the first of the others says so, and they go on."""
+    first, second, *others = of(ranks, "own_error_on_one")
+    assert (second["error"], second["text"], second["notes"]) == ("RuntimeError", "out of memory, say\nand more", [])
+    assert first["error"] is None
+    assert first["warnings"] == ["on rank 1:\n  left the block with RuntimeError: out of memory, say"]
+    for result in others:
+        assert_silent(result)
+
+
+def test_an_error_of_its_own_with_a_change(two):
+    """The change is a note on the error there, and part of what the others hear."""
+    first, second = of(two, "own_error_after_a_change")
+    assert second["error"] == "KeyError"
+    assert second["notes"][0].startswith(f"bnguard: {CHANGED}")
+    assert first["error"] is None
+    (warning,) = first["warnings"]
+    assert warning.startswith(f"on rank 1:\n  left the block with KeyError: 'label'\n  {CHANGED}")
+
+
+def test_waiting_for_an_absent_rank_ends(two):
+    """With the timeout of the process group: the error names the rank, the block, and the way out."""
+    first, _ = of(two, "absent_rank")
+    assert first["error"] == "BNGuardError"
+    assert first["text"].startswith("rank 1 did not come to the end of frozen() within 2 seconds, the timeout of the")
+    assert re.search(r"\n  begun at tests/rank_scenarios\.py:\d+ in run\n", first["text"])
+    assert "needs group=False" in first["text"]
+    first, _ = of(two, "absent_rank_and_a_change")
+    assert first["error"] == "StatsChangedError"
+    assert first["text"].startswith(CHANGED)
+    assert first["warnings"][0].startswith("rank 1 did not come to the end of frozen()")
+
+
+def test_without_a_group_each_rank_is_on_its_own(two):
+    """group=False: nobody waits, one raises alone."""
+    first, _ = of(two, "absent_rank_without_group")
+    assert_silent(first)
+    first, second = of(two, "change_on_one_without_group")
+    assert_silent(first)
+    assert second["error"] == "StatsChangedError"
+
+
+def test_one_rank_warns_for_all(two):
+    """Once, at the line; the statistics are those of an unguarded twin on each."""
+    first, second = of(two, "warn_in_train_mode")
+    assert first["error"] is None
+    (warning,) = first["warnings"]
+    assert warning.startswith("1 (BatchNorm2d) is in train mode inside frozen() and updates")
+    assert_silent(second)
+    assert first["twin"]
+    assert second["twin"]
+
+
+@pytest.mark.parametrize(("name", "end"), [("warn_of_another", "The changes stand."),
+                                           ("restore_of_another", "The statistics of entry are back.")])  # fmt: skip
+def test_one_rank_warns_of_another(ranks, name, end):
+    """The first one, of what only the last has seen."""
+    first, *others = of(ranks, name)
+    (warning,) = first["warnings"]
+    assert warning.startswith(f"on rank {len(ranks) - 1}:\n  {CHANGED}")
+    assert warning.endswith(end)
+    for result in others:
+        assert_silent(result)
+    assert all(result.get("restored", True) for result in of(ranks, name))
+
+
+def test_check_agrees_as_well(two):
+    """In the middle of a block."""
+    first, second = of(two, "check_on_one")
+    assert first["error"] == second["error"] == "StatsChangedError"
+    assert first["text"].startswith("on rank 1:\n")
+
+
+def test_many_blocks_leave_the_store_as_it_was(ranks):
+    """Nested, decorated, again and again: what the last of each line told is all that is kept."""
+    for result in of(ranks, "many_blocks"):
+        assert_silent(result)
+        assert result["more_keys"] <= 6
+
+
+def test_generators_end_quietly(two):
+    """StopIteration is no error for the other ranks."""
+    for result in of(two, "generator"):
+        assert_silent(result)
+
+
+def test_a_smaller_group_agrees_by_itself(four):
+    """Ranks 0 and 1 raise; 2 and 3 are no part of it, and wait for nobody."""
+    first, second, *others = of(four, "subgroup")
+    assert first["error"] == second["error"] == "StatsChangedError"
+    for result in others:
+        assert_silent(result["alone"])
+
+
+def test_wrong_group_is_refused(two):
+    """With what it must be."""
+    for result in of(two, "wrong_group"):
+        assert result["error"] == "TypeError"
+        assert result["text"].startswith("group must be a torch.distributed process group, None for the default group")
+
+
+@pytest.mark.parametrize("name", ["ddp_broadcast", "ddp_own_buffers", "ddp_accumulation"])
+def test_ddp_trains_as_without_a_guard(two, name):
+    """Outputs, gradients, parameters and statistics are the twin's; equal statistics give nothing to report."""
+    for rank, result in enumerate(of(two, name)):
+        assert result["restore"]["twin"]
+        assert_silent(result["restore"])
+        assert result["warn"]["twin"]
+        assert len(result["warn"]["warnings"]) == (rank == 0)
+
+
+def test_ddp_broadcast_with_four_ranks(four):
+    """The same."""
+    assert all(result[policy]["twin"] for result in of(four, "ddp_broadcast") for policy in ("restore", "warn"))
+
+
+def test_a_broadcast_is_told_and_not_accused(ranks):
+    """Where DDP puts rank 0's statistics in the place of others, that rank hears so; nobody raises."""
+    first, *others = of(ranks, "ddp_overwrites")
+    for policy in ("raise", "restore", "warn"):
+        assert_silent(first[policy])
+        assert first[policy]["changes"] == 0
+        for result in others:
+            assert result[policy]["error"] is None
+            (warning,) = result[policy]["warnings"]
+            assert warning.startswith("DDP broadcast at forward: rank 0's statistics took the place of others")
+            assert "1 (BatchNorm2d): running_mean; mean moved by up to " in warning
+            assert result[policy]["restored"] is (policy != "warn")
+            assert result[policy]["zeros"] is (policy == "warn")
+            assert result[policy]["changes"] == 1
+
+
+def test_uneven_inputs(two):
+    """join() with more batches on one rank: nothing moves, nothing hangs."""
+    for result in of(two, "ddp_join"):
+        assert_silent(result)
+        assert result["restored"]
+
+
+def test_fsdp2(two):
+    """fully_shard is held and stopped like anything else, with mixed precision too."""
+    for result in of(two, "fsdp2"):
+        for precision in ("False", "True"):
+            assert_silent(result[precision])
+            assert result[precision]["twin"]
+        assert result["raise"]["text"].startswith("1 (BatchNorm2d) is in train mode inside frozen():")
+
+
+def test_fsdp1(two):
+    """Also where it casts the buffers at its first forward."""
+    for result in of(two, "fsdp1"):
+        for name in ("plain", "buffers"):
+            assert_silent(result[name])
+            assert result[name]["restored"]
+            assert result[name]["layers"] == 1
