@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import re
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -29,6 +31,7 @@ __all__ = [
     "drifted",
     "error_without",
     "examples_of",
+    "little_waiting",
     "make_model",
     "quiet_imports",
     "recipes_in",
@@ -36,6 +39,21 @@ __all__ = [
 ]
 
 LOOPS = Path(__file__).parents[1] / "docs" / "loops.md"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def little_waiting() -> Iterator[None]:
+    """Runs take the time of their work: threads do not wait for each other, and collections pass over the libraries.
+
+    accelerate collects garbage at each run, which takes longer than a run of this size.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+    torch.set_num_threads(threads)
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from tests.loops import (
     drifted,
     error_without,
     examples_of,
+    little_waiting,
     make_model,
     quiet_imports,
     run_code,
@@ -33,6 +34,8 @@ with quiet_imports():  # Ignite uses torch.jit.script, which torch calls depreca
 
     from bnguard.integrations import ignite as integration
     from bnguard.integrations.ignite import BNGuardHandler
+
+__all__ = ["little_waiting"]
 
 BATCHES = 3
 INTERRUPTS = pytest.mark.parametrize("kind", [ZeroDivisionError, KeyboardInterrupt, SystemExit])
