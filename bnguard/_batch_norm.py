@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from bnguard import _hold
 from bnguard._layers import batch_norm_updates
-from bnguard._sentry import Sentry
+from bnguard._sentry import Sentry, forward_of_rebound
 
 __all__ = ["BatchNormSentry"]
 
@@ -28,6 +28,8 @@ class BatchNormSentry(Sentry):
         return ("running_mean", self._mean), ("running_var", self._var)
 
     def forward(self, input: Tensor) -> Any:
+        if isinstance(self, nn.Module):
+            return forward_of_rebound(self, input)
         module = self.module
         if not module.training:
             return self._original(input)

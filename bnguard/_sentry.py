@@ -30,7 +30,7 @@ from bnguard._layers import (
 from bnguard._report import script_text
 from bnguard.errors import BNGuardError
 
-__all__ = ["HOLDING", "Sentry", "sentries"]
+__all__ = ["HOLDING", "Sentry", "forward_of_rebound", "sentries"]
 
 HOLDING: Final = ("restore", "running")
 sentries: Final[dict[int, Sentry]] = {}  # by id of the layer; kept by attach and detach
@@ -61,6 +61,17 @@ def _is_lent(key: int) -> bool:
     """
     sentry = sentries.get(key)
     return sentry is None or sentry.keeps_its_own()
+
+
+def forward_of_rebound(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+    """The forward of a layer on which somebody has bound the function of a sentry's method anew.
+
+    accelerate does, under mixed precision: it keeps ``model.forward.__func__``, and goes on calling it after the block.
+    """
+    sentry = sentries.get(id(module))
+    if sentry is None or sentry.module is not module:
+        return type(module).forward(module, *args, **kwargs)
+    return sentry.forward(*args, **kwargs)
 
 
 class Sentry(Equipment):
@@ -143,6 +154,8 @@ class Sentry(Equipment):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's forward, as the guards around it want it."""
+        if isinstance(self, nn.Module):
+            return forward_of_rebound(self, *args, **kwargs)
         if torch.compiler.is_exporting():
             return self._exported(args, kwargs)
         module, claims, predict = self.module, self.claims, self.kind.predict  # claims of the moment it begins

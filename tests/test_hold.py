@@ -6,6 +6,7 @@ import copy
 import inspect
 import threading
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from torch import nn
 import bnguard
 from bnguard import _attach, _claims, _hold, _layers, _sentry, _tree
 from tests.asserts import assert_clean, assert_same_bits, state_of, warns
+from tests.nets import NORMS, images, warmed
 
 
 def make_input() -> torch.Tensor:
@@ -399,3 +401,21 @@ def test_update_within_the_budget_may_outlast_the_block() -> None:
     thread.join(20)
     assert layer.num_batches_tracked == 1
     assert_clean(layer)
+
+
+@pytest.mark.parametrize("options", [{"on_change": "restore"}, {"use_running_stats": True}, {"updates": 1}], ids=str)
+@pytest.mark.parametrize("make", NORMS.values(), ids=NORMS)
+def test_forward_that_somebody_binds_anew_is_the_same(make: Callable[[], nn.Module], options: Any) -> None:
+    """``MethodType(layer.forward.__func__, layer)`` is held inside the block, and the layer's own forward after it."""
+    layer, same = warmed(make()), warmed(make())
+    twin = copy.deepcopy(layer)
+    with bnguard.frozen(same, **options):
+        expected = same(images())
+    with bnguard.frozen(layer, **options):
+        layer.forward = MethodType(layer.forward.__func__, layer)
+        assert_same_bits(layer(images()), expected)
+    assert_same_bits(state_of(layer), state_of(same))
+    if "updates" in options:
+        twin(images())
+    assert_same_bits(layer(images(seed=2)), twin(images(seed=2)))
+    assert_same_bits(state_of(layer), state_of(twin))
