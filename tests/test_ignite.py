@@ -178,6 +178,7 @@ def test_steps_read_no_tensor() -> None:
             trainer.run(batches, max_epochs=epochs)
         return counter.count
 
+    assert reads(True, 1) > reads(False, 1)
     assert reads(True, 4) - reads(True, 1) == reads(False, 4) - reads(False, 1)
 
 

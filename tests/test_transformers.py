@@ -225,6 +225,7 @@ def test_steps_read_no_tensor(tmp_path: Path) -> None:
             trainer.train()
         return counter.count
 
+    assert reads(True, 1) > reads(False, 1)
     assert reads(True, 3) - reads(True, 1) == reads(False, 3) - reads(False, 1)
 
 

@@ -169,7 +169,6 @@ class _GuardedRun:
 
         self.engine = engine
         self._guard: frozen | None = guard
-        self._check = check  # for handle, which keeps no more than a weak reference to it
         self._handle = None if check_at is None else engine.add_event_handler(check_at, check)
         self._earlier: Callable[..., Any] | None = vars(engine).get("run")
         self._run: Callable[..., Any] = engine.run
