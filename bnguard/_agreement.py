@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 
 import torch.distributed as dist
 
@@ -11,7 +14,20 @@ from bnguard._ranks import Ranks, Told, UnansweredError
 from bnguard._report import Wording, missing_ranks_text, others_text, unreachable_text
 from bnguard.errors import BNGuardError, StatsChangedError
 
-__all__ = ["Agreement"]
+__all__ = ["Agreement", "Statistics"]
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """What a rank knows of statistics that another rank may have put in the place of its own.
+
+    Attributes:
+        found: By layer: a digest of what was found there.
+        of: Digests of what the layers of these names have here now.
+    """
+
+    found: Mapping[str, str]
+    of: Callable[[Iterable[str]], dict[str, str]]
 
 
 class Agreement:
@@ -39,45 +55,71 @@ class Agreement:
 
     def reach(
         self,
-        text: str,
+        text: Callable[[frozenset[str]], str],
         changes: Sequence[StatsChange],
         error: BaseException | None,
-        told_already: Sequence[StatsChange],
-    ) -> tuple[str, str]:
+        said: Sequence[StatsChange],
+        statistics: Statistics,
+    ) -> tuple[str, str, frozenset[str]]:
         """Tells the other ranks what was found here, and hears from them.
 
         Does not wait for them where an exception is on its way: they are told, and it goes on.
 
         Args:
-            text: What was found; empty for nothing.
+            text: What was found, but for these layers; empty for nothing.
             changes: The layers concerned.
             error: The exception that ends the block here.
-            told_already: Layers of which this rank has warned.
+            said: Layers of which this rank has warned.
+            statistics: What is known of statistics that another rank may have overwritten.
 
         Returns:
-            What this rank is to raise, or to warn of where nothing is raised; and what it is to warn of in any case.
+            What this rank is to raise, or to warn of where nothing is raised; what it is to warn of in any case; the
+            layers that the first rank has overwritten.
         """
-        told = self._told(text, changes, error)
         place = f"{self._wording.place} at {self._place}"
+        overwritten = frozenset[str]()
+        whole = text(overwritten)
+        if error is not None:
+            with suppress(dist.DistError):
+                self._ranks.meet(place, self._told(whole, changes, error), waits=False)
+            return whole, "", overwritten
+        asks = tuple(statistics.found)
+        told = self._told(whole, changes, None)
+        if asks:
+            told = Told(self._ranks.me, "changed", text(frozenset(asks)), (), asks)
         try:
-            heard = self._ranks.meet(place, told, waits=error is None)
+            heard = self._ranks.meet(place, told, waits=True)
+            asked = {name for one in heard for name in one.asks}
+            if asked:
+                overwritten = self._overwritten(place, asked, statistics)
+                whole = text(overwritten)
+                heard = self._ranks.meet(f"{place}, in the end", self._told(whole, changes, None), waits=True)
         except UnansweredError as failure:
             message = missing_ranks_text(failure.missing, failure.seconds, self._wording.place, self._place)
-            return self._alone(text, message)
+            return *self._alone(whole, message), overwritten
         except dist.DistError as failure:
-            return self._alone(text, unreachable_text(str(failure), self._wording.place))
-        if error is not None:
-            return text, ""
+            return *self._alone(whole, unreachable_text(str(failure), self._wording.place)), overwritten
+        return *self._of(whole, heard, said), overwritten
+
+    def _of(self, text: str, heard: Sequence[Told], said: Sequence[StatsChange]) -> tuple[str, str]:
+        """What this rank is to say, of its own and of what it has heard."""
         others = [one for one in heard if one.rank != self._ranks.me]
-        changed = [(one.rank, one.text) for one in others if one.kind == "changed"]
         failed = [(one.rank, one.text) for one in others if one.kind == "error"]
+        aside = others_text("", failed) if self.speaks else ""
         if self._raises:
-            return others_text(text, changed), others_text("", failed) if self.speaks else ""
+            return others_text(text, [(one.rank, one.text) for one in others if one.kind == "changed"]), aside
         if not self.speaks:
             return "", ""
-        known = {change.names[0] for change in told_already}
+        known = {change.names[0] for change in said}
         news = [(one.rank, one.text) for one in others if one.kind == "changed" and not set(one.layers) <= known]
-        return others_text(text, news), others_text("", failed)
+        return others_text(text, news), aside
+
+    def _overwritten(self, place: str, asked: set[str], statistics: Statistics) -> frozenset[str]:
+        """Which of the layers that this rank asks about have the statistics of the first rank."""
+        mine = Told(self._ranks.me, "statistics", json.dumps(statistics.of(asked))) if self.speaks else None
+        heard = self._ranks.meet(f"{place}, statistics", mine, waits=True)
+        theirs: dict[str, str] = json.loads(heard[0].text) if heard else {}
+        return frozenset([name for name, digest in statistics.found.items() if theirs.get(name) == digest])
 
     def _told(self, text: str, changes: Sequence[StatsChange], error: BaseException | None) -> Told | None:
         layers = tuple([change.names[0] for change in changes])

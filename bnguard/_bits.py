@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from typing import Any, Final
 
 import torch
@@ -10,7 +12,17 @@ from torch._C import _functorch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
 
-__all__ = ["PLAIN", "as_bytes", "below_transforms", "from_bytes", "has_values", "same_bits", "same_words", "word_of"]
+__all__ = [
+    "PLAIN",
+    "as_bytes",
+    "below_transforms",
+    "digest_of",
+    "from_bytes",
+    "has_values",
+    "same_bits",
+    "same_words",
+    "word_of",
+]
 
 
 PLAIN: Final = frozenset({Tensor, nn.Parameter})  # classes without behaviour of their own
@@ -43,6 +55,16 @@ def below_transforms(tensor: Any) -> Any:
     while tensor is not None and _functorch.is_functorch_wrapped_tensor(tensor):
         tensor = _functorch.get_unwrapped(tensor)
     return tensor
+
+
+def digest_of(tensors: Mapping[str, Tensor | None]) -> str:
+    """A short text that is the same for tensors of the same names, dtypes, shapes and bits. Reads them."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        if tensor is not None and has_values(tensor):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+            digest.update(as_bytes(tensor.detach().reshape(-1).cpu()).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
 import torch
@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from bnguard import _report
 from bnguard._affine import AffineHold, affine_parameters
-from bnguard._agreement import Agreement
+from bnguard._agreement import Agreement, Statistics
 from bnguard._aside import aside
 from bnguard._attach import attach, detach, is_any_held
+from bnguard._bits import digest_of
 from bnguard._broadcast import overwritten_by_ddp
 from bnguard._callsite import call_site
 from bnguard._caveats import (
@@ -59,7 +60,7 @@ class Block:
     """
 
     __slots__ = (
-        "_affine", "_claims", "_found", "_has_warned_of_program", "_layers", "_model", "_on_cuda", "_outcome",
+        "_affine", "_claims", "_found", "_has_warned_of_program", "_layers", "_maybe_overwritten", "_model", "_on_cuda", "_outcome",
         "_parameters", "_process", "_refreshing", "_regions", "_sentries", "_settings", "_statistics", "_tree",
         "_under_way", "_verified", "_without_values",
     )  # fmt: skip
@@ -85,6 +86,7 @@ class Block:
         self._verified: Mapping[int, int] = _NONE  # by owner: updates when it was last compared
         self._outcome = Outcome(settings, None)
         self._has_warned_of_program = False
+        self._maybe_overwritten: Mapping[str, str] = {}  # by layer: a digest of what a comparison found there
         self._refreshing = threading.Lock()
         self._under_way: dict[int, int] = {}  # by owner: updates within the budget that have begun and not ended
         self._regions: dict[int, Region] = {}  # checkpointed, held, and not recomputed so far
@@ -251,6 +253,8 @@ class Block:
                     change = self._found_change(snapshot, difference)
                     earlier = changes.get(difference.owner)
                     changes[difference.owner] = _joined(earlier, change) if earlier else change
+                if snapshot is self._statistics:
+                    self._maybe_overwritten = self._suspects(changes.values())
             finally:
                 # Also if comparing fails: the promise is about the statistics, not about the report.
                 if keep and not is_intact:
@@ -300,15 +304,22 @@ class Block:
 
     def _act(self, found: list[StatsChange], error: BaseException | None) -> None:
         if found or self._outcome.is_due:
-            unseen = [change for change in found if not change.updates]
-            overwritten = self._overwritten(unseen) if unseen else []
-            self._outcome.act(found, overwritten, self.changes, self._cause(found), error)
+            statistics = Statistics(self._maybe_overwritten, self._digests)
+            self._outcome.act(found, statistics, self.changes, self._cause(found), error)
 
-    def _overwritten(self, changes: list[StatsChange]) -> list[StatsChange]:
-        """Those of some changes that another rank's statistics have made."""
-        modules = {layer.names: layer.module for layer in self._layers}
-        ids = overwritten_by_ddp([modules[change.names] for change in changes])
-        return [change for change in changes if id(modules[change.names]) in ids]
+    def _digests(self, names: Iterable[str]) -> dict[str, str]:
+        """By layer: a digest of its statistics as they are now."""
+        wanted = set(names)
+        return {layer.names[0]: _digest(layer) for layer in self._layers if layer.names[0] in wanted}
+
+    def _suspects(self, changes: Iterable[StatsChange]) -> dict[str, str]:
+        """Of those changes that DDP may have made: digests of the layers' statistics now."""
+        unseen = {change.names[0] for change in changes if not change.updates}
+        if not unseen or not self._outcome.asks:
+            return {}
+        modules = {layer.names[0]: layer.module for layer in self._layers if layer.names[0] in unseen}
+        ids = overwritten_by_ddp(modules.values())
+        return self._digests([name for name, module in modules.items() if id(module) in ids])
 
     def _agreement(self) -> Agreement | None:
         """With the other ranks of a distributed run."""
@@ -372,3 +383,10 @@ def _joined(one: StatsChange, other: StatsChange) -> StatsChange:
     return StatsChange(
         one.names, one.type, one.buffers + other.buffers, one.updates, one.where, one.mean_shift or other.mean_shift
     )
+
+
+@aside()
+def _digest(layer: StatsLayer) -> str:
+    """A digest of a layer's statistics. Reads them."""
+    buffers = layer.module._buffers
+    return digest_of({name: buffers.get(name) for name in layer.buffers})

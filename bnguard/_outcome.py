@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Sequence
 
 from bnguard import _report
-from bnguard._agreement import Agreement
+from bnguard._agreement import Agreement, Statistics
 from bnguard._callsite import CallSite, call_site
 from bnguard._causes import causes_of
 from bnguard._changes import StatsChange
@@ -40,6 +40,11 @@ class Outcome:
         """Whether there is something to do although nothing was found."""
         return bool(self._errors) or self._agreement is not None
 
+    @property
+    def asks(self) -> bool:
+        """Whether other ranks can be asked for their statistics."""
+        return self._agreement is not None
+
     def stopped(self, change: StatsChange, mode: str, budget: int) -> StatsChangedError:
         """The error for a forward that would have updated; may be caught."""
         text = _report.stopped_text(change, mode, budget, self._settings.manner.wording)
@@ -56,7 +61,7 @@ class Outcome:
     def act(
         self,
         found: Sequence[StatsChange],
-        overwritten: Sequence[StatsChange],
+        statistics: Statistics,
         changes: tuple[StatsChange, ...],
         cause: Cause,
         error: BaseException | None,
@@ -65,7 +70,7 @@ class Outcome:
 
         Args:
             found: What the comparison has found.
-            overwritten: Which of that is another rank's doing.
+            statistics: What is known of those of them that another rank may have overwritten.
             changes: All that is known to have changed, or was about to.
             cause: What is known of those that no forward was seen of.
             error: The exception on its way out.
@@ -74,14 +79,20 @@ class Outcome:
             StatsChangedError: As ``on_change="raise"`` says, and no exception is on its way.
         """
         keeps = self._settings.on_change != "warn"
-        own = [change for change in found if change not in overwritten]
-        text = self._text(own, [change for change in changes if change not in found], cause, error)
-        if overwritten and not self._settings.manner.is_silent:
-            self._warn(_report.broadcast_text(overwritten, keeps, self._settings.manner.wording), error)
-        if self._agreement is not None:
+        earlier = [change for change in changes if change not in found]
+
+        def text_but_of(names: frozenset[str]) -> str:
+            return self._text([change for change in found if change.names[0] not in names], earlier, cause, error)
+
+        if self._agreement is None:
+            text = text_but_of(frozenset())
+        else:
             leaves_with = None if isinstance(error, _ENDS) else error
             said = changes if self._warned else ()
-            text, aside = self._agreement.reach(text, own or changes, leaves_with, said)
+            text, aside, names = self._agreement.reach(text_but_of, found or changes, leaves_with, said, statistics)
+            overwritten = [change for change in found if change.names[0] in names]
+            if overwritten and not self._settings.manner.is_silent:
+                self._warn(_report.broadcast_text(overwritten, keeps, self._settings.manner.wording), error)
             if aside:
                 self._warn(aside, error)
         if not text:

@@ -53,12 +53,14 @@ class Told:
         kind: ``"changed"``: statistics did, or were about to; ``"error"``: something else went wrong.
         text: What it says about that.
         layers: First names of the layers concerned.
+        asks: Layers of which it wants to know the statistics of the first rank.
     """
 
     rank: int
     kind: str
     text: str
-    layers: tuple[str, ...]
+    layers: tuple[str, ...] = ()
+    asks: tuple[str, ...] = ()
 
 
 class UnansweredError(Exception):
@@ -147,7 +149,7 @@ class Ranks:
         base = f"{key}/{number}"
         if told is not None:
             index = store.add(f"{base}/told", 1) - 1
-            store.set(f"{base}/told/{index}", json.dumps([told.rank, told.kind, told.text, told.layers]))
+            store.set(f"{base}/told/{index}", json.dumps([told.rank, told.kind, told.text, told.layers, told.asks]))
         names_them = size <= _MOST_NAMED
         everybody = (1 << size) - 1 if names_them else size
         here = store.add(f"{base}/here", 1 << self.members.index(self.me) if names_them else 1)
@@ -162,11 +164,8 @@ class Ranks:
         total = int(store.get(f"{base}/all"))
         meetings.totals[key] = total
         heard = [json.loads(store.get(f"{base}/told/{index}")) for index in range(total)]
-        return tuple(
-            sorted(
-                [Told(rank, kind, text, tuple(layers)) for rank, kind, text, layers in heard], key=lambda one: one.rank
-            )
-        )
+        all_told = [Told(rank, kind, text, tuple(layers), tuple(asks)) for rank, kind, text, layers, asks in heard]
+        return tuple(sorted(all_told, key=lambda one: one.rank))
 
     def _wait(self, base: str, place: str) -> None:
         """Until all are here."""

@@ -27,7 +27,6 @@ __all__ = [
     "name_text",
     "no_part_text",
     "others_text",
-    "peer_text",
     "pending_text",
     "ranks_text",
     "recorded_text",
@@ -233,11 +232,6 @@ def checkpoint_text(changes: Sequence[StatsChange], wording: Wording) -> str:
             *wording.choices(('on_change="restore"', "normalise with the batch, keep the statistics")),
         ]
     )
-
-
-def peer_text(rank: int, text: str) -> str:
-    """The error of a process in which nothing changed, of a run that ends because of another one."""
-    return f"in the process of rank {rank}, for which all end here, so that none waits for another:\n{text}"
 
 
 def no_part_text(path: str, there: str, name: str, children: Sequence[str], wording: Wording) -> str:

@@ -12,7 +12,6 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -33,11 +32,8 @@ __all__ = [
     "little_waiting",
     "make_model",
     "quiet_imports",
-    "recipes_in",
     "run_code",
 ]
-
-LOOPS = Path(__file__).parents[1] / "docs" / "loops.md"
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -107,13 +103,6 @@ def examples_of(module: ModuleType) -> list[str]:
     """The code blocks of a module's docstring."""
     text = inspect.getdoc(module) or ""
     return [textwrap.dedent(block) for block in re.findall(r"::\n\n((?:    .*\n|\n)+)", text)]
-
-
-def recipes_in(heading: str) -> list[str]:
-    """The Python blocks under one heading of ``docs/loops.md``."""
-    _, _, rest = LOOPS.read_text(encoding="utf-8").partition(f"## {heading}\n")
-    assert rest, f"{LOOPS.name} has no {heading}"
-    return re.findall(r"^```python\n(.*?)^```$", rest.partition("\n## ")[0], re.M | re.S)
 
 
 def run_code(code: str, names: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["IMPORTS", "PASTED", "README", "RECIPES", "SECTIONS", "Pasted", "code"]
+__all__ = ["IMPORTS", "LOOPS", "PASTED", "README", "RECIPES", "SECTIONS", "Pasted", "code"]
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
@@ -55,6 +55,9 @@ def _pasted(text: str) -> Pasted:
 SECTIONS = _sections(README, "##")
 
 _PARTS = _sections(SECTIONS["Recipes"], "###")
+
+# The blocks for each library whose loop has no module of its own.
+LOOPS = {title: code(body) for title, body in _folded(SECTIONS["In other people's loops"]).items()}
 
 # What all recipes import; the recipes by what stands before the colon of their titles; the pasted snippets by name.
 IMPORTS = code(_PARTS[""])[0]

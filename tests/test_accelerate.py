@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import bnguard
 from tests.asserts import assert_clean, assert_same_bits, assert_untouched, state_of, statistics, values
-from tests.loops import backbone_norms, data, drifted, little_waiting, make_model, quiet_imports, recipes_in, run_code
+from tests.loops import backbone_norms, data, drifted, little_waiting, make_model, quiet_imports, run_code
 from tests.nets import OwnForward, warmed
+from tests.readme import LOOPS
 
 with quiet_imports():
     from accelerate import Accelerator
@@ -291,7 +292,7 @@ def test_recipe_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     loader = DataLoader(TensorDataset(*data()), batch_size=16)
     names = {"model": model, "optimizer": torch.optim.SGD(model.parameters(), 0.05), "loader": loader}
-    (recipe,) = recipes_in("accelerate")
+    (recipe,) = LOOPS["accelerate"]
     assert_untouched(model, lambda: run_code(recipe, names))
     assert not torch.equal(model.backbone.conv1.weight, make_model().backbone.conv1.weight)
     assert_clean(model)

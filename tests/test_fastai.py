@@ -1,4 +1,4 @@
-"""fastai: the recipe, against unguarded twins. ``docs/loops.md`` says how to install fastai beside a torch for CPUs."""
+"""fastai: the recipe, against unguarded twins. The README says how to install fastai beside a torch for CPUs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch.utils.data import TensorDataset
 
 import bnguard
 from tests.asserts import assert_clean, assert_same_bits, assert_untouched, state_of, statistics, values
-from tests.loops import backbone_norms, data, drifted, little_waiting, make_model, quiet_imports, recipes_in, run_code
+from tests.loops import backbone_norms, data, drifted, little_waiting, make_model, quiet_imports, run_code
+from tests.readme import LOOPS
 
 with quiet_imports():
     pytest.importorskip("fastai.learner")
@@ -197,7 +198,7 @@ def test_validation_left_in_train_mode_is_found() -> None:
     twin = make_model()
     make_learner(twin, TrainModeValidation()).validate()
     assert drifted(twin)
-    recipe = recipes_in("fastai")[1]
+    recipe = LOOPS["fastai"][1]
     model = make_model()
     with pytest.raises(bnguard.StatsChangedError, match=r"backbone.bn1 .* is in train mode"):
         run_code(recipe, {"bnguard": bnguard, "learn": make_learner(model, TrainModeValidation())})
@@ -241,7 +242,7 @@ def test_learning_rate_finder_moves_nothing(tmp_path: Path) -> None:
 
 def test_recipe_runs() -> None:
     """The code of the document trains and holds the statistics; without its block they drift."""
-    recipe = recipes_in("fastai")[0]
+    recipe = LOOPS["fastai"][0]
     quiet = recipe.replace("learn.fit(2)", "with learn.no_bar(), learn.no_logging():\n        learn.fit(2)")
     assert quiet != recipe
     model = make_model()

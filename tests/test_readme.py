@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import warnings
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from torch import nn
 
 import bnguard
 from bnguard._finding_texts import CODES
-from tests.readme import IMPORTS, PASTED, README, RECIPES, SECTIONS, code
+from tests.readme import IMPORTS, LOOPS, PASTED, README, RECIPES, SECTIONS, code
 from tests.suites import suite
 
 __all__ = ["suite"]
@@ -63,9 +64,9 @@ def test_examples_run():
 
 
 def test_no_block_is_left_out():
-    """Each block of Python is run: here, or as a recipe or what it replaces, by ``test_recipes.py``."""
+    """Each block of Python is run: here, by ``test_recipes.py``, or by the tests of a library whose loop it is for."""
     pasted = [block for pair in PASTED.values() for block in (pair.before, pair.now)]
-    run = [SCRIPT, PREAMBLE, *EXAMPLES, SUITE, IMPORTS, *RECIPES.values(), *pasted]
+    run = [SCRIPT, PREAMBLE, *EXAMPLES, SUITE, IMPORTS, *RECIPES.values(), *pasted, *chain(*LOOPS.values())]
     assert sorted(run) == sorted(code(README))
 
 

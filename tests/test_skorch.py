@@ -16,7 +16,8 @@ from torch import nn
 
 import bnguard
 from tests.asserts import assert_clean, assert_same_bits, state_of, statistics
-from tests.loops import backbone_norms, data, drifted, little_waiting, make_model, quiet_imports, recipes_in, run_code
+from tests.loops import backbone_norms, data, drifted, little_waiting, make_model, quiet_imports, run_code
+from tests.readme import LOOPS
 
 with quiet_imports():
     from skorch import NeuralNetClassifier
@@ -224,7 +225,7 @@ def test_validation_left_in_train_mode_is_found() -> None:
     """A validation in train mode updates, too; with the recipe it is stopped, and one in eval mode passes."""
     right, wrong = [fit(make_net(cls)).module_ for cls in (NeuralNetClassifier, WrongValidation)]
     assert wrong.backbone.bn1.num_batches_tracked > right.backbone.bn1.num_batches_tracked
-    names, (first, recipe) = recipe_names(), recipes_in("skorch")
+    names, (first, recipe) = recipe_names(), LOOPS["skorch"]
     run_code(first, names)
     run_code(recipe, names)
     assert_same_bits(fit(make_net(names["Checked"])).module_.state_dict(), right.state_dict())
@@ -291,7 +292,7 @@ def test_clones_are_guarded() -> None:
 
 def test_recipe_runs() -> None:
     """The code of the document trains, holds the statistics, and can be cloned; without its block they drift."""
-    recipe = recipes_in("skorch")[0]
+    recipe = LOOPS["skorch"][0]
     names = recipe_names()
     run_code(recipe, names)
     module = names["net"].module_

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from bnguard._frozen import frozen
+from bnguard._ranks import Group
 from bnguard._report import Wording
 from bnguard._select import Selector
 from bnguard._settings import Manner, OnChange, Settings, check_settings
@@ -23,9 +24,10 @@ def settings_of(
     updates: int,
     include: Selector | Iterable[Selector] | None,
     exclude: Selector | Iterable[Selector] | None,
+    group: Group,
 ) -> Settings:
     """Checks the options of ``frozen``; messages call the guard by ``wording``. See there for the errors."""
-    settings = check_settings(on_change, use_running_stats, affine, updates, include, exclude)
+    settings = check_settings(on_change, use_running_stats, affine, updates, include, exclude, group)
     return dataclasses.replace(settings, manner=Manner(wording))
 
 

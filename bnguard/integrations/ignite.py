@@ -32,6 +32,7 @@ from torch import nn
 
 from bnguard._changes import GuardedLayer, StatsChange
 from bnguard._frozen import frozen
+from bnguard._ranks import Group
 from bnguard._report import Wording
 from bnguard._select import Selector
 from bnguard._settings import OnChange
@@ -79,6 +80,7 @@ class BNGuardHandler:
         updates: Updates that each layer may make in a run; one more is the change.
         include: Guard only these layers, as in ``bnguard.frozen``.
         exclude: Do not guard these layers.
+        group: Whose ranks agree in a distributed run, as in ``bnguard.frozen``.
 
     Raises:
         TypeError: ``model`` is no module; an option has the wrong type.
@@ -98,8 +100,9 @@ class BNGuardHandler:
         updates: int = 0,
         include: Selector | Iterable[Selector] | None = None,
         exclude: Selector | Iterable[Selector] | None = None,
+        group: Group = None,
     ) -> None:
-        settings = settings_of(_WORDING, on_change, use_running_stats, affine, updates, include, exclude)
+        settings = settings_of(_WORDING, on_change, use_running_stats, affine, updates, include, exclude, group)
         self._guard = guard_of(model, settings)
         self._runs: list[_GuardedRun] = []
 

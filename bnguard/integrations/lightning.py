@@ -120,6 +120,7 @@ class BNGuardCallback(_Callback):
         updates: See ``frozen``; each layer may update so often in the whole run.
         include: See ``frozen``. Names are those in the ``state_dict()`` of the ``LightningModule``, as in a checkpoint.
         exclude: See ``frozen``; names as for ``include``.
+        group: See ``frozen``: the ranks whose processes agree at each comparison.
         log_every: Compare, and log, at every so-many-th optimizer step as well; each waits for the device once. None
             compares at validations and checkpoints only.
 
@@ -290,10 +291,11 @@ class BNGuardCallback(_Callback):
             text = _report.unguarded_text(", ".join(self._paths) or type(pl_module).__name__, self._wording)
             warnings.warn(text, BNGuardWarning, stacklevel=call_site().stacklevel)
             return
-        # Of several processes one speaks.
-        manner = Manner(self._wording, is_silent=not trainer.is_global_zero)
         settings = replace(
-            self._settings, include=(lambda name, module: id(module) in chosen,), exclude=(), manner=manner
+            self._settings,
+            include=(lambda name, module: id(module) in chosen,),
+            exclude=(),
+            manner=Manner(self._wording),
         )
         self._guard = frozen._of(pl_module, settings).start()
         self._save = CheckedSave.on(trainer)
@@ -341,14 +343,12 @@ class BNGuardCallback(_Callback):
         if trainer is None and failure is not None:
             raise failure
         if trainer is not None:
-            self._conclude(trainer, failure, has_peers=error is None)
+            self._conclude(trainer, failure)
 
-    def _conclude(self, trainer: Any, failure: StatsChangedError | None, *, has_peers: bool = True) -> None:
-        """Logs what was found, and raises it: in every process, if those come here as well."""
+    def _conclude(self, trainer: Any, failure: StatsChangedError | None) -> None:
+        """Logs what was found, and raises it."""
         try:
             self._log(trainer)
-            if has_peers and self._settings.on_change == "raise" and trainer.world_size > 1:
-                failure = _failure_anywhere(trainer, failure)
         finally:
             if failure is not None:
                 raise failure
@@ -365,18 +365,6 @@ class BNGuardCallback(_Callback):
                 metrics[f"{name}/mean_shift"] = change.mean_shift
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
-
-
-def _failure_anywhere(trainer: Any, failure: StatsChangedError | None) -> StatsChangedError | None:
-    """This process' failure, else the first of another one: launchers end the others before these have told theirs."""
-    if not trainer.strategy.reduce_boolean_decision(failure is not None, all=False):
-        return None
-    mine = None if failure is None else (str(failure), failure.changes)
-    for rank in range(trainer.world_size):
-        theirs = trainer.strategy.broadcast(mine, src=rank)
-        if theirs is not None and failure is None:
-            failure = StatsChangedError(_report.peer_text(rank, theirs[0]), theirs[1])
-    return failure
 
 
 def _as_paths(target: Any) -> tuple[str, ...]:

@@ -41,6 +41,7 @@ from bnguard import _report
 from bnguard._callsite import call_site
 from bnguard._changes import GuardedLayer, StatsChange
 from bnguard._frozen import frozen
+from bnguard._ranks import Group
 from bnguard._report import Wording
 from bnguard._select import Selector
 from bnguard._settings import OnChange
@@ -84,6 +85,7 @@ class BNGuardCallback(TrainerCallback):
         updates: Updates that each layer may make in a run; one more is the change.
         include: Guard only these layers, as in ``bnguard.frozen``.
         exclude: Do not guard these layers.
+        group: Whose ranks agree in a distributed run, as in ``bnguard.frozen``.
         model: The model to guard, a teacher say; None for the one that the trainer trains.
         check_at: When to compare the statistics during the run, one event or several: ``"step_end"``, ``"epoch_end"``,
             ``"evaluate"``, ``"save"``; what else but forwards changed is then found there. Each comparison waits for
@@ -107,10 +109,11 @@ class BNGuardCallback(TrainerCallback):
         updates: int = 0,
         include: Selector | Iterable[Selector] | None = None,
         exclude: Selector | Iterable[Selector] | None = None,
+        group: Group = None,
         model: nn.Module | None = None,
         check_at: CheckAt | Iterable[CheckAt] = (),
     ) -> None:
-        self._settings = settings_of(_WORDING, on_change, use_running_stats, affine, updates, include, exclude)
+        self._settings = settings_of(_WORDING, on_change, use_running_stats, affine, updates, include, exclude, group)
         self._check_at = _checked_events(check_at)
         self._model = model
         self._guard: frozen | None = None if model is None else guard_of(model, self._settings)
