@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 from collections.abc import Mapping
 from typing import Any, Final
@@ -63,7 +64,8 @@ def digest_of(tensors: Mapping[str, Tensor | None]) -> str:
     for name, tensor in tensors.items():
         if tensor is not None and has_values(tensor):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-            digest.update(as_bytes(tensor.detach().reshape(-1).cpu()).numpy().tobytes())
+            data = as_bytes(tensor.detach().reshape(-1).cpu())
+            digest.update(ctypes.string_at(data.data_ptr(), data.numel()))
     return digest.hexdigest()
 
 

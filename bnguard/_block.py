@@ -60,9 +60,9 @@ class Block:
     """
 
     __slots__ = (
-        "_affine", "_claims", "_found", "_has_warned_of_program", "_layers", "_maybe_overwritten", "_model", "_on_cuda", "_outcome",
-        "_parameters", "_process", "_refreshing", "_regions", "_sentries", "_settings", "_statistics", "_tree",
-        "_under_way", "_verified", "_without_values",
+        "_affine", "_claims", "_found", "_has_warned_of_program", "_layers", "_maybe_overwritten", "_model",
+        "_on_cuda", "_outcome", "_parameters", "_process", "_refreshing", "_regions", "_sentries", "_settings",
+        "_statistics", "_tree", "_under_way", "_verified", "_without_values",
     )  # fmt: skip
 
     def __init__(self, model: nn.Module, settings: Settings, earlier: Block | None = None) -> None:

@@ -412,6 +412,22 @@ def ddp_overwrites():
 
 
 @scenario
+def ddp_write():
+    """Rank 1 writes to its statistics after DDP's broadcast: that is no broadcast."""
+    net = make().eval()
+    model = DistributedDataParallel(net)
+    before = statistics(net)
+
+    def run():
+        with bnguard.frozen(net):
+            model(batch())
+            if dist.get_rank() == 1:
+                move(net)
+
+    return {**outcome(run), "restored": same(before, statistics(net))}
+
+
+@scenario
 def ddp_join():
     """Ranks with other numbers of batches, in join(): nothing hangs, nothing moves."""
     net = make()

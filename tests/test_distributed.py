@@ -268,6 +268,16 @@ def test_a_broadcast_is_told_and_not_accused(ranks):
             assert result[policy]["changes"] == 1
 
 
+def test_a_write_under_ddp_is_no_broadcast(two):
+    """Other statistics than rank 0's are nobody else's doing."""
+    first, second = of(two, "ddp_write")
+    assert second["error"] == first["error"] == "StatsChangedError"
+    assert second["text"].startswith(f"{CHANGED}\n  1 (BatchNorm2d): running_mean")
+    assert first["text"].startswith("on rank 1:\n")
+    assert second["warnings"] == []
+    assert second["restored"]
+
+
 def test_uneven_inputs(two):
     """join() with more batches on one rank: nothing moves, nothing hangs."""
     for result in of(two, "ddp_join"):
