@@ -1,4 +1,4 @@
-"""Which layers ``DistributedDataParallel`` overwrites with the statistics of rank 0 at each forward."""
+"""Who sees to it that the ranks of a distributed run have the same statistics."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["overwritten_by_ddp"]
+__all__ = ["keeping_their_own", "keeps_its_own", "overwritten_by_ddp"]
+
+_SHARDED = ("FullyShardedDataParallel", "FSDPModule")
 
 
 def overwritten_by_ddp(modules: Iterable[nn.Module]) -> frozenset[int]:
@@ -20,9 +22,28 @@ def overwritten_by_ddp(modules: Iterable[nn.Module]) -> frozenset[int]:
     """
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() < 2:
         return frozenset()
+    wrappers = [item for item in gc.get_objects() if issubclass(type(item), DistributedDataParallel)]
+    return _inside(modules, [ddp for ddp in wrappers if ddp.broadcast_buffers and dist.get_rank(ddp.process_group) > 0])
+
+
+def keeping_their_own(modules: Iterable[nn.Module]) -> frozenset[int]:
+    """The ids of those modules that are in a model which ``keeps_its_own``. Looks at every object there is."""
+    # By type: isinstance() asks objects for their class, and some answer with a warning.
+    found = [item for item in gc.get_objects() if issubclass(type(item), nn.Module)]
+    return _inside(modules, [module for module in found if keeps_its_own(module)])
+
+
+def keeps_its_own(model: nn.Module) -> bool:
+    """Whether a model is trained by several ranks, and nobody makes its statistics equal.
+
+    So it is under ``DistributedDataParallel(broadcast_buffers=False)`` and under FSDP. With ``broadcast_buffers=True``
+    those of rank 0 count.
+    """
+    if isinstance(model, DistributedDataParallel):
+        return not model.broadcast_buffers
+    return any([kind.__name__ in _SHARDED for kind in type(model).__mro__])
+
+
+def _inside(modules: Iterable[nn.Module], wrappers: Iterable[nn.Module]) -> frozenset[int]:
     ids = {id(module) for module in modules}
-    found: set[int] = set()
-    for wrapper in [item for item in gc.get_objects() if isinstance(item, DistributedDataParallel)]:
-        if wrapper.broadcast_buffers and dist.get_rank(wrapper.process_group) > 0:
-            found |= ids & {id(module) for module in wrapper.modules()}
-    return frozenset(found)
+    return frozenset([key for wrapper in wrappers for key in ids & {id(part) for part in wrapper.modules()}])

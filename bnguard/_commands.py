@@ -83,32 +83,38 @@ def run_watched(
         )
     record = watch(every=every)
     failure: StatsChangedError | None = None
-    with record, nullcontext() if progress is None else Progress(record, progress):
-        if lookout is not None:
-            lookout.begin()
-        try:
-            ending = _run(target, args, is_module)
-        finally:
+    with record:
+        with nullcontext() if progress is None else Progress(record, progress):
             if lookout is not None:
-                lookout.end(for_good=True)
+                lookout.begin()
+            try:
+                ending = _run(target, args, is_module)
+            finally:
+                if lookout is not None:
+                    lookout.end(for_good=True)
         try:
             for text in guards.end(ending.error):
                 print(f"bnguard: {text}", file=sys.stderr)
         except StatsChangedError as found:
             failure = found
+        record.stop(wait=ending.error is None)  # for other ranks, which may have failed likewise
     ending.show()
     sys.stdout.flush()
     notes = [] if failure is None else [str(failure)]
     if lookout is not None and not lookout.has_guarded:
         notes.append(f"--frozen {frozen} matched no layer of the models that ran.")
     document = dataclasses.replace(
-        watch_document(record.findings, record.updates, record.unexplained, record.drift),
+        watch_document(record),
         title=f"bnguard run {'-m ' if is_module else ''}{target}",
         notes=tuple(notes),
     )
-    print()
-    content = {"target": target, "exit_code": ending.exit_code, **json_file.of_watch(record)}
-    written = _show(document, content, outputs, "run", lambda: _pictures_of(record))
+    written = CLEAN
+    if record.speaks:  # of several ranks one has the report of all
+        print()
+        content = {"target": target, "exit_code": ending.exit_code, **json_file.of_watch(record)}
+        written = _show(document, content, outputs, "run", lambda: _pictures_of(record))
+    elif notes:
+        print("\n".join(notes), file=sys.stderr)
     if ending.exit_code:
         return ending.exit_code
     return FOUND if failure is not None or _codes(record.findings) & fail_on else written

@@ -1,4 +1,4 @@
-"""What bnguard says about each kind of finding, BN001 to BN014."""
+"""What bnguard says about each kind of finding, BN001 to BN015."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from bnguard._ledger import FEW_VALUES
-from bnguard._report import count_text, listing, times_text
+from bnguard._report import count_text, listing, ranks_text, times_text
 
 __all__ = ["CODES", "RUN", "STATIC", "VERDICTS", "Code", "Group", "Severity"]
 
@@ -131,6 +131,15 @@ CODES: Final[dict[str, Code]] = {
         "call torch.optim.swa_utils.update_bn(loader, model) before the evaluation",
         "call torch.optim.swa_utils.update_bn() first",
     ),
+    "BN015": Code(
+        "statistics that differ between ranks",
+        "warning",
+        (
+            "a checkpoint or an evaluation of one rank has only what that one has seen: use SyncBatchNorm, or average "
+            "the buffers (torch.distributed.all_reduce) before you save or evaluate"
+        ),
+        "use SyncBatchNorm, or average them before you save",
+    ),
 }
 
 
@@ -217,6 +226,7 @@ RUN: Final[Mapping[str, Callable[[Group], str]]] = {
     "BN014": lambda g: (
         f"{g.of} was trained while a guard held it and evaluated with mean 0 and variance 1, which it never left"
     ),
+    "BN015": lambda g: f"{g.of} ended with other statistics on {ranks_text(g.detail[1])} than on rank {g.detail[0]}",
 }
 
 STATIC: Final[Mapping[str, Callable[[Group], str]]] = {
@@ -251,4 +261,5 @@ VERDICTS: Final[Mapping[str, Callable[[Group], str]]] = {
     "BN012": lambda g: f"{g.of} {g.have} NaN, infinite or negative statistics",
     "BN013": lambda g: f"{g.where} moved {g.count} between an eval-mode forward and its backward: wrong gradients",
     "BN014": lambda g: f"{g.of} was evaluated with mean 0 and variance 1, which it never left",
+    "BN015": lambda g: f"{g.of} ended with other statistics on {ranks_text(g.detail[1])} than on rank {g.detail[0]}",
 }

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bnguard._finding_texts import CODES, RUN, VERDICTS, Group, Severity
+from bnguard._report import ranks_text
 
 __all__ = ["Finding", "Sighting", "findings_of"]
 
@@ -25,6 +26,7 @@ class Finding:
         what: What happened, in one sentence with the numbers.
         fix: What to do, in one sentence.
         verdict: What happened and what to do about it, in one line.
+        ranks: Of a distributed run, the ranks concerned; empty where there is one process.
     """
 
     code: str
@@ -35,10 +37,12 @@ class Finding:
     what: str
     fix: str
     verdict: str
+    ranks: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         place = "" if self.where is None else f" at {self.where}"
-        return f"{self.code} {self.title}{place}\n  {self.what}.\n  {self.fix[0].upper()}{self.fix[1:]}."
+        where = f" on {ranks_text(self.ranks)}" if self.ranks else ""
+        return f"{self.code} {self.title}{place}{where}\n  {self.what}.\n  {self.fix[0].upper()}{self.fix[1:]}."
 
 
 @dataclass(frozen=True, slots=True)

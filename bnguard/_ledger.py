@@ -70,6 +70,7 @@ class StatsUpdates:
         fewest_values: Fewest values per channel that one of them had: the numbers a variance is estimated from.
         small_batches: Updates from fewer than eight values per channel.
         model: Class of the model, where several were watched: ``"Generator"``, or ``"Generator 2"`` for the second one.
+        ranks: Of a distributed run, the ranks on which it was so; empty where there is one process.
     """
 
     names: tuple[str, ...]
@@ -83,6 +84,7 @@ class StatsUpdates:
     fewest_values: int | None = None
     small_batches: int = 0
     model: str = ""
+    ranks: tuple[int, ...] = ()
 
 
 FEW_VALUES: Final = 8
@@ -156,6 +158,7 @@ class Ledger:
         updates: All of them.
         evaluations: Forwards in eval mode.
         held: Updates that a guard has prevented.
+        keeps_its_own: Whether several ranks train it, each with statistics of its own.
         untracked: Forwards in train mode with ``track_running_stats`` off, although there are statistics.
         frozen: Updates by line while autograd recorded and no parameter of the layer was trained.
         several: Steps with several forwards, by their lines.
@@ -166,9 +169,9 @@ class Ledger:
 
     __slots__ = (
         "_forwards", "_last_site", "_lines", "_model", "_module", "_optimizers", "_optimizers_of", "_own_eval",
-        "_probe", "_step", "before", "buffers", "eps", "evaluations", "frozen", "frozen_before", "held", "kind",
-        "model_name", "momentum", "names", "places", "several", "tensors", "type", "undone", "untracked", "updates",
-        "wrong",
+        "_probe", "_step", "before", "buffers", "eps", "evaluations", "frozen", "frozen_before", "held",
+        "keeps_its_own", "kind", "model_name", "momentum", "names", "places", "several", "tensors", "type", "undone",
+        "untracked", "updates", "wrong",
     )  # fmt: skip
 
     def __init__(self, layer: StatsLayer, model: nn.Module, model_name: str, before: dict[str, Tensor]) -> None:
@@ -188,6 +191,7 @@ class Ledger:
         self.updates = 0
         self.evaluations = 0
         self.held = 0
+        self.keeps_its_own = False
         self.untracked = 0
         self.frozen: dict[str, int] = {}
         self.frozen_before: dict[str, Tensor] = {}  # parameters that were not trained at an update, as they were then

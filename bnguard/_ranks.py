@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 import weakref
 from collections import Counter
 from dataclasses import dataclass
@@ -143,10 +144,8 @@ class Ranks:
             torch.distributed.DistError: The store cannot be reached.
         """
         meetings, size = self._meetings, len(self.members)
-        store, key = meetings.store, f"bnguard/{self.members}/{place}"
-        number = meetings.count[key]
-        meetings.count[key] += 1
-        base = f"{key}/{number}"
+        store, base = meetings.store, self._next(place)
+        key, _, number = base.rpartition("/")
         if told is not None:
             index = store.add(f"{base}/told", 1) - 1
             store.set(f"{base}/told/{index}", json.dumps([told.rank, told.kind, told.text, told.layers, told.asks]))
@@ -155,7 +154,7 @@ class Ranks:
         here = store.add(f"{base}/here", 1 << self.members.index(self.me) if names_them else 1)
         if here == everybody:
             store.set(f"{base}/all", str(store.add(f"{base}/told", 0)))
-            self._sweep(key, number - 1)
+            self._sweep(key, int(number) - 1)
         if not waits:
             meetings.totals.pop(key, None)
             return ()
@@ -166,6 +165,36 @@ class Ranks:
         heard = [json.loads(store.get(f"{base}/told/{index}")) for index in range(total)]
         all_told = [Told(rank, kind, text, tuple(layers), tuple(asks)) for rank, kind, text, layers, asks in heard]
         return tuple(sorted(all_told, key=lambda one: one.rank))
+
+    def tell(self, place: str, text: str) -> None:
+        """Tells the first rank something, and does not wait for it."""
+        self._meetings.store.set(f"{self._next(place)}/{self.me}", text)
+
+    def collect(self, place: str, timeout: timedelta) -> dict[int, str]:
+        """What the other ranks have told the first one, which this is, by rank; of those that tell it in time."""
+        store, base = self._meetings.store, self._next(place)
+        end = time.monotonic() + timeout.total_seconds()
+        heard = {}
+        for rank in self.members:
+            if rank == self.me:
+                continue
+            key = f"{base}/{rank}"
+            left = timedelta(seconds=max(0.001, end - time.monotonic()))
+            try:
+                store.wait([key], left)
+            except RuntimeError:
+                if not store.check([key]):
+                    continue
+            heard[rank] = store.get(key).decode()
+            store.delete_key(key)
+        return heard
+
+    def _next(self, place: str) -> str:
+        """The key of the next meeting at a place."""
+        key = f"bnguard/{self.members}/{place}"
+        number = self._meetings.count[key]
+        self._meetings.count[key] += 1
+        return f"{key}/{number}"
 
     def _wait(self, base: str, place: str) -> None:
         """Until all are here."""

@@ -6,16 +6,19 @@ import sys
 import threading
 import weakref
 from collections import Counter, defaultdict
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Final, Literal, Self
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from bnguard import _every_forward
 from bnguard._aside import aside
-from bnguard._bits import below_transforms, has_values, same_bits
+from bnguard._bits import below_transforms, digest_of, has_values, same_bits
+from bnguard._broadcast import keeping_their_own, keeps_its_own
 from bnguard._changes import StatsChange
 from bnguard._claims import decide
 from bnguard._drift import Drift, DriftSample, DriftSeries, drift_between, largest_mean_shift, sample_of, series_of
@@ -26,12 +29,14 @@ from bnguard._ledger import Ledger, Line, Mode, StatsUpdates
 from bnguard._model_calls import ModelCall, ModelCalls
 from bnguard._output.document import as_text
 from bnguard._output.documents import watch_document
+from bnguard._ranks import Group, Ranks, check_group
 from bnguard._report import name_text
 from bnguard._sentry import sentries
 from bnguard._sightings import sightings_in
 from bnguard._steps import StepCounter
 from bnguard._timeline import Timeline, UpdateSeries, updates_over_steps
 from bnguard._tree import Tree, unwrapped
+from bnguard._watch_ranks import Merged, Recorded, merge
 
 __all__ = ["watch"]
 
@@ -66,21 +71,30 @@ class watch:  # noqa: N801  # lower case, as torch.no_grad
     What a guard (``frozen``) prevents is no update. In a compiled graph no line can be seen: updates there are counted
     by ``num_batches_tracked``. What no forward explains is in ``unexplained``.
 
+    In a distributed run the ranks put together what they have recorded when they stop, on the first of them, which
+    waits for the others at most a minute; they report what they have seen themselves.
+
     Args:
         model: The model, or one layer; None for every model that runs in this process.
         every: Measure the drift at every so-many-th optimizer step, for ``series``. ``"auto"`` measures at 128 to 256
             steps of any run, evenly spaced, and at the end; None at the end only. One measurement reads and writes
             twice the statistics on their device, and waits for nothing.
+        group: Of a distributed run, the process group whose ranks put their records together; None is the default
+            group, False none, for a watch that not all ranks have.
 
     Raises:
-        TypeError: ``model`` is no module, ``every`` no whole number.
+        TypeError: ``model`` is no module, ``every`` no whole number, ``group`` no process group.
         ValueError: ``every`` is not positive, or another word than ``"auto"``.
     """
 
-    def __init__(self, model: nn.Module | None = None, *, every: int | Literal["auto"] | None = None) -> None:
+    def __init__(
+        self, model: nn.Module | None = None, *, every: int | Literal["auto"] | None = None, group: Group = None
+    ) -> None:
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"watch() takes a torch.nn.Module, or nothing for every model, got {type(model).__name__}")
         _check_every(every)
+        check_group(group)
+        self._group = group
         self._model = model
         self._every = every
         self._forget_all()
@@ -101,6 +115,8 @@ class watch:  # noqa: N801  # lower case, as torch.no_grad
         self.wants_results = False  # until there is something that only results tell
         self._is_open = False
         self._final: dict[int, dict[str, Tensor]] = {}  # by position: statistics at the end
+        self._ranks: Ranks | None = None  # as soon as a model is met in a distributed run
+        self._merged: Merged | None = None  # on the first of them, at the end
 
     # Enter and leave.
 
@@ -112,7 +128,7 @@ class watch:  # noqa: N801  # lower case, as torch.no_grad
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.stop()
+        self.stop(wait=error is None)
 
     @outside_graphs
     def start(self) -> Self:
@@ -132,8 +148,12 @@ class watch:  # noqa: N801  # lower case, as torch.no_grad
         return self
 
     @outside_graphs
-    def stop(self) -> None:
-        """Records no more, and compares the statistics with those of the beginning. Twice does nothing."""
+    def stop(self, *, wait: bool = True) -> None:
+        """Records no more, and compares the statistics with those of the beginning. Twice does nothing.
+
+        Args:
+            wait: In a distributed run: whether the first rank waits for what the others have recorded.
+        """
         if not self._is_open:
             return
         self._is_open = False
@@ -147,15 +167,17 @@ class watch:  # noqa: N801  # lower case, as torch.no_grad
                     self._samples.pop()  # what came after that step counts, too
                 self._measure(self._steps.count)
             self._final = {number: _copies(ledger.now()) for number, ledger in enumerate(self._order)}
+        self._ranks = self._ranks or Ranks.of(self._group)
+        if self._ranks is not None:
+            with suppress(dist.DistError):  # the others are gone: what this one has recorded is left
+                self._merged = merge(self._ranks, self._recorded(), waits=wait)
 
     # What was recorded.
 
     @property
     def updates(self) -> tuple[StatsUpdates, ...]:
         """Updates by layer, line and mode, in the order of ``state_dict()``, model by model."""
-        return tuple(
-            [update for number, ledger in enumerate(self._order) for update in self._updates_of(number, ledger)]
-        )
+        return self._own_updates() if self._merged is None else self._merged.updates
 
     @property
     def drift(self) -> tuple[Drift, ...]:
@@ -214,13 +236,36 @@ class watch:  # noqa: N801  # lower case, as torch.no_grad
     @property
     def findings(self) -> tuple[Finding, ...]:
         """What is wrong with what was recorded, the worst first."""
+        return self._own_findings() if self._merged is None else self._merged.findings
+
+    @property
+    def rank(self) -> int:
+        """The rank of this process in a distributed run; 0 where it is alone."""
+        return 0 if self._ranks is None else self._ranks.me
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this process has the report of all ranks, or is alone."""
+        return self._ranks is None or self._ranks.speaks
+
+    @property
+    def missing_ranks(self) -> tuple[int, ...]:
+        """Ranks that have not told what they recorded; told to the first rank when it stops."""
+        return () if self._merged is None else self._merged.missing
+
+    def _own_updates(self) -> tuple[StatsUpdates, ...]:
+        return tuple(
+            [update for number, ledger in enumerate(self._order) for update in self._updates_of(number, ledger)]
+        )
+
+    def _own_findings(self) -> tuple[Finding, ...]:
         nows = [self._now(number, ledger) for number, ledger in enumerate(self._order)]
         labels = [name_text(ledger.names[0], self._model_name(ledger)) for ledger in self._order]
         return findings_of(sightings_in(self._order, labels, nows, self._steps.count > 0))
 
     def report(self) -> str:
         """What was recorded, as text: what is wrong first, then the lines that updated, then what moved most."""
-        return as_text(watch_document(self.findings, self.updates, self.unexplained, self.drift))
+        return as_text(watch_document(self))
 
     def __repr__(self) -> str:
         what = "every model" if self._model is None else f"a {type(self._model).__name__}"
@@ -290,6 +335,7 @@ class watch:  # noqa: N801  # lower case, as torch.no_grad
     @aside()
     def _take_in(self, model: nn.Module) -> None:
         """Records the layers of a model from now on."""
+        self._ranks = self._ranks or Ranks.of(self._group)
         with self._lock:
             tree = Tree(model)
             if self._model is not None:
@@ -317,6 +363,17 @@ class watch:  # noqa: N801  # lower case, as torch.no_grad
         number = self._model_names[name]
         return name if number == 1 else f"{name} {number}"
 
+    def _recorded(self) -> Recorded:
+        """For the other ranks."""
+        modules = [module for ledger in self._order if (module := ledger.module) is not None]
+        ids = keeping_their_own(modules)
+        own = {
+            name_text(ledger.names[0], self._model_name(ledger)): digest_of(self._final[number])
+            for number, ledger in enumerate(self._order)
+            if ledger.keeps_its_own or id(ledger.module) in ids
+        }
+        return Recorded(self._own_updates(), self._own_findings(), own)
+
     def _model_name(self, ledger: Ledger) -> str:
         """The name of a layer's model where that tells layers apart."""
         return ledger.model_name if self._model_names.total() > 1 else ""
@@ -325,6 +382,7 @@ class watch:  # noqa: N801  # lower case, as torch.no_grad
         buffers = layer.module._buffers
         present = {name: tensor for name in layer.buffers if (tensor := buffers.get(name)) is not None}
         ledger = Ledger(layer, model, model_name, _copies(present))
+        ledger.keeps_its_own = keeps_its_own(model)
         self._ledgers[id(layer.module)] = ledger
         self._order.append(ledger)
 

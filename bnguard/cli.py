@@ -240,7 +240,7 @@ def _codes(text: str) -> frozenset[str]:
 
 
 _PROGRESS: Final = 10.0  # seconds
-_CODES: Final = [f"BN{number:03}" for number in range(1, 15)]
+_CODES: Final = [f"BN{number:03}" for number in range(1, 16)]
 
 
 def _missing(*extras: str) -> str | None:

@@ -442,6 +442,72 @@ def ddp_join():
     return {**outcome(run), "restored": same(before, statistics(net))}
 
 
+def trained(model, net, optimizer, watch_of):
+    """Three steps, and on rank 1 a validation in train mode."""
+    with bnguard.watch(watch_of) as record:
+        for step in range(3):
+            optimizer.zero_grad()
+            model(batch(7 * step + dist.get_rank())).square().mean().backward()
+            optimizer.step()
+        if dist.get_rank() == 1:
+            for module in net.modules():  # not through DDP, which would wait for rank 0
+                module.train()
+            with torch.no_grad():
+                net(batch())
+    return {
+        "speaks": record.speaks,
+        "rank": record.rank,
+        "missing": record.missing_ranks,
+        "updates": [(update.where, update.count, update.ranks) for update in record.updates],
+        "findings": [(finding.code, finding.layers, finding.ranks, finding.what) for finding in record.findings],
+        "report": record.report(),
+    }
+
+
+@scenario
+def watch_broadcast():
+    """DDP with broadcast_buffers=True."""
+    net = make()
+    model = DistributedDataParallel(net)
+    return trained(model, net, torch.optim.SGD(net.parameters(), 0.1), None)
+
+
+@scenario
+def watch_own_buffers():
+    """DDP with broadcast_buffers=False; the watch is of the model inside."""
+    net = make()
+    model = DistributedDataParallel(net, broadcast_buffers=False)
+    return trained(model, net, torch.optim.SGD(net.parameters(), 0.1), net)
+
+
+@scenario
+def watch_failure():
+    """Rank 1 fails: the first rank does not wait for it for ever."""
+    net = make()
+    record = bnguard.watch(net)
+    try:
+        with record:
+            net(batch())
+            if dist.get_rank() == 1:
+                raise RuntimeError("mine")
+    except RuntimeError:
+        pass
+    return {"updates": len(record.updates), "missing": record.missing_ranks}
+
+
+@scenario
+def watch_alone():
+    """Only rank 0 watches."""
+    net = make()
+    result = {}
+    if dist.get_rank() == 0:
+        with bnguard.watch(net, group=False) as record:
+            net(batch())
+        result = {"report": record.report(), "ranks": record.updates[0].ranks}
+    dist.barrier()
+    return result
+
+
 @scenario
 def fsdp2():
     """fully_shard, with mixed precision: held, and bit for bit the twin."""

@@ -189,7 +189,7 @@ def test_pattern_that_matches_nothing_is_told(script, tmp_path):
         (["run"], "run needs a script, or -m and a module"),
         (["run", "nowhere.py"], "No such file or directory"),
         (["run", "-m", "nowhere.at.all"], "No module named"),
-        (["run", "--fail-on", "BN015", "x.py"], "'BN015' is no finding: they are BN001 to BN014"),
+        (["run", "--fail-on", "BN016", "x.py"], "'BN016' is no finding: they are BN001 to BN015"),
         (["audit", "models"], "'models' names no callable: write module:callable, as in models:make_net"),
         (["audit", "nowhere:make"], "'nowhere:make': No module named 'nowhere'"),
         (["audit", "json:dumps_"], "has no attribute 'dumps_'"),

@@ -285,6 +285,45 @@ def test_uneven_inputs(two):
         assert result["restored"]
 
 
+def test_a_watch_reports_for_all_ranks(two):
+    """On the first one, equal records once with their ranks; what one rank alone did is told with that."""
+    first, second = of(two, "watch_broadcast")
+    assert (first["speaks"], first["rank"], first["missing"]) == (True, 0, [])
+    assert (second["speaks"], second["rank"]) == (False, 1)
+    (train, count, both), (alone, one, only) = first["updates"]
+    assert (count, both, one, only) == (3, [0, 1], 1, [1])
+    assert train != alone
+    assert [(code, ranks) for code, _, ranks, _ in first["findings"]] == [("BN002", [1])]
+    lines = first["report"].splitlines()
+    assert lines[1] == "1 finding; 7 updates of 1 layer on ranks 0 and 1"
+    assert lines[3].endswith(" in trained on rank 1")
+    assert "  updates  layers  ranks  steps   mode            line" in lines
+    assert [count for _, count, _ in second["updates"]] == [3, 1]
+    assert second["report"].endswith("That is what rank 1 has recorded; the first rank has the report of all.")
+
+
+def test_ranks_with_statistics_of_their_own_are_a_finding(two):
+    """With broadcast_buffers=False, and not with True: there those of rank 0 count."""
+    first, second = of(two, "watch_own_buffers")
+    found = {code: (layers, ranks, what) for code, layers, ranks, what in first["findings"]}
+    assert found["BN015"] == (["1"], [], "1 layer (1) ended with other statistics on rank 1 than on rank 0")
+    assert "BN015" not in [code for code, *_ in second["findings"]]
+
+
+def test_a_watch_waits_for_no_rank_that_failed(two):
+    """It has told what it recorded, all the same."""
+    first, second = of(two, "watch_failure")
+    assert first == {"updates": 1, "missing": []}
+    assert second["updates"] == 1
+
+
+def test_a_watch_can_be_alone(two):
+    """group=False."""
+    first, _ = of(two, "watch_alone")
+    assert first["ranks"] == []
+    assert first["report"].splitlines()[0] == "no finding; 1 update of 1 layer"
+
+
 def test_fsdp2(two):
     """fully_shard is held and stopped like anything else, with mixed precision too."""
     for result in of(two, "fsdp2"):

@@ -60,7 +60,7 @@ def watched_page():
             optimizer.step()
         with torch.no_grad():
             net(torch.randn(16, 4))
-    document = watch_document(record.findings, record.updates, record.unexplained, record.drift)
+    document = watch_document(record)
     drawn = pictures.watch_pictures(record.drift, record.series, record.update_series)
     return record, page.page(document, drawn)
 

@@ -10,29 +10,27 @@ from bnguard._drift import Drift
 from bnguard._findings import Finding
 from bnguard._ledger import Mode, StatsUpdates
 from bnguard._output.document import Column, Document, Table
-from bnguard._report import count_text, layer_text
+from bnguard._report import count_text, layer_text, ranks_text
 
 if TYPE_CHECKING:
     from bnguard._diff import StatsDiff
+    from bnguard._watch import watch
 
 __all__ = ["audit_document", "diff_document", "watch_document"]
 
 _FEW, _MANY = 3, 20  # rows that are shown
 
 
-def watch_document(
-    findings: Sequence[Finding],
-    updates: Sequence[StatsUpdates],
-    unexplained: Sequence[StatsChange],
-    drift: Sequence[Drift],
-) -> Document:
+def watch_document(record: watch) -> Document:
     """Which lines updated what, what changed by itself, and what moved most."""
+    findings, updates, unexplained, drift = record.findings, record.updates, record.unexplained, record.drift
     tables = [_lines(updates), _unexplained(unexplained), _moved("moved most", drift, _FEW)]
     said = count_text(len(findings), "finding") if findings else "no finding"
     if updates:
         layers = len({(update.model, update.names) for update in updates})
-        total = count_text(sum([update.count for update in updates]), "update")
-        summary = f"{said}; {total} of {count_text(layers, 'layer')}"
+        total = count_text(sum([update.count * max(1, len(update.ranks)) for update in updates]), "update")
+        ranks = {rank for update in updates for rank in update.ranks}
+        summary = f"{said}; {total} of {count_text(layers, 'layer')}{f' on {ranks_text(sorted(ranks))}' * bool(ranks)}"
     else:
         summary = f"{said}; no update"
     return Document(
@@ -41,7 +39,16 @@ def watch_document(
         tuple(findings),
         tuple([table for table in tables if table.rows]),
         "More: record.updates, record.drift and record.findings have it all." if updates or unexplained else "",
+        _about_ranks(record),
     )
+
+
+def _about_ranks(record: watch) -> tuple[str, ...]:
+    if not record.speaks:
+        return (f"That is what rank {record.rank} has recorded; the first rank has the report of all.",)
+    if record.missing_ranks:
+        return (f"{ranks_text(record.missing_ranks)} did not tell what they recorded.".capitalize(),)
+    return ()
 
 
 def audit_document(findings: Sequence[Finding]) -> Document:
@@ -84,18 +91,21 @@ def _verdict(findings: Sequence[Finding]) -> str:
 
 def _lines(updates: Sequence[StatsUpdates]) -> Table:
     """A row for each line and mode."""
-    groups: dict[tuple[str | None, Mode], list[StatsUpdates]] = {}
+    groups: dict[tuple[str | None, Mode, tuple[int, ...]], list[StatsUpdates]] = {}
     for update in updates:
-        groups.setdefault((update.where, update.mode), []).append(update)
+        groups.setdefault((update.where, update.mode, update.ranks), []).append(update)
     rows = []
-    for (where, mode), group in groups.items():
+    has_ranks = any([update.ranks for update in updates])
+    for (where, mode, ranks), group in groups.items():
         first, last = min([one.first_step for one in group]), max([one.last_step for one in group])
         steps = "" if mode.compiled else str(first) if first == last else f"{first} to {last}"
         layers = len({(one.model, one.names) for one in group})
-        rows.append((str(sum([one.count for one in group])), str(layers), steps, str(mode), where or "in a graph"))
+        cells = [str(sum([one.count for one in group])), str(layers), steps, str(mode), where or "in a graph"]
+        rows.append((*cells[:2], *[", ".join(map(str, ranks))] * has_ranks, *cells[2:]))
     columns = (
         Column("updates", is_number=True),
         Column("layers", is_number=True),
+        *[Column("ranks")] * has_ranks,
         Column("steps"),
         Column("mode"),
         Column("line"),
