@@ -23,7 +23,7 @@ def overwritten_by_ddp(modules: Iterable[nn.Module]) -> frozenset[int]:
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() < 2:
         return frozenset()
     wrappers = [item for item in gc.get_objects() if issubclass(type(item), DistributedDataParallel)]
-    return _inside(modules, [ddp for ddp in wrappers if ddp.broadcast_buffers and dist.get_rank(ddp.process_group) > 0])
+    return _inside(modules, [ddp for ddp in wrappers if _is_broadcasting(ddp) and dist.get_rank(ddp.process_group) > 0])
 
 
 def keeping_their_own(modules: Iterable[nn.Module]) -> frozenset[int]:
@@ -36,12 +36,16 @@ def keeping_their_own(modules: Iterable[nn.Module]) -> frozenset[int]:
 def keeps_its_own(model: nn.Module) -> bool:
     """Whether a model is trained by several ranks, and nobody makes its statistics equal.
 
-    So it is under ``DistributedDataParallel(broadcast_buffers=False)`` and under FSDP. With ``broadcast_buffers=True``
-    those of rank 0 count.
+    So it is under FSDP, and under ``DistributedDataParallel(forward_sync_buffers=False)``. With ``True`` rank 0's count.
     """
     if isinstance(model, DistributedDataParallel):
-        return not model.broadcast_buffers
+        return not _is_broadcasting(model)
     return any([kind.__name__ in _SHARDED for kind in type(model).__mro__])
+
+
+def _is_broadcasting(ddp: DistributedDataParallel) -> bool:
+    """Whether rank 0's buffers go to all ranks before each forward."""
+    return bool(getattr(ddp, "forward_sync_buffers", None) or getattr(ddp, "broadcast_buffers", False))
 
 
 def _inside(modules: Iterable[nn.Module], wrappers: Iterable[nn.Module]) -> frozenset[int]:

@@ -281,7 +281,7 @@ def broadcast_text(changes: Sequence[StatsChange], restored: bool, wording: Word
         [
             f"DDP broadcast at forward: rank 0's statistics took the place of others inside {wording.place}:",
             *_lines(changes),
-            f"{outcome} DistributedDataParallel(broadcast_buffers=False) lets each rank keep its own.",
+            f"{outcome} DistributedDataParallel(forward_sync_buffers=False) lets each rank keep its own.",
         ]
     )
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel as DDP
 
 import bnguard
 from bnguard._finding_texts import CODES
@@ -112,7 +113,7 @@ def test_calls_in_the_text_are_valid():
 
 def test_options_in_the_text_exist():
     """Every option that the README writes is one of ``frozen`` or ``strict``, or of a function of torch."""
-    functions = (bnguard.frozen, bnguard.strict, bnguard.watch, torch.compile, torch.jit.trace, nn.BatchNorm2d)
+    functions = (bnguard.frozen, bnguard.strict, bnguard.watch, torch.compile, torch.jit.trace, nn.BatchNorm2d, DDP)
     known = {name for function in functions for name in inspect.signature(function).parameters}
     prose = re.sub(r"^```.*?^```$", "", README, flags=re.M | re.S)
     options = set(re.findall(r"`(\w+)=[^`]*`", prose))
