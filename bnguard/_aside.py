@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Mapping
 from contextlib import ContextDecorator, ExitStack
-from types import CodeType, FrameType
 from typing import Any, Final
 
 import torch
@@ -20,6 +18,8 @@ from torch._C import (
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.fx import _symbolic_trace
 from torch.utils._python_dispatch import _disable_current_modes
+
+from bnguard._stack import is_below
 
 __all__ = ["aside", "is_being_taken_down", "is_recorded", "is_symbolic"]
 
@@ -36,7 +36,7 @@ def is_recorded(args: Iterable[Any], kwargs: Mapping[str, Any]) -> bool:
     """
     return (
         _get_tracing_state() is not None
-        or (_len_torch_dispatch_stack() > 0 and _get_dispatch_mode(_PROXY) is not None and not _is_below(_LINEARIZE))
+        or (_len_torch_dispatch_stack() > 0 and _get_dispatch_mode(_PROXY) is not None and not is_below(_LINEARIZE))
         or is_symbolic(args, kwargs)
     )
 
@@ -52,14 +52,7 @@ def is_being_taken_down() -> bool:
     """Whether code that runs now, and not a forward, becomes a program: all of the above, and ``torch.export``."""
     if torch.compiler.is_exporting() or is_recorded((), {}):
         return True
-    return _symbolic_trace._is_fx_tracing_flag and not _is_below(_LINEARIZE) and _is_below(_FX_TRACE)
-
-
-def _is_below(code: CodeType) -> bool:
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code is not code:
-        frame = frame.f_back
-    return frame is not None
+    return _symbolic_trace._is_fx_tracing_flag and not is_below(_LINEARIZE) and is_below(_FX_TRACE)
 
 
 class aside(ContextDecorator):  # noqa: N801  # lower case, as torch.no_grad

@@ -36,7 +36,7 @@ def keeping_their_own(modules: Iterable[nn.Module]) -> frozenset[int]:
 def keeps_its_own(model: nn.Module) -> bool:
     """Whether a model is trained by several ranks, and nobody makes its statistics equal.
 
-    So it is under FSDP, and under ``DistributedDataParallel(forward_sync_buffers=False)``. With ``True`` rank 0's count.
+    So it is under FSDP, and under ``DistributedDataParallel(forward_sync_buffers=False)``.
     """
     if isinstance(model, DistributedDataParallel):
         return not _is_broadcasting(model)

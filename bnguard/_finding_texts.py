@@ -65,8 +65,8 @@ CODES: Final[dict[str, Code]] = {
     "BN005": Code(
         "recomputed forward",
         "warning",
-        "pass context_fn=bnguard.recompute_frozen(model) to torch.utils.checkpoint.checkpoint",
-        "pass context_fn=bnguard.recompute_frozen(model) to checkpoint()",
+        "pass use_reentrant=False, context_fn=bnguard.recompute_frozen(model) to torch.utils.checkpoint.checkpoint",
+        "pass use_reentrant=False, context_fn=bnguard.recompute_frozen(model) to checkpoint()",
     ),
     "BN006": Code(
         "too few values per channel",
@@ -207,11 +207,13 @@ RUN: Final[Mapping[str, Callable[[Group], str]]] = {
     "BN001": lambda g: f"{g.of} made {g.updates} although no parameter of theirs is trained",
     "BN002": lambda g: f"{g.of} made {g.updates} in train mode where autograd did not record",
     "BN003": _several,
-    "BN004": lambda g: f"one forward of the model called {g.of} from several places, in {g.most} optimizer steps",
+    "BN004": lambda g: (
+        f"one forward of the model called {g.of} several times, in {count_text(g.most, 'optimizer step')}"
+    ),
     "BN005": lambda g: f"{g.of} made {g.updates} when activation checkpointing ran the forward again in backward",
     "BN006": lambda g: f"{g.of} made {g.updates} from fewer than {FEW_VALUES} values per channel, down to {g.detail}",
     "BN007": lambda g: f"{g.of} {g.have} momentum {g.detail}: the running statistics are those of the last batches",
-    "BN008": lambda g: f"{g.of} had been put into eval mode, was back in train mode and updated from here on",
+    "BN008": lambda g: f"{g.of} had been put into eval mode, came back into train mode and updated from here on",
     "BN009": lambda g: f"{g.of} {g.have} statistics in {g.detail.removeprefix('torch.')}",
     "BN010": lambda g: f"an optimizer moved {' and '.join(g.detail)} of {g.of}, with requires_grad=False",
     "BN011": lambda g: f"{g.of} ran {times_text(g.most)} in train mode with track_running_stats=False",
@@ -250,7 +252,7 @@ VERDICTS: Final[Mapping[str, Callable[[Group], str]]] = {
     "BN001": lambda g: f"{g.where} moved {g.count}, {g.updates}, whose parameters are frozen",
     "BN002": lambda g: f"{g.where} moved {g.count}, {g.updates}, without gradients",
     "BN003": lambda g: f"{listing(g.detail[1])} moved {g.count} up to {times_text(g.detail[0])} an optimizer step",
-    "BN004": lambda g: f"{g.where} runs {g.of} in several places of the network",
+    "BN004": lambda g: f"{g.where} runs {g.of} several times in one forward",
     "BN005": lambda g: f"{g.where} moved {g.count} once more, {g.updates}, while a checkpoint was recomputed",
     "BN006": lambda g: f"{g.where} moved {g.count} with fewer than {FEW_VALUES} values per channel, {g.updates}",
     "BN007": lambda g: f"{g.of} {g.have} momentum {g.detail}, and remember the last batches only",

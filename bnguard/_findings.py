@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bnguard._finding_texts import CODES, RUN, VERDICTS, Group, Severity
-from bnguard._report import ranks_text
+from bnguard._report import ranks_text, sentence
 
 __all__ = ["Finding", "Sighting", "findings_of"]
 
@@ -42,7 +42,7 @@ class Finding:
     def __str__(self) -> str:
         place = "" if self.where is None else f" at {self.where}"
         where = f" on {ranks_text(self.ranks)}" if self.ranks else ""
-        return f"{self.code} {self.title}{place}{where}\n  {self.what}.\n  {self.fix[0].upper()}{self.fix[1:]}."
+        return f"{self.code} {self.title}{place}{where}\n  {self.what}.\n  {sentence(self.fix)}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import weakref
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from typing import Any, Final, TypeVar
 from torch import nn
 from torch._C._dynamo import eval_frame
 
-__all__ = ["at_compile_time", "compiled_parts", "is_taken_in", "outside_graphs", "take_in"]
+__all__ = ["at_compile_time", "compiled_parts", "is_taken_in", "object_at", "outside_graphs", "take_in"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -65,3 +66,8 @@ def compiled_parts(model: nn.Module) -> set[int]:
         if isinstance(module, dynamo.OptimizedModule) or module._compiled_call_impl is not None
         for part in module.modules()
     }
+
+
+def object_at(key: int) -> Any:
+    """The object of this id: a graph is traced with constants, and no object is one."""
+    return next((item for item in gc.get_objects() if id(item) == key), None)

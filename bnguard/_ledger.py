@@ -11,11 +11,13 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from bnguard._aside import aside
+from bnguard._aside import aside, is_recorded
+from bnguard._bits import below_transforms, has_values
 from bnguard._claims import is_in_backward
 from bnguard._drift import eps_of
-from bnguard._layers import StatsLayer
+from bnguard._layers import StatsLayer, tensor_table
 from bnguard._model_calls import ModelCall
+from bnguard._stack import in_functional_call, in_reentrant_checkpoint
 from bnguard._steps import OptimizerSteps, StepCounter
 from bnguard._timeline import Timeline
 
@@ -111,10 +113,11 @@ class Forward:
 
     site: str
     place: tuple[CodeType, int] | None
-    backward: tuple[int, int] | None
+    call: int
+    backward: int
 
 
-_MOST_FORWARDS: Final = 16  # of one step that are told apart
+_MOST_FORWARDS: Final = 64  # of one step that are told apart
 _MOST_PATTERNS: Final = 16
 
 
@@ -162,16 +165,47 @@ class Ledger:
         untracked: Forwards in train mode with ``track_running_stats`` off, although there are statistics.
         frozen: Updates by line while autograd recorded and no parameter of the layer was trained.
         several: Steps with several forwards, by their lines.
-        places: Steps in which one forward of the model called the layer from several places.
+        places: Steps in which one forward of the model called the layer several times.
+        trained: Whether it has updated while its parameters were trained.
+        is_compiled: Whether a graph has been traced through it.
         undone: The line of the first update after the layer had been put into eval mode by itself; else None.
         wrong: What is known of wrong gradients.
     """
 
     __slots__ = (
-        "_forwards", "_last_site", "_lines", "_model", "_module", "_optimizers", "_optimizers_of", "_own_eval",
-        "_probe", "_step", "before", "buffers", "eps", "evaluations", "frozen", "frozen_before", "held",
-        "keeps_its_own", "kind", "model_name", "momentum", "names", "places", "several", "tensors", "type", "undone",
-        "untracked", "updates", "wrong",
+        "_forwards",
+        "_is_owned",
+        "_last_site",
+        "_lines",
+        "_model",
+        "_module",
+        "_more_forwards",
+        "_optimizers",
+        "_optimizers_of",
+        "_own_eval",
+        "_step",
+        "before",
+        "buffers",
+        "eps",
+        "evaluations",
+        "frozen",
+        "frozen_before",
+        "held",
+        "is_compiled",
+        "keeps_its_own",
+        "kind",
+        "model_name",
+        "momentum",
+        "names",
+        "places",
+        "several",
+        "tensors",
+        "trained",
+        "type",
+        "undone",
+        "untracked",
+        "updates",
+        "wrong",
     )  # fmt: skip
 
     def __init__(self, layer: StatsLayer, model: nn.Module, model_name: str, before: dict[str, Tensor]) -> None:
@@ -186,7 +220,8 @@ class Ledger:
         self._module = weakref.ref(layer.module)
         self._model = weakref.ref(model)
         self.before = before
-        self.tensors = {name: module._buffers[name] for name in before}
+        buffers = tensor_table(module, "_buffers")
+        self.tensors = {name: tensor for name in before if (tensor := buffers.get(name)) is not None}
         self._lines: dict[tuple[str, tuple[bool, ...]], Line] = {}  # by line and mode
         self.updates = 0
         self.evaluations = 0
@@ -194,16 +229,19 @@ class Ledger:
         self.keeps_its_own = False
         self.untracked = 0
         self.frozen: dict[str, int] = {}
-        self.frozen_before: dict[str, Tensor] = {}  # parameters that were not trained at an update, as they were then
+        self.frozen_before: dict[str, tuple[Tensor, nn.Parameter]] = {}  # those not trained at an update, as then
+        self.trained = False
+        self.is_compiled = False
         self.several: dict[tuple[str, ...], Several] = {}
         self.places = 0
         self.undone: str | None = None
         self.wrong: WrongGradients | None = None
         self._own_eval = False
         self._last_site = ""
-        self._probe: weakref.ref[nn.Parameter] | None = None
         self._step = 0
         self._forwards: list[Forward] = []
+        self._more_forwards = 0
+        self._is_owned = False
         self._optimizers: tuple[OptimizerSteps, ...] = ()
         self._optimizers_of = -1  # changes of the counter for which those are right
 
@@ -218,9 +256,14 @@ class Ledger:
         return list(self._lines.values())
 
     def add(
-        self, call: ModelCall, args: tuple[Any, ...], steps: StepCounter, timelines: defaultdict[str, Timeline]
+        self,
+        call: ModelCall,
+        args: tuple[Any, ...],
+        steps: StepCounter,
+        backwards: int,
+        timelines: defaultdict[str, Timeline],
     ) -> None:
-        """Takes in one update."""
+        """Takes in one update, after so many backward passes."""
         module = self._module()
         if module is None:
             return
@@ -232,7 +275,10 @@ class Ledger:
         mode = self._add_to_line(call.site, flags, step, input, timelines)
         if mode.training and self._own_eval and self.undone is None and not mode.calibration:
             self.undone = call.site
-        if mode.grad and mode.training and self._is_frozen(module):
+        if not self._is_frozen(module):
+            self.trained = True
+            self.frozen_before = {}
+        elif mode.grad and mode.training:
             if call.site in self.frozen or len(self.frozen) < _MOST_PATTERNS:
                 self.frozen[call.site] = self.frozen.get(call.site, 0) + 1
             if not self.frozen_before:
@@ -242,7 +288,9 @@ class Ledger:
                 self.close_step()
                 self._step = step
             if len(self._forwards) < _MOST_FORWARDS:
-                self._forwards.append(Forward(call.site, call.place, self._backward_seen()))
+                self._forwards.append(Forward(call.site, call.place, call.number, backwards))
+            else:
+                self._more_forwards += 1
 
     def add_evaluation(self, module: nn.Module) -> None:
         """Takes in one forward that updates nothing."""
@@ -252,8 +300,14 @@ class Ledger:
         self.evaluations += 1
         if not self._own_eval:
             model = self._model()
-            # By itself: its model trains.
-            self._own_eval = model is not None and model is not module and model.training and self._may_learn(module)
+            # By itself: its model trains, and so does this forward.
+            self._own_eval = (
+                model is not None
+                and model is not module
+                and model.training
+                and torch.is_grad_enabled()
+                and self._may_learn(module)
+            )
 
     def watch_backward(self, output: Any, call: ModelCall) -> None:
         """Looks, when backward comes to an eval-mode forward, whether the layer has updated in the meantime."""
@@ -276,6 +330,7 @@ class Ledger:
     def close_step(self) -> None:
         """Judges the forwards of the step that is over."""
         forwards, self._forwards = self._forwards, []
+        more, self._more_forwards = self._more_forwards, 0
         if len(forwards) < 2:
             return
         extra: list[Forward] = []
@@ -287,8 +342,8 @@ class Ledger:
             same_pass = [
                 other for other in earlier if other.backward == forward.backward and other.site == forward.site
             ]
-            if same_pass and forward.place is not None and all([other.place != forward.place for other in same_pass]):
-                from_places = True
+            if any([other.call == forward.call for other in earlier]):
+                from_places = True  # in one forward of the model
             elif same_pass or all([other.site != forward.site for other in earlier]):
                 extra.append(forward)  # else a backward pass lies between: gradients are accumulated
         self.places += from_places
@@ -297,13 +352,27 @@ class Ledger:
             if sites in self.several or len(self.several) < _MOST_PATTERNS:
                 several = self.several.setdefault(sites, Several())
                 several.steps += 1
-                several.most = max(several.most, len(forwards))
+                several.most = max(several.most, len(forwards) + more)
 
     def now(self) -> dict[str, Tensor]:
         """The statistics of now; the last that were known where the layer is gone."""
         module = self._module()
-        buffers = self.tensors if module is None else module._buffers
+        buffers = self.tensors if module is None else tensor_table(module, "_buffers")
         return {name: tensor for name in self.buffers if (tensor := buffers.get(name)) is not None}
+
+    def has_own_tensors(self, module: nn.Module) -> bool:
+        """Whether a forward works on the layer's own statistics, and not on some that ``functional_call`` lends it.
+
+        Others that have come to stay, after ``.double()`` say, are the layer's own from then on.
+        """
+        buffers = tensor_table(module, "_buffers")
+        for name, tensor in self.tensors.items():
+            if buffers.get(name) is not tensor:
+                if in_functional_call():
+                    return False
+                self.tensors = {name: own for name in self.before if (own := buffers.get(name)) is not None}
+                return True
+        return True
 
     def _add_to_line(
         self,
@@ -314,14 +383,15 @@ class Ledger:
         timelines: defaultdict[str, Timeline],
     ) -> Mode:
         line = self._lines.get((site, flags))
+        is_plain = input is not None and not is_recorded((), {})  # a program would have our arithmetic in it
         if line is None:
-            shape = None if input is None else tuple(input.shape)
+            shape = tuple(map(int, input.shape)) if is_plain and input is not None else None
             line = Line(site, Mode(*flags), 0, step, step, shape, None, timelines[site])
             self._lines[site, flags] = line
         line.count += 1
         line.timeline.add(step)
         line.last_step = step
-        if input is not None and input.dim() > 1:
+        if is_plain and input is not None and input.dim() > 1:
             values = input.numel() // max(1, input.shape[1])
             if line.fewest_values is None or values < line.fewest_values:
                 line.fewest_values = values
@@ -331,20 +401,13 @@ class Ledger:
 
     def _step_now(self, module: nn.Module, steps: StepCounter) -> int:
         if self._optimizers_of != steps.changes:
-            self._optimizers = steps.of(module, self._model() or module)
+            self._optimizers, is_owned = steps.of(module, self._model() or module)
             self._optimizers_of = steps.changes
-        return sum([optimizer.count for optimizer in self._optimizers])
-
-    def _backward_seen(self) -> tuple[int, int] | None:
-        """Something that is another after each backward pass through the layer: which gradient, and its version."""
-        parameter = None if self._probe is None else self._probe()
-        if parameter is None or not parameter.requires_grad:
-            parameter = self._trained_parameter()
-            if parameter is None:
-                return None
-            self._probe = weakref.ref(parameter)
-        grad = parameter.grad
-        return None if grad is None else (id(grad), grad._version)
+            if is_owned and not self._is_owned:
+                self._is_owned = True
+                for line in self._lines.values():  # of before the first step of its optimizer
+                    line.first_step = line.last_step = 0
+        return max([optimizer.count for optimizer in self._optimizers], default=0)
 
     def _trained_parameter(self) -> nn.Parameter | None:
         """One of the layer, or else of its model."""
@@ -367,8 +430,11 @@ class Ledger:
 
     @aside()
     def _keep_frozen(self, module: nn.Module) -> None:
-        own = {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
-        self.frozen_before = {name: parameter.detach().clone() for name, parameter in own.items()}
+        own = {name: below_transforms(parameter) for name, parameter in module._parameters.items()}
+        present = {
+            name: parameter for name, parameter in own.items() if parameter is not None and has_values(parameter)
+        }
+        self.frozen_before = {name: (parameter.detach().clone(), parameter) for name, parameter in present.items()}
 
     def _may_learn(self, module: nn.Module) -> bool:
         """Whether the layer's own parameters are trained; one that is frozen on purpose has none that are."""
@@ -377,10 +443,11 @@ class Ledger:
 
 def _flags_of(module: nn.Module, input: Tensor | None, call: ModelCall) -> tuple[bool, ...]:
     """The first fields of ``Mode``, for a forward that is about to begin."""
+    is_inference = torch.is_inference_mode_enabled()
     return (
         module.training,
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
+        torch.is_grad_enabled() or (module.training and not is_inference and in_reentrant_checkpoint()),
+        is_inference,
         torch._C._is_any_autocast_enabled() and input is not None and _is_autocast(input.device.type),
         is_in_backward(),
         call.calibrates,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import threading
 import weakref
 from collections import deque
@@ -12,7 +11,7 @@ from typing import Any, Final
 from torch import nn
 
 from bnguard import _every_forward
-from bnguard._graphs import take_in
+from bnguard._graphs import object_at, take_in
 from bnguard._sentry import sentries
 from bnguard._settings import Settings
 from bnguard._test_guards import Guards, Post, Rank
@@ -114,7 +113,7 @@ class Lookout:
                 reference: weakref.ref[nn.Module] | None = self._known[key]
                 model = None if reference is None else reference()
             else:
-                model = _object_at(key)
+                model = object_at(key)
             if model is None or not any_layer(model):
                 return
             if _is_part_of_one(key):
@@ -144,8 +143,3 @@ def _is_part_of_one(key: int) -> bool:
     """Whether the module of this id belongs to a model that a graph has been seen to run."""
     models = [model for reference in list(_in_graphs.values()) if (model := reference()) is not None]
     return any([id(part) == key for model in models for part in model.modules()])
-
-
-def _object_at(key: int) -> Any:
-    """The object of this id: a graph is traced with constants, and no object is one."""
-    return next((item for item in gc.get_objects() if id(item) == key), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from types import CodeType, FrameType
 from typing import Final, NamedTuple
 
@@ -15,7 +16,8 @@ __all__ = ["ModelCall", "ModelCalls"]
 
 # torch calls each module through it, once.
 _CALL: Final = nn.Module.__call__.__code__
-_CALIBRATES: Final = update_bn.__code__
+# Not of the decorator, whose code all functions under no_grad() share.
+_CALIBRATES: Final = inspect.unwrap(update_bn).__code__
 _MOST: Final = 4096
 
 
@@ -28,12 +30,14 @@ class ModelCall(NamedTuple):
         place: The instruction that called this module, in whatever code.
         calibrates: Whether that is a part of ``torch.optim.swa_utils.update_bn``.
         wraps: Whether the module is such a wrapper.
+        number: Of the outermost call, in the order in which those began.
     """
 
     site: str
     place: tuple[CodeType, int] | None
     calibrates: bool
     wraps: bool
+    number: int = 0
 
 
 class ModelCalls:
@@ -45,6 +49,7 @@ class ModelCalls:
     def __init__(self) -> None:
         self._by_frame: dict[int, ModelCall] = {}
         self._lines: dict[tuple[CodeType, int], str] = {}
+        self._begun = 0
 
     def begin(self, module: nn.Module, frame: FrameType | None) -> ModelCall:
         """Takes in the call of a module. ``frame`` is one that it runs, or that of torch's call itself."""
@@ -58,9 +63,10 @@ class ModelCalls:
         place = None if caller is None else (caller.f_code, caller.f_lasti)
         if outer is None or outer.wraps:
             site, calibrates = self._user_line(frame) if parent is None or outer is not None else self._search(frame)
-            call = ModelCall(site, place, calibrates, wraps)
+            self._begun += 1
+            call = ModelCall(site, place, calibrates, wraps, self._begun)
         else:
-            call = ModelCall(outer.site, place, outer.calibrates, wraps)
+            call = ModelCall(outer.site, place, outer.calibrates, wraps, outer.number)
         if len(self._by_frame) >= _MOST:
             self._by_frame.clear()
         self._by_frame[id(frame)] = call

@@ -32,6 +32,7 @@ __all__ = [
     "recorded_text",
     "report_text",
     "script_text",
+    "sentence",
     "stood_text",
     "stopped_text",
     "suggestion",
@@ -388,6 +389,12 @@ def _forwards(number: int) -> str:
 def count_text(number: int, noun: str) -> str:
     """``1 layer``, ``2 layers``."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def sentence(text: str) -> str:
+    """A text as a sentence: with a capital, unless it begins with code."""
+    first = text.partition(" ")[0]
+    return f"{text[0].upper()}{text[1:]}." if first.isalpha() else f"{text}."
 
 
 def times_text(number: int) -> str:

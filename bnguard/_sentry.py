@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from types import FrameType
 from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import stateless
 
 from bnguard import _hold
 from bnguard._aside import aside, is_recorded, is_symbolic
@@ -28,6 +25,7 @@ from bnguard._layers import (
     tensor_table,
 )
 from bnguard._report import script_text
+from bnguard._stack import in_functional_call
 from bnguard.errors import BNGuardError
 
 __all__ = ["HOLDING", "Sentry", "forward_of_rebound", "sentries"]
@@ -390,7 +388,7 @@ class Sentry(Equipment):
                     return _is_lent(self.key)
                 if module is not self.module:
                     return not self._shares_statistics(module)
-                if _in_functional_call():
+                if in_functional_call():
                     return True
                 self._remember()
                 return False
@@ -427,15 +425,3 @@ def _within_budgets(verdict: Verdict) -> Iterator[None]:
     finally:
         for claim, deviation in zip(verdict.within, deviations, strict=True):
             claim.court.allowed(claim, deviation)
-
-
-def _in_functional_call() -> bool:
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code is _FUNCTIONAL_CALL:
-            return True
-        frame = frame.f_back
-    return False
-
-
-_FUNCTIONAL_CALL: Final = stateless._functional_call.__code__

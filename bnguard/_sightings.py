@@ -33,8 +33,9 @@ def sightings_in(
 
 
 def _seen_by_line(ledger: Ledger, name: str) -> Iterator[Sighting]:
-    for site, number in ledger.frozen.items():
-        yield Sighting("BN001", name, site, number)
+    if not ledger.trained:  # else its parameters are frozen for a while, as those of a discriminator are
+        for site, number in ledger.frozen.items():
+            yield Sighting("BN001", name, site, number)
     without_grad: dict[str, int] = {}
     recomputed: dict[str, int] = {}
     for line in ledger.lines:
@@ -48,7 +49,7 @@ def _seen_by_line(ledger: Ledger, name: str) -> Iterator[Sighting]:
     for site, number in recomputed.items():
         yield Sighting("BN005", name, site, number)
     small = sum([line.small_batches for line in ledger.lines])
-    if small >= 2 and 2 * small >= ledger.updates:
+    if "Sync" not in ledger.type and small >= 2 and 2 * small >= ledger.updates:
         line = max(ledger.lines, key=lambda line: line.small_batches)
         yield Sighting("BN006", name, line.site, small, line.fewest_values)
 
@@ -86,13 +87,9 @@ def _seen_at_the_end(ledger: Ledger, name: str, now: dict[str, Tensor], has_step
 @aside()
 def _moved_parameters(ledger: Ledger) -> tuple[str, ...]:
     """Parameters of an optimizer that were not trained, and have other bits now."""
-    module = ledger.module
-    if module is None:
-        return ()
     moved = []
-    for name, before in ledger.frozen_before.items():
-        now = module._parameters.get(name)
-        if now is None or now.requires_grad or not ledger.is_optimized(now):
+    for name, (before, now) in ledger.frozen_before.items():
+        if now.requires_grad or not ledger.is_optimized(now):
             continue
         if now.device != before.device or not same_bits(before, now):
             moved.append(name)

@@ -72,6 +72,11 @@ class Tree:
         self._module_tables: list[Any] = list(map(_MODULES, self._modules))
         self._branches = [(table, tuple(table.keys()), tuple(table.values())) for table in self._module_tables if table]
 
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """All of them, each once."""
+        return tuple(self._modules)
+
     def is_current(self) -> bool:
         """Whether a new walk would find the same."""
         modules = self._modules

@@ -17,14 +17,15 @@ from torch import Tensor, nn
 
 from bnguard import _every_forward
 from bnguard._aside import aside
+from bnguard._backwards import BackwardCounter
 from bnguard._bits import below_transforms, digest_of, has_values, same_bits
 from bnguard._broadcast import keeping_their_own, keeps_its_own
 from bnguard._changes import StatsChange
 from bnguard._claims import decide
 from bnguard._drift import Drift, DriftSample, DriftSeries, drift_between, largest_mean_shift, sample_of, series_of
 from bnguard._findings import Finding, findings_of
-from bnguard._graphs import is_taken_in, outside_graphs, take_in
-from bnguard._layers import INSTANCE_NORM, StatsLayer
+from bnguard._graphs import is_taken_in, object_at, outside_graphs, take_in
+from bnguard._layers import INSTANCE_NORM, StatsLayer, tensor_table
 from bnguard._ledger import Ledger, Line, Mode, StatsUpdates
 from bnguard._model_calls import ModelCall, ModelCalls
 from bnguard._output.document import as_text
@@ -42,6 +43,7 @@ __all__ = ["watch"]
 
 _COMPILED: Final = Mode(compiled=True)
 _MOST_SAMPLES: Final = 256
+_MOST_NESTED: Final = 16  # forwards of one layer inside each other
 
 
 @dataclass(slots=True)
@@ -56,7 +58,7 @@ class watch:  # noqa: N801  # lower case, as torch.no_grad
     """Records who updates running statistics: which layer, from which line, in which mode, how often.
 
     Nothing is held and nothing raised: the statistics move as they would. Nothing is read from the device until the
-    end; a run of any length takes as much memory as it has layers and lines.
+    end; a run of any length takes as much memory as it has layers and lines, and ``every=N`` as it has samples.
 
     ::
 
@@ -107,6 +109,7 @@ class watch:  # noqa: N801  # lower case, as torch.no_grad
         self._tree: Tree | None = None
         self._pending: dict[tuple[int, int], list[_Pending]] = {}  # by thread and layer
         self._calls = ModelCalls()
+        self._backwards = BackwardCounter()
         self._steps = StepCounter(None if self._every is None else self._sample)
         self._samples: list[DriftSample] = []
         self._interval = 1 if self._every in (None, "auto") else int(self._every)
@@ -143,6 +146,7 @@ class watch:  # noqa: N801  # lower case, as torch.no_grad
         if self._model is not None:
             self._take_in(self._model)
         self._is_open = True
+        self._backwards.open()
         self._steps.open()
         _every_forward.listen(self)
         return self
@@ -159,6 +163,7 @@ class watch:  # noqa: N801  # lower case, as torch.no_grad
         self._is_open = False
         _every_forward.unlisten(self)
         self._steps.close()
+        self._backwards.close()
         with self._lock:
             for ledger in self._order:
                 ledger.close_step()
@@ -282,7 +287,7 @@ class watch:  # noqa: N801  # lower case, as torch.no_grad
                 if module is self._model:
                     self._look_again()
                 return
-            if id(module) in self._known:
+            if id(module) in self._known or getattr(module, "_is_replica", False):  # of DataParallel: gone soon
                 return
             self._take_in(module)
             ledger = self._ledgers.get(id(module))
@@ -296,9 +301,9 @@ class watch:  # noqa: N801  # lower case, as torch.no_grad
         elif predict(module):
             if _is_prevented(module):
                 ledger.held += 1
-            else:
+            elif ledger.has_own_tensors(module):
                 with self._lock:
-                    ledger.add(call, args, self._steps, self._timelines)
+                    ledger.add(call, args, self._steps, self._backwards.count, self._timelines)
         else:
             ledger.add_evaluation(module)
             if not module.training and not self.wants_results and torch.is_grad_enabled():
@@ -315,7 +320,7 @@ class watch:  # noqa: N801  # lower case, as torch.no_grad
                 pending = waiting.pop()
                 if _versions(ledger, module) != pending.versions:
                     with self._lock:
-                        ledger.add(pending.call, args, self._steps, self._timelines)
+                        ledger.add(pending.call, args, self._steps, self._backwards.count, self._timelines)
                 else:
                     ledger.add_evaluation(module)
         if not module.training and torch.is_grad_enabled():
@@ -326,8 +331,14 @@ class watch:  # noqa: N801  # lower case, as torch.no_grad
     def traced(self, key: int) -> None:
         """Takes note of a module that a graph takes in."""
         ledger = self._ledgers.get(key)
+        if ledger is None and self._model is None and key not in self._known:
+            model = object_at(key)
+            if isinstance(model, nn.Module):
+                self._take_in(model)
+            ledger = self._ledgers.get(key)
         module = None if ledger is None else ledger.module
-        if module is not None:
+        if ledger is not None and module is not None:
+            ledger.is_compiled = True
             take_in(module)
 
     # Parts.
@@ -341,7 +352,7 @@ class watch:  # noqa: N801  # lower case, as torch.no_grad
             if self._model is not None:
                 self._tree = tree
             else:
-                for part in model.modules():
+                for part in tree.modules:
                     key = id(part)
                     self._known[key] = weakref.ref(part, lambda _, key=key: self._forget(key))  # type: ignore[misc]  # a default
             fresh = [layer for layer in tree.layers if not self._is_known(layer)]
@@ -379,7 +390,7 @@ class watch:  # noqa: N801  # lower case, as torch.no_grad
         return ledger.model_name if self._model_names.total() > 1 else ""
 
     def _open_ledger(self, layer: StatsLayer, model: nn.Module, model_name: str) -> None:
-        buffers = layer.module._buffers
+        buffers = tensor_table(layer.module, "_buffers")
         present = {name: tensor for name in layer.buffers if (tensor := buffers.get(name)) is not None}
         ledger = Ledger(layer, model, model_name, _copies(present))
         ledger.keeps_its_own = keeps_its_own(model)
@@ -416,6 +427,7 @@ class watch:  # noqa: N801  # lower case, as torch.no_grad
             return
         self._want_results()
         waiting = self._pending.setdefault((threading.get_ident(), id(module)), [])
+        del waiting[:-_MOST_NESTED]  # of forwards that have failed
         waiting.append(_Pending(_versions(ledger, module), call))
 
     def _want_results(self) -> None:
@@ -437,7 +449,8 @@ class watch:  # noqa: N801  # lower case, as torch.no_grad
     def _unseen(self, number: int, ledger: Ledger) -> int:
         """Updates that a compiled graph has made, as far as the layer counts them."""
         module = ledger.module
-        if module is None or not is_taken_in(module) or ledger.kind is INSTANCE_NORM:
+        is_compiled = ledger.is_compiled or (module is not None and is_taken_in(module))
+        if not is_compiled or ledger.kind is INSTANCE_NORM:
             return 0
         before, now = (values.get("num_batches_tracked") for values in (ledger.before, self._now(number, ledger)))
         if before is None or now is None:
@@ -480,7 +493,7 @@ def _is_prevented(module: nn.Module) -> bool:
 
 def _versions(ledger: Ledger, module: nn.Module) -> list[tuple[int, int]]:
     """Which tensors the statistics are, and how often each was written to: nothing is read from the device."""
-    buffers = module._buffers
+    buffers = tensor_table(module, "_buffers")
     present = [tensor for name in ledger.buffers if (tensor := buffers.get(name)) is not None]
     return [(id(tensor), 0 if tensor.is_inference() else tensor._version) for tensor in present]
 

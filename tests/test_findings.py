@@ -164,7 +164,7 @@ def test_bn004_one_layer_in_two_places():
     findings = found(lambda: train(net := Shared(own=False), sgd(net)))
     assert set(findings) == {"BN004"}
     assert findings["BN004"].what == (
-        "one forward of the model called 1 layer (bn) from several places, in 3 optimizer steps"
+        "one forward of the model called 1 layer (bn) several times, in 3 optimizer steps"
     )
     assert found(lambda: train(net := Shared(own=True), sgd(net))) == {}
 
@@ -235,7 +235,7 @@ def test_bn008_eval_mode_undone():
 
     finding = found(lambda: run(True))["BN008"]
     assert finding.layers == ("1",)
-    assert finding.what == "1 layer (1) had been put into eval mode, was back in train mode and updated from here on"
+    assert finding.what == "1 layer (1) had been put into eval mode, came back into train mode and updated from here on"
     assert found(lambda: run(False)) == {}
     assert found(epochs) == {}
 
@@ -482,4 +482,4 @@ def test_every_code_is_described():
         assert code.title
         assert code.severity in ("error", "warning", "note")
         assert len(code.fix) > 20
-        assert 10 < len(code.cure) < 80
+        assert 10 < len(code.cure) < 90

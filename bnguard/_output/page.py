@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Final
 from bnguard import __version__
 from bnguard._findings import Finding
 from bnguard._output.document import Document, Table
+from bnguard._report import sentence
 
 if TYPE_CHECKING:
     from bnguard._output.pictures import Picture
 
 __all__ = ["page", "write"]
+
+_FOLDED: Final = 20  # rows; longer tables open on a click
 
 # The policy forbids a browser to load anything from anywhere else.
 _HEAD: Final = """\
@@ -68,10 +71,8 @@ def page(document: Document, pictures: Sequence[Picture]) -> str:
     if document.findings:
         parts.append("<h2>Findings</h2>\n")
         parts += [_finding(finding) for finding in document.findings]
+    parts += [_figure(picture) for picture in pictures]
     parts += [_table(table) for table in document.tables]
-    if pictures:
-        parts.append("<h2>Pictures</h2>\n")
-        parts += [_figure(picture) for picture in pictures]
     parts.append(f"<footer>bnguard {__version__}</footer>\n</body>\n</html>\n")
     return "".join(parts)
 
@@ -87,7 +88,7 @@ def _finding(finding: Finding) -> str:
     return (
         f'<section class="finding {finding.severity}">\n'
         f"<h3>{finding.code} {escape(finding.title)}{place}</h3>\n"
-        f"<p>{escape(finding.what)}.</p>\n<p>{escape(finding.fix[0].upper() + finding.fix[1:])}.</p>\n"
+        f"<p>{escape(finding.what)}.</p>\n<p>{escape(sentence(finding.fix))}</p>\n"
         f"<details><summary>Layers</summary><code>{layers}</code></details>\n</section>\n"
     )
 
@@ -102,8 +103,8 @@ def _table(table: Table) -> str:
         for row in table.rows
     ]
     text = f"<table>\n<tr>{head}</tr>\n" + "\n".join(rows) + "\n</table>\n"
-    if table.more() is not None:
-        text = f"<details open><summary>{len(rows)} rows</summary>\n{text}</details>\n"
+    if len(rows) > _FOLDED:
+        text = f"<details><summary>{len(rows)} rows</summary>\n{text}</details>\n"
     return f"<h2>{escape(table.title[0].upper() + table.title[1:])}</h2>\n{text}"
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import io
 import itertools
 import math
-from collections.abc import Callable, Sequence
+import textwrap
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import torch
-from matplotlib import colormaps, rc_context
+from matplotlib import colormaps, rc_context, rcdefaults, rcParams
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure, FigureBase
@@ -76,24 +79,35 @@ def problem_with_format(path: Path) -> str | None:
 def save(pictures: Sequence[Picture], path: Path) -> None:
     """Draws pictures below each other, and writes them as one file."""
     heights = [picture.height for picture in pictures]
-    figure = Figure(figsize=(_WIDTH, sum(heights) or 1.0), layout="constrained")
-    if not pictures:
-        figure.text(0.5, 0.5, "nothing moved", ha="center", va="center")
-    else:
-        parts = figure.subfigures(len(pictures), 1, height_ratios=heights, squeeze=False)[:, 0]
-        for picture, part in zip(pictures, parts, strict=True):
-            picture.draw(part)
-    figure.savefig(path, format=format_of(path), dpi=120)
+    with _our_style():
+        figure = Figure(figsize=(_WIDTH, sum(heights) or 1.0), layout="constrained")
+        if not pictures:
+            figure.text(0.5, 0.5, "nothing moved", ha="center", va="center")
+        else:
+            parts = figure.subfigures(len(pictures), 1, height_ratios=heights, squeeze=False)[:, 0]
+            for picture, part in zip(pictures, parts, strict=True):
+                picture.draw(part)
+        figure.savefig(path, format=format_of(path), dpi=120)
 
 
 def as_svg(picture: Picture) -> str:
     """Draws one picture as SVG; the same picture gives the same text."""
-    figure = Figure(figsize=(_WIDTH, picture.height), layout="constrained")
-    picture.draw(figure)
     text = io.StringIO()
-    with rc_context({"svg.hashsalt": "bnguard"}):
+    with _our_style():
+        figure = Figure(figsize=(_WIDTH, picture.height), layout="constrained")
+        picture.draw(figure)
         figure.savefig(text, format="svg", metadata={"Date": None})
     return text.getvalue()
+
+
+@contextmanager
+def _our_style() -> Iterator[None]:
+    """Whatever style, device and warnings a script has chosen for itself."""
+    with rc_context(), warnings.catch_warnings(), torch.device("cpu"):
+        warnings.simplefilter("ignore")
+        rcdefaults()
+        rcParams["svg.hashsalt"] = "bnguard"  # the same ids each time
+        yield
 
 
 def format_of(path: Path) -> str:
@@ -109,13 +123,14 @@ def _heat_map(series: DriftSeries) -> Picture:
     rows = [number for number in range(len(series.layers)) if not bool(values[:, number].isnan().all())]
     values = values[:, rows]
     layers = [name_text(series.layers[row]) for row in rows]
+    titles = [_shortened(layer, 60) for layer in layers]
     column, step = _where_largest(values)
     is_broken = bool(values.isinf().any())
     if is_broken:
-        sentence = f"layer {layers[column]} is broken (NaN or infinite) from optimizer step {series.steps[step]} on"
+        sentence = f"layer {titles[column]} is broken (NaN or infinite) from optimizer step {series.steps[step]} on"
     else:
         sentence = (
-            f"layer {layers[column]} moved most: {float(values[step, column]):.3g} nats at optimizer step "
+            f"layer {titles[column]} moved most: {float(values[step, column]):.3g} nats at optimizer step "
             f"{series.steps[step]}, its mean by {float(series.mean_shift[step, rows[column]]):.3g} standard deviations"
         )
     finite = values[values.isfinite()]
@@ -136,11 +151,13 @@ def _heat_map(series: DriftSeries) -> Picture:
         axes.set_ylim(len(layers), 0)
         axes.set_xlabel("optimizer step, of all optimizers")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_title(f"Drift from the beginning\n{sentence}", fontsize=10, loc="left")
+        _entitle(axes, f"Drift from the beginning\n{sentence}")
         axes.plot(
             series.steps[step], column + 0.5, "o", markersize=11, markerfacecolor="none", markeredgecolor=_COLOURS[1],
             markeredgewidth=2, clip_on=False,
         )  # fmt: skip
+        if not len(finite):
+            return  # all of it is broken: there is no scale
         bar = figure.colorbar(
             image,
             ax=axes,
@@ -202,8 +219,12 @@ def _updates(series: UpdateSeries) -> Picture:
         axes.grid(axis="y", alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         more = f"and {count_text(hidden, 'line')} with fewer updates" if hidden else None
-        axes.set_title("Updates by calling line; plain training has 1", fontsize=10, loc="left")
-        figure.legend(loc="outside lower left", frameon=False, fontsize=_SMALL, title=more, title_fontsize=_SMALL)
+        _entitle(axes, "Updates by calling line; plain training has 1")
+        legend = figure.legend(
+            loc="outside lower left", frameon=False, fontsize=_SMALL, title=more, title_fontsize=_SMALL
+        )
+        for text in legend.get_texts():
+            text.set_parse_math(False)
 
     return Picture("Updates over the steps", f"{sentence}.", height, draw)
 
@@ -217,7 +238,7 @@ def _channels_of_the_biggest_mover(drift: Sequence[Drift]) -> list[Picture]:
 
 
 def _channels(drift: Drift) -> Picture:
-    name = name_text(drift.names[0], drift.model)
+    name = _shortened(name_text(drift.names[0], drift.model), 60)
     channels = count_text(len(drift.divergence), "channel")
     shift, ratio = float(drift.mean_shift[drift.worst]), float(drift.variance_ratio[drift.worst])
     if math.isfinite(drift.largest):
@@ -228,7 +249,8 @@ def _channels(drift: Drift) -> Picture:
     deviations = tuple([variance.sqrt() for variance in drift.variances])
 
     def draw(figure: FigureBase) -> None:
-        figure.suptitle(f"Channels of the layer that moved most\n{sentence}", fontsize=10, x=0.01, ha="left")
+        title = _wrapped(f"Channels of the layer that moved most\n{sentence}")
+        figure.suptitle(title, fontsize=10, x=0.01, ha="left", parse_math=False)
         panels = figure.subplots(1, 2)
         for axes, values, label in (
             (panels[0], drift.means, "running mean"),
@@ -272,7 +294,7 @@ def _bars(moved: Sequence[Drift]) -> Picture:
     biggest = values.index(max(values))
     is_broken = not math.isfinite(values[biggest])
     did = "is broken (NaN or infinite)" if is_broken else f"moved most: {values[biggest]:.3g} nats"
-    sentence = f"layer {names[biggest]} {did}"
+    sentence = f"layer {_shortened(names[biggest], 60)} {did}"
     height = 1.3 + _height_of(len(names))
 
     def draw(figure: FigureBase) -> None:
@@ -288,7 +310,7 @@ def _bars(moved: Sequence[Drift]) -> Picture:
         _name_rows(axes, range(len(names)), names, biggest)
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.set_xlabel("KL divergence of the channel that moved most (nats)")
-        axes.set_title(f"Drift by layer\n{sentence}", fontsize=10, loc="left")
+        _entitle(axes, f"Drift by layer\n{sentence}")
         axes.grid(axis="x", alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
 
@@ -307,11 +329,21 @@ def _name_rows(axes: Axes, positions: Sequence[float], names: Sequence[str], bol
     """Names of layers at an axis: as many as there is room for, evenly spaced, and one in bold."""
     every = math.ceil(0.13 * len(names) / _height_of(len(names)))
     shown = [row for row in range(len(names)) if row == bold or (row % every == 0 and abs(row - bold) >= every)]
-    axes.set_yticks([positions[row] for row in shown], [_shortened(names[row], 40) for row in shown], fontsize=_SMALL)
+    labels = [_shortened(names[row], 40) for row in shown]
+    axes.set_yticks([positions[row] for row in shown], labels, fontsize=_SMALL, parse_math=False)
     for row, label in zip(shown, axes.get_yticklabels(), strict=True):
         if row == bold:
             label.set_fontweight("bold")
     axes.tick_params(axis="y", length=2)
+
+
+def _entitle(axes: Axes, text: str) -> None:
+    axes.set_title(_wrapped(text), fontsize=10, loc="left", parse_math=False)
+
+
+def _wrapped(text: str) -> str:
+    """Lines that fit beside the names of layers."""
+    return "\n".join([line for part in text.split("\n") for line in textwrap.wrap(part, 95)])
 
 
 def _shortened(name: str, most: int) -> str:
