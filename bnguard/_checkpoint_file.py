@@ -11,6 +11,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from bnguard._layers import is_statistic
+
 __all__ = ["find_state_dict", "load_checkpoint"]
 
 # Where training code keeps the state dict in a checkpoint; the first that is there.
@@ -37,6 +39,8 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Mapping[str, Any]:
         OSError: The file cannot be read.
     """
     name = os.fspath(path)
+    with open(name, "rb"):  # so that what fails later is not about reading
+        pass
     if os.path.getsize(name) == 0:
         raise ValueError(f"{name} is empty")
     loaded = _load_safetensors(name) if name.endswith(".safetensors") else _load_torch(name)
@@ -50,27 +54,43 @@ def find_state_dict(checkpoint: Mapping[str, Any], key: str | None, source: str)
 
     Args:
         checkpoint: A state dict, or what holds one.
-        key: Under which key to look; None looks at the usual places.
+        key: Under which key to look, dots between nested ones; None looks at the usual places, also below each other.
         source: What to call the checkpoint in an error.
 
     Raises:
         ValueError: There is none, or none under ``key``.
     """
     if key is not None:
-        if key not in checkpoint:
-            raise ValueError(f"{source} has no {key!r}; it has {', '.join(map(repr, checkpoint)) or 'nothing'}")
-        candidates = [checkpoint[key]]
+        candidates = [_under(checkpoint, key, source)]
     else:
-        candidates = [checkpoint, *[checkpoint[name] for name in _KEYS if name in checkpoint]]
-    for candidate in candidates:
-        if isinstance(candidate, Mapping):
-            tensors = {str(name): value for name, value in candidate.items() if isinstance(value, Tensor)}
-            if tensors:
-                return tensors
+        candidates = [checkpoint]
+        for parent in (checkpoint, *[checkpoint[name] for name in _KEYS if name in checkpoint]):
+            if isinstance(parent, Mapping):
+                candidates += [parent[name] for name in _KEYS if name in parent]
+    found = [
+        {str(name): value for name, value in candidate.items() if isinstance(value, Tensor)}
+        for candidate in candidates
+        if isinstance(candidate, Mapping)
+    ]
+    with_statistics = [tensors for tensors in found if any([is_statistic(name.rpartition(".")[2]) for name in tensors])]
+    for tensors in (*with_statistics, *found):
+        if tensors:
+            return tensors
     keys = ", ".join([repr(name) for name in list(checkpoint)[:8]])
     raise ValueError(
         f"{source} holds no state dict that bnguard can find: it has {keys or 'nothing'}; name one with key="
     )
+
+
+def _under(checkpoint: Mapping[str, Any], key: str, source: str) -> Any:
+    """What a checkpoint has under a key, or under several with dots between them: ``"ema.module"``."""
+    value: Any = checkpoint
+    for part in [key] if key in checkpoint else key.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            there = ", ".join(map(repr, value)) if isinstance(value, Mapping) else f"a {type(value).__name__}"
+            raise ValueError(f"{source} has no {key!r}; it has {there or 'nothing'}")
+        value = value[part]
+    return value
 
 
 def _load_torch(name: str) -> Any:
@@ -85,7 +105,7 @@ def _load_torch(name: str) -> Any:
                 "not. Save model.state_dict() instead"
             ) from None
         raise ValueError(_foreign(name)) from error
-    except (RuntimeError, EOFError, KeyError, ValueError) as error:
+    except Exception as error:  # whatever broken bytes make of it
         raise ValueError(_foreign(name)) from error
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import os
+import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from torch import nn
@@ -21,7 +23,7 @@ from bnguard._output.documents import audit_document, diff_document, watch_docum
 from bnguard._output.files import Outputs, no_pictures
 from bnguard._progress import Progress
 from bnguard._report import Wording
-from bnguard._run_script import Ending, run_module, run_script
+from bnguard._run_script import Ending, NotFoundError, run_module, run_script, wait_for_threads
 from bnguard._settings import Manner, OnChange, Settings
 from bnguard._test_guards import Guards
 from bnguard._watch import watch
@@ -76,12 +78,20 @@ def run_watched(
     guards, lookout = Guards(), None
     if frozen is not None:
         place = f"bnguard run --frozen {frozen}"
-        wording = Wording(place, place, "--on-change {}", (), "the report lists them all", "use --on-change restore")
+        wording = Wording(
+            place,
+            place,
+            "{}",
+            (),
+            "the report lists them all",
+            "use --on-change restore",
+            (('on_change="restore"', "--on-change restore"), ("use_running_stats=True", "")),
+        )
         lookout = Lookout(
             guards,
             Settings(on_change, include=(frozen,), manner=Manner(wording, has_asides=False, is_outermost=True)),
         )
-    record = watch(every=every)
+    record, process = watch(every=every), os.getpid()
     failure: StatsChangedError | None = None
     with record:
         with nullcontext() if progress is None else Progress(record, progress):
@@ -89,6 +99,10 @@ def run_watched(
                 lookout.begin()
             try:
                 ending = _run(target, args, is_module)
+                if os.getpid() != process:  # a child that the script has forked: the parent reports
+                    ending.show()
+                    return ending.exit_code
+                wait_for_threads()
             finally:
                 if lookout is not None:
                     lookout.end(for_good=True)
@@ -99,9 +113,11 @@ def run_watched(
             failure = found
         record.stop(wait=ending.error is None)  # for other ranks, which may have failed likewise
     ending.show()
-    sys.stdout.flush()
+    with suppress(AttributeError, ValueError, OSError):  # a script may have closed or replaced it
+        sys.stdout.flush()
     notes = [] if failure is None else [str(failure)]
-    if lookout is not None and not lookout.has_guarded:
+    has_missed = lookout is not None and not lookout.has_guarded
+    if has_missed:
         notes.append(f"--frozen {frozen} matched no layer of the models that ran.")
     document = dataclasses.replace(
         watch_document(record),
@@ -110,13 +126,17 @@ def run_watched(
     )
     written = CLEAN
     if record.speaks:  # of several ranks one has the report of all
-        print()
         content = {"target": target, "exit_code": ending.exit_code, **json_file.of_watch(record)}
         written = _show(document, content, outputs, "run", lambda: _pictures_of(record))
     elif notes:
         print("\n".join(notes), file=sys.stderr)
+    if ending.is_interrupt:
+        _die_of_interrupt()
     if ending.exit_code:
         return ending.exit_code
+    if has_missed:
+        print(f"bnguard run: {notes[-1]}", file=sys.stderr)
+        return USAGE
     return FOUND if failure is not None or _codes(record.findings) & fail_on else written
 
 
@@ -124,7 +144,7 @@ def audit_target(target: str, outputs: Outputs) -> int:
     """Prints what is wrong with the model that ``module:callable`` makes.
 
     Returns:
-        1 if there are findings, 2 if something could not be written, else 0.
+        1 if there are findings worse than a note, 2 if something could not be written, else 0.
 
     Raises:
         UsageError: There is no such module or callable, or it makes no model.
@@ -132,7 +152,7 @@ def audit_target(target: str, outputs: Outputs) -> int:
     findings = audit(_model_of(target))
     document = dataclasses.replace(audit_document(findings), title=f"bnguard audit {target}")
     written = _show(document, {"target": target, **json_file.of_findings(findings)}, outputs, "audit")
-    return FOUND if findings else written
+    return FOUND if any([finding.severity != "note" for finding in findings]) else written
 
 
 def diff_states(before: str, after: str, key: str | None, outputs: Outputs) -> int:
@@ -172,13 +192,22 @@ def _show(
         more = "\n".join([f"Written: {path}" for path in outputs.paths])
     else:
         more = "More: --html FILE has all of it, --json FILE for programs."
-    terminal.show(dataclasses.replace(document, more=more if document.tables or outputs.paths else ""))
-    try:
-        outputs.write(document, content, pictures)
-    except OSError as error:
-        print(f"bnguard {command}: {error}", file=sys.stderr)
-        return USAGE
-    return CLEAN
+    shown = dataclasses.replace(document, more=more if document.tables or outputs.paths else "")
+    terminal.show(shown, apart=command == "run")  # from what the script has printed
+    problems = outputs.write(document, content, pictures)
+    for problem in problems:
+        print(f"bnguard {command}: {problem}", file=sys.stderr)
+    return USAGE if problems else CLEAN
+
+
+def _die_of_interrupt() -> None:
+    """Ends the process as Python does after Ctrl-C: of the signal, so that a shell script around it stops as well."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, ValueError, OSError):
+            stream.flush()
+    if os.name == "posix":
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
 
 
 def _pictures_of(record: watch) -> list[Picture]:
@@ -190,7 +219,7 @@ def _pictures_of(record: watch) -> list[Picture]:
 def _run(target: str, args: Sequence[str], is_module: bool) -> Ending:
     try:
         return run_module(target, args) if is_module else run_script(target, args)
-    except (OSError, ImportError) as error:
+    except (OSError, NotFoundError) as error:
         raise UsageError(str(error)) from error
     except SyntaxError as error:
         return Ending(1, error.with_traceback(None))
@@ -209,7 +238,12 @@ def _model_of(target: str) -> nn.Module:
         raise UsageError(f"{target!r}: {error}") from error
     finally:
         sys.path.remove("")
-    model = value if isinstance(value, nn.Module) else value() if callable(value) else value
+    try:
+        model = value() if callable(value) and not isinstance(value, nn.Module) else value
+    except Exception as error:
+        raise UsageError(
+            f"{target!r} raised {type(error).__name__}: {error}; it is called without arguments"
+        ) from error
     if not isinstance(model, nn.Module):
         raise UsageError(f"{target!r} gives a {type(model).__name__}, no torch.nn.Module")
     return model

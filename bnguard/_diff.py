@@ -20,7 +20,7 @@ from bnguard._health import has_broken
 from bnguard._layers import is_statistic
 from bnguard._output.document import as_text
 from bnguard._output.documents import diff_document
-from bnguard._tree import WRAPPERS, find_layers
+from bnguard._tree import find_layers
 
 __all__ = ["StatsDiff", "diff"]
 
@@ -83,7 +83,7 @@ def diff(before: Source, after: Source, *, key: str | None = None) -> StatsDiff:
     Args:
         before: The earlier state: a model, a state dict, a checkpoint, or the path of a file.
         after: The later one.
-        key: Where the state dict is in a checkpoint; None looks at the usual places.
+        key: Where the state dict is in a checkpoint, ``"ema.module"`` for nested ones; None looks at the usual places.
 
     Returns:
         What moved, what is missing, and what is broken. For a channel's drift ``eps`` is the layer's own where a model
@@ -148,36 +148,53 @@ def _layers_of(state: Any, key: str | None, role: str) -> dict[str, _Layer]:
     return layers
 
 
-_PREFIX: Final = re.compile(rf"(?:^|(?<=\.))(?:{'|'.join(sorted(set(WRAPPERS.values())))})\.")
+# Nobody calls a submodule of his own so.
+_WRAPPED: Final = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_PARALLEL: Final = "module."  # but so: it counts where everything is in it
 
 
 def _layers_in(state_dict: Mapping[str, Tensor]) -> dict[str, _Layer]:
     layers: dict[str, _Layer] = {}
-    for full_name, tensor in state_dict.items():
+    plain = {_WRAPPED.sub("", name): tensor for name, tensor in state_dict.items()}
+    while plain and all([name.startswith(_PARALLEL) for name in plain]):
+        plain = {name.removeprefix(_PARALLEL): tensor for name, tensor in plain.items()}
+    for full_name, tensor in plain.items():
         prefix, _, name = full_name.rpartition(".")
         if is_statistic(name):
-            layer = layers.setdefault(_PREFIX.sub("", f"{prefix}.")[:-1], _Layer("layer", _EPS, {}))
-            layer.statistics[name] = tensor
+            layers.setdefault(prefix, _Layer("layer", _EPS, {})).statistics[name] = _dense(tensor)
     return layers
 
 
+def _dense(tensor: Tensor) -> Tensor:
+    """A tensor in a form and a precision that can be computed with."""
+    if tensor.is_sparse:
+        tensor = tensor.to_dense()
+    if tensor.is_quantized:
+        tensor = tensor.dequantize()
+    return tensor.float() if tensor.is_floating_point() and tensor.itemsize < 2 else tensor
+
+
 def _aligned(old: dict[str, _Layer], new: dict[str, _Layer]) -> tuple[dict[str, _Layer], dict[str, _Layer]]:
-    """The same without a prefix that all names of one of them have before those of the other."""
+    """The same without the prefix that names of one of them have before those of the other; that of most."""
+    best: tuple[int, str, bool] = (0, "", False)
     for one, other, swap in ((old, new, False), (new, old, True)):
-        first = next(iter(one))
-        for end in [index for index, char in enumerate(first) if char == "."]:
-            prefix = first[: end + 1]
-            if all([name.startswith(prefix) for name in one]) and any([prefix + name in one for name in other]):
-                shorter = {name[len(prefix) :]: layer for name, layer in one.items()}
-                return (other, shorter) if swap else (shorter, other)
-    return old, new
+        prefixes = {name[: end + 1] for name in one for end, char in enumerate(name) if char == "."}
+        for prefix in prefixes:
+            common = sum([name.startswith(prefix) and name.removeprefix(prefix) in other for name in one])
+            best = max(best, (common, prefix, swap), key=lambda item: (item[0], -len(item[1])))
+    common, prefix, swap = best
+    if not common:
+        return old, new
+    longer, other = (new, old) if swap else (old, new)
+    shorter = {name.removeprefix(prefix): layer for name, layer in longer.items()}
+    return (other, shorter) if swap else (shorter, other)
 
 
 def _same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
     if one.keys() != other.keys():
         return False
-    pairs = [(one[name], other[name].to(one[name].device)) for name in one]
-    return all([not (has_values(left) and has_values(right)) or same_bits(left, right) for left, right in pairs])
+    pairs = [(one[name], other[name]) for name in one if has_values(one[name]) and has_values(other[name])]
+    return all([same_bits(left, right.to(left.device)) for left, right in pairs])
 
 
 def _broken(layers: Mapping[str, _Layer]) -> tuple[str, ...]:

@@ -188,7 +188,7 @@ def sample_of(
 @aside()
 def series_of(samples: Sequence[DriftSample], layers: Sequence[str]) -> DriftSeries:
     """Puts samples together, and reads them."""
-    table = torch.full((2, len(samples), len(layers)), torch.nan, dtype=torch.float64)
+    table = torch.full((2, len(samples), len(layers)), torch.nan, dtype=torch.float64, device="cpu")
     for row, sample in enumerate(samples):
         if sample.values:
             values = torch.cat([values.cpu() for values in sample.values], dim=1)

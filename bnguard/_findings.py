@@ -68,6 +68,7 @@ def findings_of(
     sightings: Iterable[Sighting],
     sentences: Mapping[str, Callable[[Any], str]] = RUN,
     verdicts: Mapping[str, Callable[[Any], str]] = VERDICTS,
+    mild: frozenset[str] = frozenset(),
 ) -> tuple[Finding, ...]:
     """Puts together what several layers have in common; errors first, then by code, in the order of the sightings.
 
@@ -75,6 +76,7 @@ def findings_of(
         sightings: What was seen.
         sentences: What to say of each code; by default what is said of a run.
         verdicts: The same in short, without what to do about it.
+        mild: Codes that are no more than a note here.
     """
     groups: dict[tuple[str, str | None, Any], list[Sighting]] = {}
     for sighting in sightings:
@@ -86,7 +88,16 @@ def findings_of(
         group = Group(layers, [sighting.number for sighting in sighted], detail, where)
         verdict = f"{verdicts[name](group)}: {code.cure}"
         findings.append(
-            Finding(name, code.title, code.severity, layers, where, sentences[name](group), code.fix, verdict)
+            Finding(
+                name,
+                code.title,
+                "note" if name in mild else code.severity,
+                layers,
+                where,
+                sentences[name](group),
+                code.fix,
+                verdict,
+            )
         )
     rank = {"error": 0, "warning": 1, "note": 2}
     return tuple(sorted(findings, key=lambda finding: (rank[finding.severity], finding.code)))

@@ -56,6 +56,7 @@ class Wording:
         more_choices: Further ways out, each with what it does.
         everything: Where all changes are listed.
         expected: What to do about changes that are meant.
+        renamed: Options that are called otherwise here; those that do not exist by an empty name.
     """
 
     place: str = "frozen()"
@@ -64,6 +65,7 @@ class Wording:
     more_choices: tuple[tuple[str, str], ...] = ()
     everything: str = "guard.changes lists them all"
     expected: str = "use on_change='restore' where they are expected"
+    renamed: tuple[tuple[str, str], ...] = ()
 
     def inside(self, budget: int) -> str:
         """What a block with this budget is inside of."""
@@ -71,7 +73,9 @@ class Wording:
 
     def choices(self, *options: tuple[str, str]) -> list[str]:
         """A line for each option, and what it does."""
-        ways = [(self.choice.format(option), effect) for option, effect in options] + list(self.more_choices)
+        named = [(dict(self.renamed).get(option, option), effect) for option, effect in options]
+        ways = [(self.choice.format(option), effect) for option, effect in named if option]
+        ways += self.more_choices
         width = max([len(way) for way, _ in ways])
         return [f"  {way:<{width}}    {effect}" for way, effect in ways]
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import builtins
 import io
 import os
 import runpy
 import sys
-import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.machinery import SourceFileLoader
 from types import ModuleType, TracebackType
-from typing import Any
 
-__all__ = ["Ending", "run_module", "run_script"]
+from bnguard._callsite import origin_of
+from bnguard.errors import StatsChangedError
+
+__all__ = ["Ending", "NotFoundError", "run_module", "run_script", "wait_for_threads"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,15 +31,26 @@ class Ending:
     exit_code: int
     error: BaseException | None = None
 
+    @property
+    def is_interrupt(self) -> bool:
+        """Whether Ctrl-C has ended it."""
+        return isinstance(self.error, KeyboardInterrupt)
+
     def show(self) -> None:
-        """Prints the traceback as Python does: the script's own frames."""
+        """Has the exception printed as Python does, by the script's own hook: the script's own frames."""
         if self.error is not None:
-            own = _own_traceback(self.error.__traceback__)
-            traceback.print_exception(type(self.error), self.error, own)
+            error = self.error.with_traceback(_own_traceback(self.error.__traceback__, self.error))
+            sys.excepthook(type(error), error, error.__traceback__)
+
+
+class NotFoundError(ImportError):
+    """There is no such module."""
 
 
 def run_script(path: str, args: Sequence[str]) -> Ending:
     """Runs ``python path args...`` in this process, with ``__main__``, ``sys.argv`` and ``sys.path`` of its own.
+
+    ``__main__`` stays the script's: threads, exit handlers and pickles look there for its classes.
 
     Raises:
         OSError: The file cannot be read.
@@ -47,55 +61,88 @@ def run_script(path: str, args: Sequence[str]) -> Ending:
         code = compile(file.read(), full_path, "exec", dont_inherit=True)
     main = ModuleType("__main__")
     main.__file__ = full_path
-    main.__dict__["__builtins__"] = __builtins__
-    with _surroundings([path, *args], os.path.dirname(os.path.realpath(path)), main):
-        return _ending_of(lambda: exec(code, main.__dict__))
+    main.__loader__ = SourceFileLoader("__main__", full_path)
+    main.__dict__.update(__builtins__=builtins, __cached__=None)
+    _set_up([path, *args], os.path.dirname(os.path.realpath(path)))
+    sys.modules["__main__"] = main
+    return _ending_of(lambda: exec(code, main.__dict__))
 
 
 def run_module(name: str, args: Sequence[str]) -> Ending:
     """Runs ``python -m name args...`` in this process.
 
     Raises:
-        ImportError: There is no such module.
+        NotFoundError: There is no such module.
     """
-    runpy._get_module_details(name)  # type: ignore[attr-defined]  # before anything of it runs
-    with _surroundings([name, *args], os.getcwd(), None):
-        return _ending_of(lambda: runpy.run_module(name, run_name="__main__", alter_sys=True))
+    _set_up(["-m", *args], os.getcwd())
+    try:
+        # Its packages are imported here, as Python does before it runs the module.
+        runpy._get_module_details(name, NotFoundError)  # type: ignore[attr-defined]
+    except NotFoundError:
+        raise
+    except BaseException as error:
+        return Ending(1, error)
+    return _ending_of(lambda: _run_as_main(name))
 
 
-def _ending_of(run: Any) -> Ending:
+def _run_as_main(name: str) -> None:
+    """As ``runpy.run_module()``, but ``__main__`` stays the module's."""
+    name, spec, code = runpy._get_module_details(name)  # type: ignore[attr-defined]
+    main = ModuleType("__main__")
+    sys.modules["__main__"] = main
+    sys.argv[0] = spec.origin
+    main.__dict__.update(
+        __builtins__=builtins,
+        __file__=spec.origin,
+        __cached__=spec.cached,
+        __loader__=spec.loader,
+        __package__=spec.parent,
+        __spec__=spec,
+    )
+    exec(code, main.__dict__)
+
+
+def _ending_of(run: Callable[[], None]) -> Ending:
     try:
         run()
     except SystemExit as end:
-        if end.code is None or isinstance(end.code, int):
-            return Ending(end.code or 0)
-        print(end.code, file=sys.stderr)
-        return Ending(1)
+        ending = Ending(end.code or 0) if end.code is None or isinstance(end.code, int) else Ending(1)
+        if ending.exit_code == 1 and not isinstance(end.code, int):
+            print(end.code, file=sys.stderr)
     except KeyboardInterrupt as error:
-        return Ending(130, error)
+        ending = Ending(130, error)
     except BaseException as error:
-        return Ending(1, error)
-    return Ending(0)
+        ending = Ending(1, error)
+    else:
+        ending = Ending(0)
+    return ending
 
 
-@contextmanager
-def _surroundings(argv: list[str], folder: str, main: ModuleType | None) -> Iterator[None]:
-    """What the script finds in ``sys``; put back afterwards."""
-    argv_before, path_before, main_before = sys.argv, sys.path[:], sys.modules["__main__"]
-    try:
-        sys.argv = argv
+def wait_for_threads() -> None:
+    """Waits, as Python does at its end, for threads that are no daemons."""
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()
+
+
+def _set_up(argv: list[str], folder: str) -> None:
+    """What the script finds in ``sys``."""
+    sys.argv = argv
+    if not sys.flags.safe_path:
         sys.path[0:1] = [folder]
-        if main is not None:
-            sys.modules["__main__"] = main
-        yield
-    finally:
-        sys.argv, sys.path[:] = argv_before, path_before
-        sys.modules["__main__"] = main_before
 
 
-def _own_traceback(trace: TracebackType | None) -> TracebackType | None:
-    """A traceback without the frames that have started the script."""
+def _own_traceback(trace: TracebackType | None, error: BaseException | None = None) -> TracebackType | None:
+    """A traceback without the frames that have started the script; of one of our errors, without ours at its end."""
     starters = (__file__, runpy.__file__, "<frozen runpy>")
     while trace is not None and trace.tb_frame.f_code.co_filename in starters:
         trace = trace.tb_next
+    if isinstance(error, StatsChangedError):
+        last, current = None, trace
+        while current is not None:
+            if origin_of(current.tb_frame.f_code.co_filename) != "machinery":
+                last = current
+            current = current.tb_next
+        if last is not None:
+            last.tb_next = None
     return trace

@@ -72,8 +72,8 @@ class UpdateSeries:
 
     @property
     def rates(self) -> Tensor:
-        edges = torch.tensor([*self.steps, self.end], dtype=torch.float64)
-        return self.counts / edges.diff()[:, None] / torch.tensor(self.layers, dtype=torch.float64)
+        edges = torch.tensor([*self.steps, self.end], dtype=torch.float64, device="cpu")
+        return self.counts / edges.diff()[:, None] / torch.tensor(self.layers, dtype=torch.float64, device="cpu")
 
 
 def updates_over_steps(lines: Sequence[tuple[str, int, int, Timeline]]) -> UpdateSeries:
@@ -85,9 +85,9 @@ def updates_over_steps(lines: Sequence[tuple[str, int, int, Timeline]]) -> Updat
     width = max([timeline.width for *_, timeline in lines], default=1)
     columns = [timeline.in_spans_of(width) for *_, timeline in lines]
     spans = max([len(column) for column in columns], default=0)
-    counts = torch.zeros(spans, len(lines), dtype=torch.int64)
+    counts = torch.zeros(spans, len(lines), dtype=torch.int64, device="cpu")
     for number, column in enumerate(columns):
-        counts[: len(column), number] = torch.tensor(column)
+        counts[: len(column), number] = torch.tensor(column, device="cpu")
     steps = tuple(range(0, spans * width, width))
     end = max([last + 1 for _, _, last, _ in lines], default=0)
     return UpdateSeries(

@@ -34,6 +34,7 @@ from bnguard._ranks import Group, Ranks, check_group
 from bnguard._report import name_text
 from bnguard._sentry import sentries
 from bnguard._sightings import sightings_in
+from bnguard._stack import lent_tensors
 from bnguard._steps import StepCounter
 from bnguard._timeline import Timeline, UpdateSeries, updates_over_steps
 from bnguard._tree import Tree, unwrapped
@@ -347,8 +348,13 @@ class watch:  # noqa: N801  # lower case, as torch.no_grad
     def _take_in(self, model: nn.Module) -> None:
         """Records the layers of a model from now on."""
         self._ranks = self._ranks or Ranks.of(self._group)
+        lent = lent_tensors()
         with self._lock:
             tree = Tree(model)
+            if lent and any(
+                [id(buffer) in lent for part in tree.layers for buffer in part.module.buffers(recurse=False)]
+            ):
+                return  # what it has now is not its own
             if self._model is not None:
                 self._tree = tree
             else:

@@ -34,7 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         script's own where that is not 0. Wrong arguments end the process with 2, as argparse does.
     """
     parser = _parser()
-    options = parser.parse_args(argv)
+    own, of_module = _split(list(sys.argv[1:] if argv is None else argv))
+    options = parser.parse_args(own)
+    if of_module is not None:
+        options.args = of_module
     missing = _missing(*_wanted(options))
     if missing:
         print(missing, file=sys.stderr)
@@ -72,6 +75,18 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace, outputs: 
         progress=options.progress or (_PROGRESS if sys.stderr.isatty() else None),
         outputs=outputs,
     )
+
+
+def _split(argv: list[str]) -> tuple[list[str], list[str] | None]:
+    """The arguments of ``run -m module``, and what comes after it: that is the module's, options too."""
+    if argv[:1] != ["run"]:
+        return argv, None
+    position = 1
+    while position < len(argv) and argv[position].startswith("-"):
+        if argv[position] == "-m":
+            return argv[: position + 2], argv[position + 2 :]
+        position += 2 if argv[position].startswith("--") and "=" not in argv[position] else 1
+    return argv, None
 
 
 def _wanted(options: argparse.Namespace) -> list[str]:

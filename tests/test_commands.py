@@ -129,7 +129,7 @@ def test_exit_codes_are_the_scripts(script, tmp_path, code):
 
 
 def test_interrupt_is_reported(script, tmp_path):
-    """After Ctrl-C there is a report, the traceback of the script, and 130."""
+    """After Ctrl-C there is a report, the traceback of the script, and the process dies of the signal, as Python's."""
     script("print('ready', flush=True); __import__('time').sleep(60)")
     environment = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(bnguard.__file__))}
     command = [sys.executable, "-m", "bnguard", "run", "train.py"]
@@ -142,7 +142,7 @@ def test_interrupt_is_reported(script, tmp_path):
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == -signal.SIGINT
     assert err.rstrip().endswith("KeyboardInterrupt")
     assert "bnguard" not in err
     assert "no finding; 3 updates of 1 layer" in out
@@ -176,11 +176,25 @@ def test_layers_can_be_guarded(script, tmp_path, policy, code, text):
     assert text in done.stdout + done.stderr
 
 
+def test_error_of_a_guard_names_what_the_command_line_has(script, tmp_path):
+    """Its own options, and no frames of bnguard."""
+    script()
+    done = bnguard_("run", "--frozen", "1", "train.py", cwd=tmp_path)
+    assert done.stderr.splitlines()[-3:] == [
+        "  at train.py:14 in train",
+        "Call eval() on it after model.train(), or choose what you meant:",
+        "  --on-change restore    normalise with the batch, keep the statistics",
+    ]
+    assert "_sentry.py" not in done.stderr
+
+
 def test_pattern_that_matches_nothing_is_told(script, tmp_path):
     """Silence would look like a guard."""
     script()
     done = bnguard_("run", "--frozen", "backbone.*", "train.py", cwd=tmp_path)
     assert "--frozen backbone.* matched no layer of the models that ran." in done.stdout
+    assert done.stderr == "bnguard run: --frozen backbone.* matched no layer of the models that ran.\n"
+    assert done.returncode == 2
 
 
 @pytest.mark.parametrize(
@@ -363,3 +377,132 @@ def test_json_is_as_documented(script, tmp_path):
     }  # fmt: skip
     assert diff["moved"]
     assert sorted(run["updates"][0]["mode"]) == sorted(documented["mode"])
+
+
+def plain_and_watched(tmp_path, code, *args, module=None):
+    """A script under python, and under bnguard run."""
+    if module is None:
+        (tmp_path / "script.py").write_text(code)
+        target = ["script.py"]
+    else:
+        target = ["-m", module]
+    environment = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(bnguard.__file__))}
+    plain = subprocess.run(
+        [sys.executable, *target, *args], cwd=tmp_path, capture_output=True, text=True, check=False, env=environment
+    )
+    return plain, bnguard_("run", *target, *args, cwd=tmp_path)
+
+
+PREAMBLE = "import torch\nfrom torch import nn\nnet = nn.Sequential(nn.BatchNorm1d(2))\nx = torch.ones(4, 2)\n"
+
+BEHAVIOUR = {
+    "threads": """
+import pickle, threading, time
+class Config: pass
+def work():
+    time.sleep(0.5)
+    net(x)
+    print(len(pickle.dumps(Config())))
+threading.Thread(target=work).start()
+""",
+    "exit handler": """
+import atexit, pickle
+class Config: pass
+atexit.register(lambda: print(len(pickle.dumps(Config()))))
+net(x)
+""",
+    "excepthook": """
+import sys
+sys.excepthook = lambda kind, error, trace: print("mine", kind.__name__, trace.tb_lineno)
+net(x)
+raise ValueError("yes")
+""",
+    "main": "print(__builtins__.__name__, __loader__.name, __spec__, __package__, __file__[-9:])\nnet(x)\n",
+    "script module": "print(torch.jit.script(net)(x).sum().item())\nnet(x)\n",
+    "part script": "print(nn.Sequential(torch.jit.script(nn.BatchNorm1d(2)), net)(x).sum().item())\n",
+    "vmap": """
+import copy
+nets = [copy.deepcopy(net) for _ in range(3)]
+for one in nets: one.requires_grad_(False)
+parameters, buffers = torch.func.stack_module_state(nets)
+base = copy.deepcopy(nets[0]).to("meta")
+call = lambda p, b, x: torch.func.functional_call(base, (p, b), (x,))
+print(torch.func.vmap(call, in_dims=(0, 0, None), randomness="same")(parameters, buffers, x).shape)
+net(x)
+""",
+    "trace": """
+print(torch.jit.trace(net, x, check_trace=False).code)
+""",
+    "default device": "net(x)\ntorch.set_default_device('meta')\n",
+    "unhashable": """
+import dataclasses
+@dataclasses.dataclass
+class Odd(nn.Module):
+    size: int = 2
+    def __post_init__(self):
+        super().__init__()
+    def forward(self, x): return x
+print(nn.Sequential(net, Odd())(x).shape)
+""",
+}
+
+
+@pytest.mark.parametrize("name", BEHAVIOUR)
+def test_scripts_behave_as_under_python(tmp_path, name):
+    """Output, error and exit code; and the one update there is is recorded."""
+    plain, watched = plain_and_watched(tmp_path, PREAMBLE + BEHAVIOUR[name])
+    output, _, report = watched.stdout.partition("\nbnguard run script.py\n")
+    report, _, late = report.partition("More: --html FILE has all of it, --json FILE for programs.\n")
+    assert output + late == plain.stdout
+    assert watched.stderr == plain.stderr
+    assert watched.returncode == plain.returncode
+    assert ("2 updates of 2 layers" if name == "part script" else "1 update of 1 layer") in report
+
+
+def test_closed_stdout_loses_no_report(tmp_path):
+    """It goes where the process began to write; JSON is written in any case."""
+    for number, code in enumerate(("sys.stdout.close()", "sys.stdout = None")):
+        (tmp_path / "script.py").write_text(f"{PREAMBLE}import sys\nnet(x)\n{code}\n")
+        done = bnguard_("run", "--json", f"{number}.json", "script.py", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert json.loads((tmp_path / f"{number}.json").read_text())["updates"]
+        assert "1 update of 1 layer" in (done.stdout if number else done.stdout + "1 update of 1 layer")
+
+
+def test_a_forked_child_reports_nothing(tmp_path):
+    """The parent does."""
+    code = "import os, sys\nnet(x)\npid = os.fork()\nif pid == 0:\n    sys.exit(3)\nprint(os.waitpid(pid, 0)[1] >> 8)\n"
+    plain, watched = plain_and_watched(tmp_path, PREAMBLE + code)
+    assert watched.stdout.startswith(plain.stdout)
+    assert watched.stdout.count("1 update of 1 layer") == 1
+
+
+def test_module_takes_options(tmp_path):
+    """What comes after its name is the module's, and its packages see what they see under python."""
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "__init__.py").write_text("import sys\nprint(sys.argv)\n")
+    (package / "train.py").write_text(
+        PREAMBLE + "import sys\nfrom . import other\nprint(sys.argv[1:], __spec__.name)\nnet(x)\n"
+    )
+    (package / "other.py").write_text("")
+    plain, watched = plain_and_watched(tmp_path, "", "--epochs", "3", "-m", "x", module="package.train")
+    assert plain.returncode == watched.returncode == 0, watched.stderr
+    assert watched.stdout.startswith(plain.stdout)
+    assert "1 update of 1 layer" in watched.stdout
+    (package / "__init__.py").write_text("import nowhere_at_all\n")
+    plain, watched = plain_and_watched(tmp_path, "", module="package.train")
+    assert watched.returncode == plain.returncode == 1
+    assert watched.stderr.splitlines()[-1] == plain.stderr.splitlines()[-1]
+
+
+def test_audit_of_a_callable_that_fails(tmp_path):
+    """One sentence, and no traceback."""
+    (tmp_path / "models.py").write_text("def make(width):\n    return None\n")
+    done = bnguard_("audit", "models:make", cwd=tmp_path)
+    assert done.returncode == 2
+    assert re.fullmatch(
+        r"bnguard audit: 'models:make' raised TypeError: make\(\) missing .*; it is called without "
+        r"arguments\n",
+        done.stderr,
+    )

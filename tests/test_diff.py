@@ -164,6 +164,82 @@ class Sneaky:
         return os.mkdir, (str(Sneaky.folder),)
 
 
+@pytest.mark.parametrize(
+    "checkpoint",
+    [
+        lambda state: {"epoch": 3, "model_state_dict": state, "loss": torch.tensor(0.3)},
+        lambda state: {"epoch": torch.tensor(3), "state_dict": state},
+        lambda state: {"rng_state": torch.zeros(4), "model": state},
+        lambda state: {"model": {"state_dict": state}},
+        lambda state: {"ema": {"module": state, "decay": torch.tensor(0.9)}},
+    ],
+)
+def test_state_dict_is_found_beside_other_tensors(checkpoint):
+    """In the format of torch's tutorials, with random states, and one below the other."""
+    net, later = pair()
+    assert bnguard.diff(net, checkpoint(net.state_dict())).is_clean
+    assert bnguard.diff(net, checkpoint(later.state_dict())).changed == names_of(net)
+
+
+def test_key_may_have_dots():
+    """For what is nested in an unusual place."""
+    net, later = pair()
+    checkpoint = {"student": {"weights": later.state_dict()}, "teacher": {"weights": net.state_dict()}}
+    assert bnguard.diff(net, checkpoint, key="teacher.weights").is_clean
+    with pytest.raises(ValueError, match=r"after has no 'teacher\.bias'; it has 'weights'"):
+        bnguard.diff(net, checkpoint, key="teacher.bias")
+
+
+def test_a_submodule_called_module_is_one():
+    """It is no wrapper: a model and its state dict have the same layers."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = conv_net()
+            self.bn = nn.BatchNorm1d(2)
+
+    net = Net()
+    assert bnguard.diff(net, net.state_dict()).is_clean
+    inner = nn.Module()
+    inner.module = conv_net()
+    assert bnguard.diff(inner, inner.state_dict()).is_clean
+
+
+def test_a_part_compares_with_the_whole():
+    """What is under the prefix; the rest is missing."""
+    backbone = conv_net()
+    whole = nn.Module()
+    whole.backbone, whole.head = copy.deepcopy(backbone), nn.BatchNorm1d(3)
+    found = bnguard.diff(backbone, whole)
+    assert found.unchanged == names_of(backbone)
+    assert (found.missing, found.added) == ((), ("head",))
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_files_cut_anywhere_give_one_error(tmp_path, is_zip):
+    """Whatever torch makes of them."""
+    net, _ = pair()
+    torch.save(net.state_dict(), tmp_path / "whole.pt", _use_new_zipfile_serialization=is_zip)
+    whole = (tmp_path / "whole.pt").read_bytes()
+    path = tmp_path / "cut.pt"
+    for end in range(1, len(whole), max(1, len(whole) // 97)):
+        path.write_bytes(whole[:end])
+        with pytest.raises(ValueError, match=r"cut\.pt"):
+            bnguard.diff(net, path)
+
+
+@pytest.mark.parametrize(
+    "change", [torch.Tensor.to_sparse, lambda t: t.to(torch.float8_e4m3fn), lambda t: t.to("meta")]
+)
+def test_odd_tensors_are_compared(change):
+    """Sparse ones, ones of eight bits, and ones without values."""
+    net = nn.Sequential(nn.BatchNorm1d(2))
+    state = {name: change(tensor) if "running" in name else tensor for name, tensor in net.state_dict().items()}
+    assert bnguard.diff(state, state).is_clean
+    bnguard.diff(net, state).report()
+
+
 def test_files_that_would_run_code_are_refused(tmp_path):
     """Nothing of them is executed; one sentence says what to do."""
     net, _ = pair()

@@ -154,7 +154,7 @@ def test_errors_that_are_swallowed_in_a_loop_are_kept_once() -> None:
             with contextlib.suppress(bnguard.StatsChangedError):
                 net(images())
         assert guard._last is not None
-        assert len(guard._last._errors) == 1
+        assert len(guard._last._outcome._errors) == 1
 
 
 @pytest.mark.parametrize("link", ["cause", "context", "group"])

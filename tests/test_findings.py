@@ -475,6 +475,145 @@ def test_distributed_training_has_no_finding():
     assert [update.names for update in record.updates] == [("1",), ("4",)]
 
 
+def test_a_discriminator_that_is_frozen_for_a_while_is_no_finding():
+    """set_requires_grad(D, False) around G's step: D is trained in the other one."""
+    generator, critic = classifier(), classifier()
+    optimizers = sgd(generator), sgd(critic)
+
+    def run():
+        for _ in range(3):
+            critic.requires_grad_(True)
+            optimizers[1].zero_grad()
+            critic(IMAGES).mean().backward()
+            optimizers[1].step()
+            critic.requires_grad_(False)
+            with bnguard.frozen(critic, "restore"):
+                critic(IMAGES + generator(IMAGES).mean()).mean().backward()
+            optimizers[0].step()
+
+    assert found(run) == {}
+
+
+def test_bn004_one_layer_in_a_loop():
+    """A head that is shared over the levels of a pyramid: one forward of the model calls it several times."""
+
+    class Pyramid(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Conv2d(3, 4, 3)
+            self.head = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+
+        def forward(self, x):
+            features = self.body(x)
+            return sum(self.head(level).mean() for level in (features, F.avg_pool2d(features, 2)))
+
+    net = Pyramid()
+    optimizer = sgd(net)
+
+    def run():
+        for _ in range(3):
+            optimizer.zero_grad()
+            net(IMAGES).backward()
+            optimizer.step()
+
+    findings = found(run)
+    assert set(findings) == {"BN004"}
+    assert (
+        findings["BN004"].what == "one forward of the model called 1 layer (head.1) several times, in 3 optimizer steps"
+    )
+
+
+def test_a_part_that_is_evaluated_in_between_is_no_finding():
+    """encoder.eval(), a look without gradients, encoder.train()."""
+    net = nn.Sequential(classifier(), nn.Linear(4, 4))
+    optimizer = sgd(net)
+
+    def run():
+        for _ in range(2):
+            train(net, optimizer)
+            net[0].eval()
+            with torch.no_grad():
+                net[0](IMAGES)
+            net[0].train()
+
+    assert found(run) == {}
+
+
+def test_accumulation_without_a_gradient_of_the_first_parameter_is_no_finding():
+    """Backward passes are counted, and not told from some parameter."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=False))
+    net.token = nn.Parameter(torch.zeros(1))  # which nobody uses
+    optimizer = sgd(net)
+
+    def run():
+        for _ in range(3):
+            optimizer.zero_grad()
+            for _ in range(4):
+                net(IMAGES).square().mean().backward()
+            optimizer.step()
+
+    engine = torch.autograd._engine_run_backward
+    assert found(run) == {}
+    assert torch.autograd._engine_run_backward is engine
+
+
+def test_closures_are_no_finding():
+    """LBFGS runs forward and backward as often as it likes in one step."""
+    net = classifier()
+    optimizer = torch.optim.LBFGS(net.parameters(), lr=0.01, max_iter=8)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(net(IMAGES), LABELS)
+        loss.backward()
+        return loss
+
+    assert found(lambda: [optimizer.step(closure) for _ in range(3)]) == {}
+
+
+def test_reentrant_checkpoint_is_recomputed_and_not_without_gradients():
+    """Its first forward records nothing, but is one of the training."""
+    net = classifier()
+    optimizer = sgd(net)
+
+    def run():
+        for _ in range(2):
+            optimizer.zero_grad()
+            features = checkpoint(net[:5], IMAGES.requires_grad_(), use_reentrant=True)
+            F.cross_entropy(net[5:](features), LABELS).backward()
+            optimizer.step()
+
+    findings = found(run)
+    assert set(findings) == {"BN005"}
+    assert findings["BN005"].fix.startswith("pass use_reentrant=False, context_fn=bnguard.recompute_frozen(model)")
+
+
+def test_bn002_in_a_function_of_a_library():
+    """Code under the decorator no_grad() is no calibration: torch's update_bn() is not the only one that has it."""
+    net = classifier()
+
+    @torch.no_grad()
+    def predict():
+        return net(IMAGES)
+
+    assert set(found(predict)) == {"BN002"}
+
+
+def test_many_updates_of_a_step_are_counted():
+    """However many there were."""
+    net = classifier()
+    optimizer = sgd(net)
+
+    def run():
+        for _ in range(2):
+            loss = sum(net(IMAGES).mean() for _ in range(100))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    assert found(run)["BN003"].what.startswith("2 layers (1, 4) updated up to 100 times in 2 optimizer steps")
+
+
 def test_every_code_is_described():
     """There are fifteen, each with a title, a severity and a way out."""
     assert list(CODES) == [f"BN{number:03}" for number in range(1, 16)]

@@ -462,6 +462,111 @@ def test_updates_over_the_steps():
     assert bnguard.watch().update_series.lines == ()
 
 
+def test_updates_of_a_model_that_is_gone_are_told():
+    """Also those in a graph, and what became of its statistics after they were replaced."""
+
+    def main():
+        net = net_of(nn.BatchNorm2d(4))
+        compiled = torch.compile(net, backend="eager")
+        for _ in range(3):
+            compiled(IMAGES)
+        other = net_of(nn.BatchNorm2d(4))
+        other(IMAGES)
+        other.double()
+        other(IMAGES.double())
+        other[1].running_mean.fill_(float("nan"))
+
+    torch._dynamo.reset()
+    with bnguard.watch() as record:
+        main()
+        gc.collect()
+    torch._dynamo.reset()
+    assert [(update.mode.compiled, update.count) for update in record.updates] == [(True, 3), (False, 1), (False, 1)]
+    assert record.unexplained == ()
+    assert "BN012" in [finding.code for finding in record.findings]
+
+
+@pytest.mark.parametrize("how", ["in place", "function"])
+def test_graphs_of_every_model_are_seen(how):
+    """model.compile(), and a compiled function that calls the model, under a watch of everything."""
+    torch._dynamo.reset()
+    net = net_of(nn.BatchNorm2d(4))
+    if how == "in place":
+        net.compile(backend="eager")
+        call = net
+    else:
+        call = torch.compile(lambda x: net(x), backend="eager")
+    with bnguard.watch() as record:
+        for _ in range(3):
+            call(IMAGES)
+    torch._dynamo.reset()
+    assert only(record.updates).mode.compiled
+    assert only(record.updates).count == 3
+
+
+def test_statistics_that_are_lent_are_not_the_layers():
+    """functional_call with buffers of its own updates those."""
+    net = net_of(nn.BatchNorm2d(4))
+    buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}
+    with bnguard.watch(net) as record:
+        torch.func.functional_call(net, buffers, (IMAGES,))
+    assert record.updates == ()
+    assert int(buffers["1.num_batches_tracked"]) == 1
+
+
+def test_replicas_are_no_models():
+    """Those of DataParallel come and go with each forward."""
+    net = net_of(nn.BatchNorm2d(4))
+    with bnguard.watch() as record:
+        for _ in range(3):
+            replica = net[1]._replicate_for_data_parallel()
+            replica._buffers = {name: buffer.clone() for name, buffer in net[1]._buffers.items()}
+            replica._parameters = dict(net[1]._parameters)
+            replica(torch.randn(2, 4, 3, 3))
+    assert record.updates == ()
+    assert record.counts[2] == 0
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_trace_has_nothing_of_ours_in_it():
+    """torch.jit.trace of a watched model is the program that it would have been; shapes are unknown there."""
+    net, twin = net_of(nn.BatchNorm2d(4)), net_of(nn.BatchNorm2d(4))
+    with bnguard.watch(net) as record:
+        program = torch.jit.trace(net, IMAGES, check_trace=False)
+    assert str(program.graph) == str(torch.jit.trace(twin, IMAGES, check_trace=False).graph)
+    assert only(record.updates).batch_shape is None
+
+
+def test_steps_that_a_scaler_skips_are_steps():
+    """GradScaler leaves out those with infinite gradients; the training goes on."""
+    net = net_of(nn.BatchNorm2d(4))
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120)
+    step = torch.amp.GradScaler.step
+    with bnguard.watch(net) as record:
+        for _ in range(4):
+            optimizer.zero_grad()
+            scaler.scale(net(IMAGES).square().sum() * 1e30).backward()
+            scaler.step(optimizer)
+            scaler.update()
+    assert (only(record.updates).first_step, only(record.updates).last_step) == (0, 3)
+    assert record.findings == ()
+    assert torch.amp.GradScaler.step is step
+
+
+def test_steps_before_the_optimizer_is_known_are_none():
+    """A second stage begins at step 0 of its own optimizer."""
+    first, second = net_of(nn.BatchNorm2d(4)), net_of(nn.BatchNorm2d(4))
+    with bnguard.watch() as record:
+        for net in (first, second):
+            optimizer = torch.optim.SGD(net.parameters(), 0.0)
+            for _ in range(5):
+                net(IMAGES)
+                optimizer.step()
+            del optimizer
+    assert [(update.first_step, update.last_step) for update in record.updates] == [(0, 4), (0, 4)]
+
+
 def test_nothing_is_left_behind():
     """On the model, in torch's tables, or in copies that are taken inside; also after an exception."""
     net = net_of(nn.BatchNorm2d(4))

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from bnguard._output import json_file, page
 from bnguard._output.document import Document
@@ -43,27 +43,39 @@ class Outputs:
 
     def write(
         self, document: Document, content: Mapping[str, Any], pictures: Callable[[], list[Picture]] = no_pictures
-    ) -> None:
-        """Writes them.
+    ) -> list[str]:
+        """Writes them, each as far as it can be.
 
         Args:
             document: For the page.
             content: For the JSON file.
             pictures: Gives the pictures; asked only where there are some to be drawn.
 
-        Raises:
-            OSError: One cannot be written.
+        Returns:
+            Why some could not be written.
         """
-        if self.json is not None:
-            json_file.write(self.json, content)
-        if self.plot is not None or self.html is not None:
-            drawn = pictures()
-            if self.plot is not None:
-                from bnguard._output.pictures import save  # needs an extra
+        drawn: list[Picture] = []
 
-                save(drawn, self.plot)
-            if self.html is not None:
-                page.write(self.html, document, drawn)
+        def save() -> None:
+            from bnguard._output.pictures import save  # needs an extra
+
+            save(drawn, cast("Path", self.plot))
+
+        writers: list[tuple[Path | None, Callable[[], None]]] = [
+            (self.json, lambda: json_file.write(cast("Path", self.json), content)),
+            (self.plot, save),
+            (self.html, lambda: page.write(cast("Path", self.html), document, drawn)),
+        ]
+        problems = []
+        if self.plot is not None or self.html is not None:
+            drawn += pictures()
+        for path, write in writers:
+            if path is not None:
+                try:
+                    write()
+                except Exception as error:  # what a run has shown must not be lost to one of them
+                    problems.append(str(error) if isinstance(error, OSError) else f"{path}: {error}")
+        return problems
 
 
 def problem_with(path: Path) -> str | None:

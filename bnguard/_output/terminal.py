@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from typing import Final
+from typing import Any, Final
 
 from bnguard._output.document import Document, as_text
 
@@ -14,28 +14,44 @@ __all__ = ["show"]
 _STYLES: Final = {"error": "bold red", "warning": "bold yellow", "note": "bold"}
 
 
-def show(document: Document) -> None:
-    """Prints a report on stdout; plain where that is no terminal, ``NO_COLOR`` is set, or rich is missing."""
-    if _is_plain():
-        print(as_text(document))
-    else:
-        _show_with_rich(document)
+def show(document: Document, *, apart: bool = False) -> None:
+    """Prints a report on stdout; plain where that is no terminal, ``NO_COLOR`` is set, or rich is missing.
+
+    Where a script has closed or replaced it, on what the process began with.
+
+    Args:
+        document: The report.
+        apart: Whether an empty line comes first.
+    """
+    for stream in (sys.stdout, sys.__stdout__):
+        try:
+            if _is_plain(stream):
+                print("\n" * apart + as_text(document), file=stream, flush=True)
+            else:
+                print("\n" * apart, end="", file=stream)
+                _show_with_rich(document, stream)
+        except (AttributeError, ValueError, OSError):  # none, closed, or not quite a file
+            continue
+        return
 
 
-def _is_plain() -> bool:
-    if not sys.stdout.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+def _is_plain(stream: Any) -> bool:
+    if stream is None:
+        raise ValueError
+    is_terminal = getattr(stream, "isatty", bool)()
+    if not is_terminal or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
         return True
     return importlib.util.find_spec("rich") is None
 
 
-def _show_with_rich(document: Document) -> None:
+def _show_with_rich(document: Document, stream: Any) -> None:
     from rich import box
     from rich.console import Console
     from rich.padding import Padding
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(highlight=False, markup=False, emoji=False)
+    console = Console(file=stream, highlight=False, markup=False, emoji=False)
     if document.title:
         console.print(document.title, style="dim")
     if document.verdict:
