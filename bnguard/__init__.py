@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from bnguard._frozen import frozen as frozen
     from bnguard._layers import LayerRegistration as LayerRegistration
     from bnguard._layers import register_layer as register_layer
-    from bnguard._ledger import Mode as Mode
-    from bnguard._ledger import StatsUpdates as StatsUpdates
     from bnguard._recompute import recompute_frozen as recompute_frozen
     from bnguard._strict import strict as strict
     from bnguard._timeline import UpdateSeries as UpdateSeries
+    from bnguard._updates import Mode as Mode
+    from bnguard._updates import StatsUpdates as StatsUpdates
     from bnguard._watch import watch as watch
     from bnguard.errors import BNGuardError as BNGuardError
     from bnguard.errors import BNGuardWarning as BNGuardWarning
@@ -42,11 +42,11 @@ _HOMES = {
     "Finding": "_findings",
     "GuardedLayer": "_changes",
     "LayerRegistration": "_layers",
-    "Mode": "_ledger",
+    "Mode": "_updates",
     "StatsChange": "_changes",
     "StatsChangedError": "errors",
     "StatsDiff": "_diff",
-    "StatsUpdates": "_ledger",
+    "StatsUpdates": "_updates",
     "UpdateSeries": "_timeline",
     "audit": "_audit",
     "diff": "_diff",

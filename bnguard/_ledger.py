@@ -20,73 +20,9 @@ from bnguard._model_calls import ModelCall
 from bnguard._stack import in_functional_call, in_reentrant_checkpoint
 from bnguard._steps import OptimizerSteps, StepCounter
 from bnguard._timeline import Timeline
+from bnguard._updates import Mode
 
-__all__ = ["Ledger", "Line", "Mode", "StatsUpdates"]
-
-
-@dataclass(frozen=True, slots=True)
-class Mode:
-    """How a forward ran that updated running statistics.
-
-    Attributes:
-        training: The layer was in train mode. An InstanceNorm with ``track_running_stats`` off updates in eval mode.
-        grad: Autograd recorded.
-        inference: In ``torch.inference_mode()``.
-        autocast: In ``torch.autocast`` for the device of the input.
-        recompute: Inside a backward pass: activation checkpointing ran the forward again.
-        calibration: Inside ``torch.optim.swa_utils.update_bn``.
-        compiled: In a compiled graph; how it ran is not known then.
-    """
-
-    training: bool = True
-    grad: bool = True
-    inference: bool = False
-    autocast: bool = False
-    recompute: bool = False
-    calibration: bool = False
-    compiled: bool = False
-
-    def __str__(self) -> str:
-        if self.compiled:
-            return "compiled"
-        words = ["train" if self.training else "eval"]
-        if not self.grad and not self.inference:
-            words.append("no_grad")
-        words += [name for name in ("inference", "autocast", "recompute", "calibration") if getattr(self, name)]
-        return ", ".join(words)
-
-
-@dataclass(frozen=True, slots=True)
-class StatsUpdates:
-    """All updates of one layer that came from one line in one mode.
-
-    Attributes:
-        names: Key prefixes in ``model.state_dict()``, e.g. ``("stem.bn",)``; ``("",)`` is the model itself.
-        type: The class name, e.g. ``"BatchNorm2d"``.
-        where: The user's line that called the model, ``"train.py:42 in train_epoch"``; None for a compiled graph.
-        mode: How those forwards ran.
-        count: How many updates there were.
-        first_step: Steps that the layer's optimizer had made before the first of them.
-        last_step: The same before the last one.
-        batch_shape: Shape of the input of the first; None where that is not known.
-        fewest_values: Fewest values per channel that one of them had: the numbers a variance is estimated from.
-        small_batches: Updates from fewer than eight values per channel.
-        model: Class of the model, where several were watched: ``"Generator"``, or ``"Generator 2"`` for the second one.
-        ranks: Of a distributed run, the ranks on which it was so; empty where there is one process.
-    """
-
-    names: tuple[str, ...]
-    type: str
-    where: str | None
-    mode: Mode
-    count: int
-    first_step: int = 0
-    last_step: int = 0
-    batch_shape: tuple[int, ...] | None = None
-    fewest_values: int | None = None
-    small_batches: int = 0
-    model: str = ""
-    ranks: tuple[int, ...] = ()
+__all__ = ["FEW_VALUES", "Ledger", "Line"]
 
 
 FEW_VALUES: Final = 8

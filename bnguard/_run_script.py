@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib.machinery import SourceFileLoader
 from types import ModuleType, TracebackType
 
-from bnguard._callsite import origin_of
+from bnguard._tracebacks import end_in_users_line
 from bnguard.errors import StatsChangedError
 
 __all__ = ["Ending", "NotFoundError", "run_module", "run_script", "wait_for_threads"]
@@ -39,7 +39,9 @@ class Ending:
     def show(self) -> None:
         """Has the exception printed as Python does, by the script's own hook: the script's own frames."""
         if self.error is not None:
-            error = self.error.with_traceback(_own_traceback(self.error.__traceback__, self.error))
+            error = self.error.with_traceback(_own_traceback(self.error.__traceback__))
+            if isinstance(error, StatsChangedError):
+                end_in_users_line(error)
             sys.excepthook(type(error), error, error.__traceback__)
 
 
@@ -132,17 +134,9 @@ def _set_up(argv: list[str], folder: str) -> None:
         sys.path[0:1] = [folder]
 
 
-def _own_traceback(trace: TracebackType | None, error: BaseException | None = None) -> TracebackType | None:
-    """A traceback without the frames that have started the script; of one of our errors, without ours at its end."""
+def _own_traceback(trace: TracebackType | None) -> TracebackType | None:
+    """A traceback without the frames that have started the script."""
     starters = (__file__, runpy.__file__, "<frozen runpy>")
     while trace is not None and trace.tb_frame.f_code.co_filename in starters:
         trace = trace.tb_next
-    if isinstance(error, StatsChangedError):
-        last, current = None, trace
-        while current is not None:
-            if origin_of(current.tb_frame.f_code.co_filename) != "machinery":
-                last = current
-            current = current.tb_next
-        if last is not None:
-            last.tb_next = None
     return trace

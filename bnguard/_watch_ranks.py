@@ -10,8 +10,8 @@ from datetime import timedelta
 from typing import Any, Final, TypeVar
 
 from bnguard._findings import Finding, Sighting, findings_of
-from bnguard._ledger import Mode, StatsUpdates
 from bnguard._ranks import Ranks
+from bnguard._updates import Mode, StatsUpdates
 
 __all__ = ["Merged", "Recorded", "merge"]
 

@@ -5,17 +5,16 @@ Loading it does not import torch: a suite that uses none of this pays for nothin
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import inspect
 import unittest
 from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, cast
 
 import pytest
 
 from bnguard import _test_report
+from bnguard._test_errors import error_of_test_case, raise_at_test
 from bnguard.errors import BNGuardError, BNGuardWarning, StatsChangedError
 
 if TYPE_CHECKING:
@@ -366,8 +365,10 @@ def _end(item: pytest.Item, error: BaseException | None) -> None:
         watch.lookout.end()
         watch.lookout = None  # it knows models
     if isinstance(error, StatsChangedError) and not item.config.getoption("fulltrace"):
-        _cut_traceback(error)
-    on_its_way, error = error, error or _error_of_test_case(item)
+        from bnguard._tracebacks import end_in_users_line  # imports torch
+
+        end_in_users_line(error)
+    on_its_way, error = error, error or error_of_test_case(item)
     # Neither is a failure: what was found is.
     is_failure = error is not None and not isinstance(error, (pytest.skip.Exception, pytest.xfail.Exception))
     told = len(getattr(error, "__notes__", ()))
@@ -377,7 +378,7 @@ def _end(item: pytest.Item, error: BaseException | None) -> None:
     except StatsChangedError as found:
         if error is not None:
             vars(item).pop("_excinfo", None)  # unittest's skip
-        _raise_at_test(item, found)
+        raise_at_test(item, found)
     finally:
         item.stash[_MOVES] = moves = _test_report.moves_of(watch.guards.changes, watch.reason)
         if _switches(item).reports:
@@ -392,58 +393,6 @@ def _end(item: pytest.Item, error: BaseException | None) -> None:
             if on_its_way is None:
                 raise
             on_its_way.add_note(f"bnguard: {text}")
-
-
-def _error_of_test_case(item: pytest.Item) -> BaseException | None:
-    """The first error of a ``unittest.TestCase``: its ``run()`` raises none."""
-    errors = getattr(item, "_excinfo", None) or ()
-    return next((error.value for error in errors), None)
-
-
-def _raise_at_test(item: pytest.Item, error: BaseException) -> NoReturn:
-    """Raises an error from the line that defines the test: what pytest shows is the test, and not the plugin."""
-    __tracebackhide__ = True
-    place = _definition_of(item)
-    if place is None:
-        raise error.with_traceback(None)
-    filename, lineno, width = place
-    tree = ast.parse("def throw(): raise error")
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.stmt, ast.expr)):
-            node.lineno = node.end_lineno = lineno
-            node.col_offset, node.end_col_offset = 0, width
-    names = {"error": error.with_traceback(None)}
-    exec(compile(tree, filename, "exec"), names)
-    names["throw"]()  # type: ignore[operator]  # what exec has defined
-    raise AssertionError
-
-
-def _definition_of(item: pytest.Item) -> tuple[str, int, int] | None:
-    """File, number and length of the line that defines the test function."""
-    function = inspect.unwrap(getattr(item, "function", None) or item.runtest)
-    if not isinstance(item, pytest.Function) or not inspect.isfunction(function):
-        return None
-    try:
-        lines, first = inspect.getsourcelines(function)
-    except OSError:
-        return None
-    for number, line in enumerate(lines):
-        if line.lstrip().startswith(("def ", "async def ")):
-            return function.__code__.co_filename, first + number, len(line.rstrip())
-    return None
-
-
-def _cut_traceback(error: BaseException) -> None:
-    """Has the traceback of an error of ours end in the user's line, where torch called the layer."""
-    from bnguard._callsite import is_machinery
-
-    last, trace = None, error.__traceback__
-    while trace is not None:
-        if not is_machinery(trace.tb_frame.f_code.co_filename):
-            last = trace
-        trace = trace.tb_next
-    if last is not None:
-        last.tb_next = None
 
 
 @pytest.hookimpl(wrapper=True)

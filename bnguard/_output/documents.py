@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from bnguard._changes import StatsChange
 from bnguard._drift import Drift
 from bnguard._findings import Finding
-from bnguard._ledger import Mode, StatsUpdates
 from bnguard._output.document import Column, Document, Table
 from bnguard._report import count_text, layer_text, ranks_text
+from bnguard._updates import Mode, StatsUpdates
 
 if TYPE_CHECKING:
     from bnguard._diff import StatsDiff
