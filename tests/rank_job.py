@@ -16,7 +16,10 @@ from tests.rank_scenarios import SCENARIOS
 def run(folder, names):
     """Runs scenarios one after the other, and writes down what came of each."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    backend = os.environ.get("BACKEND", "gloo")
+    if backend == "nccl":
+        torch.cuda.set_device(int(os.environ["RANK"]))
+    dist.init_process_group(backend, timeout=timedelta(seconds=60))
     results = {}
     try:
         for name in names:

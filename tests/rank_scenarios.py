@@ -23,16 +23,22 @@ def scenario(function):
     return function
 
 
+def device():
+    """Where this rank computes."""
+    return torch.device("cuda", dist.get_rank()) if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
 def make(channels=4):
     """The same net on all ranks."""
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, channels, 3), nn.BatchNorm2d(channels), nn.Flatten(), nn.Linear(36 * channels, 2))
+    net = nn.Sequential(nn.Conv2d(3, channels, 3), nn.BatchNorm2d(channels), nn.Flatten(), nn.Linear(36 * channels, 2))
+    return net.to(device())
 
 
 def batch(seed=None):
     """Images, others on each rank."""
     generator = torch.Generator().manual_seed(dist.get_rank() if seed is None else seed)
-    return torch.randn(4, 3, 8, 8, generator=generator)
+    return torch.randn(4, 3, 8, 8, generator=generator).to(device())
 
 
 def bits(net):
@@ -315,9 +321,9 @@ def wrong_group():
     return outcome(lambda: bnguard.frozen(make(), group=[0, 1]))
 
 
-def train_ddp(guard, broadcast=True, accumulate=False, steps=3):
+def train_ddp(guard, broadcast=True, accumulate=False, steps=3, sync=False):
     """Some steps under DistributedDataParallel."""
-    net = make()
+    net = nn.SyncBatchNorm.convert_sync_batchnorm(make()) if sync else make()
     model = DistributedDataParallel(net, broadcast_buffers=broadcast)
     optimizer = torch.optim.SGD(net.parameters(), 0.1)
     outputs = []
@@ -384,6 +390,23 @@ def ddp_own_buffers():
 def ddp_accumulation():
     """Gradient accumulation with no_sync()."""
     return ddp(broadcast=True, accumulate=True)
+
+
+@scenario
+def sync_batch_norm():
+    """SyncBatchNorm, on GPUs: restore and warn against twins."""
+    results = {}
+    for policy, twin_guard in (("restore", reset_after_forward), ("warn", lambda net: nullcontext())):
+        made = {}
+
+        def run(policy=policy, made=made):
+            made["ours"] = train_ddp(lambda inner: bnguard.frozen(inner, policy), sync=True)
+
+        said = outcome(run)
+        twin, outputs = train_ddp(twin_guard, sync=True)
+        net, ours = made["ours"]
+        results[policy] = {**said, "twin": same(bits(net), bits(twin)) and same(ours, outputs)}
+    return results
 
 
 @scenario

@@ -9,22 +9,28 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from filelock import FileLock
 
 from tests.rank_scenarios import SCENARIOS
 
 ROOT = Path(__file__).parents[1]
 LIMIT = 240  # seconds for a whole job
-OF_PAIRS = [name for name in SCENARIOS if name != "subgroup"]
+OF_PAIRS = [name for name in SCENARIOS if name not in ("subgroup", "sync_batch_norm")]
+OF_GPUS = [
+    "clean", "change_on_one", "forward_stopped_on_one", "own_error_on_one", "warn_in_train_mode", "warn_of_another",
+    "restore_of_another", "many_blocks", "ddp_broadcast", "ddp_own_buffers", "ddp_overwrites", "sync_batch_norm",
+    "watch_own_buffers", "fsdp2",
+]  # fmt: skip
 OF_FOUR = [
     "clean", "change_on_one", "forward_stopped_on_one", "own_error_on_one", "warn_of_another", "restore_of_another",
     "subgroup", "many_blocks", "ddp_broadcast", "ddp_overwrites",
 ]  # fmt: skip
 
 
-def job(folder, *command):
+def job(folder, *command, backend="gloo"):
     """Runs a job, with a hard limit, and returns what each rank reports."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "BACKEND": backend}
     done = subprocess.run(
         [sys.executable, *command],
         cwd=ROOT,
@@ -74,7 +80,20 @@ def four(tmp_path_factory):
     return once(tmp_path_factory, "four_ranks", run)
 
 
-@pytest.fixture(params=["two", "four"])
+@pytest.fixture(scope="module")
+def two_gpus(tmp_path_factory):
+    """Two ranks with a GPU each, and NCCL."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+
+    def run(folder):
+        job(folder, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "tests.rank_job",
+            str(folder), *OF_GPUS, backend="nccl")  # fmt: skip
+
+    return once(tmp_path_factory, "two_gpus", run)
+
+
+@pytest.fixture(params=["two", "four", "two_gpus"])
 def ranks(request):
     """Both."""
     return request.getfixturevalue(request.param)
@@ -322,6 +341,15 @@ def test_a_watch_can_be_alone(two):
     first, _ = of(two, "watch_alone")
     assert first["ranks"] == []
     assert first["report"].splitlines()[0] == "no finding; 1 update of 1 layer"
+
+
+def test_sync_batch_norm(two_gpus):
+    """It is held, and warned about, as without several ranks."""
+    for rank, result in enumerate(of(two_gpus, "sync_batch_norm")):
+        assert result["restore"]["twin"]
+        assert_silent(result["restore"])
+        assert result["warn"]["twin"]
+        assert len(result["warn"]["warnings"]) == (rank == 0)
 
 
 def test_fsdp2(two):
