@@ -3,6 +3,8 @@
 import contextlib
 import copy
 import inspect
+import os
+import sysconfig
 
 import pytest
 import torch
@@ -592,14 +594,43 @@ def test_reentrant_checkpoint_is_recomputed_and_not_without_gradients():
 
 
 def test_bn002_in_a_function_of_a_library():
-    """Code under the decorator no_grad() is no calibration: torch's update_bn() is not the only one that has it."""
+    """Its no_grad() is a decorator as that of torch's update_bn(), and no calibration."""
     net = classifier()
+    library = os.path.join(sysconfig.get_paths()["purelib"], "somebodys_library.py")
+    names = {"torch": torch}
+    code = "@torch.no_grad()\ndef predict(net, images):\n    return net(images)\n"
+    exec(compile(code, library, "exec"), names)
+    assert set(found(lambda: names["predict"](net, IMAGES))) == {"BN002"}
 
-    @torch.no_grad()
-    def predict():
-        return net(IMAGES)
 
-    assert set(found(predict)) == {"BN002"}
+def test_bn014_only_where_a_guard_has_kept_the_layer_from_learning():
+    """A fresh layer in eval mode beside a head that learns was never meant to."""
+    backbone, head = classifier()[:6].eval(), nn.Linear(64, 4)
+    optimizer = sgd(head)
+
+    def run():
+        for _ in range(3):
+            optimizer.zero_grad()
+            F.cross_entropy(head(backbone(IMAGES)), LABELS).backward()
+            optimizer.step()
+
+    assert "BN014" not in found(run)
+
+
+def test_bn010_only_where_an_optimizer_has_moved_it():
+    """What somebody writes into a frozen parameter himself is his business."""
+    teacher, student = classifier(), classifier()
+    teacher.requires_grad_(False)
+    optimizer = sgd(student)
+
+    def run():
+        for _ in range(3):
+            teacher(IMAGES)
+            train(student, optimizer, steps=1)
+            for ours, theirs in zip(teacher.parameters(), student.parameters(), strict=True):
+                ours.lerp_(theirs.detach(), 0.1)
+
+    assert "BN010" not in found(run)
 
 
 def test_many_updates_of_a_step_are_counted():

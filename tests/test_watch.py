@@ -411,6 +411,7 @@ def test_auto_measures_evenly_and_at_the_end(steps):
         net[1].running_mean += 1
     series = record.series
     assert series.steps[-1] == steps
+    assert list(series.steps) == sorted(set(series.steps))
     assert min(steps, 128) <= len(series.steps) <= 257
     distances = {later - earlier for earlier, later in zip(series.steps, series.steps[1:-1], strict=False)}
     assert len(distances) <= 1
