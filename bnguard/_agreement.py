@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
 import torch.distributed as dist
 
+from bnguard._callsite import CallSite
 from bnguard._changes import StatsChange
 from bnguard._ranks import Ranks, Told, UnansweredError
 from bnguard._report import Wording, missing_ranks_text, others_text, unreachable_text
@@ -22,11 +24,11 @@ class Statistics:
     """What a rank knows of statistics that another rank may have put in the place of its own.
 
     Attributes:
-        found: By layer: a digest of what was found there.
+        found: By layer: a digest of what was found there, and the rank that may have put it there.
         of: Digests of what the layers of these names have here now.
     """
 
-    found: Mapping[str, str]
+    found: Mapping[str, tuple[str, int]]
     of: Callable[[Iterable[str]], dict[str, str]]
 
 
@@ -35,16 +37,18 @@ class Agreement:
 
     Args:
         ranks: The ranks.
-        place: The user's line where the block began, the same in all of them.
+        site: The user's line where the block began.
         wording: What messages call the block.
         raises: Whether what was found is an error.
     """
 
-    __slots__ = ("_place", "_raises", "_ranks", "_wording")
+    __slots__ = ("_key", "_place", "_raises", "_ranks", "_wording")
 
-    def __init__(self, ranks: Ranks, place: str, wording: Wording, raises: bool) -> None:
+    def __init__(self, ranks: Ranks, site: CallSite, wording: Wording, raises: bool) -> None:
         self._ranks = ranks
-        self._place = place
+        self._place = str(site)
+        # The same in ranks with other working directories, and other copies of the code.
+        self._key = f"{wording.place} at {os.path.basename(site.filename)}:{site.lineno} in {site.function}"
         self._wording = wording
         self._raises = raises
 
@@ -74,22 +78,24 @@ class Agreement:
 
         Returns:
             What this rank is to raise, or to warn of where nothing is raised; what it is to warn of in any case; the
-            layers that the first rank has overwritten.
+            layers that another rank has overwritten.
         """
-        place = f"{self._wording.place} at {self._place}"
+        place = self._key
         overwritten = frozenset[str]()
         whole = text(overwritten)
+        if self._ranks.is_over:  # so is what the ranks have to do with each other
+            return whole, "", overwritten
         if error is not None:
             with suppress(dist.DistError):
                 self._ranks.meet(place, self._told(whole, changes, error), waits=False)
             return whole, "", overwritten
-        asks = tuple(statistics.found)
+        asks = tuple([(source, name) for name, (_, source) in statistics.found.items()])
         told = self._told(whole, changes, None)
         if asks:
-            told = Told(self._ranks.me, "changed", text(frozenset(asks)), (), asks)
+            told = Told(self._ranks.me, "changed", text(frozenset(statistics.found)), (), asks)
         try:
             heard = self._ranks.meet(place, told, waits=True)
-            asked = {name for one in heard for name in one.asks}
+            asked = {item for one in heard for item in one.asks}
             if asked:
                 overwritten = self._overwritten(place, asked, statistics)
                 whole = text(overwritten)
@@ -114,12 +120,13 @@ class Agreement:
         news = [(one.rank, one.text) for one in others if one.kind == "changed" and not set(one.layers) <= known]
         return others_text(text, news), aside
 
-    def _overwritten(self, place: str, asked: set[str], statistics: Statistics) -> frozenset[str]:
-        """Which of the layers that this rank asks about have the statistics of the first rank."""
-        mine = Told(self._ranks.me, "statistics", json.dumps(statistics.of(asked))) if self.speaks else None
-        heard = self._ranks.meet(f"{place}, statistics", mine, waits=True)
-        theirs: dict[str, str] = json.loads(heard[0].text) if heard else {}
-        return frozenset([name for name, digest in statistics.found.items() if theirs.get(name) == digest])
+    def _overwritten(self, place: str, asked: set[tuple[int, str]], statistics: Statistics) -> frozenset[str]:
+        """Which of the layers that this rank asks about have the statistics of the rank that is asked."""
+        names = [name for rank, name in asked if rank == self._ranks.me]
+        mine = Told(self._ranks.me, "statistics", json.dumps(statistics.of(names))) if names else None
+        heard = {one.rank: json.loads(one.text) for one in self._ranks.meet(f"{place}, statistics", mine, waits=True)}
+        found = statistics.found.items()
+        return frozenset([name for name, (digest, rank) in found if heard.get(rank, {}).get(name) == digest])
 
     def _told(self, text: str, changes: Sequence[StatsChange], error: BaseException | None) -> Told | None:
         layers = tuple([change.names[0] for change in changes])

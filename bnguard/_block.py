@@ -86,7 +86,7 @@ class Block:
         self._verified: Mapping[int, int] = _NONE  # by owner: updates when it was last compared
         self._outcome = Outcome(settings, None)
         self._has_warned_of_program = False
-        self._maybe_overwritten: Mapping[str, str] = {}  # by layer: a digest of what a comparison found there
+        self._maybe_overwritten: Mapping[str, tuple[str, int]] = {}  # by layer: digest of what was found, from whom
         self._refreshing = threading.Lock()
         self._under_way: dict[int, int] = {}  # by owner: updates within the budget that have begun and not ended
         self._regions: dict[int, Region] = {}  # checkpointed, held, and not recomputed so far
@@ -312,14 +312,15 @@ class Block:
         wanted = set(names)
         return {layer.names[0]: _digest(layer) for layer in self._layers if layer.names[0] in wanted}
 
-    def _suspects(self, changes: Iterable[StatsChange]) -> dict[str, str]:
-        """Of those changes that DDP may have made: digests of the layers' statistics now."""
+    def _suspects(self, changes: Iterable[StatsChange]) -> dict[str, tuple[str, int]]:
+        """Of those changes that DDP may have made: digests of the layers' statistics now, and from which rank."""
         unseen = {change.names[0] for change in changes if not change.updates}
         if not unseen or not self._outcome.asks:
             return {}
         modules = {layer.names[0]: layer.module for layer in self._layers if layer.names[0] in unseen}
-        ids = overwritten_by_ddp(modules.values())
-        return self._digests([name for name, module in modules.items() if id(module) in ids])
+        sources = overwritten_by_ddp(modules.values())
+        digests = self._digests([name for name, module in modules.items() if id(module) in sources])
+        return {name: (digest, sources[id(modules[name])]) for name, digest in digests.items()}
 
     def _agreement(self) -> Agreement | None:
         """With the other ranks of a distributed run."""
@@ -327,7 +328,7 @@ class Block:
         if ranks is None:
             return None
         settings = self._settings
-        return Agreement(ranks, str(call_site()), settings.manner.wording, settings.on_change == "raise")
+        return Agreement(ranks, call_site(), settings.manner.wording, settings.on_change == "raise")
 
     def _refuse_capture(self) -> None:
         if self._on_cuda and torch.cuda.is_current_stream_capturing():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Iterable
 
 import torch.distributed as dist
@@ -14,16 +15,29 @@ __all__ = ["keeping_their_own", "keeps_its_own", "overwritten_by_ddp"]
 _SHARDED = ("FullyShardedDataParallel", "FSDPModule")
 
 
-def overwritten_by_ddp(modules: Iterable[nn.Module]) -> frozenset[int]:
-    """The ids of those modules whose buffers another rank determines.
+# By module: the DDP around it, once it has been found.
+_around: weakref.WeakKeyDictionary[nn.Module, weakref.ref[DistributedDataParallel]] = weakref.WeakKeyDictionary()
+
+
+def overwritten_by_ddp(modules: Iterable[nn.Module]) -> dict[int, int]:
+    """By id of those modules whose buffers another rank determines: the global rank.
 
     Any wrapper in the process counts, whichever module the guard was given: DDP is not reachable from what it wraps.
-    Looks at every object there is; for when something has changed.
+    Looks at every object there is, once for each module; for when something has changed.
     """
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() < 2:
-        return frozenset()
-    wrappers = [item for item in gc.get_objects() if issubclass(type(item), DistributedDataParallel)]
-    return _inside(modules, [ddp for ddp in wrappers if _is_broadcasting(ddp) and dist.get_rank(ddp.process_group) > 0])
+        return {}
+    modules = list(modules)
+    if any([module not in _around or _around[module]() is None for module in modules]):
+        for item in [item for item in gc.get_objects() if issubclass(type(item), DistributedDataParallel)]:
+            for part in item.modules():
+                _around[part] = weakref.ref(item)
+    found = {}
+    for module in modules:
+        ddp = _around[module]() if module in _around else None
+        if ddp is not None and _is_broadcasting(ddp) and dist.get_rank(ddp.process_group) > 0:
+            found[id(module)] = dist.get_process_group_ranks(ddp.process_group)[0]
+    return found
 
 
 def keeping_their_own(modules: Iterable[nn.Module]) -> frozenset[int]:

@@ -130,6 +130,8 @@ def run_watched(
         written = _show(document, content, outputs, "run", lambda: _pictures_of(record))
     elif notes:
         print("\n".join(notes), file=sys.stderr)
+    if not record.speaks and ending.error is not None:  # the one that reports for all may be stopped now
+        print(f"\n{record.report()}", file=sys.stderr)
     if ending.is_interrupt:
         _die_of_interrupt()
     if ending.exit_code:

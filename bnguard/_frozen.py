@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -210,6 +212,12 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
     def __repr__(self) -> str:
         state = "open" if self._open else "closed"
         return f"<bnguard.frozen of a {type(self._model).__name__}, on_change={self._settings.on_change!r}, {state}>"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        # A process group is shared, and cannot be copied.
+        group, settings = self._settings.group, replace(self._settings, group=False)
+        model, settings = copy.deepcopy((self._model, settings), memo)
+        return self._of(model, replace(settings, group=group))
 
     def __getstate__(self) -> tuple[nn.Module, Settings]:
         # A copy or a pickle guards the copy of the model, and is not open.

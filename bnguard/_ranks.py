@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import threading
 import time
 import weakref
 from collections import Counter
@@ -25,8 +27,9 @@ __all__ = ["Group", "Ranks", "Told", "UnansweredError", "check_group"]
 
 Group: TypeAlias = "ProcessGroup | bool | None"
 
+_REMEMBERED: Final = 16  # meetings of one place: more than threads that meet there
 _MOST_NAMED: Final = 62  # bits of a number in the store
-_PATIENCE: Final = timedelta(seconds=10)  # after which one says for whom one waits
+_PATIENCE: Final = 10.0  # seconds after which one says for whom one waits
 _log: Final = logging.getLogger("bnguard")
 
 
@@ -54,14 +57,14 @@ class Told:
         kind: ``"changed"``: statistics did, or were about to; ``"error"``: something else went wrong.
         text: What it says about that.
         layers: First names of the layers concerned.
-        asks: Layers of which it wants to know the statistics of the first rank.
+        asks: Ranks, and layers of which it wants to know their statistics.
     """
 
     rank: int
     kind: str
     text: str
     layers: tuple[str, ...] = ()
-    asks: tuple[str, ...] = ()
+    asks: tuple[tuple[int, str], ...] = ()
 
 
 class UnansweredError(Exception):
@@ -85,12 +88,36 @@ class _Meetings:
     """
 
     def __init__(self, store: Store) -> None:
-        self.store: Any = store.clone()  # type: ignore[attr-defined]  # one that waits keeps others from using it
+        self.lock = threading.Lock()
+        self._original = weakref.ref(store)
+        self._local = threading.local()
         self.count: Counter[str] = Counter()
-        self.totals: dict[str, int] = {}  # by place: what was told at the last meeting
+        self.totals: dict[str, int] = {}  # by meeting: what was told there
+
+    @property
+    def store(self) -> Any:
+        """A connection of this thread's own: one that waits on it keeps others from using it."""
+        found = getattr(self._local, "store", None)
+        if found is None:
+            original: Any = self._original()
+            if original is None:
+                raise dist.DistError("the process group is destroyed")
+            found = self._local.store = original.clone()
+        return found
 
 
 _meetings: weakref.WeakKeyDictionary[Any, _Meetings] = weakref.WeakKeyDictionary()
+_inherited: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    """A forked child, such as a worker of a ``DataLoader``, is no rank, and its parent's connection not its own."""
+    if dist.is_available() and dist.is_initialized():
+        _inherited.add(dist.distributed_c10d._get_default_store())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 class Ranks:
@@ -103,7 +130,7 @@ class Ranks:
         timeout: How long they wait for each other: that of the process group.
     """
 
-    def __init__(self, store: Store, members: tuple[int, ...], me: int) -> None:
+    def __init__(self, store: Store, members: tuple[int, ...], me: int, timeout: timedelta) -> None:
         meetings = _meetings.get(store)
         if meetings is None:
             _meetings[store] = meetings = _Meetings(store)
@@ -111,7 +138,8 @@ class Ranks:
         self.members = members
         self.me = me
         self.speaks = me == members[0]
-        self.timeout: timedelta = store.timeout  # type: ignore[attr-defined]
+        self.timeout = timeout
+        self._kept: Store | None = store  # whose server may be in this process
 
     @classmethod
     def of(cls, group: Group) -> Ranks | None:
@@ -126,7 +154,20 @@ class Ranks:
         store = dist.distributed_c10d._get_default_store()
         if len(members) < 2 or me not in members or store is None or type(store).__name__ == "FakeStore":
             return None
-        return cls(store, members, me)
+        if store in _inherited:
+            return None
+        of_store: timedelta = store.timeout  # type: ignore[attr-defined]
+        timeout = min(of_store, _timeout_of(chosen if chosen is not None else dist.group.WORLD, of_store))
+        return cls(store, members, me, timeout)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the process group has been destroyed."""
+        return not dist.is_initialized()
+
+    def release(self) -> None:
+        """Lets go of the store, which ends with its process group. Nobody is to be told anything after that."""
+        self._kept = None
 
     def meet(self, place: str, told: Told | None, *, waits: bool) -> tuple[Told, ...]:
         """Tells the others something, or that there is nothing, and hears what they tell.
@@ -154,16 +195,17 @@ class Ranks:
         here = store.add(f"{base}/here", 1 << self.members.index(self.me) if names_them else 1)
         if here == everybody:
             store.set(f"{base}/all", str(store.add(f"{base}/told", 0)))
-            self._sweep(key, int(number) - 1)
+            self._sweep(key, int(number) - _REMEMBERED)
         if not waits:
-            meetings.totals.pop(key, None)
             return ()
         if here != everybody:
             self._wait(base, place)
         total = int(store.get(f"{base}/all"))
-        meetings.totals[key] = total
+        meetings.totals[base] = total
         heard = [json.loads(store.get(f"{base}/told/{index}")) for index in range(total)]
-        all_told = [Told(rank, kind, text, tuple(layers), tuple(asks)) for rank, kind, text, layers, asks in heard]
+        all_told = [
+            Told(rank, kind, text, tuple(layers), tuple(map(tuple, asks))) for rank, kind, text, layers, asks in heard
+        ]
         return tuple(sorted(all_told, key=lambda one: one.rank))
 
     def tell(self, place: str, text: str) -> None:
@@ -179,12 +221,10 @@ class Ranks:
             if rank == self.me:
                 continue
             key = f"{base}/{rank}"
-            left = timedelta(seconds=max(0.001, end - time.monotonic()))
-            try:
-                store.wait([key], left)
-            except RuntimeError:
-                if not store.check([key]):
-                    continue
+            while not store.check([key]) and time.monotonic() < end:
+                time.sleep(0.02)
+            if not store.check([key]):
+                continue
             heard[rank] = store.get(key).decode()
             store.delete_key(key)
         return heard
@@ -192,30 +232,27 @@ class Ranks:
     def _next(self, place: str) -> str:
         """The key of the next meeting at a place."""
         key = f"bnguard/{self.members}/{place}"
-        number = self._meetings.count[key]
-        self._meetings.count[key] += 1
+        with self._meetings.lock:
+            number = self._meetings.count[key]
+            self._meetings.count[key] += 1
         return f"{key}/{number}"
 
     def _wait(self, base: str, place: str) -> None:
-        """Until all are here."""
-        store, patience = self._meetings.store, min(_PATIENCE, self.timeout)
-        try:
-            store.wait([f"{base}/all"], patience)
-            return
-        except RuntimeError:  # of the time out, each store has its own
-            missing = self._missing(base)
-            if patience < self.timeout:
+        """Until all are here. In slices: Ctrl-C is seen."""
+        store, start, pause, is_said = self._meetings.store, time.monotonic(), 1e-4, False
+        while not store.check([f"{base}/all"]):
+            waited = time.monotonic() - start
+            if waited > self.timeout.total_seconds():
+                raise UnansweredError(self._missing(base), self.timeout.total_seconds())
+            if waited > _PATIENCE and not is_said:
+                is_said = True
+                missing = ranks_text(self._missing(base))
                 _log.warning(
                     "bnguard: rank %s waits at the end of %s for %s; do they enter it? else it needs group=False",
-                    self.me, place, ranks_text(missing),
+                    self.me, place, missing,
                 )  # fmt: skip
-        if patience < self.timeout:
-            try:
-                store.wait([f"{base}/all"], self.timeout - patience)
-                return
-            except RuntimeError:
-                missing = self._missing(base)
-        raise UnansweredError(missing, self.timeout.total_seconds())
+            time.sleep(pause)
+            pause = min(2 * pause, 0.05)
 
     def _missing(self, base: str) -> tuple[int, ...]:
         here = self._meetings.store.add(f"{base}/here", 0)
@@ -224,9 +261,18 @@ class Ranks:
         return tuple([rank for index, rank in enumerate(self.members) if not here >> index & 1])
 
     def _sweep(self, key: str, number: int) -> None:
-        """Deletes what was told at an earlier meeting: whoever is here has heard it."""
-        store, total = self._meetings.store, self._meetings.totals.get(key)
+        """Deletes what was told at a meeting so long ago that every thread has heard it."""
+        total = self._meetings.totals.pop(f"{key}/{number}", None)
         if total is not None:
-            names = ["told", "here", "all", *[f"told/{index}" for index in range(total)]]
-            for name in names:
-                store.delete_key(f"{key}/{number}/{name}")
+            for name in ("told", "here", "all", *[f"told/{index}" for index in range(total)]):
+                self._meetings.store.delete_key(f"{key}/{number}/{name}")
+
+
+def _timeout_of(group: Any, default: timedelta) -> timedelta:
+    """The timeout of a process group, which its backend has."""
+    for device in group._device_types:
+        options = getattr(group._get_backend(device), "options", None)
+        timeout = getattr(options, "_timeout", None)
+        if isinstance(timeout, timedelta):
+            return timeout
+    return default

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import weakref
@@ -17,6 +18,7 @@ from bnguard._aside import aside
 from bnguard._backwards import BackwardCounter
 from bnguard._bits import below_transforms, has_values
 from bnguard._broadcast import keeps_its_own
+from bnguard._callsite import call_site
 from bnguard._claims import decide
 from bnguard._drift import DriftSample, sample_of
 from bnguard._graphs import object_at, take_in
@@ -58,6 +60,7 @@ class Recorder:
         steps: The steps of all optimizers.
         samples: Measurements of the drift.
         timelines: Updates over the steps by line, in the order in which lines updated first.
+        place: Where the watch began; the same in other ranks.
         ranks: Those of a distributed run, as soon as a model is met in one.
     """
 
@@ -79,10 +82,13 @@ class Recorder:
         self.samples: list[DriftSample] = []
         self.timelines: defaultdict[str, Timeline] = defaultdict(Timeline)
         self.ranks: Ranks | None = None
+        self.place = ""
         self.wants_results = False  # until there is something that only results tell
 
     def open(self) -> None:
         """Records from now on."""
+        site = call_site()
+        self.place = f"watch at {os.path.basename(site.filename)}:{site.lineno}"
         if self._model is not None:
             self._take_in(self._model)
         self._backwards.open()

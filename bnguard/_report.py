@@ -285,7 +285,8 @@ def broadcast_text(changes: Sequence[StatsChange], restored: bool, wording: Word
     return "\n".join(
         [
             f"DDP broadcast at forward: rank 0's statistics took the place of others inside {wording.place}:",
-            *_lines(changes),
+            *[f"  {layer_text(change.names, change.type)}" for change in changes[:_SHOWN]],
+            *[f"  and {len(changes) - _SHOWN} more"] * (len(changes) > _SHOWN),
             f"{outcome} DistributedDataParallel(forward_sync_buffers=False) lets each rank keep its own.",
         ]
     )

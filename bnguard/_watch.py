@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from contextlib import suppress
 from types import TracebackType
 from typing import Final, Literal, Self
 
@@ -21,7 +20,7 @@ from bnguard._layers import INSTANCE_NORM
 from bnguard._ledger import Ledger, Line
 from bnguard._output.document import as_text
 from bnguard._output.documents import watch_document
-from bnguard._ranks import Group, check_group
+from bnguard._ranks import Group, Ranks, check_group
 from bnguard._recorder import Recorder, copies_of
 from bnguard._sightings import sightings_in
 from bnguard._timeline import UpdateSeries, updates_over_steps
@@ -126,8 +125,7 @@ class watch:  # noqa: N801  # lower case, as torch.no_grad
         recorder.close()
         self._final = {number: copies_of(ledger.now()) for number, ledger in enumerate(recorder.ledgers)}
         if recorder.ranks is not None:
-            with suppress(dist.DistError):  # the others are gone: what this one has recorded is left
-                self._merged = merge(recorder.ranks, self._recorded(), waits=wait)
+            self._merge(recorder.ranks, wait)
 
     # What was recorded.
 
@@ -235,6 +233,15 @@ class watch:  # noqa: N801  # lower case, as torch.no_grad
         return f"<bnguard.watch of {what}, {'open' if self._is_open else 'closed'}>"
 
     # Parts.
+
+    def _merge(self, ranks: Ranks, wait: bool) -> None:
+        recorded = self._recorded()
+        try:
+            self._merged = merge(ranks, recorded, self._recorder.place, waits=wait)
+        except (dist.DistError, RuntimeError):  # the others are gone: what this one has recorded is left
+            missing = tuple([rank for rank in ranks.members if rank != ranks.me])
+            self._merged = Merged(recorded.updates, recorded.findings, missing) if ranks.speaks else None
+        ranks.release()
 
     def _recorded(self) -> Recorded:
         """For the other ranks."""

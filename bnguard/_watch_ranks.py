@@ -16,7 +16,6 @@ from bnguard._updates import Mode, StatsUpdates
 __all__ = ["Merged", "Recorded", "merge"]
 
 _PATIENCE: Final = timedelta(seconds=60)
-_PLACE: Final = "the end of watch()"
 
 T = TypeVar("T", StatsUpdates, Finding)
 
@@ -65,12 +64,13 @@ class Merged:
     missing: tuple[int, ...]
 
 
-def merge(ranks: Ranks, own: Recorded, *, waits: bool) -> Merged | None:
+def merge(ranks: Ranks, own: Recorded, place: str, *, waits: bool) -> Merged | None:
     """Tells the first rank what this one has recorded; on the first rank, puts all of it together.
 
     Args:
         ranks: The ranks.
         own: What this one has recorded.
+        place: Where the watch began; the same in all of them.
         waits: Whether the first one waits for the others, at most a minute.
 
     Returns:
@@ -80,9 +80,9 @@ def merge(ranks: Ranks, own: Recorded, *, waits: bool) -> Merged | None:
         torch.distributed.DistError: The other ranks cannot be reached.
     """
     if not ranks.speaks:
-        ranks.tell(_PLACE, own.as_text())
+        ranks.tell(place, own.as_text())
         return None
-    heard = ranks.collect(_PLACE, min(_PATIENCE, ranks.timeout) if waits else timedelta(0))
+    heard = ranks.collect(place, min(_PATIENCE, ranks.timeout) if waits else timedelta(0))
     recorded = {ranks.me: own, **{rank: Recorded.of_text(text) for rank, text in heard.items()}}
     missing = tuple([rank for rank in ranks.members if rank not in recorded])
     findings = _together({rank: one.findings for rank, one in recorded.items()})

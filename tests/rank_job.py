@@ -20,17 +20,19 @@ def run(folder, names):
     if backend == "nccl":
         torch.cuda.set_device(int(os.environ["RANK"]))
     dist.init_process_group(backend, timeout=timedelta(seconds=60))
-    results = {}
+    results, rank = {}, dist.get_rank()
     try:
         for name in names:
             results[name] = SCENARIOS[name]()
-            dist.barrier()
+            if dist.is_initialized():
+                dist.barrier()
     except BaseException:
         results["failed"] = traceback.format_exc()
         raise
     finally:
-        (Path(folder) / f"{dist.get_rank()}.json").write_text(json.dumps(results))
-    dist.destroy_process_group()
+        (Path(folder) / f"{rank}.json").write_text(json.dumps(results))
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def spawned(rank, size, port, folder, names):

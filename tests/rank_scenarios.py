@@ -1,6 +1,10 @@
 """What each rank of a distributed run does in a scenario, and what it reports of it."""
 
 import copy
+import os
+import tempfile
+import threading
+import time
 import warnings
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -302,6 +306,119 @@ def generator():
     return outcome(lambda: list(batches()))
 
 
+def timed(function):
+    """The outcome, and how long it took."""
+    start = time.monotonic()
+    return {**outcome(function), "seconds": time.monotonic() - start}
+
+
+@scenario
+def other_folders():
+    """Each rank works in a folder of its own: the line is another one in messages, not for the ranks."""
+    net = make().eval()
+    before = os.getcwd()
+    with tempfile.TemporaryDirectory() as folder:
+        if dist.get_rank() == 1:
+            os.chdir(folder)
+        result = timed(guarded(net, lambda: net(batch())))
+        os.chdir(before)
+    return result
+
+
+@scenario
+def threads():
+    """Two threads at one line, and two at different lines that come in another order on each rank."""
+    failures = []
+
+    def work(net, order):
+        try:
+            for _ in range(20):
+                with bnguard.frozen(net):
+                    net(batch())
+            for first in (order, not order):
+                if first:
+                    with bnguard.frozen(net):
+                        net(batch())
+                else:
+                    with bnguard.frozen(net):
+                        net(batch())
+        except Exception as error:
+            failures.append(error)
+
+    def run():
+        workers = [
+            threading.Thread(target=work, args=(make().eval(), bool(number) ^ dist.get_rank())) for number in (0, 1)
+        ]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        if failures:
+            raise failures[0]
+
+    return timed(run)
+
+
+@scenario
+def forked_worker():
+    """A worker of a DataLoader is no rank."""
+
+    class Data(torch.utils.data.Dataset):
+        net = make().eval()
+
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, index):
+            with bnguard.frozen(self.net), torch.no_grad():
+                return self.net(torch.ones(1, 3, 8, 8))[0]
+
+    def run():
+        list(torch.utils.data.DataLoader(Data(), num_workers=1, multiprocessing_context="fork"))
+        with bnguard.frozen(Data.net):
+            Data.net(batch())
+
+    return timed(run)
+
+
+@scenario
+def copied_guard():
+    """A copy shares the group."""
+    net = make().eval()
+    guard = copy.deepcopy(bnguard.frozen(net, group=dist.group.WORLD))
+
+    def run():
+        with guard:
+            net(batch())
+
+    return timed(run)
+
+
+@scenario
+def timeout_of_a_group():
+    """A group of its own, with a short timeout."""
+    group = dist.new_group(timeout=timedelta(seconds=2))
+    net = make().eval()
+
+    def run():
+        with bnguard.frozen(net, group=group):
+            net(batch())
+
+    result = timed(run) if dist.get_rank() == 0 else {}
+    dist.barrier()
+    return result
+
+
+@scenario
+def two_ddp_groups():
+    """Ranks 0 and 1 train one model, 2 and 3 another; the guard is of all."""
+    groups = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3])]
+    net = make().eval()
+    model = DistributedDataParallel(net, process_group=groups[dist.get_rank() // 2])
+    net[1].running_mean.data += dist.get_rank()
+    return outcome(guarded(net, lambda: model(batch())))
+
+
 @scenario
 def subgroup():
     """Ranks 0 and 1 agree among themselves; the others are not asked."""
@@ -593,3 +710,16 @@ def fsdp1():
         after = [buffer.to(old.dtype) for buffer, old in zip(net.buffers(), before, strict=True)]
         results[name] = {**said, "restored": same(before, after), "layers": len(made["guard"].layers)}
     return results
+
+
+@scenario
+def destroyed_group():
+    """The block outlives the process group; the last scenario of a job."""
+    net = make().eval()
+
+    def run():
+        with bnguard.frozen(net):
+            dist.barrier()
+            dist.destroy_process_group()
+
+    return timed(run)
