@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import CodeType
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch._C import _get_tracing_state, _len_torch_dispatch_stack
 
 from bnguard._aside import aside, is_recorded
 from bnguard._bits import below_transforms, has_values
@@ -93,6 +95,8 @@ class Ledger:
         model: The model in which it was met; weakly.
         model_name: What to call that, where there are several.
         tensors: Its statistics as they hang on it, by name.
+        first: The name of the first of them.
+        first_tensor: That one.
         before: Copies of them when it was met.
         updates: All of them.
         evaluations: Forwards in eval mode.
@@ -109,39 +113,10 @@ class Ledger:
     """
 
     __slots__ = (
-        "_forwards",
-        "_is_owned",
-        "_last_site",
-        "_lines",
-        "_model",
-        "_module",
-        "_more_forwards",
-        "_optimizers",
-        "_optimizers_of",
-        "_own_eval",
-        "_step",
-        "before",
-        "buffers",
-        "eps",
-        "evaluations",
-        "frozen",
-        "frozen_before",
-        "held",
-        "is_compiled",
-        "keeps_its_own",
-        "kind",
-        "model_name",
-        "momentum",
-        "names",
-        "places",
-        "several",
-        "tensors",
-        "trained",
-        "type",
-        "undone",
-        "untracked",
-        "updates",
-        "wrong",
+        "_forwards", "_is_owned", "_last_site", "_lines", "_model", "_module", "_more_forwards", "_optimizers",
+        "_optimizers_of", "_own_eval", "_step", "before", "buffers", "eps", "evaluations", "first", "first_tensor",
+        "frozen", "frozen_before", "held", "is_compiled", "keeps_its_own", "kind", "model_name", "momentum", "names",
+        "places", "several", "tensors", "trained", "type", "undone", "untracked", "updates", "wrong",
     )  # fmt: skip
 
     def __init__(self, layer: StatsLayer, model: nn.Module, model_name: str, before: dict[str, Tensor]) -> None:
@@ -156,8 +131,7 @@ class Ledger:
         self._module = weakref.ref(layer.module)
         self._model = weakref.ref(model)
         self.before = before
-        buffers = tensor_table(module, "_buffers")
-        self.tensors = {name: tensor for name in before if (tensor := buffers.get(name)) is not None}
+        self._take_tensors(tensor_table(module, "_buffers"))
         self._lines: dict[tuple[str, tuple[bool, ...]], Line] = {}  # by line and mode
         self.updates = 0
         self.evaluations = 0
@@ -213,7 +187,8 @@ class Ledger:
             self.undone = call.site
         if not self._is_frozen(module):
             self.trained = True
-            self.frozen_before = {}
+            if self.frozen_before:
+                self.frozen_before = {}
         elif mode.grad and mode.training:
             if call.site in self.frozen or len(self.frozen) < _MOST_PATTERNS:
                 self.frozen[call.site] = self.frozen.get(call.site, 0) + 1
@@ -306,9 +281,15 @@ class Ledger:
             if buffers.get(name) is not tensor:
                 if in_functional_call():
                     return False
-                self.tensors = {name: own for name in self.before if (own := buffers.get(name)) is not None}
+                self._take_tensors(buffers)
                 return True
         return True
+
+    def _take_tensors(self, buffers: Mapping[str, Tensor | None]) -> None:
+        """Takes the statistics of now for the layer's own."""
+        self.tensors = {name: tensor for name in self.before if (tensor := buffers.get(name)) is not None}
+        self.first = next(iter(self.tensors), "")
+        self.first_tensor = self.tensors.get(self.first)
 
     def _add_to_line(
         self,
@@ -319,7 +300,10 @@ class Ledger:
         timelines: defaultdict[str, Timeline],
     ) -> Mode:
         line = self._lines.get((site, flags))
-        is_plain = input is not None and not is_recorded((), {})  # a program would have our arithmetic in it
+        # A program would have our arithmetic in it.
+        is_plain = input is not None and (
+            (_get_tracing_state() is None and not _len_torch_dispatch_stack()) or not is_recorded((), {})
+        )
         if line is None:
             shape = tuple(map(int, input.shape)) if is_plain and input is not None else None
             line = Line(site, Mode(*flags), 0, step, step, shape, None, timelines[site])
@@ -343,7 +327,10 @@ class Ledger:
                 self._is_owned = True
                 for line in self._lines.values():  # of before the first step of its optimizer
                     line.first_step = line.last_step = 0
-        return max([optimizer.count for optimizer in self._optimizers], default=0)
+        optimizers = self._optimizers
+        if len(optimizers) < 2:  # quickly
+            return optimizers[0].count if optimizers else 0
+        return max([optimizer.count for optimizer in optimizers])
 
     def _trained_parameter(self) -> nn.Parameter | None:
         """One of the layer, or else of its model."""

@@ -142,7 +142,7 @@ class Recorder:
         elif predict(module):
             if _is_prevented(module):
                 ledger.held += 1
-            elif ledger.has_own_tensors(module):
+            elif module._buffers.get(ledger.first) is ledger.first_tensor or ledger.has_own_tensors(module):
                 with self._lock:
                     ledger.add(call, args, self.steps, self._backwards.count, self.timelines)
         else:
