@@ -142,3 +142,11 @@ def test_audit_changes_nothing():
     assert bnguard.audit(conv_net().to("meta")) == ()
     net = net_of()
     assert_stats_unchanged(net, lambda: bnguard.audit(net))
+
+
+def test_bn004_of_names_alone_is_a_note():
+    """A second name may serve to reach the layer, and not to run it twice."""
+    net = nn.Sequential(nn.BatchNorm1d(2))
+    net.alias = net[0]
+    (finding,) = bnguard.audit(net)
+    assert (finding.code, finding.severity) == ("BN004", "note")
