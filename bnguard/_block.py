@@ -305,7 +305,7 @@ class Block:
     def _act(self, found: list[StatsChange], error: BaseException | None) -> None:
         if found or self._outcome.is_due:
             statistics = Statistics(self._maybe_overwritten, self._digests)
-            self._outcome.act(found, statistics, self.changes, self._cause(found), error)
+            self._outcome.act(found, statistics, self.changes, self._cause(found) if found else "unknown", error)
 
     def _digests(self, names: Iterable[str]) -> dict[str, str]:
         """By layer: a digest of its statistics as they are now."""

@@ -49,10 +49,11 @@ from bnguard._frozen import frozen
 from bnguard._ranks import Group
 from bnguard._report import Wording
 from bnguard._select import Selector, select_layers
-from bnguard._settings import Manner, OnChange, check_settings
+from bnguard._settings import OnChange
 from bnguard._tree import find_layers
 from bnguard.errors import BNGuardWarning, StatsChangedError
 from bnguard.integrations._checked_save import CheckedSave
+from bnguard.integrations._guards import missing_text, settings_of
 
 if TYPE_CHECKING:
     from lightning.pytorch.callbacks import Callback as _Lightning
@@ -72,8 +73,7 @@ else:
             except ImportError as error:
                 missing = missing or error
         if not found:
-            text = "bnguard.integrations.lightning needs lightning: pip install 'bnguard[lightning]'"
-            raise ImportError(text) from missing
+            raise ImportError(missing_text(__name__, "lightning", "lightning")) from missing
         return type("_Callback", tuple(found), {})
 
     _Callback = _callback_class()
@@ -148,13 +148,13 @@ class BNGuardCallback(_Callback):
     ) -> None:
         super().__init__()
         self._paths = _as_paths(target)
-        settings = check_settings(on_change, use_running_stats, affine, updates, include, exclude, group)
+        self._wording = _wording(target)
+        settings = settings_of(self._wording, on_change, use_running_stats, affine, updates, include, exclude, group)
         if log_every is not None and (isinstance(log_every, bool) or not isinstance(log_every, int)):
             raise TypeError(f"log_every must be a whole number of optimizer steps, got {log_every!r}")
         if log_every is not None and log_every < 1:
             raise ValueError(f"log_every={log_every}: the number of optimizer steps must be positive")
         self._settings = settings
-        self._wording = _wording(target)
         self._log_every = log_every
         self._forget()
 
@@ -295,7 +295,6 @@ class BNGuardCallback(_Callback):
             self._settings,
             include=(lambda name, module: id(module) in chosen,),
             exclude=(),
-            manner=Manner(self._wording),
         )
         self._guard = frozen._of(pl_module, settings).start()
         self._save = CheckedSave.on(trainer)
