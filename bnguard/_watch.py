@@ -116,7 +116,8 @@ class watch:  # noqa: N801  # lower case, as torch.no_grad
         """Records no more, and compares the statistics with those of the beginning. Twice does nothing.
 
         Args:
-            wait: In a distributed run: whether the first rank waits for what the others have recorded.
+            wait: In a distributed run: whether the first rank waits for what the others have recorded; else it takes
+                what comes within two seconds.
         """
         if not self._is_open:
             return

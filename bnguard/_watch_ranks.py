@@ -16,6 +16,7 @@ from bnguard._updates import Mode, StatsUpdates
 __all__ = ["Merged", "Recorded", "merge"]
 
 _PATIENCE: Final = timedelta(seconds=60)
+_SHORT_PATIENCE: Final = timedelta(seconds=2)  # after an exception, which may have come to all of them
 
 T = TypeVar("T", StatsUpdates, Finding)
 
@@ -71,7 +72,7 @@ def merge(ranks: Ranks, own: Recorded, place: str, *, waits: bool) -> Merged | N
         ranks: The ranks.
         own: What this one has recorded.
         place: Where the watch began; the same in all of them.
-        waits: Whether the first one waits for the others, at most a minute.
+        waits: Whether the first one waits for the others, at most a minute; else at most two seconds.
 
     Returns:
         All of it on the first rank, None on the others.
@@ -82,7 +83,7 @@ def merge(ranks: Ranks, own: Recorded, place: str, *, waits: bool) -> Merged | N
     if not ranks.speaks:
         ranks.tell(place, own.as_text())
         return None
-    heard = ranks.collect(place, min(_PATIENCE, ranks.timeout) if waits else timedelta(0))
+    heard = ranks.collect(place, min(_PATIENCE if waits else _SHORT_PATIENCE, ranks.timeout))
     recorded = {ranks.me: own, **{rank: Recorded.of_text(text) for rank, text in heard.items()}}
     missing = tuple([rank for rank in ranks.members if rank not in recorded])
     findings = _together({rank: one.findings for rank, one in recorded.items()})

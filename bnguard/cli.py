@@ -45,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     outputs = _outputs(parser, options)
     if options.command == "demo":
         return _demo(options.seed, options.plot, options.json)
-    from bnguard import _commands  # imports torch
+    from bnguard import _commands  # imports torch, as the next one
+    from bnguard._exit_codes import UsageError
 
     try:
         if options.command == "audit":
@@ -53,18 +54,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.command == "diff":
             return _commands.diff_states(options.before, options.after, options.key, outputs)
         return _run(parser, options, outputs)
-    except _commands.UsageError as error:
+    except UsageError as error:
         parser.exit(2, f"bnguard {options.command}: {error}\n")
 
 
 def _run(parser: argparse.ArgumentParser, options: argparse.Namespace, outputs: Outputs) -> int:
-    from bnguard import _commands
+    from bnguard._watched_run import WatchedRun
 
     target, *args = [options.module, *options.args] if options.module else options.args or [None]
     if target is None:
         parser.error("run needs a script, or -m and a module")
     has_pictures = outputs.plot is not None or outputs.html is not None
-    return _commands.run_watched(
+    run = WatchedRun(
         target,
         args,
         is_module=options.module is not None,
@@ -75,6 +76,7 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace, outputs: 
         progress=options.progress or (_PROGRESS if sys.stderr.isatty() else None),
         outputs=outputs,
     )
+    return run.run()
 
 
 def _split(argv: list[str]) -> tuple[list[str], list[str] | None]:
@@ -145,8 +147,8 @@ def _parser() -> argparse.ArgumentParser:
         help="run a script unedited, and say who moves running statistics",
         description=(
             "Runs a script as python does, records every update of running statistics, and prints what is wrong, "
-            "which lines updated, and what moved most; also after an exception or Ctrl-C. The exit code is that of the "
-            "script."
+            "which lines updated, and what moved most; also after an exception, Ctrl-C or SIGTERM. The exit code is "
+            "that of the script."
         ),
     )
     run.add_argument("-m", dest="module", metavar="MODULE", help="run a module instead, as python -m does")

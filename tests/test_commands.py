@@ -132,7 +132,9 @@ def test_interrupt_is_reported(script, tmp_path):
     """After Ctrl-C there is a report, the traceback of the script, and the process dies of the signal, as Python's."""
     script("print('ready', flush=True); __import__('time').sleep(60)")
     environment = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(bnguard.__file__))}
-    command = [sys.executable, "-m", "bnguard", "run", "train.py"]
+    # A shell has what it runs in the background ignore the signal, and so what that starts, such as this test.
+    start = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+    command = [sys.executable, "-c", start, sys.executable, "-m", "bnguard", "run", "train.py"]
     process = subprocess.Popen(
         command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     )

@@ -390,3 +390,55 @@ def test_fsdp1(two):
             assert_silent(result[name])
             assert result[name]["restored"]
             assert result[name]["layers"] == 1
+
+
+SCRIPT = """\
+import os, sys, time
+import torch
+import torch.distributed as dist
+from torch import nn
+
+dist.init_process_group("gloo")
+net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+model = nn.parallel.DistributedDataParallel(net)
+for step in range(3):
+    model(torch.randn(8, 3, 8, 8)).square().mean().backward()
+    if sys.argv[1] == "fails" and step == 1:
+        if dist.get_rank() == 1:
+            raise RuntimeError("mine")
+        time.sleep(120)
+dist.destroy_process_group()
+"""
+
+
+def run_by_torchrun(folder, *args):
+    """The script above under ``bnguard run``, with two ranks."""
+    (folder / "train.py").write_text(SCRIPT)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    return subprocess.run(
+        [*launcher, "-m", "bnguard", "run", "train.py", *args],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        check=False,
+    )
+
+
+def test_run_reports_once_for_all_ranks(tmp_path):
+    """One report, with the updates of both."""
+    done = run_by_torchrun(tmp_path, "ends")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("bnguard run train.py") == 1
+    assert "no finding; 6 updates of 1 layer on ranks 0 and 1" in done.stdout
+
+
+def test_run_reports_where_a_rank_fails(tmp_path):
+    """Torchrun stops the first rank, which reports for both before it ends."""
+    done = run_by_torchrun(tmp_path, "fails")
+    assert done.returncode == 1
+    assert "RuntimeError: mine" in done.stderr
+    assert done.stdout.count("bnguard run train.py") == 1, done.stdout + done.stderr
+    assert "no finding; 4 updates of 1 layer on ranks 0 and 1\n" in done.stdout
+    assert "SIGTERM has ended the run" in done.stdout
