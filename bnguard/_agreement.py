@@ -13,7 +13,8 @@ import torch.distributed as dist
 from bnguard._callsite import CallSite
 from bnguard._changes import StatsChange
 from bnguard._ranks import Ranks, Told, UnansweredError
-from bnguard._report import Wording, missing_ranks_text, others_text, unreachable_text
+from bnguard._report import missing_ranks_text, others_text, unreachable_text
+from bnguard._wording import Wording
 from bnguard.errors import BNGuardError, StatsChangedError
 
 __all__ = ["Agreement", "Statistics"]

@@ -76,7 +76,7 @@ class Block:
             self._sentries = earlier._sentries
         else:
             self._tree = Tree(model)
-        self._layers = select_layers(model, self._tree.layers, settings.include, settings.exclude)
+        self._layers = select_layers(model, self._tree.layers, settings.include, settings.exclude, settings.within)
         self._claims: list[Claim] = []
         self._affine: AffineHold | None = None
         self._statistics: Snapshot | None = None
@@ -124,7 +124,7 @@ class Block:
                 )
             if settings.manner.has_asides:
                 warn_about_fixed_modes(self._layers, settings)
-                warn_about_programs()
+                warn_about_programs(settings)
         except BaseException:
             self._let_go()
             raise
@@ -226,7 +226,7 @@ class Block:
         if not self._has_warned_of_program:
             self._has_warned_of_program = True
             layer = self._layers[claim.owner]
-            text = _report.recorded_text(layer.names, type(layer.module).__name__)
+            text = _report.recorded_text(layer.names, type(layer.module).__name__, self._settings.manner.wording)
             warnings.warn(text, BNGuardWarning, stacklevel=call_site().stacklevel)
 
     def checkpointed(self, region: Region) -> None:
@@ -332,7 +332,7 @@ class Block:
 
     def _refuse_capture(self) -> None:
         if self._on_cuda and torch.cuda.is_current_stream_capturing():
-            raise BNGuardError(_report.capture_text())
+            raise BNGuardError(_report.capture_text(self._settings.manner.wording))
 
     def _cause(self, found: list[StatsChange]) -> _report.Cause:
         """What is known of the layers that changed although no forward was seen."""

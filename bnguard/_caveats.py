@@ -31,10 +31,12 @@ def warn_about_fixed_modes(layers: Iterable[StatsLayer], settings: Settings) -> 
         warnings.warn(text, BNGuardWarning, stacklevel=call_site().stacklevel)
 
 
-def warn_about_programs() -> None:
+def warn_about_programs(settings: Settings) -> None:
     """Warns of a block that code opens while it is traced or exported."""
     if is_being_taken_down():
-        warnings.warn(_report.traced_block_text(), BNGuardWarning, stacklevel=call_site().stacklevel)
+        warnings.warn(
+            _report.traced_block_text(settings.manner.wording), BNGuardWarning, stacklevel=call_site().stacklevel
+        )
 
 
 def warn_about_added_layers(model: nn.Module, settings: Settings, tree: Tree, statistics: Snapshot) -> None:
@@ -58,14 +60,16 @@ def warn_about_added_layers(model: nn.Module, settings: Settings, tree: Tree, st
         buffers = tensor_table(layer.module, "_buffers")
         # A new layer around guarded buffers, as convert_sync_batchnorm makes them, is compared like the old one.
         is_compared = all([id(buffers[name]) in compared for name in layer.buffers])
-        if not is_compared and is_selected(layer, settings.include, settings.exclude):
+        if not is_compared and is_selected(layer, settings.include, settings.exclude, settings.within):
             added.append(layer.names[0])
     if added:
-        warnings.warn(_report.added_text(added), BNGuardWarning, stacklevel=call_site().stacklevel)
+        warnings.warn(
+            _report.added_text(added, settings.manner.wording), BNGuardWarning, stacklevel=call_site().stacklevel
+        )
 
 
 def warn_about_pending_regions(regions: Iterable[Region], settings: Settings) -> None:
     """Warns of checkpointed regions whose backward pass is still to come."""
     if any([region.is_pending() for region in regions]):
-        text = _report.pending_text(settings.use_running_stats)
+        text = _report.pending_text(settings.use_running_stats, settings.manner.wording)
         warnings.warn(text, BNGuardWarning, stacklevel=call_site().stacklevel)

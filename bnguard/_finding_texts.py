@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from bnguard._ledger import FEW_VALUES
-from bnguard._report import count_text, listing, ranks_text, times_text
+from bnguard._words import count_text, listing, ranks_text, times_text
 
 __all__ = ["CODES", "RUN", "STATIC", "VERDICTS", "Code", "Group", "Severity"]
 

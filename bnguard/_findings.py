@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bnguard._finding_texts import CODES, RUN, VERDICTS, Group, Severity
-from bnguard._report import ranks_text, sentence
+from bnguard._words import ranks_text, sentence
 
 __all__ = ["Finding", "Sighting", "findings_of"]
 

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import nn
@@ -21,8 +21,10 @@ from bnguard._decorate import guard_function
 from bnguard._graphs import outside_graphs
 from bnguard._ranks import Group
 from bnguard._select import Selector, select_layers
-from bnguard._settings import OnChange, Settings, check_settings
+from bnguard._settings import PLAIN, Manner, OnChange, Settings, check_settings
 from bnguard._tree import any_layer, find_layers
+from bnguard._wording import Wording
+from bnguard._words import short_repr
 from bnguard.errors import BNGuardWarning
 
 __all__ = ["frozen"]
@@ -77,8 +79,9 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
             ``zero_grad()`` inside.
         updates: Updates that each layer may make inside the block; one more is the change. ``updates=1`` around a train
             step finds a step with several forwards.
-        include: Guard only these layers: glob patterns on names in ``state_dict()`` (one that names a container selects
-            all in it; the model itself is ``"(root)"``), modules, predicates ``(name, module) -> bool``, or a list of
+        include: Guard only these layers: glob patterns on names in ``state_dict()``, without what ``DataParallel``,
+            ``DistributedDataParallel`` and ``torch.compile`` put before them (one that names a container selects all in
+            it; the model itself is ``"(root)"``), modules, predicates ``(name, module) -> bool``, or a list of
             them.
         exclude: Do not guard these layers; as ``include``.
         group: In a distributed run, the ``torch.distributed`` process group whose ranks agree at the end of the block
@@ -100,6 +103,8 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
 
     __slots__ = ("__weakref__", "_last", "_lock", "_model", "_open", "_settings")
 
+    _manner: ClassVar[Manner] = PLAIN
+
     @outside_graphs
     def __init__(
         self,
@@ -113,19 +118,22 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
         exclude: Selector | Iterable[Selector] | None = None,
         group: Group = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(_no_module_text(model))
+        _check_is_module(model, self._manner.wording)
         settings = check_settings(on_change, use_running_stats, affine, updates, include, exclude, group)
-        if not any_layer(model):
-            text = _report.unguarded_text(type(model).__name__)
-            warnings.warn(text, BNGuardWarning, stacklevel=call_site().stacklevel)
-        elif settings.include or settings.exclude:
-            select_layers(model, find_layers(model), settings.include, settings.exclude)
+        settings = replace(settings, manner=self._manner)
+        _check_model(model, settings)
         self._set(model, settings)
 
     @classmethod
+    def _with(cls, model: nn.Module, settings: Settings) -> Self:
+        """A guard with settings that are checked already, on a model that is not. See the class for errors."""
+        _check_is_module(model, settings.manner.wording)
+        _check_model(model, settings)
+        return cls._of(model, settings)
+
+    @classmethod
     def _of(cls, model: nn.Module, settings: Settings) -> Self:
-        """A guard with settings that are checked already."""
+        """A guard with settings and a model that are checked already."""
         guard = cls.__new__(cls)
         guard._set(model, settings)
         return guard
@@ -206,7 +214,7 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
     @outside_graphs
     def report(self) -> str:
         """What is guarded, how, and what changed, as text."""
-        return _report.report_text(self.changes, self.layers, self._settings.on_change)
+        return _report.report_text(self.changes, self.layers, self._settings.as_written, self._settings.manner.wording)
 
     @outside_graphs
     def __repr__(self) -> str:
@@ -252,18 +260,27 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
             self._open = [other for other in self._open if other[1] is not block]
 
 
+def _check_is_module(value: Any, wording: Wording) -> None:
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"{wording.place} takes {_no_module_text(value)}")
+
+
+def _check_model(model: nn.Module, settings: Settings) -> None:
+    """Warns of one without layers; of a selection that finds none ``select_layers`` says what is wrong."""
+    if not any_layer(model):
+        text = _report.unguarded_text(type(model).__name__, settings.manner.wording)
+        warnings.warn(text, BNGuardWarning, stacklevel=call_site().stacklevel)
+    elif settings.include or settings.exclude:
+        select_layers(model, find_layers(model), settings.include, settings.exclude)
+
+
 def _no_module_text(value: Any) -> str:
     if isinstance(value, type) and issubclass(value, nn.Module):
-        return f"frozen() takes a model, got the class {value.__name__}: make an instance of it first"
+        return f"a model, got the class {value.__name__}: make an instance of it first"
     if isinstance(value, (list, tuple)) and value and all(isinstance(item, nn.Module) for item in value):
-        return f"frozen() takes one model, got a {type(value).__name__} of {len(value)}: wrap them in nn.ModuleList"
-    text = f"frozen() takes a torch.nn.Module, got {type(value).__name__}: {_short_repr(value)}"
+        return f"one model, got a {type(value).__name__} of {len(value)}: wrap them in nn.ModuleList"
+    text = f"a torch.nn.Module, got {type(value).__name__}: {short_repr(value)}"
     if isinstance(value, torch.jit.ScriptFunction):
         return f"{text}; guard the model that it calls"
     is_program = hasattr(value, "graph_module") and callable(getattr(value, "module", None))  # torch.export's
     return f"{text}; guard the module that its .module() returns" if is_program else text
-
-
-def _short_repr(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -9,8 +9,8 @@ from typing import Any, Final
 from torch import nn
 
 from bnguard import _every_forward
-from bnguard._report import count_text
 from bnguard._watch import watch
+from bnguard._words import count_text
 
 __all__ = ["Progress"]
 

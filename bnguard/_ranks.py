@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 from torch.distributed import ProcessGroup
 
-from bnguard._report import ranks_text
+from bnguard._words import ranks_text, short_repr
 
 __all__ = ["Group", "Ranks", "Told", "UnansweredError", "check_group"]
 
@@ -44,7 +44,7 @@ def check_group(group: Any) -> None:
     if not isinstance(group, ProcessGroup):
         raise TypeError(
             "group must be a torch.distributed process group, None for the default group or False for none, "
-            f"got {group!r}"
+            f"got {short_repr(group)}"
         )
 
 

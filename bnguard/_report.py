@@ -2,42 +2,34 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Final, Literal
 
 from bnguard._changes import GuardedLayer, StatsChange
+from bnguard._wording import FROZEN, Wording
+from bnguard._words import count_text, listing, ranks_text, suggestion, times_text
 
 __all__ = [
-    "FROZEN",
     "Cause",
-    "Wording",
     "added_text",
     "assertion_text",
     "broadcast_text",
     "capture_text",
     "changed_text",
     "checkpoint_text",
-    "count_text",
     "fixed_mode_text",
     "layer_text",
-    "listing",
     "missing_ranks_text",
     "name_text",
     "no_part_text",
     "others_text",
     "pending_text",
-    "ranks_text",
     "recorded_text",
     "report_text",
     "script_text",
-    "sentence",
     "stood_text",
     "stopped_text",
-    "suggestion",
     "swallowed_text",
-    "times_text",
     "traced_block_text",
     "unreachable_text",
 ]
@@ -45,42 +37,6 @@ __all__ = [
 _SHOWN = 3
 
 
-@dataclass(frozen=True, slots=True)
-class Wording:
-    """What messages call a guard, after the way by which the user came to it.
-
-    Attributes:
-        place: What the block is inside of.
-        place_with_budget: The same of a guard with a budget, ``{}``.
-        choice: How another option, ``{}``, is asked for.
-        more_choices: Further ways out, each with what it does.
-        everything: Where all changes are listed.
-        expected: What to do about changes that are meant.
-        renamed: Options that are called otherwise here; those that do not exist by an empty name.
-    """
-
-    place: str = "frozen()"
-    place_with_budget: str = "frozen(updates={})"
-    choice: str = "frozen(model, {})"
-    more_choices: tuple[tuple[str, str], ...] = ()
-    everything: str = "guard.changes lists them all"
-    expected: str = "use on_change='restore' where they are expected"
-    renamed: tuple[tuple[str, str], ...] = ()
-
-    def inside(self, budget: int) -> str:
-        """What a block with this budget is inside of."""
-        return self.place_with_budget.format(budget) if budget else self.place
-
-    def choices(self, *options: tuple[str, str]) -> list[str]:
-        """A line for each option, and what it does."""
-        named = [(dict(self.renamed).get(option, option), effect) for option, effect in options]
-        ways = [(self.choice.format(option), effect) for option, effect in named if option]
-        ways += self.more_choices
-        width = max([len(way) for way, _ in ways])
-        return [f"  {way:<{width}}    {effect}" for way, effect in ways]
-
-
-FROZEN: Final = Wording()
 Cause = Literal["unknown", "compiled", "replaced"]
 _CAUSES: Final[dict[Cause, tuple[str, ...]]] = {
     "unknown": (
@@ -94,6 +50,11 @@ _CAUSES: Final[dict[Cause, tuple[str, ...]]] = {
         "fusion): change the model before the block.",
     ),
 }
+_AFFINE: Final = frozenset(["weight", "bias"])
+_AFFINE_CAUSES: Final = (
+    "Weight and bias get no gradient in there, unless requires_grad_(True) is called again: look for that, and for",
+    "load_state_dict(), assignments, or another thread or process.",
+)
 
 
 def name_text(name: str, model: str = "") -> str:
@@ -107,11 +68,6 @@ def layer_text(names: Sequence[str], type_name: str, model: str = "") -> str:
     return f"{name_text(' = '.join(shown), model)} ({type_name})"
 
 
-def listing(words: Sequence[str]) -> str:
-    """``a``, ``a and b``, ``a, b and c``."""
-    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
-
-
 def stopped_text(change: StatsChange, mode: str, budget: int, wording: Wording = FROZEN) -> str:
     """The error that a forward raises instead of updating."""
     place = wording.inside(budget)
@@ -121,9 +77,15 @@ def stopped_text(change: StatsChange, mode: str, budget: int, wording: Wording =
             f"this forward would update {listing(change.buffers)} once more."
         )
         first = f"let the first {_forwards(budget)} update, not the rest"
-        times = times_text(budget)
+        if wording.is_of_run:
+            remedy = "The budget is that of the whole run. Leave it out where each step may update, or"
+        else:
+            remedy = (
+                f"A step should update each layer {times_text(budget)}: run the batches through the model in one "
+                "forward, or"
+            )
         advice = [
-            f"A step should update each layer {times}: run the batches through the model in one forward, or",
+            remedy,
             *wording.choices((f'on_change="restore", updates={budget}', first)),
         ]
     else:
@@ -131,7 +93,8 @@ def stopped_text(change: StatsChange, mode: str, budget: int, wording: Wording =
             f"{layer_text(change.names, change.type)} is in {mode} mode inside {place}:\n"
             f"this forward would update {listing(change.buffers)}."
         )
-        choose = "Call eval() on it after model.train(), or choose" if mode == "train" else "Choose"
+        is_own_loop = mode == "train" and not wording.is_of_run
+        choose = "Call eval() on it after model.train(), or choose" if is_own_loop else "Choose"
         advice = [
             f"{choose} what you meant:",
             *wording.choices(
@@ -179,13 +142,17 @@ def changed_text(
         cause: What is known of those that no forward was seen of.
         wording: What the guard is called.
     """
-    seen = [change for change in changes if change.updates]
-    causes = () if len(seen) == len(changes) else _CAUSES[cause]
+    affine = [change for change in changes if not _AFFINE.isdisjoint(change.buffers)]
+    statistics = [change for change in changes if not _AFFINE.issuperset(change.buffers)]
+    causes = () if len([change for change in statistics if change.updates]) == len(statistics) else _CAUSES[cause]
     if causes and cause == "compiled":
         causes = (*causes, *wording.choices(('on_change="restore"', "holds the statistics, in compiled graphs too")))
-    outcome = "The statistics of entry are back." if restored else "The changes stand."
-    head = f"running statistics of {_layers(len(changes))} changed inside {wording.place}:"
-    return "\n".join([head, *_lines(changes), *causes, outcome])
+    if affine:
+        causes = (*causes, *_AFFINE_CAUSES)
+    parts = ["running statistics"] * bool(statistics) + ["affine parameters"] * bool(affine)
+    outcome = f"The {listing(['statistics', 'parameters'][not statistics : 1 + bool(affine)])} of entry are back."
+    head = f"{listing(parts)} of {_layers(len(changes))} changed inside {wording.place}:"
+    return "\n".join([head, *_lines(changes), *causes, outcome if restored else "The changes stand."])
 
 
 def assertion_text(changes: Sequence[StatsChange], function: str) -> str:
@@ -194,17 +161,17 @@ def assertion_text(changes: Sequence[StatsChange], function: str) -> str:
     return "\n".join([f"running statistics of {_layers(len(changes))} changed in {what}:", *_lines(changes)])
 
 
-def added_text(names: Sequence[str]) -> str:
+def added_text(names: Sequence[str], wording: Wording) -> str:
     """The warning about layers that came into the model inside a block."""
     shown = ", ".join(name or "(root)" for name in names[:_SHOWN])
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return (
-        f"{shown}{more} came into the model inside frozen() and was not guarded there.\n"
+        f"{shown}{more} came into the model inside {wording.place} and was not guarded there.\n"
         "Change the model before the block, or open another block after the change."
     )
 
 
-def pending_text(in_eval_mode: bool) -> str:
+def pending_text(in_eval_mode: bool, wording: Wording) -> str:
     """The warning about a checkpointed region whose backward pass is still to come when the block is over."""
     consequence = (
         "normalise with the batch: torch raises CheckpointError, or computes wrong gradients (use_reentrant=True)"
@@ -212,7 +179,7 @@ def pending_text(in_eval_mode: bool) -> str:
         else "update the running statistics"
     )
     return (
-        "a checkpointed region was run inside frozen(), and its backward pass has not been run there.\n"
+        f"a checkpointed region was run inside {wording.place}, and its backward pass has not been run there.\n"
         f"That pass recomputes the region, without the guard, and will {consequence}.\n"
         "Call backward() inside the block, or run the region under torch.no_grad() if it needs no gradient."
     )
@@ -292,29 +259,22 @@ def broadcast_text(changes: Sequence[StatsChange], restored: bool, wording: Word
     )
 
 
-def ranks_text(ranks: Sequence[int]) -> str:
-    """``rank 1``, ``ranks 1, 2 and 5``; ``other ranks`` where they cannot be told."""
-    if not ranks:
-        return "other ranks"
-    return f"rank{'s' if len(ranks) > 1 else ''} {listing([str(rank) for rank in ranks])}"
-
-
 def _indented(text: str) -> list[str]:
     return [f"  {line}" for line in text.splitlines()]
 
 
-def capture_text() -> str:
+def capture_text(wording: Wording) -> str:
     """The error of a block that begins or ends while a CUDA graph is captured."""
     return (
-        "frozen() cannot begin, compare or end while a CUDA graph is captured: it would have to wait for the device.\n"
-        "Open the block around the capture."
+        f"{wording.place} cannot begin, compare or end while a CUDA graph is captured: it would have to wait for the "
+        "device.\nOpen the block around the capture."
     )
 
 
-def traced_block_text() -> str:
+def traced_block_text(wording: Wording) -> str:
     """The warning about a block in code that becomes a program."""
     return (
-        "frozen() begins in code that is traced or exported: the program has no guard in it.\n"
+        f"{wording.place} begins in code that is traced or exported: the program has no guard in it.\n"
         "Open the block around the calls of the program, or export its layers in eval mode."
     )
 
@@ -323,7 +283,7 @@ def script_text(type_name: str) -> str:
     """The error of ``torch.jit.script()`` inside a block."""
     return (
         f"torch.jit.script() would compile the guard of a {type_name} along with it: script the model before or after\n"
-        "frozen(), or inside it a copy: torch.jit.script(copy.deepcopy(model)). torch.jit.trace() leaves the guard out."
+        "the block, or a copy inside it, torch.jit.script(copy.deepcopy(model)). torch.jit.trace() leaves the guard out"
     )
 
 
@@ -335,33 +295,28 @@ def fixed_mode_text(names: Sequence[str], type_name: str) -> str:
     )
 
 
-def recorded_text(names: Sequence[str], type_name: str) -> str:
+def recorded_text(names: Sequence[str], type_name: str, wording: Wording) -> str:
     """The warning about a program taken off a layer in train mode while it is to use its running statistics."""
     return (
-        f"{layer_text(names, type_name)} is traced or exported in train mode inside frozen(use_running_stats=True).\n"
+        f"{layer_text(names, type_name)} is traced or exported in train mode inside "
+        f"{wording.choice.format('use_running_stats=True')}.\n"
         "The program has no guard in it: it normalises with the batch, and updates. Call model.eval() first, so that\n"
         "it normalises with the running statistics."
     )
 
 
-def report_text(changes: Sequence[StatsChange], layers: Sequence[GuardedLayer], on_change: str) -> str:
+def report_text(
+    changes: Sequence[StatsChange], layers: Sequence[GuardedLayer], options: str, wording: Wording = FROZEN
+) -> str:
     """All of it, for people."""
+    head = f"{wording.choice.format(options)} guards {_layers(len(layers)) if layers else 'no layer'}."
     if not layers:
-        return f'frozen(on_change="{on_change}") guards no layer.'
-    head = f'frozen(on_change="{on_change}") guards {_layers(len(layers))}.'
+        return head
     kinds = list(dict.fromkeys(layer.protection for layer in layers))
     ways = [f"  {sum(layer.protection == kind for layer in layers)} {kind}" for kind in kinds]
     if not changes:
         return "\n".join([head, *ways, "No change."])
     return "\n".join([head, *ways, f"{_layers(len(changes))} changed:", *_lines(changes, limit=None)])
-
-
-def suggestion(value: object, valid: Iterable[str]) -> str:
-    """What is valid, after the nearest one if there is a near one."""
-    valid = list(valid)
-    everything = f"valid are {listing([repr(name) for name in valid])}"
-    nearest = difflib.get_close_matches(str(value), valid, n=1, cutoff=0.7)
-    return f"did you mean {nearest[0]!r}? ({everything})" if nearest else everything
 
 
 def _lines(changes: Sequence[StatsChange], limit: int | None = _SHOWN) -> list[str]:
@@ -389,19 +344,3 @@ def _layers(number: int) -> str:
 
 def _forwards(number: int) -> str:
     return "one" if number == 1 else str(number)
-
-
-def count_text(number: int, noun: str) -> str:
-    """``1 layer``, ``2 layers``."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def sentence(text: str) -> str:
-    """A text as a sentence: with a capital, unless it begins with code."""
-    first = text.partition(" ")[0]
-    return f"{text[0].upper()}{text[1:]}." if first.isalpha() else f"{text}."
-
-
-def times_text(number: int) -> str:
-    """``once``, ``twice``, ``3 times``."""
-    return {1: "once", 2: "twice"}.get(number, f"{number} times")

@@ -11,8 +11,9 @@ from torch import nn
 
 from bnguard._layers import StatsLayer
 from bnguard._tree import walk_names
+from bnguard._words import short_repr
 
-__all__ = ["Selector", "as_selectors", "is_selected", "select_layers"]
+__all__ = ["Selector", "as_selectors", "is_selected", "is_within", "select_layers"]
 
 Selector: TypeAlias = "str | nn.Module | Callable[[str, nn.Module], bool]"
 
@@ -31,27 +32,42 @@ def as_selectors(option: str, value: Any) -> tuple[Selector, ...]:
         if isinstance(selector, type) or not (isinstance(selector, (str, nn.Module)) or callable(selector)):
             raise TypeError(
                 f"{option} takes glob patterns on layer names, modules, predicates (name, module) -> bool, "
-                f"or a list of them, got {selector!r}"
+                f"or a list of them, got {short_repr(selector)}"
             )
     if not several:
         raise ValueError(f"{option} is an empty list; leave it out to mean every layer")
     return tuple(several)
 
 
-def is_selected(layer: StatsLayer, include: Sequence[Selector], exclude: Sequence[Selector]) -> bool:
+def is_within(layer: StatsLayer, paths: Sequence[str]) -> bool:
+    """Whether a layer is in one of the submodules at these paths, or is one of them; without any, all are."""
+    return not paths or any([f"{name}.".startswith(f"{path}.") for name in layer.names for path in paths])
+
+
+def is_selected(
+    layer: StatsLayer, include: Sequence[Selector], exclude: Sequence[Selector], within: Sequence[str] = ()
+) -> bool:
     """Whether the selectors leave one layer."""
+    if not is_within(layer, within):
+        return False
     taken = not include or any([_selects(selector, layer) for selector in include])
     return taken and not any([_selects(selector, layer) for selector in exclude])
 
 
 def select_layers(
-    model: nn.Module, layers: list[StatsLayer], include: Sequence[Selector], exclude: Sequence[Selector]
+    model: nn.Module,
+    layers: list[StatsLayer],
+    include: Sequence[Selector],
+    exclude: Sequence[Selector],
+    within: Sequence[str] = (),
 ) -> list[StatsLayer]:
-    """Lists those of the model's layers that the selectors leave.
+    """Lists those of the model's layers that the selectors leave; of those within some submodules, where any are given.
 
     Raises:
         ValueError: A selector selects none of them, or nothing is left.
     """
+    if within:
+        layers = [layer for layer in layers if is_within(layer, within)]
     if not layers:
         return []
     for option, selectors in (("include", include), ("exclude", exclude)):

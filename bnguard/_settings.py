@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeAlias, get_args
 
-from bnguard import _report
 from bnguard._claims import Stance
 from bnguard._ranks import Group, check_group
-from bnguard._report import FROZEN, Wording
 from bnguard._select import Selector, as_selectors
+from bnguard._wording import FROZEN, Wording
+from bnguard._words import short_repr, suggestion
 
-__all__ = ["Manner", "OnChange", "Settings", "check_settings"]
+__all__ = ["PLAIN", "Manner", "OnChange", "Settings", "check_settings"]
 
 OnChange: TypeAlias = Literal["raise", "warn", "restore"]
 
@@ -49,6 +49,7 @@ class Settings:
         updates: See there.
         include: See there.
         exclude: See there.
+        within: Paths of submodules: what is outside of them is not meant; empty for the whole model.
         group: See there; False where nobody has asked.
         manner: How the guard goes about it.
     """
@@ -59,8 +60,16 @@ class Settings:
     updates: int = 0
     include: tuple[Selector, ...] = ()
     exclude: tuple[Selector, ...] = ()
+    within: tuple[str, ...] = ()
     group: Group = False
     manner: Manner = PLAIN
+
+    @property
+    def as_written(self) -> str:
+        """The policies, as a user writes them."""
+        options = {"use_running_stats": self.use_running_stats, "affine": self.affine, "updates": self.updates}
+        chosen = [f"{name}={value}" for name, value in options.items() if value]
+        return ", ".join([f'on_change="{self.on_change}"', *chosen])
 
     @property
     def stance(self) -> Stance:
@@ -82,12 +91,14 @@ def check_settings(
 ) -> Settings:
     """Checks the options of ``frozen``. See there for the errors."""
     if on_change not in _POLICIES:
-        raise ValueError(f"on_change={on_change!r}: {_report.suggestion(on_change, _POLICIES)}")
+        raise ValueError(f"on_change={short_repr(on_change)}: {suggestion(on_change, _POLICIES)}")
     for name, value in (("use_running_stats", use_running_stats), ("affine", affine)):
         if not isinstance(value, bool):
-            raise TypeError(f"{name} must be True or False, got {value!r}")
+            raise TypeError(f"{name} must be True or False, got {short_repr(value)}")
     if isinstance(updates, bool) or not isinstance(updates, int):
-        raise TypeError(f"updates must be a whole number of updates that each layer may make, got {updates!r}")
+        raise TypeError(
+            f"updates must be a whole number of updates that each layer may make, got {short_repr(updates)}"
+        )
     if updates < 0:
         raise ValueError(f"updates={updates}: the number of updates that each layer may make cannot be negative")
     if use_running_stats and updates:
@@ -103,5 +114,5 @@ def check_settings(
         updates,
         as_selectors("include", include),
         as_selectors("exclude", exclude),
-        group,
+        group=group,
     )

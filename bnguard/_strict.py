@@ -7,6 +7,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
 from types import CodeType, FunctionType, TracebackType
 from typing import Any, Final, TypeVar, overload
 
@@ -18,12 +19,19 @@ from bnguard._graphs import outside_graphs
 from bnguard._models import modules_in, roots_of
 from bnguard._ranks import Group
 from bnguard._select import Selector
-from bnguard._settings import OnChange, Settings, check_settings
+from bnguard._settings import Manner, OnChange, Settings, check_settings
 from bnguard._tree import any_layer
+from bnguard._wording import Wording
+from bnguard._words import short_repr
 
 __all__ = ["strict"]
 
 F = TypeVar("F", bound=Callable[..., Any])
+_MANNER: Final = Manner(
+    Wording(
+        "@bnguard.strict", "@bnguard.strict(updates={})", "@bnguard.strict({})", (), "bnguard.watch() lists them all"
+    )
+)
 ModelSource = nn.Module | str | Callable[..., Any]
 
 
@@ -95,8 +103,9 @@ def strict(
     if isinstance(function, nn.Module):
         raise TypeError("strict decorates functions; to guard a model use frozen(model), or strict(model=model)")
     settings = check_settings(on_change, use_running_stats, affine, updates, include, exclude, group)
+    settings = replace(settings, manner=_MANNER)
     if not (model is None or isinstance(model, (nn.Module, str)) or callable(model)):
-        raise TypeError(f"model must be a module, the name of a parameter or a callable, got {model!r}")
+        raise TypeError(f"model must be a module, the name of a parameter or a callable, got {short_repr(model)}")
 
     def decorate(function: Any) -> Any:
         if isinstance(model, str):
@@ -119,7 +128,7 @@ class _AllFrozen:
 
     @outside_graphs
     def __init__(self, models: list[nn.Module], settings: Settings) -> None:
-        self._guards = [frozen(model, **_options(settings)) for model in models]
+        self._guards = [frozen._with(model, settings) for model in models]
         self._undo = ExitStack()
 
     @outside_graphs
@@ -134,18 +143,6 @@ class _AllFrozen:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._undo.__exit__(kind, error, traceback)
-
-
-def _options(settings: Settings) -> dict[str, Any]:
-    return {
-        "on_change": settings.on_change,
-        "use_running_stats": settings.use_running_stats,
-        "affine": settings.affine,
-        "updates": settings.updates,
-        "include": settings.include or None,
-        "exclude": settings.exclude or None,
-        "group": settings.group,
-    }
 
 
 _PLACES: Final = "its arguments, self, the attributes of self, and what it reads from its closure and globals"

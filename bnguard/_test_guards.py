@@ -15,10 +15,10 @@ from bnguard._causes import causes_of
 from bnguard._changes import StatsChange
 from bnguard._frozen import frozen
 from bnguard._graphs import outside_graphs
-from bnguard._report import Wording
 from bnguard._select import select_layers
 from bnguard._settings import Manner, Settings
 from bnguard._tree import find_layers
+from bnguard._wording import Wording
 from bnguard.errors import BNGuardError, BNGuardWarning, StatsChangedError
 
 __all__ = ["MARKER", "OVER", "Guards", "LocalGuard", "Post", "Rank", "suite_wording"]
@@ -52,8 +52,10 @@ class LocalGuard(frozen):
 
     __slots__ = ("_is_fresh", "_on_enter", "_on_leave")
 
+    _manner = Manner(_FIXTURE)
+
     def _set(self, model: nn.Module, settings: Settings) -> None:
-        super()._set(model, dataclasses.replace(settings, manner=Manner(_FIXTURE)))
+        super()._set(model, settings)
         self._is_fresh = False
         self._on_enter: Callable[[], object] = lambda: None
         self._on_leave: Callable[[], object] = lambda: None

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from bnguard._changes import StatsChange
-from bnguard._report import count_text, layer_text
+from bnguard._report import layer_text
+from bnguard._words import count_text
 
 __all__ = ["Move", "move_text", "moves_of", "report_lines"]
 

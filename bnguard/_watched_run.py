@@ -17,12 +17,12 @@ from bnguard._output.documents import watch_document
 from bnguard._output.files import Outputs
 from bnguard._output.publish import publish
 from bnguard._progress import Progress
-from bnguard._report import Wording
 from bnguard._run_script import Ending, NotFoundError, run_module, run_script, wait_for_threads
 from bnguard._settings import Manner, OnChange, Settings
 from bnguard._termination import EXIT_CODE, BeforeTermination
 from bnguard._test_guards import Guards
 from bnguard._watch import watch
+from bnguard._wording import Wording
 from bnguard.errors import StatsChangedError
 
 if TYPE_CHECKING:

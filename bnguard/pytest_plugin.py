@@ -104,7 +104,7 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     in_file = str(config.getini("bn_frozen")).strip() or "off"
     if in_file not in _WANTED:
-        from bnguard._report import suggestion
+        from bnguard._words import suggestion
 
         raise pytest.UsageError(f"{config.inipath}: bn_frozen = {in_file}: {suggestion(in_file, _WANTED)}")
     on_line = config.getoption("bn_frozen")

@@ -481,7 +481,7 @@ def test_eval_mode_that_the_loop_undoes_is_kept(tmp_path):
     assert run.error is None
     run.assert_held()
     run = fit(Undone(), make_trainer(tmp_path, BNGuardCallback("backbone")))
-    assert "Call eval() on it after model.train()" in str(run.error)
+    assert "Choose what you meant:\n  BNGuardCallback('backbone', use_running_stats=True)" in str(run.error)
 
 
 @EVERY_POLICY
@@ -984,7 +984,12 @@ def logged(folder: Path) -> list[dict[str, str]]:
     return [row for row in rows if any(["bnguard" in key for key in row])]
 
 
-@pytest.mark.parametrize(("log_every", "steps"), [(None, [6, 12]), (4, [4, 6, 8, 12])])
+# By what Lightning calls the step in its own rows, the number of optimizer steps that were made.
+AT_VALIDATIONS = {5: 6, 11: 12, 12: 12}
+EVERY_FOURTH = {3: 4, 5: 6, 7: 8, 11: 12, 12: 12}
+
+
+@pytest.mark.parametrize(("log_every", "steps"), [(None, AT_VALIDATIONS), (4, EVERY_FOURTH)], ids=str)
 def test_drift_is_logged_at_validations_and_every_so_many_steps(log_every, steps, tmp_path):
     """Largest shift of a mean since the beginning, by layer, and the number of updates; those of the twin's run."""
     expected = {}
@@ -1009,23 +1014,27 @@ def test_drift_is_logged_at_validations_and_every_so_many_steps(log_every, steps
         )
     assert run.error is None
     rows = {int(row["step"]): row for row in logged(Path(logger.log_dir))}
-    assert list(rows) == steps
+    assert list(rows) == list(steps)
     for step, row in rows.items():
         assert float(row["bnguard/changed_layers"]) == 2
-        assert float(row["bnguard/backbone.1/updates"]) == step
-        assert float(row["bnguard/backbone.1/mean_shift"]) == expected[step]
+        assert float(row["bnguard/backbone.1/updates"]) == steps[step]
+        assert float(row["bnguard/backbone.1/mean_shift"]) == expected[steps[step]]
         assert "bnguard/backbone.4/mean_shift" in row
 
 
 def test_finding_is_logged_before_it_is_raised(tmp_path):
-    """Of a forward, and of a comparison."""
-    for options, key in (({}, "updates"), ({"use_running_stats": True}, "mean_shift")):
+    """Of a forward, which changed nothing, and of a comparison."""
+    for options, counter, key in (
+        ({}, "stopped_layers", "stopped"),
+        ({"use_running_stats": True}, "changed_layers", "mean_shift"),
+    ):
         logger = CSVLogger(tmp_path)
         callbacks = (BNGuardCallback("backbone", **options), at("on_train_batch_end", write))
         run = fit(make_net(), make_trainer(tmp_path, *callbacks, logger=logger))
         assert isinstance(run.error, bnguard.StatsChangedError)
         row = logged(Path(logger.log_dir))[-1]
-        assert float(row["bnguard/changed_layers"]) == 1
+        assert float(row[f"bnguard/{counter}"]) == 1
+        assert float(row["bnguard/changed_layers"]) + float(row["bnguard/stopped_layers"]) == 1
         assert float(row[f"bnguard/backbone.1/{key}"]) > 0
 
 
@@ -1035,7 +1044,36 @@ def test_nothing_found_is_logged_as_zero(tmp_path):
     run = fit(make_net(), make_trainer(tmp_path, BNGuardCallback("backbone", "restore"), logger=logger))
     assert run.error is None
     rows = logged(Path(logger.log_dir))
-    assert rows == [{"bnguard/changed_layers": "0.0", "step": step} for step in ("6", "12", "12")]
+    nothing = {"bnguard/changed_layers": "0.0", "bnguard/stopped_layers": "0.0"}
+    assert rows == [{**nothing, "step": step} for step in ("5", "11", "12")]
+
+
+def test_every_batch_is_logged_where_it_steps_twice(tmp_path):
+    """On the axis of the model's own figures; with two optimizers the number of steps passes over some multiples."""
+
+    class Manual(Net):
+        automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.log("loss", loss)
+            self.manual_backward(loss)
+            for optimizer in self.optimizers()[: 1 if self.trainer.global_step == 0 else 2]:
+                optimizer.step()
+
+        def configure_optimizers(self):
+            return [torch.optim.SGD(self.head.parameters(), lr=0.1) for _ in range(2)]
+
+    logger = CSVLogger(tmp_path)
+    guard = BNGuardCallback("backbone", "restore", log_every=2)
+    run = fit(Manual(), make_trainer(tmp_path, guard, logger=logger, max_epochs=1))
+    assert run.error is None
+    with (Path(logger.log_dir) / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    own = [row["step"] for row in rows if row["loss"]]
+    ours = [row["step"] for row in rows if row["bnguard/changed_layers"]]
+    assert own == ["0", "1", "2", "3", "4", "5"]
+    assert set(ours) == {*own[1:], "6"}  # all but the first batch, of one step; and the end
 
 
 READS = [(torch, "equal"), *[(Tensor, name) for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__")]]
@@ -1270,6 +1308,64 @@ def test_run_inside_a_run_is_not_disturbed_by_a_copy(tmp_path):
     run.assert_held()
 
 
+def test_layer_that_comes_during_a_run_is_warned_about(tmp_path):
+    """It is not guarded; so it is with a path, and without one."""
+    for target in ("backbone", None):
+        add = at("on_train_start", lambda trainer, net: net.backbone.add_module("extra", nn.BatchNorm1d(4)))
+        with said() as words:
+            run = fit(make_net(), make_trainer(tmp_path, BNGuardCallback(target, "restore"), add))
+        assert run.error is None
+        [word] = words
+        assert str(word.message).startswith("backbone.extra came into the model inside BNGuardCallback() and was not")
+    add = at("on_train_start", lambda trainer, net: net.head.add_module("extra", nn.BatchNorm1d(3)))
+    with said() as words:
+        fit(make_net(), make_trainer(tmp_path, BNGuardCallback("backbone", "restore"), add))
+    assert words == []
+
+
+def test_callback_of_a_run_that_is_under_way_is_refused(tmp_path):
+    """By another trainer, whose run would end the guard of the first."""
+    guard = BNGuardCallback("backbone", "restore")
+    errors = []
+
+    def predict(trainer, net):
+        with pytest.raises(bnguard.BNGuardError, match="make one for each") as caught:
+            make_trainer(tmp_path, guard).predict(make_net(), batches(1))
+        errors.append(caught.value)
+
+    run = fit(make_net(), make_trainer(tmp_path, guard, at("on_train_epoch_end", predict)))
+    assert run.error is None
+    assert len(errors) == 1
+    run.assert_held()
+
+
+def test_callback_that_is_listed_twice_guards_once(tmp_path):
+    """And leaves nothing behind."""
+    guard = BNGuardCallback("backbone", "restore")
+    run = fit(make_net(), make_trainer(tmp_path, guard, guard))
+    assert run.error is None
+    run.assert_held()
+
+
+def test_messages_call_the_guard_by_its_name(tmp_path):
+    """Its budget is that of the run; weight and bias that were set free again are told as such."""
+    run = fit(make_net(), make_trainer(tmp_path, BNGuardCallback("backbone", updates=2)))
+    text = str(run.error)
+    assert "has updated twice inside BNGuardCallback(updates=2):" in text
+    assert "The budget is that of the whole run." in text
+    guard = BNGuardCallback("backbone", use_running_stats=True, affine=True)
+    free = at("on_train_start", lambda trainer, net: net.requires_grad_(requires_grad=True))
+    run = fit(make_net(), make_trainer(tmp_path, guard, free))
+    text = str(run.error)
+    assert text.startswith("affine parameters of 2 layers changed inside BNGuardCallback():\n")
+    assert "unless requires_grad_(True) is called again" in text
+    assert "F.batch_norm" not in text
+    assert text.endswith("The parameters of entry are back.")
+    assert guard.report().startswith(
+        "BNGuardCallback('backbone', on_change=\"raise\", use_running_stats=True, affine=True) guards 2 layers.\n"
+    )
+
+
 MISSING = """
 import sys
 
@@ -1304,6 +1400,42 @@ def test_either_library_is_enough(missing, left):
     code = MISSING.format(names=[missing], then=then)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == f"['{left}']\n"
+
+
+BROKEN = """
+import importlib.abc, importlib.machinery, sys
+
+class Broken(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    def find_spec(self, name, path=None, target=None):
+        if name == {name!r}:
+            return importlib.machinery.ModuleSpec(name, self, is_package=True)
+
+    def exec_module(self, module):
+        {does}
+
+sys.meta_path.insert(0, Broken())
+{then}
+"""
+FAILS = "raise AttributeError('module numpy has no attribute Inf')"
+
+
+@pytest.mark.parametrize("does", [FAILS, "raise ImportError('no symbol')", "pass"])
+def test_broken_library_does_not_hide_the_other(does):
+    """One that cannot be imported, or is an empty folder."""
+    then = (
+        "from bnguard.integrations.lightning import BNGuardCallback\n"
+        "print([base.__module__.partition('.')[0] for base in BNGuardCallback.__mro__ if base.__name__ == 'Callback'])"
+    )
+    code = BROKEN.format(name="pytorch_lightning", does=does, then=then)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "['lightning']\n"
+
+
+def test_library_that_is_there_and_broken_is_not_said_to_be_missing():
+    """Its own error says what is wrong."""
+    code = MISSING.format(names=["torchmetrics"], then="import bnguard.integrations.lightning")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr.endswith("ModuleNotFoundError: No module named 'torchmetrics'\n")
 
 
 def test_example_of_the_module_runs_and_does_what_it_says(tmp_path, monkeypatch):

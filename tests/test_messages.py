@@ -321,7 +321,7 @@ def test_model_without_layers_is_told_at_the_users_line() -> None:
     )
     with guard:
         pass
-    assert guard.report() == 'frozen(on_change="raise") guards no layer.'
+    assert guard.report() == 'frozen(model, on_change="raise") guards no layer.'
 
 
 # Reports.
@@ -331,19 +331,19 @@ def test_report_of_a_quiet_block() -> None:
     """The report counts the layers by how they are protected."""
     net = nn.Sequential(nn.BatchNorm2d(2), nn.SyncBatchNorm(2), ReassigningNorm(2))
     assert bnguard.frozen(net).report() == (
-        'frozen(on_change="raise") guards 3 layers.\n'
+        'frozen(model, on_change="raise") guards 3 layers.\n'
         "  2 judged before each forward; compared at exit\n"
         "  1 run on copies of its statistics and compared at each forward; compared at exit\n"
         "No change."
     )
     assert bnguard.frozen(net, "warn").report() == (
-        'frozen(on_change="warn") guards 3 layers.\n'
+        'frozen(model, on_change="warn") guards 3 layers.\n'
         "  2 judged before each forward; compared at exit\n"
         "  1 compared after each forward; compared at exit\n"
         "No change."
     )
     assert bnguard.frozen(net, "restore").report() == (
-        'frozen(on_change="restore") guards 3 layers.\n  3 held in its forward; compared at exit\nNo change.'
+        'frozen(model, on_change="restore") guards 3 layers.\n  3 held in its forward; compared at exit\nNo change.'
     )
 
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import bnguard
-from tests.asserts import assert_clean, assert_same_bits, assert_untouched, state_of, statistics, warns
+from tests.asserts import assert_clean, assert_same_bits, assert_untouched, state_of, statistics, values, warns
 from tests.loops import (
     backbone_norms,
     counted_reads,
@@ -337,6 +339,28 @@ def test_check_at_finds_a_write_earlier(check_at: Any, found_at: int, tmp_path: 
     assert not drift(model)
 
 
+@pytest.mark.parametrize("strategy", ["steps", "epoch", "best"])
+@pytest.mark.parametrize("event", ["step_end", "evaluate"])
+def test_check_at_save_comes_before_the_checkpoint(strategy: str, event: str, tmp_path: Path) -> None:
+    """No checkpoint holds what was written, whether at a step or in the evaluation before it."""
+    model = Net()
+    entry = {f"net.{name}": value for name, value in values(statistics(model.net)).items()}
+    callback = BNGuardCallback("restore", check_at="save")
+    options: dict[str, Any] = {"save_strategy": strategy, "save_steps": 3, "eval_strategy": strategy, "eval_steps": 3}
+    if strategy == "best":
+        options = {**options, "eval_strategy": "epoch", "metric_for_best_model": "eval_loss"}
+    trainer = make_trainer(model, tmp_path, At(event, write(model)), callback, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", bnguard.BNGuardWarning)
+        with callback:
+            trainer.train()
+    saved = sorted(tmp_path.glob("checkpoint-*/model.safetensors"))
+    assert saved
+    for path in saved:
+        state = load_file(path)
+        assert_same_bits({name: state[name] for name in entry}, entry)
+
+
 # However a run ends.
 
 
@@ -631,9 +655,10 @@ def test_callback_can_be_copied_and_pickled(tmp_path: Path) -> None:
         ({"use_running_stats": True, "updates": 1}, ValueError, "contradicts updates=1"),
         ({"include": 3}, TypeError, "include takes glob patterns .* got 3"),
         ({"exclude": []}, ValueError, "exclude is an empty list"),
-        ({"model": "net"}, TypeError, "str"),
+        ({"model": "net"}, TypeError, "^BNGuardCallback\\(\\) takes a torch.nn.Module, got str: 'net'$"),
         ({"model": make_model(), "include": "layer9"}, ValueError, "layer9"),
         ({"check_at": "epoch"}, ValueError, r"check_at='epoch': did you mean 'epoch_end'\?"),
+        ({"on_change": make_model()}, TypeError, "another one is given as model=..., got .*[(][.]{3} for on_change"),
         ({"check_at": 3}, TypeError, "check_at must be one of step_end, epoch_end, evaluate, save, .* got 3"),
     ],
     ids=str,

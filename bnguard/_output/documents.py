@@ -9,8 +9,9 @@ from bnguard._changes import StatsChange
 from bnguard._drift import Drift
 from bnguard._findings import Finding
 from bnguard._output.document import Column, Document, Table
-from bnguard._report import count_text, layer_text, ranks_text
+from bnguard._report import layer_text
 from bnguard._updates import Mode, StatsUpdates
+from bnguard._words import count_text, ranks_text
 
 if TYPE_CHECKING:
     from bnguard._diff import StatsDiff

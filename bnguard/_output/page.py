@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 from bnguard import __version__
 from bnguard._findings import Finding
 from bnguard._output.document import Document, Table
-from bnguard._report import sentence
+from bnguard._words import sentence
 
 if TYPE_CHECKING:
     from bnguard._output.pictures import Picture

@@ -21,8 +21,9 @@ from matplotlib.figure import Figure, FigureBase
 from matplotlib.ticker import MaxNLocator
 
 from bnguard._drift import Drift, DriftSeries
-from bnguard._report import count_text, name_text
+from bnguard._report import name_text
 from bnguard._timeline import UpdateSeries
+from bnguard._words import count_text
 
 __all__ = ["Picture", "as_svg", "diff_pictures", "format_of", "problem_with_format", "save", "watch_pictures"]
 

@@ -21,10 +21,13 @@ class CheckedSave:
 
     ``Callback.on_save_checkpoint`` is not enough: it is not called for weights-only checkpoints, and when it is, the
     state dict has been taken already.
+
+    Attributes:
+        trainer: The trainer.
     """
 
     def __init__(self, trainer: Any) -> None:
-        self._trainer = trainer
+        self.trainer = trainer
         self._had_own = _NAME in vars(trainer)
         self._save = trainer.save_checkpoint
         self._checkers: list[Checker] = []
@@ -38,20 +41,20 @@ class CheckedSave:
     def add(self, checker: Checker) -> None:
         """Has somebody look from now on."""
         self._checkers.append(checker)
-        setattr(self._trainer, _NAME, self)
+        setattr(self.trainer, _NAME, self)
 
     def remove(self, checker: Checker) -> None:
         """Has them look no more. The last one takes this off the trainer, unless others have put theirs over it."""
         self._checkers = [other for other in self._checkers if other is not checker]
-        if self._checkers or vars(self._trainer).get(_NAME) is not self:
+        if self._checkers or vars(self.trainer).get(_NAME) is not self:
             return
         if self._had_own:
-            setattr(self._trainer, _NAME, self._save)
+            setattr(self.trainer, _NAME, self._save)
         else:
-            delattr(self._trainer, _NAME)
+            delattr(self.trainer, _NAME)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Makes a checkpoint, after a look."""
         for checker in tuple(self._checkers):
-            checker.before_save(self._trainer)
+            checker.before_save(self.trainer)
         return self._save(*args, **kwargs)

@@ -1,19 +1,16 @@
-"""What integrations share: options that are checked before there is a run, and the guard that they make."""
+"""What integrations share: options that are checked before there is a run; what to say of a missing library."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
 
-from torch import nn
-
-from bnguard._frozen import frozen
 from bnguard._ranks import Group
-from bnguard._report import Wording
 from bnguard._select import Selector
 from bnguard._settings import Manner, OnChange, Settings, check_settings
+from bnguard._wording import Wording
 
-__all__ = ["guard_of", "missing_text", "settings_of"]
+__all__ = ["missing_text", "settings_of"]
 
 
 def settings_of(
@@ -29,20 +26,6 @@ def settings_of(
     """Checks the options of ``frozen``; messages call the guard by ``wording``. See there for the errors."""
     settings = check_settings(on_change, use_running_stats, affine, updates, include, exclude, group)
     return dataclasses.replace(settings, manner=Manner(wording))
-
-
-def guard_of(model: nn.Module, settings: Settings) -> frozen:
-    """A guard of ``model`` with settings that are checked already.
-
-    Raises:
-        TypeError: ``model`` is no module.
-        ValueError: ``include`` or ``exclude`` selects nothing in it.
-
-    Warns:
-        BNGuardWarning: The model has no layer with running statistics.
-    """
-    frozen(model, include=settings.include or None, exclude=settings.exclude or None)  # says what is wrong with them
-    return frozen._of(model, settings)
 
 
 def missing_text(module: str, package: str, extra: str) -> str:

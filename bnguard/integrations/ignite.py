@@ -33,10 +33,10 @@ from torch import nn
 from bnguard._changes import GuardedLayer, StatsChange
 from bnguard._frozen import frozen
 from bnguard._ranks import Group
-from bnguard._report import Wording
 from bnguard._select import Selector
 from bnguard._settings import OnChange
-from bnguard.integrations._guards import guard_of, missing_text, settings_of
+from bnguard._wording import Wording
+from bnguard.integrations._guards import missing_text, settings_of
 
 try:
     from ignite.engine import Engine, Events
@@ -49,11 +49,11 @@ except ModuleNotFoundError as error:
 __all__ = ["BNGuardHandler"]
 
 _WORDING: Final = Wording(
-    "BNGuardHandler()",
-    "BNGuardHandler(updates={})",
-    "BNGuardHandler(model, {})",
-    (),
-    "handler.changes lists them all",
+    place="BNGuardHandler()",
+    place_with_budget="BNGuardHandler(updates={})",
+    choice="BNGuardHandler(model, {})",
+    everything="handler.changes lists them all",
+    is_of_run=True,
 )
 
 
@@ -103,7 +103,7 @@ class BNGuardHandler:
         group: Group = None,
     ) -> None:
         settings = settings_of(_WORDING, on_change, use_running_stats, affine, updates, include, exclude, group)
-        self._guard = guard_of(model, settings)
+        self._guard = frozen._with(model, settings)
         self._runs: list[_GuardedRun] = []
 
     def attach(self, engine: Engine, check_at: Events | CallableEventWithFilter | EventsList | None = None) -> None:

@@ -47,11 +47,12 @@ from bnguard._callsite import call_site
 from bnguard._changes import GuardedLayer, StatsChange
 from bnguard._frozen import frozen
 from bnguard._ranks import Group
-from bnguard._report import Wording
-from bnguard._select import Selector, select_layers
+from bnguard._select import Selector, is_within
 from bnguard._settings import OnChange
 from bnguard._tree import find_layers
-from bnguard.errors import BNGuardWarning, StatsChangedError
+from bnguard._wording import Wording
+from bnguard._words import short_repr
+from bnguard.errors import BNGuardError, BNGuardWarning, StatsChangedError
 from bnguard.integrations._checked_save import CheckedSave
 from bnguard.integrations._guards import missing_text, settings_of
 
@@ -66,15 +67,20 @@ else:
 
     def _callback_class() -> type:
         """A class that derives from every ``Callback`` there is."""
-        found, missing = [], None
+        found, broken = [], None
         for name in ("lightning.pytorch", "pytorch_lightning"):
             try:
                 found.append(importlib.import_module(name).Callback)
-            except ImportError as error:
-                missing = missing or error
-        if not found:
-            raise ImportError(missing_text(__name__, "lightning", "lightning")) from missing
-        return type("_Callback", tuple(found), {})
+            except ModuleNotFoundError as error:
+                if error.name not in (name, "lightning"):
+                    broken = broken or error
+            except Exception as error:  # the other one may be whole
+                broken = broken or error
+        if found:
+            return type("_Callback", tuple(found), {})
+        if broken is not None:
+            raise broken
+        raise ImportError(missing_text(__name__, "lightning", "lightning"))
 
     _Callback = _callback_class()
 
@@ -94,8 +100,9 @@ class BNGuardCallback(_Callback):
 
     What is found goes to the trainer's loggers at each of these comparisons, from the process of rank zero:
     ``bnguard/changed_layers``, and for each layer that changed ``bnguard/<layer>/mean_shift`` (the largest shift of a
-    channel's mean since the beginning, in standard deviations) and ``bnguard/<layer>/updates``. Between comparisons no
-    tensor is read.
+    channel's mean since the beginning, in standard deviations) and ``bnguard/<layer>/updates``; of updates that
+    ``"raise"`` has stopped, ``bnguard/stopped_layers`` and ``bnguard/<layer>/stopped``. Between comparisons no tensor
+    is read.
 
     With ``use_running_stats=True`` this is the freeze that ``BaseFinetuning.freeze(train_bn=False)`` promises and does
     not keep: under that one the layers normalise with each batch in training, and with the running statistics in
@@ -177,7 +184,7 @@ class BNGuardCallback(_Callback):
 
     def report(self) -> str:
         """What the current or last run guards, how, and what changed, as text."""
-        return _report.report_text(self.changes, self.layers, self._settings.on_change)
+        return _report.report_text(self.changes, self.layers, self._settings.as_written, self._settings.manner.wording)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy, or the callback in a process that a launcher starts, guards nothing yet.
@@ -187,7 +194,17 @@ class BNGuardCallback(_Callback):
     # What Lightning calls when a run begins and ends.
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Ends what is left of an earlier run that broke off, before a checkpoint is loaded."""
+        """Ends what is left of an earlier run that broke off, before a checkpoint is loaded.
+
+        Raises:
+            BNGuardError: The run of another trainer is under way.
+        """
+        if (
+            self._save is not None
+            and self._save.trainer is not trainer
+            and self._save.trainer.state.status == "running"
+        ):
+            raise BNGuardError("this BNGuardCallback guards the run of another Trainer: make one for each")
         try:
             self._leave(None)
         except StatsChangedError as error:  # of a run that is over
@@ -260,8 +277,8 @@ class BNGuardCallback(_Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Compares at every ``log_every``-th optimizer step."""
         if self._log_every is not None:
-            step = trainer.global_step
-            if step % self._log_every == 0 and step != self._logged_step:
+            step = trainer.global_step  # which a batch with several optimizers moves by more than one
+            if step // self._log_every > self._logged_step // self._log_every:
                 self._logged_step = step
                 self._check(trainer)
 
@@ -285,31 +302,22 @@ class BNGuardCallback(_Callback):
             self._begin(trainer, pl_module)
 
     def _begin(self, trainer: Any, pl_module: nn.Module) -> None:
+        if self._save is not None:  # the same callback is in the list twice
+            return
         self._forget()
-        chosen = self._chosen(pl_module)
-        if not chosen:
+        for path in self._paths:
+            _check_path(pl_module, path, self._wording)
+        if not any([is_within(layer, self._paths) for layer in find_layers(pl_module)]):
             text = _report.unguarded_text(", ".join(self._paths) or type(pl_module).__name__, self._wording)
             warnings.warn(text, BNGuardWarning, stacklevel=call_site().stacklevel)
             return
-        settings = replace(
-            self._settings,
-            include=(lambda name, module: id(module) in chosen,),
-            exclude=(),
-        )
-        self._guard = frozen._of(pl_module, settings).start()
+        self._guard = frozen._of(pl_module, replace(self._settings, within=self._paths)).start()
+        self._logged_step = trainer.global_step
         self._save = CheckedSave.on(trainer)
         self._save.add(self)
 
-    def _chosen(self, pl_module: nn.Module) -> frozenset[int]:
-        """Ids of the layers to guard."""
-        parts = [_part(pl_module, path, self._wording) for path in self._paths] or [pl_module]
-        inside = {id(module) for part in parts for module in part.modules()}
-        layers = [layer for layer in find_layers(pl_module) if id(layer.module) in inside]
-        left = select_layers(pl_module, layers, self._settings.include, self._settings.exclude)
-        return frozenset([id(layer.module) for layer in left])
-
     def _check(self, trainer: Any) -> None:
-        if self._guard is None or self._save is None:
+        if self._guard is None or self._save is None or self._save.trainer is not trainer:
             return
         failure: StatsChangedError | None = None
         try:
@@ -329,7 +337,7 @@ class BNGuardCallback(_Callback):
             StatsChangedError: As at the end of a block.
         """
         guard, save = self._guard, self._save
-        if guard is None or save is None:
+        if guard is None or save is None or trainer not in (None, save.trainer):
             return
         self._save = None
         failure: StatsChangedError | None = None
@@ -356,14 +364,21 @@ class BNGuardCallback(_Callback):
         if not trainer.is_global_zero or not trainer.loggers or trainer.sanity_checking:
             return
         changes = self.changes
-        metrics = {"bnguard/changed_layers": float(len(changes))}
+        stopped = len([change for change in changes if change.prevented])
+        metrics = {
+            "bnguard/changed_layers": float(len(changes) - stopped),
+            "bnguard/stopped_layers": float(stopped),
+        }
         for change in changes:
             name = f"bnguard/{change.names[0] or '(root)'}"
-            metrics[f"{name}/updates"] = float(change.updates)
+            metrics[f"{name}/{'stopped' if change.prevented else 'updates'}"] = float(change.updates)
             if change.mean_shift is not None:
                 metrics[f"{name}/mean_shift"] = change.mean_shift
+        # Batches that ended with a step of an optimizer: the axis of what self.log() logs. trainer.global_step counts
+        # the steps of several optimizers one by one.
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped
         for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=trainer.global_step)
+            logger.log_metrics(metrics, step=step)
 
 
 def _as_paths(target: Any) -> tuple[str, ...]:
@@ -373,15 +388,15 @@ def _as_paths(target: Any) -> tuple[str, ...]:
     if not isinstance(paths, (list, tuple)) or not all([isinstance(path, str) for path in paths]):
         raise TypeError(
             "target must be the path of a submodule, such as 'backbone', a list of them, or None for the whole "
-            f"LightningModule, got {target!r}; layers are chosen with include="
+            f"LightningModule, got {short_repr(target)}; layers are chosen with include="
         )
     if not paths or not all(paths):
         raise ValueError(f"target={target!r} names no submodule; leave it out to mean the whole LightningModule")
     return tuple(paths)
 
 
-def _part(pl_module: nn.Module, path: str, wording: Wording) -> nn.Module:
-    """The submodule at a path.
+def _check_path(pl_module: nn.Module, path: str, wording: Wording) -> None:
+    """Looks for the submodule at a path.
 
     Raises:
         ValueError: There is none.
@@ -395,7 +410,6 @@ def _part(pl_module: nn.Module, path: str, wording: Wording) -> nn.Module:
             children = [key for key, module in part._modules.items() if module is not None]
             raise ValueError(_report.no_part_text(path, there, name, children, wording))
         part = child
-    return part
 
 
 def _wording(target: Any) -> Wording:
@@ -406,4 +420,5 @@ def _wording(target: Any) -> Wording:
         place_with_budget="BNGuardCallback(updates={})",
         choice=f"BNGuardCallback({first}{{}})",
         everything="callback.changes lists them all",
+        is_of_run=True,
     )

@@ -42,14 +42,16 @@ from bnguard._callsite import call_site
 from bnguard._changes import GuardedLayer, StatsChange
 from bnguard._frozen import frozen
 from bnguard._ranks import Group
-from bnguard._report import Wording
 from bnguard._select import Selector
 from bnguard._settings import OnChange
+from bnguard._wording import Wording
+from bnguard._words import short_repr, suggestion
 from bnguard.errors import BNGuardError, BNGuardWarning
-from bnguard.integrations._guards import guard_of, missing_text, settings_of
+from bnguard.integrations._guards import missing_text, settings_of
 
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+    from transformers.trainer_utils import SaveStrategy
 except ModuleNotFoundError as error:
     if error.name != "transformers":
         raise
@@ -61,7 +63,11 @@ CheckAt: TypeAlias = Literal["step_end", "epoch_end", "evaluate", "save"]
 
 _EVENTS: Final[tuple[str, ...]] = get_args(CheckAt)
 _WORDING: Final = Wording(
-    "BNGuardCallback()", "BNGuardCallback(updates={})", "BNGuardCallback({})", (), "callback.changes lists them all"
+    place="BNGuardCallback()",
+    place_with_budget="BNGuardCallback(updates={})",
+    choice="BNGuardCallback({})",
+    everything="callback.changes lists them all",
+    is_of_run=True,
 )
 
 
@@ -88,8 +94,9 @@ class BNGuardCallback(TrainerCallback):
         group: Whose ranks agree in a distributed run, as in ``bnguard.frozen``.
         model: The model to guard, a teacher say; None for the one that the trainer trains.
         check_at: When to compare the statistics during the run, one event or several: ``"step_end"``, ``"epoch_end"``,
-            ``"evaluate"``, ``"save"``; what else but forwards changed is then found there. Each comparison waits for
-            the device. By default only the end of the run compares.
+            ``"evaluate"``, ``"save"``; what else but forwards changed is then found there. ``"save"`` compares before a
+            checkpoint is made, so that under ``"raise"`` and ``"restore"`` none holds other statistics than those of
+            the beginning. Each comparison waits for the device. By default only the end of the run compares.
 
     Raises:
         TypeError: ``model`` is no module; an option has the wrong type.
@@ -113,10 +120,15 @@ class BNGuardCallback(TrainerCallback):
         model: nn.Module | None = None,
         check_at: CheckAt | Iterable[CheckAt] = (),
     ) -> None:
+        if isinstance(on_change, nn.Module):
+            raise TypeError(
+                "BNGuardCallback() guards the model of its trainer; another one is given as model=..., got "
+                f"{short_repr(on_change)} for on_change"
+            )
         self._settings = settings_of(_WORDING, on_change, use_running_stats, affine, updates, include, exclude, group)
         self._check_at = _checked_events(check_at)
         self._model = model
-        self._guard: frozen | None = None if model is None else guard_of(model, self._settings)
+        self._guard: frozen | None = None if model is None else frozen._with(model, self._settings)
         self._is_entered = False
         self._has_begun = False
 
@@ -174,7 +186,7 @@ class BNGuardCallback(TrainerCallback):
 
     def report(self) -> str:
         """What is guarded, how, and what changed, as text."""
-        return _report.report_text(self.changes, self.layers, self._settings.on_change)
+        return _report.report_text(self.changes, self.layers, self._settings.as_written, self._settings.manner.wording)
 
     # What the trainer calls.
 
@@ -184,7 +196,7 @@ class BNGuardCallback(TrainerCallback):
         """Begins the guard."""
         self.stop()  # of a run that ended without a word
         model = kwargs["model"] if self._model is None else self._model
-        self._guard = guard_of(model, self._settings)
+        self._guard = frozen._with(model, self._settings)
         self._has_begun = True
         self._guard.start()
 
@@ -200,24 +212,26 @@ class BNGuardCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Compares, if ``check_at`` says so."""
-        self._check_if_asked("step_end")
+        self._check_if_asked("step_end", saves=control.should_save)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Compares, if ``check_at`` says so."""
-        self._check_if_asked("epoch_end")
+        self._check_if_asked("epoch_end", saves=control.should_save)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Compares, if ``check_at`` says so."""
-        self._check_if_asked("evaluate")
+        may_save = args.save_strategy == SaveStrategy.BEST  # which is decided after this
+        self._check_if_asked("evaluate", saves=control.should_save or may_save)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Compares, if ``check_at`` says so."""
+        """Compares, if ``check_at`` says so: what another callback has had saved, or changed, since the comparison."""
         self._check_if_asked("save")
 
-    def _check_if_asked(self, event: CheckAt) -> None:
-        if event in self._check_at:
+    def _check_if_asked(self, event: CheckAt, *, saves: bool = False) -> None:
+        """Compares at an event, or because a checkpoint is made after it."""
+        if event in self._check_at or (saves and "save" in self._check_at):
             self.check()
 
     def _leave(self, error: BaseException | None) -> None:
@@ -229,9 +243,9 @@ def _checked_events(check_at: Any) -> frozenset[str]:
     """The events at which to compare."""
     events = [check_at] if isinstance(check_at, str) else check_at
     if not isinstance(events, Iterable):
-        raise TypeError(f"check_at must be one of {', '.join(_EVENTS)}, or a list of them, got {check_at!r}")
+        raise TypeError(f"check_at must be one of {', '.join(_EVENTS)}, or a list of them, got {short_repr(check_at)}")
     events = list(events)
     for event in events:
         if event not in _EVENTS:
-            raise ValueError(f"check_at={check_at!r}: {_report.suggestion(event, _EVENTS)}")
+            raise ValueError(f"check_at={check_at!r}: {suggestion(event, _EVENTS)}")
     return frozenset(events)

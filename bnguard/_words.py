@@ -1,0 +1,58 @@
+"""Words and parts of sentences that every text is made of."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+__all__ = [
+    "count_text",
+    "listing",
+    "ranks_text",
+    "sentence",
+    "short_repr",
+    "suggestion",
+    "times_text",
+]
+
+
+def listing(words: Sequence[str]) -> str:
+    """``a``, ``a and b``, ``a, b and c``."""
+    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
+
+
+def ranks_text(ranks: Sequence[int]) -> str:
+    """``rank 1``, ``ranks 1, 2 and 5``; ``other ranks`` where they cannot be told."""
+    if not ranks:
+        return "other ranks"
+    return f"rank{'s' if len(ranks) > 1 else ''} {listing([str(rank) for rank in ranks])}"
+
+
+def suggestion(value: object, valid: Iterable[str]) -> str:
+    """What is valid, after the nearest one if there is a near one."""
+    valid = list(valid)
+    everything = f"valid are {listing([repr(name) for name in valid])}"
+    nearest = difflib.get_close_matches(str(value), valid, n=1, cutoff=0.7)
+    return f"did you mean {nearest[0]!r}? ({everything})" if nearest else everything
+
+
+def short_repr(value: object) -> str:
+    """Its ``repr()``; of what is long or has several lines, as a module has, the beginning."""
+    first, newline, _ = repr(value).partition("\n")
+    return first if not newline and len(first) <= 60 else f"{first[:57]}..."
+
+
+def count_text(number: int, noun: str) -> str:
+    """``1 layer``, ``2 layers``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def sentence(text: str) -> str:
+    """A text as a sentence: with a capital, unless it begins with code."""
+    first = text.partition(" ")[0]
+    return f"{text[0].upper()}{text[1:]}." if first.isalpha() else f"{text}."
+
+
+def times_text(number: int) -> str:
+    """``once``, ``twice``, ``3 times``."""
+    return {1: "once", 2: "twice"}.get(number, f"{number} times")
