@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any, Final, Literal
 
 import torch.distributed as dist
 
 from bnguard._callsite import CallSite
 from bnguard._changes import StatsChange
-from bnguard._ranks import Ranks, Told, UnansweredError
+from bnguard._meetings import Heard, Place, Told, UnansweredError
+from bnguard._ranks import Ranks
 from bnguard._report import missing_ranks_text, others_text, unreachable_text
 from bnguard._wording import Wording
 from bnguard.errors import BNGuardError, StatsChangedError
 
-__all__ = ["Agreement", "Statistics"]
+__all__ = ["Agreement", "Parting", "Statistics"]
+
+_threads: Final = threading.local()
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +38,9 @@ class Statistics:
     of: Callable[[Iterable[str]], dict[str, str]]
 
 
+Parting = Literal["wait", "tell", "skip"]
+
+
 class Agreement:
     """What the ranks make of what each has found at the end of its block.
 
@@ -41,22 +49,38 @@ class Agreement:
         site: The user's line where the block began.
         wording: What messages call the block.
         raises: Whether what was found is an error.
+        function: What tells a decorated function from others in all ranks, whose calls meet wherever they are made.
     """
 
-    __slots__ = ("_key", "_place", "_raises", "_ranks", "_wording")
+    __slots__ = ("_key", "_neighbours", "_place", "_raises", "_ranks", "_site", "_wording")
 
-    def __init__(self, ranks: Ranks, site: CallSite, wording: Wording, raises: bool) -> None:
+    def __init__(self, ranks: Ranks, site: CallSite, wording: Wording, raises: bool, function: str | None) -> None:
         self._ranks = ranks
-        self._place = str(site)
+        self._site = str(site)
         # The same in ranks with other working directories, and other copies of the code.
-        self._key = f"{wording.place} at {os.path.basename(site.filename)}:{site.lineno} in {site.function}"
+        line = f"{os.path.basename(site.filename)}:{site.lineno}+{site.offset} in {site.function}"
+        self._place = Place(f"{wording.place} at {function or line}", f"the end of {wording.place} at {site}")
         self._wording = wording
         self._raises = raises
+        self._neighbours = _open_in_thread()
 
     @property
     def speaks(self) -> bool:
         """Whether this rank is the one that warns for all."""
         return self._ranks.speaks
+
+    def begin(self) -> None:
+        """The block begins. Inside of others, where ranks meet later."""
+        self._neighbours.append(self)
+
+    def end(self) -> None:
+        """The block is over; twice does nothing."""
+        self._neighbours[:] = [other for other in self._neighbours if other is not self]
+
+    def abandon(self, error: BaseException) -> None:
+        """Tells the others that an error has kept this rank from looking; they need not wait for it."""
+        if not self._ranks.is_over:
+            self._tell(self._place, self._told("", (), error))
 
     def reach(
         self,
@@ -65,48 +89,66 @@ class Agreement:
         error: BaseException | None,
         said: Sequence[StatsChange],
         statistics: Statistics,
+        parting: Parting,
+        is_end: bool,
     ) -> tuple[str, str, frozenset[str]]:
         """Tells the other ranks what was found here, and hears from them.
-
-        Does not wait for them where an exception is on its way: they are told, and it goes on.
 
         Args:
             text: What was found, but for these layers; empty for nothing.
             changes: The layers concerned.
-            error: The exception that ends the block here.
+            error: The exception that leads this rank out of the block, of which the others are told.
             said: Layers of which this rank has warned.
             statistics: What is known of statistics that another rank may have overwritten.
+            parting: Whether to wait for the others, to tell them and go on, or neither.
+            is_end: Whether the block ends; else this is a comparison inside of it.
 
         Returns:
             What this rank is to raise, or to warn of where nothing is raised; what it is to warn of in any case; the
             layers that another rank has overwritten.
         """
-        place = self._key
-        overwritten = frozenset[str]()
-        whole = text(overwritten)
-        if self._ranks.is_over:  # so is what the ranks have to do with each other
-            return whole, "", overwritten
-        if error is not None:
-            with suppress(dist.DistError):
-                self._ranks.meet(place, self._told(whole, changes, error), waits=False)
-            return whole, "", overwritten
+        suspects = frozenset(statistics.found)
+        if parting == "skip" or self._ranks.is_over:  # with the process group ends what they have to do with each other
+            return text(suspects), "", suspects
+        place = self._place
+        if not is_end:
+            place = Place(f"check() in {place.key}", f"check() of {self._wording.place} at {self._site}")
+        if parting == "tell":
+            whole = text(suspects)
+            left = [change for change in changes if change.names[0] not in suspects]
+            self._tell(place, self._told(whole, left, error))
+            return whole, "", suspects
         asks = tuple([(source, name) for name, (_, source) in statistics.found.items()])
-        told = self._told(whole, changes, None)
+        told = self._told(text(frozenset()), changes, None)
         if asks:
-            told = Told(self._ranks.me, "changed", text(frozenset(statistics.found)), (), asks)
+            told = Told(self._ranks.me, "changed", text(suspects), (), asks)
         try:
-            heard = self._ranks.meet(place, told, waits=True)
-            asked = {item for one in heard for item in one.asks}
-            if asked:
-                overwritten = self._overwritten(place, asked, statistics)
-                whole = text(overwritten)
-                heard = self._ranks.meet(f"{place}, in the end", self._told(whole, changes, None), waits=True)
+            heard = self._ranks.meet(place, told, waits=True, around=self._around(is_end))
+            overwritten = frozenset[str]()
+            if any([one.asks for one in heard.told]):
+                answers, overwritten = self._overwritten(heard, statistics)
+                last = answers.again("in the end", self._told(text(overwritten), changes, None))
+                gone = [one for one in heard.told if one.rank in heard.left]
+                return *self._of(text(overwritten), [*gone, *last.told], said), overwritten
+            return *self._of(text(overwritten), heard.told, said), overwritten
         except UnansweredError as failure:
-            message = missing_ranks_text(failure.missing, failure.seconds, self._wording.place, self._place)
-            return *self._alone(whole, message), overwritten
+            message = missing_ranks_text(failure.missing, failure.seconds, place.text, failure.elsewhere)
+            return *self._alone(text(suspects), message), suspects
         except dist.DistError as failure:
-            return *self._alone(whole, unreachable_text(str(failure), self._wording.place)), overwritten
-        return *self._of(whole, heard, said), overwritten
+            return *self._alone(text(suspects), unreachable_text(str(failure), place.text)), suspects
+
+    def _around(self, is_end: bool) -> list[Place]:
+        """Where the ranks meet after this."""
+        places: list[Place] = []
+        for other in self._neighbours:
+            if other is self:
+                return places if is_end else [*places, self._place]
+            places.append(other._place)
+        return []
+
+    def _tell(self, place: Place, told: Told | None) -> None:
+        with suppress(dist.DistError):
+            self._ranks.meet(place, told, waits=False)
 
     def _of(self, text: str, heard: Sequence[Told], said: Sequence[StatsChange]) -> tuple[str, str]:
         """What this rank is to say, of its own and of what it has heard."""
@@ -121,20 +163,30 @@ class Agreement:
         news = [(one.rank, one.text) for one in others if one.kind == "changed" and not set(one.layers) <= known]
         return others_text(text, news), aside
 
-    def _overwritten(self, place: str, asked: set[tuple[int, str]], statistics: Statistics) -> frozenset[str]:
-        """Which of the layers that this rank asks about have the statistics of the rank that is asked."""
-        names = [name for rank, name in asked if rank == self._ranks.me]
+    def _overwritten(self, heard: Heard, statistics: Statistics) -> tuple[Heard, frozenset[str]]:
+        """Which of the layers that this rank asks about have the statistics of the rank that is asked.
+
+        All of those whose rank cannot be asked: it is no member of the group, or has left.
+        """
+        names = sorted({name for one in heard.told for rank, name in one.asks if rank == self._ranks.me})
         mine = Told(self._ranks.me, "statistics", json.dumps(statistics.of(names))) if names else None
-        heard = {one.rank: json.loads(one.text) for one in self._ranks.meet(f"{place}, statistics", mine, waits=True)}
-        found = statistics.found.items()
-        return frozenset([name for name, (digest, rank) in found if heard.get(rank, {}).get(name) == digest])
+        answers = heard.again("statistics", mine)
+        known = {one.rank: json.loads(one.text) for one in answers.told}
+        overwritten = [
+            name
+            for name, (digest, rank) in statistics.found.items()
+            if rank in heard.left or rank not in self._ranks.members or known.get(rank, {}).get(name) == digest
+        ]
+        return answers, frozenset(overwritten)
 
     def _told(self, text: str, changes: Sequence[StatsChange], error: BaseException | None) -> Told | None:
         layers = tuple([change.names[0] for change in changes])
         if isinstance(error, StatsChangedError):
             names = layers or tuple([change.names[0] for change in error.changes])
             return Told(self._ranks.me, "changed", str(error), names)
-        if error is not None:
+        if isinstance(error, SystemExit) and not error.code:
+            error = None
+        if error is not None and not isinstance(error, GeneratorExit):
             first = str(error).partition("\n")[0]
             said = f"{type(error).__name__}: {first}" if first else type(error).__name__
             return Told(self._ranks.me, "error", "\n".join(filter(None, [f"left the block with {said}", text])), layers)
@@ -149,3 +201,12 @@ class Agreement:
         if self._raises and not text:
             raise BNGuardError(message)
         return text, message
+
+
+def _open_in_thread() -> list[Any]:
+    """Of the blocks that are open in this thread, the first ones first."""
+    try:
+        found: list[Any] = _threads.open
+    except AttributeError:
+        found = _threads.open = []
+    return found

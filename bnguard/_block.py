@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from bnguard import _report
 from bnguard._affine import AffineHold, affine_parameters
-from bnguard._agreement import Agreement, Statistics
+from bnguard._agreement import Agreement, Parting, Statistics
 from bnguard._aside import aside
 from bnguard._attach import attach, detach, is_any_held
 from bnguard._bits import digest_of
@@ -60,7 +61,7 @@ class Block:
     """
 
     __slots__ = (
-        "_affine", "_claims", "_found", "_has_warned_of_program", "_layers", "_maybe_overwritten", "_model",
+        "_affine", "_claims", "_found", "_handled", "_has_warned_of_program", "_layers", "_maybe_overwritten", "_model",
         "_on_cuda", "_outcome", "_parameters", "_process", "_refreshing", "_regions", "_sentries", "_settings",
         "_statistics", "_tree", "_under_way", "_verified", "_without_values",
     )  # fmt: skip
@@ -85,17 +86,23 @@ class Block:
         self._found: Mapping[int, StatsChange] = _NONE  # by owner: what a comparison found
         self._verified: Mapping[int, int] = _NONE  # by owner: updates when it was last compared
         self._outcome = Outcome(settings, None)
+        self._handled: BaseException | None = None  # that was being handled where the block began
         self._has_warned_of_program = False
         self._maybe_overwritten: Mapping[str, tuple[str, int]] = {}  # by layer: digest of what was found, from whom
         self._refreshing = threading.Lock()
         self._under_way: dict[int, int] = {}  # by owner: updates within the budget that have begun and not ended
         self._regions: dict[int, Region] = {}  # checkpointed, held, and not recomputed so far
 
-    def enter(self) -> None:
-        """Guards the layers from now on. If that fails, the model is as it was."""
+    def enter(self, function: str | None = None) -> None:
+        """Guards the layers from now on. If that fails, the model is as it was.
+
+        Args:
+            function: What the ranks of a distributed run call a decorated function by.
+        """
         settings, modules = self._settings, [layer.module for layer in self._layers]
         self._process = os.getpid()
-        self._outcome = Outcome(settings, self._agreement())
+        self._handled = sys.exception()
+        self._outcome = Outcome(settings, self._agreement(function))
         self._on_cuda = torch.cuda.is_initialized() and any(
             [
                 tensor.is_cuda
@@ -108,6 +115,7 @@ class Block:
         stance, budget = settings.stance, settings.updates
         self._claims = [Claim(self, owner, stance, budget) for owner in range(len(modules))]
         try:
+            self._outcome.begin()
             # The claims first: what other threads run in the meantime is then held already.
             if not settings.manner.compares_only:
                 self._sentries = attach(
@@ -125,19 +133,31 @@ class Block:
             if settings.manner.has_asides:
                 warn_about_fixed_modes(self._layers, settings)
                 warn_about_programs(settings)
-        except BaseException:
+        except BaseException as error:
+            self._outcome.end()
             self._let_go()
+            self._outcome.abandon(error)
             raise
 
     def check(self) -> None:
         """Compares now, and acts as the end of the block would."""
-        self._act(self._verify(), None)
+        self._act(self._verify(), None, is_end=False)
 
-    def leave(self, error: BaseException | None) -> None:
+    @property
+    def is_left_behind(self) -> BaseException | None:
+        """An exception on its way out of where the block began, as in the ``finally`` in which a guard is stopped."""
+        error = sys.exception()
+        return None if error is self._handled else error
+
+    def leave(
+        self, error: BaseException | None, parting: Parting = "wait", leaving: BaseException | None = None
+    ) -> None:
         """Compares, lets go of the model and acts on what was found.
 
         Args:
             error: The exception on its way out of the block.
+            parting: In a distributed run: whether to meet the other ranks, if there is no exception.
+            leaving: An exception on its way past the block, of which only the other ranks are told.
 
         Raises:
             StatsChangedError: As ``on_change="raise"`` says, and no exception is on its way.
@@ -145,18 +165,24 @@ class Block:
         if os.getpid() != self._process:
             self._let_go()  # a forked child: what the shared statistics are to be is up to the parent
             return
-        # While the claims still stand: what other threads run in the meantime is held.
         try:
-            found = self._verify()
-        finally:
-            self._let_go()
-        if error is None and self._settings.manner.has_asides:
-            if self._statistics is not None and self._layers:
-                warn_about_added_layers(self._model, self._settings, self._tree, self._statistics)
-            if self._regions and not is_any_held(self._layers):
-                warn_about_pending_regions(self._regions.values(), self._settings)
+            # While the claims still stand: what other threads run in the meantime is held.
+            try:
+                found = self._verify()
+            finally:
+                self._let_go()
+            if error is None and self._settings.manner.has_asides:
+                self._warn_of_gaps()
+        except BaseException as failure:
+            self._outcome.end()
+            self._outcome.abandon(error or failure)
+            raise
         self._statistics = self._parameters = None  # a guard that is kept for later keeps no copies
-        self._act(found, error)
+        try:
+            self._act(found, error, parting, leaving)
+        finally:
+            self._outcome.end()
+            self._handled = None  # and the frames that it keeps
 
     @property
     def changes(self) -> tuple[StatsChange, ...]:
@@ -238,6 +264,12 @@ class Block:
 
     # Parts.
 
+    def _warn_of_gaps(self) -> None:
+        if self._statistics is not None and self._layers:
+            warn_about_added_layers(self._model, self._settings, self._tree, self._statistics)
+        if self._regions and not is_any_held(self._layers):
+            warn_about_pending_regions(self._regions.values(), self._settings)
+
     def _verify(self) -> list[StatsChange]:
         """Compares, and puts back unless changes are to stand. Returns what differed."""
         self._refuse_capture()
@@ -247,8 +279,10 @@ class Block:
             is_intact = False
             try:
                 is_intact = snapshot.is_intact()
-                for difference in () if is_intact else snapshot.changed():
-                    if snapshot is self._statistics and self._is_within_budget(snapshot, difference.owner):
+                differences = [] if is_intact else list(snapshot.changed())
+                paid = self._within_budget(differences) if snapshot is self._statistics else frozenset()
+                for difference in differences:
+                    if difference.owner in paid:
                         continue
                     change = self._found_change(snapshot, difference)
                     earlier = changes.get(difference.owner)
@@ -266,23 +300,33 @@ class Block:
         self._verified = {claim.owner: claim.updates for claim in self._claims if claim.updates}
         return [changes[owner] for owner in sorted(changes)]
 
-    def _is_within_budget(self, statistics: Snapshot, owner: int) -> bool:
-        """Whether a compiled graph, in which no forward can be counted, has updated a layer no more often than it may.
+    def _within_budget(self, differences: Sequence[Difference]) -> frozenset[int]:
+        """Owners of differences that are those of updates within the budget. What they then have is the state to hold.
 
-        Told by the layer's own counter. What it then has is the state to hold.
+        Before each of the forwards that were counted ``DistributedDataParallel`` may have put the statistics of another
+        rank in the place of this one's: then they are what the update began from. Of a compiled graph, in which no
+        forward can be counted, the layer's own counter tells.
         """
-        claim = self._claims[owner]
-        if not claim.budget or not is_taken_in(self._layers[owner].module):
-            return False
+        assert self._statistics is not None
+        owners = [difference.owner for difference in differences if self._claims[difference.owner].budget]
+        modules = {owner: self._layers[owner].module for owner in owners}
+        spent = [modules[owner] for owner in owners if self._claims[owner].spent]
+        overwritten = overwritten_by_ddp(spent, after_join=True) if spent else {}
+        paid = []
+        for owner, module in modules.items():
+            if id(module) in overwritten or (is_taken_in(module) and self._has_counted(self._statistics, owner)):
+                self._statistics.refresh(owner, unless=None)
+                paid.append(owner)
+        return frozenset(paid)
+
+    def _has_counted(self, statistics: Snapshot, owner: int) -> bool:
+        """Whether the counter of a layer says that it has updated no more often than it may."""
         before, now = (values(owner).get("num_batches_tracked") for values in (statistics.before, statistics.now))
         if before is None or now is None:
             return False
         with aside():
             updates = int(now) - int(before)
-        if not pay(claim, updates):
-            return False
-        statistics.refresh(owner, unless=None)
-        return True
+        return pay(self._claims[owner], updates)
 
     def _let_go(self) -> None:
         """Takes everything off the model, whatever fails on the way."""
@@ -302,10 +346,19 @@ class Block:
     def _detach(self) -> None:
         detach(self._layers, self._claims, self._model)
 
-    def _act(self, found: list[StatsChange], error: BaseException | None) -> None:
+    def _act(
+        self,
+        found: list[StatsChange],
+        error: BaseException | None,
+        parting: Parting = "wait",
+        leaving: BaseException | None = None,
+        *,
+        is_end: bool = True,
+    ) -> None:
         if found or self._outcome.is_due:
             statistics = Statistics(self._maybe_overwritten, self._digests)
-            self._outcome.act(found, statistics, self.changes, self._cause(found) if found else "unknown", error)
+            cause = self._cause(found) if found else "unknown"
+            self._outcome.act(found, statistics, self.changes, cause, error, parting, leaving, is_end=is_end)
 
     def _digests(self, names: Iterable[str]) -> dict[str, str]:
         """By layer: a digest of its statistics as they are now."""
@@ -315,20 +368,20 @@ class Block:
     def _suspects(self, changes: Iterable[StatsChange]) -> dict[str, tuple[str, int]]:
         """Of those changes that DDP may have made: digests of the layers' statistics now, and from which rank."""
         unseen = {change.names[0] for change in changes if not change.updates}
-        if not unseen or not self._outcome.asks:
+        if not unseen:
             return {}
         modules = {layer.names[0]: layer.module for layer in self._layers if layer.names[0] in unseen}
         sources = overwritten_by_ddp(modules.values())
         digests = self._digests([name for name, module in modules.items() if id(module) in sources])
         return {name: (digest, sources[id(modules[name])]) for name, digest in digests.items()}
 
-    def _agreement(self) -> Agreement | None:
+    def _agreement(self, function: str | None) -> Agreement | None:
         """With the other ranks of a distributed run."""
         ranks = Ranks.of(self._settings.group)
         if ranks is None:
             return None
         settings = self._settings
-        return Agreement(ranks, call_site(), settings.manner.wording, settings.on_change == "raise")
+        return Agreement(ranks, call_site(), settings.manner.wording, settings.on_change == "raise", function)
 
     def _refuse_capture(self) -> None:
         if self._on_cuda and torch.cuda.is_current_stream_capturing():

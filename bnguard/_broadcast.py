@@ -19,11 +19,16 @@ _SHARDED = ("FullyShardedDataParallel", "FSDPModule")
 _around: weakref.WeakKeyDictionary[nn.Module, weakref.ref[DistributedDataParallel]] = weakref.WeakKeyDictionary()
 
 
-def overwritten_by_ddp(modules: Iterable[nn.Module]) -> dict[int, int]:
-    """By id of those modules whose buffers another rank determines: the global rank.
+def overwritten_by_ddp(modules: Iterable[nn.Module], *, after_join: bool = False) -> dict[int, int]:
+    """By id of those modules whose buffers another rank determines: the global rank, that of the first as a rule.
 
     Any wrapper in the process counts, whichever module the guard was given: DDP is not reachable from what it wraps.
     Looks at every object there is, once for each module; for when something has changed.
+
+    Args:
+        modules: The modules.
+        after_join: Whether to count the first rank, too, under a DDP that has been in ``join()``: a rank with fewer
+            batches gets the buffers of one that has more.
     """
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() < 2:
         return {}
@@ -35,7 +40,10 @@ def overwritten_by_ddp(modules: Iterable[nn.Module]) -> dict[int, int]:
     found = {}
     for module in modules:
         ddp = _around[module]() if module in _around else None
-        if ddp is not None and _is_broadcasting(ddp) and dist.get_rank(ddp.process_group) > 0:
+        if ddp is None or not _is_broadcasting(ddp):
+            continue
+        has_joined = after_join and getattr(getattr(ddp, "_join_config", None), "enable", False)
+        if dist.get_rank(ddp.process_group) > 0 or has_joined:
             found[id(module)] = dist.get_process_group_ranks(ddp.process_group)[0]
     return found
 

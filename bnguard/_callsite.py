@@ -6,7 +6,7 @@ import functools
 import os
 import sys
 import sysconfig
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import CodeType, FrameType
 from typing import Literal
 
@@ -27,12 +27,14 @@ class CallSite:
         lineno: Line number, from 1.
         function: Name of the function, ``"<module>"`` at top level; a comprehension belongs to its function.
         stacklevel: What ``warnings.warn`` needs, when called from the caller of ``call_site``, to point here.
+        offset: Of the instruction in the function's code, in bytes: tells places on one line apart.
     """
 
     filename: str
     lineno: int
     function: str
     stacklevel: int
+    offset: int = field(default=0, compare=False)
 
     def __str__(self) -> str:
         return f"{_short(self.filename)}:{self.lineno} in {self.function}"
@@ -51,14 +53,19 @@ def call_site() -> CallSite:
     while frame is not None:
         origin = "machinery" if _is_made_by_a_tracer(frame) else origin_of(frame.f_code.co_filename)
         if origin != "machinery":
-            site = CallSite(frame.f_code.co_filename, frame.f_lineno, function_of(frame.f_code), stacklevel)
+            site = _site(frame, stacklevel)
             if origin == "user":
                 return site
             fallback = fallback or site
-        outermost = CallSite(frame.f_code.co_filename, frame.f_lineno, function_of(frame.f_code), stacklevel)
+        outermost = _site(frame, stacklevel)
         frame = frame.f_back
         stacklevel += 1
     return fallback or outermost
+
+
+def _site(frame: FrameType, stacklevel: int) -> CallSite:
+    code = frame.f_code
+    return CallSite(code.co_filename, frame.f_lineno, function_of(code), stacklevel, frame.f_lasti)
 
 
 _COMPREHENSIONS = ("<listcomp>", "<genexpr>", "<setcomp>", "<dictcomp>")

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import os
 import types
 from collections.abc import AsyncGenerator, Callable, Generator
-from contextlib import AbstractContextManager, suppress
-from typing import TYPE_CHECKING, Any, TypeAlias
+from contextlib import suppress
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeAlias
 
 import wrapt
 
+from bnguard._agreement import Parting
+from bnguard._graphs import outside_graphs
 from bnguard.errors import StatsChangedError
 
 if TYPE_CHECKING:
@@ -18,10 +22,60 @@ if TYPE_CHECKING:
 else:  # no generic classes before wrapt 2
     _Wrapper, _BoundWrapper = wrapt.FunctionWrapper, wrapt.BoundFunctionWrapper
 
-__all__ = ["guard_function"]
+__all__ = ["Guard", "guard_function"]
 
-# Given the instance a function is bound to (or None), and its arguments: something that opens a block, again and again.
-Opener: TypeAlias = Callable[[Any, Any, tuple[Any, ...], dict[str, Any]], Callable[[], AbstractContextManager[Any]]]
+
+class Guard(Protocol):
+    """What opens a block, again and again."""
+
+    def _enter(self, function: str | None) -> object:
+        """Begins a block, of a function that the ranks of a distributed run call so."""
+
+    def _leave(
+        self, error: BaseException | None, parting: Parting = "wait", leaving: BaseException | None = None
+    ) -> None:
+        """Ends it."""
+
+
+# Given the instance a function is bound to (or None), and its arguments: what guards one call.
+Opener: TypeAlias = Callable[[Any, Any, tuple[Any, ...], dict[str, Any]], Callable[[], Guard]]
+
+
+class _Extent:
+    """A block around a part of one call. The ranks of a distributed run meet at the end of a call, not of each part.
+
+    Attributes:
+        parting: What the ranks make of the end of this one, unless an exception ends it.
+    """
+
+    def __init__(self, guard: Guard, function: str, parting: Parting, leaving: BaseException | None) -> None:
+        self.parting = parting
+        self._guard = guard
+        self._function = function
+        self._leaving = leaving
+
+    @outside_graphs
+    def __enter__(self) -> Self:
+        self._guard._enter(self._function)
+        return self
+
+    @outside_graphs
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._guard._leave(error, self.parting, self._leaving)
+
+
+class _Call:
+    """One call of a guarded function."""
+
+    def __init__(self, make_guard: Callable[[], Guard], function: str) -> None:
+        self._make_guard = make_guard
+        self._function = function
+
+    def block(self, parting: Parting = "wait", leaving: BaseException | None = None) -> _Extent:
+        """A block around a part of it."""
+        return _Extent(self._make_guard(), self._function, parting, leaving)
 
 
 def guard_function(function: Any, opener: Opener, decorator: str) -> Any:
@@ -51,10 +105,21 @@ def guard_function(function: Any, opener: Opener, decorator: str) -> Any:
     else:
         run = _run_function
 
+    name = _name_in_all_ranks(inner)
+
     def wrapper(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return run(opener(wrapped, instance, args, kwargs), wrapped, args, kwargs)
+        return run(_Call(opener(wrapped, instance, args, kwargs), name), wrapped, args, kwargs)
 
     return _GuardedFunction(function, wrapper)
+
+
+def _name_in_all_ranks(function: Any) -> str:
+    """What tells a function from others in every rank of a distributed run, wherever their code lies."""
+    plain = inspect.unwrap(function)
+    code = getattr(plain, "__code__", None)
+    if code is None:
+        return type(plain).__qualname__
+    return f"{os.path.basename(code.co_filename)}:{code.co_firstlineno} {code.co_qualname}()"
 
 
 class _BoundGuardedFunction(_BoundWrapper):
@@ -71,63 +136,68 @@ class _GuardedFunction(_Wrapper):
         return self.__wrapped__.__qualname__
 
 
-def _run_function(
-    block: Callable[[], AbstractContextManager[Any]], function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    with block():
+def _run_function(call: _Call, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    with call.block():
         return function(*args, **kwargs)
 
 
 def _run_generator(
-    block: Callable[[], AbstractContextManager[Any]], function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    call: _Call, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Generator[Any, Any, Any]:
-    return (yield from _legs(block, function(*args, **kwargs)))
+    return (yield from _legs(call, function(*args, **kwargs)))
 
 
-async def _run_coroutine(
-    block: Callable[[], AbstractContextManager[Any]], function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    return await _awaitable_legs(block, function(*args, **kwargs))
+async def _run_coroutine(call: _Call, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return await _awaitable_legs(call, function(*args, **kwargs))
 
 
 async def _run_async_generator(
-    block: Callable[[], AbstractContextManager[Any]], function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    call: _Call, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> AsyncGenerator[Any, Any]:
     generator = function(*args, **kwargs)
     step = generator.asend(None)
     while True:
         try:
-            item = await _awaitable_legs(block, step)
+            item = await _awaitable_legs(call, step, "skip")
         except StopAsyncIteration:
             return
         except Exception:
             # A finding at the end of a step leaves the generator open. The first error is the one to tell.
             with suppress(StatsChangedError, RuntimeError):
-                await _awaitable_legs(block, generator.aclose())
+                await _awaitable_legs(call, generator.aclose(), "skip")
             raise
         try:
             step = generator.asend((yield item))
         except GeneratorExit:
-            await _awaitable_legs(block, generator.aclose())
+            await _awaitable_legs(call, generator.aclose(), "tell")
             raise
         except BaseException as error:
             step = generator.athrow(error)
 
 
-def _legs(block: Callable[[], AbstractContextManager[Any]], inner: Any) -> Generator[Any, Any, Any]:
-    """Drives ``inner`` (``send``, ``throw``, ``close``), each resumption in a block. See PEP 380."""
+def _legs(call: _Call, inner: Any, last: Parting = "wait") -> Generator[Any, Any, Any]:
+    """Drives ``inner`` (``send``, ``throw``, ``close``), each resumption in a block. See PEP 380.
+
+    Args:
+        call: The call.
+        inner: A generator, or what a coroutine or an asynchronous generator gives.
+        last: What ranks make of the end of the last one.
+    """
     resume, value = inner.send, None
     while True:
-        is_done = False
+        is_done, block = False, call.block()
         try:
-            with block():
+            with block:
                 try:
                     item = resume(value)
                 except StopIteration as stop:
                     # The end of a generator is no error: the block must not see one.
                     is_done, item = True, stop.value
-        except BaseException:
-            with suppress(StatsChangedError), block():
+                block.parting = last if is_done else "skip"
+        except BaseException as error:
+            # What was found at the end of a resumption has been kept from the other ranks so far.
+            close = call.block("tell", error) if block.parting == "skip" else call.block("skip")
+            with suppress(StatsChangedError), close:
                 inner.close()
             raise
         if is_done:
@@ -135,7 +205,7 @@ def _legs(block: Callable[[], AbstractContextManager[Any]], inner: Any) -> Gener
         try:
             resume, value = inner.send, (yield item)
         except GeneratorExit:
-            with block():
+            with call.block("tell"):
                 inner.close()
             raise
         except BaseException as error:
@@ -143,5 +213,5 @@ def _legs(block: Callable[[], AbstractContextManager[Any]], inner: Any) -> Gener
 
 
 @types.coroutine
-def _awaitable_legs(block: Callable[[], AbstractContextManager[Any]], inner: Any) -> Generator[Any, Any, Any]:
-    return (yield from _legs(block, inner))
+def _awaitable_legs(call: _Call, inner: Any, last: Parting = "wait") -> Generator[Any, Any, Any]:
+    return (yield from _legs(call, inner, last))

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from bnguard import _report
+from bnguard._agreement import Parting
 from bnguard._block import Block
 from bnguard._callsite import call_site
 from bnguard._changes import GuardedLayer, StatsChange
@@ -87,9 +88,10 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
         group: In a distributed run, the ``torch.distributed`` process group whose ranks agree at the end of the block
             and at ``check()``: under ``"raise"`` all of them raise if one has found something, naming ranks and layers,
             else the first rank warns for all. None is the default group, where there is one; False is none, for a block
-            that not all ranks enter. They wait for each other, at most as long as the timeout of the process group. A
-            rank that an exception leads out of the block tells the others and does not wait: where that is a
-            ``StatsChangedError`` they raise as well, else the first of them warns.
+            that not all ranks enter. They meet at the line of the block, or in the decorated function, and wait for
+            each other at most as long as the timeout of the process group. A rank that an exception leads out of the
+            block tells the others and does not wait: where that is a ``StatsChangedError`` they raise as well, else the
+            first of them warns.
 
     Raises:
         TypeError: ``model`` is no module; an option has the wrong type.
@@ -147,12 +149,16 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
 
     @outside_graphs
     def __enter__(self) -> Self:
+        return self._enter(None)
+
+    def _enter(self, function: str | None) -> Self:
+        """Begins a block; of a decorated function, with what ranks call that by."""
         block = Block(self._model, self._settings, self._last)
         with self._lock:
             self._open.append((threading.get_ident(), block))
             self._last = block
         try:
-            block.enter()
+            block.enter(function)
             return self
         except BaseException:
             self._close(block)
@@ -178,10 +184,13 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
     def stop(self) -> None:
         """Leaves the block that this thread entered last, else the last one of all. Without one, does nothing.
 
+        In a ``finally`` that an exception runs through, ranks of a distributed run do not wait for each other.
+
         Raises:
             StatsChangedError: As at the end of a ``with`` block.
         """
-        self._leave(None)
+        block = self._innermost()
+        self._leave(None, leaving=None if block is None else block.is_left_behind)
 
     @outside_graphs
     def check(self) -> None:
@@ -228,8 +237,9 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
         return self._of(model, replace(settings, group=group))
 
     def __getstate__(self) -> tuple[nn.Module, Settings]:
-        # A copy or a pickle guards the copy of the model, and is not open.
-        return self._model, self._settings
+        # A pickle guards the copy of the model, and is not open. Process groups are of their process.
+        group = self._settings.group
+        return self._model, replace(self._settings, group=group if group is None or isinstance(group, bool) else False)
 
     def __setstate__(self, state: tuple[nn.Module, Settings]) -> None:
         self._set(*state)
@@ -246,11 +256,13 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
                         return block
             return self._open[-1][1]
 
-    def _leave(self, error: BaseException | None) -> None:
+    def _leave(
+        self, error: BaseException | None, parting: Parting = "wait", leaving: BaseException | None = None
+    ) -> None:
         block = self._innermost()
         if block is not None:
             try:
-                block.leave(error)
+                block.leave(error, parting, leaving)
             finally:
                 self._close(block)
                 self._last = block

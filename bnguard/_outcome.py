@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Sequence
 
 from bnguard import _report
-from bnguard._agreement import Agreement, Statistics
+from bnguard._agreement import Agreement, Parting, Statistics
 from bnguard._callsite import CallSite, call_site
 from bnguard._causes import causes_of
 from bnguard._changes import StatsChange
@@ -40,10 +40,20 @@ class Outcome:
         """Whether there is something to do although nothing was found."""
         return bool(self._errors) or self._agreement is not None
 
-    @property
-    def asks(self) -> bool:
-        """Whether other ranks can be asked for their statistics."""
-        return self._agreement is not None
+    def begin(self) -> None:
+        """The block begins."""
+        if self._agreement is not None:
+            self._agreement.begin()
+
+    def end(self) -> None:
+        """The block is over. Twice does nothing."""
+        if self._agreement is not None:
+            self._agreement.end()
+
+    def abandon(self, error: BaseException) -> None:
+        """An error keeps the block from finding anything: the other ranks need not wait."""
+        if self._agreement is not None:
+            self._agreement.abandon(error)
 
     def stopped(self, change: StatsChange, mode: str, budget: int) -> StatsChangedError:
         """The error for a forward that would have updated; may be caught."""
@@ -65,6 +75,10 @@ class Outcome:
         changes: tuple[StatsChange, ...],
         cause: Cause,
         error: BaseException | None,
+        parting: Parting = "wait",
+        leaving: BaseException | None = None,
+        *,
+        is_end: bool = True,
     ) -> None:
         """Does what the policy says at the end of a block, or of ``check()``.
 
@@ -74,6 +88,9 @@ class Outcome:
             changes: All that is known to have changed, or was about to.
             cause: What is known of those that no forward was seen of.
             error: The exception on its way out.
+            parting: What other ranks learn of it, where there is no exception.
+            leaving: An exception on its way that the block does not see.
+            is_end: Whether the block ends.
 
         Raises:
             StatsChangedError: As ``on_change="raise"`` says, and no exception is on its way.
@@ -84,17 +101,26 @@ class Outcome:
         def text_but_of(names: frozenset[str]) -> str:
             return self._text([change for change in found if change.names[0] not in names], earlier, cause, error)
 
+        aside, names = "", frozenset(statistics.found)
         if self._agreement is None:
-            text = text_but_of(frozenset())
+            text = text_but_of(names)
         else:
-            leaves_with = None if isinstance(error, _ENDS) else error
-            said = changes if self._warned else ()
-            text, aside, names = self._agreement.reach(text_but_of, found or changes, leaves_with, said, statistics)
-            overwritten = [change for change in found if change.names[0] in names]
-            if overwritten and not self._settings.manner.is_silent:
-                self._warn(_report.broadcast_text(overwritten, keeps, self._settings.manner.wording), error)
-            if aside:
-                self._warn(aside, error)
+            first = leaving or (None if isinstance(error, (StopIteration, StopAsyncIteration)) else error)
+            text, aside, names = self._agreement.reach(
+                text_but_of,
+                found or changes,
+                first,
+                changes if self._warned else (),
+                statistics,
+                parting if first is None else "tell",
+                is_end,
+            )
+        overwritten = [change for change in found if change.names[0] in names]
+        if overwritten and not self._settings.manner.is_silent:
+            sources = sorted({statistics.found[change.names[0]][1] for change in overwritten})
+            self._warn(_report.broadcast_text(overwritten, sources, keeps, self._settings.manner.wording), error)
+        if aside:
+            self._warn(aside, error)
         if not text:
             return
         if self._settings.on_change == "raise" and error is None:

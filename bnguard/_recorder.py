@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 import weakref
@@ -18,7 +17,6 @@ from bnguard._aside import aside
 from bnguard._backwards import BackwardCounter
 from bnguard._bits import below_transforms, has_values
 from bnguard._broadcast import keeps_its_own
-from bnguard._callsite import call_site
 from bnguard._claims import decide
 from bnguard._drift import DriftSample, sample_of
 from bnguard._graphs import object_at, take_in
@@ -60,7 +58,7 @@ class Recorder:
         steps: The steps of all optimizers.
         samples: Measurements of the drift.
         timelines: Updates over the steps by line, in the order in which lines updated first.
-        place: Where the watch began; the same in other ranks.
+        place: What is watched, as it is called in other ranks too.
         ranks: Those of a distributed run, as soon as a model is met in one.
     """
 
@@ -87,8 +85,7 @@ class Recorder:
 
     def open(self) -> None:
         """Records from now on."""
-        site = call_site()
-        self.place = f"watch at {os.path.basename(site.filename)}:{site.lineno}"
+        self.place = f"watch of {'every model' if self._model is None else type(self._model).__name__}"
         if self._model is not None:
             self._take_in(self._model)
         self._backwards.open()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final, Literal
 
 from bnguard._changes import GuardedLayer, StatsChange
@@ -223,44 +223,54 @@ def others_text(own: str, others: Sequence[tuple[int, str]]) -> str:
     for rank, text in others:
         groups.setdefault(text, []).append(rank)
     parts = [own] if own else []
+    known = own.splitlines()
     for text, ranks in groups.items():
         where = f"on {ranks_text(tuple(ranks))}"
         if text == own:
             parts.append(f"The same {where}.")
-        else:
-            parts.append("\n".join([f"{where[0].upper()}{where[1:]}:" if own else f"{where}:", *_indented(text)]))
+            continue
+        lines = text.splitlines()
+        # Advice that has been given is not given again.
+        while known and len(lines) > 1 and lines[-1] in known:
+            lines.pop()
+        known += lines
+        indented = [f"  {line}" for line in lines]
+        parts.append("\n".join([f"{where[0].upper()}{where[1:]}:" if own else f"{where}:", *indented]))
     return "\n".join(parts)
 
 
-def missing_ranks_text(ranks: tuple[int, ...], seconds: float, place: str, where: str) -> str:
+def missing_ranks_text(ranks: tuple[int, ...], seconds: float, place: str, elsewhere: Mapping[int, str]) -> str:
     """What is said of ranks that have not come to the end of a block in time."""
-    return (
-        f"{ranks_text(ranks)} did not come to the end of {place} within {seconds:g} seconds, the timeout of the "
-        f"process group.\n  begun at {where}\n"
-        "A block that not all ranks enter needs group=False; one of fewer ranks needs group= with those."
+    return "\n".join(
+        [
+            f"{ranks_text(ranks)} did not come to {place}",
+            f"within {seconds:g} seconds, the timeout of the process group.",
+            *[f"  rank {rank} waits at {where}" for rank, where in sorted(elsewhere.items())],
+            "Ranks meet at the same line. A block that not all of them enter needs group=False; one of fewer ranks",
+            "needs group= with those.",
+        ]
     )
 
 
 def unreachable_text(problem: str, place: str) -> str:
     """What is said where the other ranks cannot be told at all."""
-    return f"at the end of {place} the other ranks could not be asked what they found: {problem}"
+    return f"at {place} the other ranks could not be asked what they found: {problem}"
 
 
-def broadcast_text(changes: Sequence[StatsChange], restored: bool, wording: Wording = FROZEN) -> str:
+def broadcast_text(
+    changes: Sequence[StatsChange], sources: Sequence[int], restored: bool, wording: Wording = FROZEN
+) -> str:
     """What a rank is told whose statistics ``DistributedDataParallel`` has overwritten with those of another rank."""
     outcome = "The statistics of entry are back." if restored else "The changes stand."
+    what = f"the statistics of {ranks_text(sources)} took the place of others inside {wording.place}:"
     return "\n".join(
         [
-            f"DDP broadcast at forward: rank 0's statistics took the place of others inside {wording.place}:",
+            f"DDP broadcast at forward: {what}",
             *[f"  {layer_text(change.names, change.type)}" for change in changes[:_SHOWN]],
             *[f"  and {len(changes) - _SHOWN} more"] * (len(changes) > _SHOWN),
             f"{outcome} DistributedDataParallel(forward_sync_buffers=False) lets each rank keep its own.",
         ]
     )
-
-
-def _indented(text: str) -> list[str]:
-    return [f"  {line}" for line in text.splitlines()]
 
 
 def capture_text(wording: Wording) -> str:

@@ -6,14 +6,15 @@ import dis
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import replace
 from types import CodeType, FunctionType, TracebackType
 from typing import Any, Final, TypeVar, overload
 
 from torch import nn
 
-from bnguard._decorate import guard_function
+from bnguard._agreement import Parting
+from bnguard._decorate import Guard, guard_function
 from bnguard._frozen import frozen
 from bnguard._graphs import outside_graphs
 from bnguard._models import modules_in, roots_of
@@ -112,9 +113,7 @@ def strict(
             _check_parameter(function, model)
 
         @outside_graphs
-        def opener(
-            wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-        ) -> Callable[[], AbstractContextManager[Any]]:
+        def opener(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], Guard]:
             models = _models(model, wrapped, instance, args, kwargs)
             return functools.partial(_AllFrozen, models, settings)
 
@@ -130,19 +129,32 @@ class _AllFrozen:
     def __init__(self, models: list[nn.Module], settings: Settings) -> None:
         self._guards = [frozen._with(model, settings) for model in models]
         self._undo = ExitStack()
+        self._parting: Parting = "wait"
+        self._leaving: BaseException | None = None
 
-    @outside_graphs
-    def __enter__(self) -> None:
+    def _enter(self, function: str | None) -> None:
         with ExitStack() as undo:
             for guard in self._guards:
-                undo.enter_context(guard)
+                guard._enter(function)
+                undo.push(functools.partial(self._leave_one, guard))
             self._undo = undo.pop_all()
 
-    @outside_graphs
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    def _leave(
+        self, error: BaseException | None, parting: Parting = "wait", leaving: BaseException | None = None
     ) -> None:
-        self._undo.__exit__(kind, error, traceback)
+        self._parting, self._leaving = parting, leaving
+        self._undo.__exit__(
+            None if error is None else type(error), error, None if error is None else error.__traceback__
+        )
+
+    def _leave_one(
+        self,
+        guard: frozen,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        guard._leave(error, self._parting, self._leaving)
 
 
 _PLACES: Final = "its arguments, self, the attributes of self, and what it reads from its closure and globals"

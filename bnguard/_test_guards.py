@@ -7,14 +7,14 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable
 from enum import IntEnum
-from typing import Final
+from typing import Final, Self
 
 from torch import nn
 
+from bnguard._agreement import Parting
 from bnguard._causes import causes_of
 from bnguard._changes import StatsChange
 from bnguard._frozen import frozen
-from bnguard._graphs import outside_graphs
 from bnguard._select import select_layers
 from bnguard._settings import Manner, Settings
 from bnguard._tree import find_layers
@@ -66,18 +66,19 @@ class LocalGuard(frozen):
         self.__enter__()
         self._is_fresh = True
 
-    @outside_graphs
-    def __enter__(self) -> LocalGuard:
+    def _enter(self, function: str | None) -> Self:
         if self._is_fresh:
             self._is_fresh = False
             return self
         self._on_enter()
-        return super().__enter__()
+        return super()._enter(function)
 
-    def _leave(self, error: BaseException | None) -> None:
+    def _leave(
+        self, error: BaseException | None, parting: Parting = "wait", leaving: BaseException | None = None
+    ) -> None:
         self._is_fresh = False
         try:
-            super()._leave(error)
+            super()._leave(error, parting, leaving)
         finally:
             self._on_leave()
 

@@ -285,7 +285,10 @@ def many_blocks():
             step(net)
 
     store = dist.distributed_c10d._get_default_store()
+    step(net)  # the first time, ranks agree on a number
+    dist.barrier()
     before = store.num_keys()
+    dist.barrier()
     result = outcome(run)
     dist.barrier()
     more = store.num_keys() - before

@@ -1,21 +1,14 @@
 """Ranks of a distributed run agree: all raise, one warns for all, or nothing happens, and nobody is left waiting."""
 
-import json
-import os
 import re
 import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from filelock import FileLock
 
+from tests.launch import TORCHRUN, job, once, start
 from tests.rank_scenarios import SCENARIOS
 
-ROOT = Path(__file__).parents[1]
-LIMIT = 240  # seconds for a whole job
 OF_PAIRS = [name for name in SCENARIOS if name not in ("subgroup", "sync_batch_norm", "two_ddp_groups")]
 OF_GPUS = [
     "clean", "change_on_one", "forward_stopped_on_one", "own_error_on_one", "warn_in_train_mode", "warn_of_another",
@@ -28,41 +21,12 @@ OF_FOUR = [
 ]  # fmt: skip
 
 
-def job(folder, *command, backend="gloo"):
-    """Runs a job, with a hard limit, and returns what each rank reports."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "BACKEND": backend}
-    done = subprocess.run(
-        [sys.executable, *command],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=LIMIT,
-        check=False,
-    )
-    results = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    assert done.returncode == 0, [result.get("failed") for result in results] or done.stderr
-    return results
-
-
-def once(tmp_path_factory, name, run):
-    """Runs a job for all processes of the test run."""
-    folder = tmp_path_factory.getbasetemp().parent / name
-    with FileLock(f"{folder}.lock", timeout=2 * LIMIT):
-        if not (folder / "done").exists():
-            folder.mkdir(exist_ok=True)
-            run(folder)
-            (folder / "done").touch()
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-
-
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """Two ranks, started with torchrun."""
 
     def run(folder):
-        job(folder, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "tests.rank_job",
-            str(folder), *OF_PAIRS)  # fmt: skip
+        job(folder, *TORCHRUN, "-m", "tests.rank_job", folder, *OF_PAIRS)
 
     return once(tmp_path_factory, "two_ranks", run)
 
@@ -75,7 +39,7 @@ def four(tmp_path_factory):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        job(folder, "-m", "tests.rank_job", "--spawn", "4", str(port), str(folder), *OF_FOUR)
+        job(folder, "-m", "tests.rank_job", "--spawn", "4", port, folder, *OF_FOUR)
 
     return once(tmp_path_factory, "four_ranks", run)
 
@@ -87,8 +51,7 @@ def two_gpus(tmp_path_factory):
         pytest.skip("needs two GPUs")
 
     def run(folder):
-        job(folder, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "tests.rank_job",
-            str(folder), *OF_GPUS, backend="nccl")  # fmt: skip
+        job(folder, *TORCHRUN, "-m", "tests.rank_job", folder, *OF_GPUS, backend="nccl")
 
     return once(tmp_path_factory, "two_gpus", run)
 
@@ -179,8 +142,11 @@ def test_waiting_for_an_absent_rank_ends(two):
     """With the timeout of the process group: the error names the rank, the block, and the way out."""
     first, _ = of(two, "absent_rank")
     assert first["error"] == "BNGuardError"
-    assert first["text"].startswith("rank 1 did not come to the end of frozen() within 2 seconds, the timeout of the")
-    assert re.search(r"\n  begun at tests/rank_scenarios\.py:\d+ in run\n", first["text"])
+    expected = (
+        r"rank 1 did not come to the end of frozen\(\) at tests/rank_scenarios\.py:\d+ in run\n"
+        r"within 2 seconds, the timeout of the process group\.\n"
+    )
+    assert re.match(expected, first["text"])
     assert "needs group=False" in first["text"]
     first, _ = of(two, "absent_rank_and_a_change")
     assert first["error"] == "StatsChangedError"
@@ -229,10 +195,10 @@ def test_check_agrees_as_well(two):
 
 
 def test_many_blocks_leave_the_store_as_it_was(ranks):
-    """Nested, decorated, again and again: of each line the last sixteen are kept."""
+    """Nested, decorated, again and again."""
     for result in of(ranks, "many_blocks"):
         assert_silent(result)
-        assert result["more_keys"] <= 2 * 3 * 16 < 2 * 3 * 30
+        assert result["more_keys"] == 0
 
 
 @pytest.mark.parametrize("name", ["other_folders", "threads", "forked_worker", "destroyed_group", "copied_guard"])
@@ -302,7 +268,7 @@ def test_a_broadcast_is_told_and_not_accused(ranks):
         for result in others:
             assert result[policy]["error"] is None
             (warning,) = result[policy]["warnings"]
-            assert warning.startswith("DDP broadcast at forward: rank 0's statistics took the place of others")
+            assert warning.startswith("DDP broadcast at forward: the statistics of rank 0 took the place of others")
             assert "\n  1 (BatchNorm2d)\n" in warning
             assert result[policy]["restored"] is (policy != "warn")
             assert result[policy]["zeros"] is (policy == "warn")
@@ -414,16 +380,7 @@ dist.destroy_process_group()
 def run_by_torchrun(folder, *args):
     """The script above under ``bnguard run``, with two ranks."""
     (folder / "train.py").write_text(SCRIPT)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    return subprocess.run(
-        [*launcher, "-m", "bnguard", "run", "train.py", *args],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=LIMIT,
-        check=False,
-    )
+    return start([*TORCHRUN, "-m", "bnguard", "run", "train.py", *args], folder)
 
 
 def test_run_reports_once_for_all_ranks(tmp_path):

@@ -48,7 +48,7 @@ def _about_ranks(record: watch) -> tuple[str, ...]:
     if not record.speaks:
         return (f"That is what rank {record.rank} has recorded; the first rank has the report of all.",)
     if record.missing_ranks:
-        return (f"{ranks_text(record.missing_ranks)} did not tell what they recorded.".capitalize(),)
+        return (f"{ranks_text(record.missing_ranks)} did not tell what was recorded there.".capitalize(),)
     return ()
 
 

@@ -1,0 +1,46 @@
+"""Start the ranks of a distributed run, with a hard limit, and gather what they report."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from filelock import FileLock
+
+__all__ = ["LIMIT", "ROOT", "TORCHRUN", "job", "once", "start"]
+
+ROOT = Path(__file__).parents[1]
+LIMIT = 240  # seconds for a whole job
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+
+
+def start(command, folder=ROOT, **environment):
+    """Runs a Python command."""
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        check=False,
+    )
+
+
+def job(folder, *command, backend="gloo"):
+    """Runs ranks that write what they report into a folder."""
+    done = start(command, BACKEND=backend)
+    results = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    assert done.returncode == 0, [result.get("failed") for result in results] or done.stderr
+
+
+def once(tmp_path_factory, name, run):
+    """Runs a job for all processes of the test run; what each rank reports."""
+    folder = tmp_path_factory.getbasetemp().parent / name
+    with FileLock(f"{folder}.lock", timeout=2 * LIMIT):
+        if not (folder / "done").exists():
+            folder.mkdir(exist_ok=True)
+            run(folder)
+            (folder / "done").touch()
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
