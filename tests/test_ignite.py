@@ -603,6 +603,19 @@ def test_copy_of_an_engine_guards_the_copy_of_the_model() -> None:
     assert drifted(model)
 
 
+def test_copy_of_an_engine_that_shares_the_model_guards_that() -> None:
+    """A step that is a function is not copied with the engine, and neither is the model in it."""
+    model = make_model()
+    engine = Engine(lambda engine, batch: model(batch[0]))
+    handler = BNGuardHandler(model, "restore")
+    handler.attach(engine, check_at=Events.EPOCH_COMPLETED)
+    copied = copy.deepcopy(engine)
+    assert_untouched(model, lambda: copied.run(make_loader()))
+    assert handler.layers
+    assert_clean(model)
+    assert_untouched(model, lambda: engine.run(make_loader()))
+
+
 class Forward:
     """A step that can be copied."""
 

@@ -24,6 +24,7 @@ Needs the extra ``ignite`` (``pip install 'bnguard[ignite]'``).
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterable
 from typing import Any, Final
@@ -68,6 +69,8 @@ class BNGuardHandler:
     It is ``run()`` that is guarded, not events that are handled: an engine with a handler of
     ``Events.EXCEPTION_RAISED`` keeps exceptions from you, one that raises there keeps them from the handlers after it,
     and no event tells of a run that is resumed. So the guard adds no handler, and exceptions go where they went.
+
+    A deep copy of an engine is guarded as well, on the model that it runs.
 
     Not covered: a run that is under way already when the handler is attached. A checkpoint that is loaded inside the
     run is a change of the statistics: load it before, as ``Checkpoint.load_objects`` is meant to be used.
@@ -167,12 +170,9 @@ class _GuardedRun:
     """
 
     def __init__(self, engine: Engine, guard: frozen, check_at: Any) -> None:
-        def check(*args: object) -> None:
-            guard.check()
-
         self.engine = engine
         self._guard: frozen | None = guard
-        self._handle = None if check_at is None else engine.add_event_handler(check_at, check)
+        self._handle = None if check_at is None else engine.add_event_handler(check_at, self.check)
         self._earlier: Callable[..., Any] | None = vars(engine).get("run")
         self._run: Callable[..., Any] = engine.run
         functools.update_wrapper(self, self._run, updated=())  # not the attributes of another one of these
@@ -184,6 +184,19 @@ class _GuardedRun:
             return self._run(*args, **kwargs)
         with guard:
             return self._run(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _GuardedRun:
+        # The function that an engine runs, and so the model, is shared by a copy as a rule; else it is copied by now.
+        other = memo[id(self)] = type(self).__new__(type(self))
+        for name, value in vars(self).items():
+            is_shared = name == "_guard" and value is not None and id(value._model) not in memo
+            vars(other)[name] = value if is_shared else copy.deepcopy(value, memo)
+        return other
+
+    def check(self, *args: object) -> None:
+        """Compares; a handler of events."""
+        if self._guard is not None:
+            self._guard.check()
 
     def remove(self) -> None:
         """Gives the engine its own ``run`` back. Where somebody has wrapped this one since, it does nothing more."""
