@@ -163,13 +163,14 @@ def test_nothing_is_left_behind(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     (tmp_path / "empty.py").write_text("import signal; print(signal.getsignal(signal.SIGTERM))")
     main_module = sys.modules["__main__"]
-    handler, listening = signal.getsignal(signal.SIGTERM), signal.set_wakeup_fd(-1)
-    assert (handler, listening) == (signal.SIG_DFL, -1)
+    handler, listening = signal.signal(signal.SIGTERM, signal.SIG_DFL), signal.set_wakeup_fd(-1)
     try:
         assert main(["run", str(tmp_path / "empty.py")]) == 0
+        assert (signal.getsignal(signal.SIGTERM), signal.set_wakeup_fd(-1)) == (signal.SIG_DFL, -1)
     finally:
         sys.modules["__main__"] = main_module
-    assert (signal.getsignal(signal.SIGTERM), signal.set_wakeup_fd(-1)) == (handler, listening)
+        signal.signal(signal.SIGTERM, handler)
+        signal.set_wakeup_fd(listening)
     assert "BeforeTermination" in capsys.readouterr().out
     for _ in range(100):
         if "bnguard" not in [thread.name for thread in threading.enumerate()]:
