@@ -37,7 +37,8 @@ def job(folder, *command, backend="gloo"):
 
 def once(tmp_path_factory, name, run):
     """Runs a job for all processes of the test run; what each rank reports."""
-    folder = tmp_path_factory.getbasetemp().parent / name
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
     with FileLock(f"{folder}.lock", timeout=2 * LIMIT):
         if not (folder / "done").exists():
             folder.mkdir(exist_ok=True)
