@@ -194,9 +194,10 @@ dist.destroy_process_group()
 """
 CRASHES = "pass"
 TELLS = "net[0].running_mean.data += 1; break"
+FAILS = "raise KeyError('of another attempt')"  # before the other rank has come to a first block
 
 
-@pytest.mark.parametrize(("step", "then"), [(0, CRASHES), (2, CRASHES), (0, TELLS), (2, TELLS)])
+@pytest.mark.parametrize(("step", "then"), [(0, CRASHES), (2, CRASHES), (0, TELLS), (2, TELLS), (0, FAILS)])
 def test_attempt_hears_nothing_of_the_one_before(step, then, tmp_path):
     """An elastic run keeps its store: neither what ranks told there, nor that they were there, counts any more."""
     script = tmp_path / "train.py"
@@ -220,6 +221,7 @@ def test_attempt_hears_nothing_of_the_one_before(step, then, tmp_path):
     (first, error, code), (second, other_error, other_code) = attempt(1)
     assert (code, other_code) == (0, 0), error + other_error
     assert (first, second) == ("[(1, (0, 1))] True\n", "[(1, ())] True\n")
+    assert "of another attempt" not in error + other_error
 
 
 FAKE = """\
