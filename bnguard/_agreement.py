@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import threading
+import weakref
+from asyncio import CancelledError
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any, Final, Literal
+from dataclasses import dataclass, field
+from typing import Final, Literal
 
 import torch.distributed as dist
 
@@ -20,7 +23,7 @@ from bnguard._report import missing_ranks_text, others_text, unreachable_text
 from bnguard._wording import Wording
 from bnguard.errors import BNGuardError, StatsChangedError
 
-__all__ = ["Agreement", "Parting", "Statistics"]
+__all__ = ["Agreement", "Occasion", "Parting", "Statistics"]
 
 _threads: Final = threading.local()
 
@@ -41,6 +44,27 @@ class Statistics:
 Parting = Literal["wait", "tell", "skip"]
 
 
+@dataclass(slots=True)
+class Occasion:
+    """One call of a decorated function.
+
+    Attributes:
+        name: What the function is called in all ranks.
+        key: What the call is called in all ranks, as soon as the first block of it has begun.
+        inner: By place: how often ranks have been to meet inside of it.
+        parts: Of a function with several models, one for each.
+    """
+
+    name: str
+    key: str = ""
+    inner: Counter[str] = field(default_factory=Counter)
+    parts: dict[int, Occasion] = field(default_factory=dict)
+
+    def part(self, number: int) -> Occasion:
+        """That of one model."""
+        return self.parts.setdefault(number, Occasion(f"{self.name}, model {number}"))
+
+
 class Agreement:
     """What the ranks make of what each has found at the end of its block.
 
@@ -49,20 +73,24 @@ class Agreement:
         site: The user's line where the block began.
         wording: What messages call the block.
         raises: Whether what was found is an error.
-        function: What tells a decorated function from others in all ranks, whose calls meet wherever they are made.
+        occasion: Of a decorated function, whose calls meet wherever they are made: the call.
     """
 
-    __slots__ = ("_key", "_neighbours", "_place", "_raises", "_ranks", "_site", "_wording")
+    __slots__ = (
+        "__weakref__", "_inner", "_neighbours", "_occasion", "_place", "_raises", "_ranks", "_site",
+        "_wording",
+    )  # fmt: skip
 
-    def __init__(self, ranks: Ranks, site: CallSite, wording: Wording, raises: bool, function: str | None) -> None:
+    def __init__(self, ranks: Ranks, site: CallSite, wording: Wording, raises: bool, occasion: Occasion | None) -> None:
         self._ranks = ranks
-        self._site = str(site)
-        # The same in ranks with other working directories, and other copies of the code.
-        line = f"{os.path.basename(site.filename)}:{site.lineno}+{site.offset} in {site.function}"
-        self._place = Place(f"{wording.place} at {function or line}", f"the end of {wording.place} at {site}")
+        self._site = site
+        self._place = Place("", f"the end of {wording.place} at {site}")
+        self._occasion = occasion
         self._wording = wording
         self._raises = raises
         self._neighbours = _open_in_thread()
+        # By place: how often ranks have been to meet inside of this block.
+        self._inner: Counter[str] = Counter() if occasion is None else occasion.inner
 
     @property
     def speaks(self) -> bool:
@@ -70,12 +98,30 @@ class Agreement:
         return self._ranks.speaks
 
     def begin(self) -> None:
-        """The block begins. Inside of others, where ranks meet later."""
-        self._neighbours.append(self)
+        """The block begins. What it is called in all ranks depends on what is around it, not on what was before."""
+        self._neighbours[:] = [reference for reference in self._neighbours if reference() is not None]
+        occasion = self._occasion
+        if occasion is None or not occasion.key:
+            site = self._site
+            # The same in ranks with other working directories, and other copies of the code.
+            line = f"{os.path.basename(site.filename)}:{site.lineno}+{site.offset} in {site.function}"
+            name = f"{self._wording.place} at {line if occasion is None else occasion.name}"
+            outer = self._outer()
+            if outer:
+                key = f"{outer[-1]._place.digest}/{name}#{outer[-1]._inner[name]}"
+                outer[-1]._inner[name] += 1
+            else:
+                key = f"{name}#{self._ranks.count(name)}"
+            if occasion is not None:
+                occasion.key = key
+        else:
+            key = occasion.key
+        self._place = Place(key, self._place.text)
+        self._neighbours.append(weakref.ref(self))
 
     def end(self) -> None:
         """The block is over; twice does nothing."""
-        self._neighbours[:] = [other for other in self._neighbours if other is not self]
+        self._neighbours[:] = [reference for reference in self._neighbours if reference() not in (None, self)]
 
     def abandon(self, error: BaseException) -> None:
         """Tells the others that an error has kept this rank from looking; they need not wait for it."""
@@ -112,7 +158,9 @@ class Agreement:
             return text(suspects), "", suspects
         place = self._place
         if not is_end:
-            place = Place(f"check() in {place.key}", f"check() of {self._wording.place} at {self._site}")
+            key = f"{place.digest}/check()#{self._inner['check()']}"
+            place = Place(key, f"check() of {self._wording.place} at {self._site}")
+            self._inner["check()"] += 1
         if parting == "tell":
             whole = text(suspects)
             left = [change for change in changes if change.names[0] not in suspects]
@@ -129,8 +177,8 @@ class Agreement:
                 answers, overwritten = self._overwritten(heard, statistics)
                 last = answers.again("in the end", self._told(text(overwritten), changes, None))
                 gone = [one for one in heard.told if one.rank in heard.left]
-                return *self._of(text(overwritten), [*gone, *last.told], said), overwritten
-            return *self._of(text(overwritten), heard.told, said), overwritten
+                return *self._of(text(overwritten), [*gone, *last.told], said, heard.left), overwritten
+            return *self._of(text(overwritten), heard.told, said, heard.left), overwritten
         except UnansweredError as failure:
             message = missing_ranks_text(failure.missing, failure.seconds, place.text, failure.elsewhere)
             return *self._alone(text(suspects), message), suspects
@@ -139,25 +187,35 @@ class Agreement:
 
     def _around(self, is_end: bool) -> list[Place]:
         """Where the ranks meet after this."""
-        places: list[Place] = []
-        for other in self._neighbours:
+        places = [other._place for other in self._outer()]
+        return places if is_end else [*places, self._place]
+
+    def _outer(self) -> list[Agreement]:
+        """The blocks around this one in which the same ranks agree, the first one first."""
+        outer: list[Agreement] = []
+        for reference in self._neighbours:
+            other = reference()
             if other is self:
-                return places if is_end else [*places, self._place]
-            places.append(other._place)
-        return []
+                break
+            if other is not None and other._ranks.members == self._ranks.members:
+                outer.append(other)
+        return outer
 
     def _tell(self, place: Place, told: Told | None) -> None:
         with suppress(dist.DistError):
             self._ranks.meet(place, told, waits=False)
 
-    def _of(self, text: str, heard: Sequence[Told], said: Sequence[StatsChange]) -> tuple[str, str]:
-        """What this rank is to say, of its own and of what it has heard."""
+    def _of(
+        self, text: str, heard: Sequence[Told], said: Sequence[StatsChange], left: frozenset[int]
+    ) -> tuple[str, str]:
+        """What this rank is to say, of its own and of what it has heard; the first that stays says it for all."""
+        speaks = self._ranks.me == next(rank for rank in self._ranks.members if rank not in left)
         others = [one for one in heard if one.rank != self._ranks.me]
         failed = [(one.rank, one.text) for one in others if one.kind == "error"]
-        aside = others_text("", failed) if self.speaks else ""
+        aside = others_text("", failed) if speaks else ""
         if self._raises:
             return others_text(text, [(one.rank, one.text) for one in others if one.kind == "changed"]), aside
-        if not self.speaks:
+        if not speaks:
             return "", ""
         known = {change.names[0] for change in said}
         news = [(one.rank, one.text) for one in others if one.kind == "changed" and not set(one.layers) <= known]
@@ -186,7 +244,7 @@ class Agreement:
             return Told(self._ranks.me, "changed", str(error), names)
         if isinstance(error, SystemExit) and not error.code:
             error = None
-        if error is not None and not isinstance(error, GeneratorExit):
+        if error is not None and not isinstance(error, (GeneratorExit, CancelledError)):
             first = str(error).partition("\n")[0]
             said = f"{type(error).__name__}: {first}" if first else type(error).__name__
             return Told(self._ranks.me, "error", "\n".join(filter(None, [f"left the block with {said}", text])), layers)
@@ -203,10 +261,10 @@ class Agreement:
         return text, message
 
 
-def _open_in_thread() -> list[Any]:
+def _open_in_thread() -> list[weakref.ref[Agreement]]:
     """Of the blocks that are open in this thread, the first ones first."""
     try:
-        found: list[Any] = _threads.open
+        found: list[weakref.ref[Agreement]] = _threads.open
     except AttributeError:
         found = _threads.open = []
     return found

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bnguard import _report
 from bnguard._affine import AffineHold, affine_parameters
-from bnguard._agreement import Agreement, Parting, Statistics
+from bnguard._agreement import Agreement, Occasion, Parting, Statistics
 from bnguard._aside import aside
 from bnguard._attach import attach, detach, is_any_held
 from bnguard._bits import digest_of
@@ -86,23 +86,23 @@ class Block:
         self._found: Mapping[int, StatsChange] = _NONE  # by owner: what a comparison found
         self._verified: Mapping[int, int] = _NONE  # by owner: updates when it was last compared
         self._outcome = Outcome(settings, None)
-        self._handled: BaseException | None = None  # that was being handled where the block began
+        self._handled = 0  # id of the exception that was being handled where the block began
         self._has_warned_of_program = False
         self._maybe_overwritten: Mapping[str, tuple[str, int]] = {}  # by layer: digest of what was found, from whom
         self._refreshing = threading.Lock()
         self._under_way: dict[int, int] = {}  # by owner: updates within the budget that have begun and not ended
         self._regions: dict[int, Region] = {}  # checkpointed, held, and not recomputed so far
 
-    def enter(self, function: str | None = None) -> None:
+    def enter(self, occasion: Occasion | None = None) -> None:
         """Guards the layers from now on. If that fails, the model is as it was.
 
         Args:
-            function: What the ranks of a distributed run call a decorated function by.
+            occasion: The call of a decorated function, as the ranks of a distributed run know it.
         """
         settings, modules = self._settings, [layer.module for layer in self._layers]
         self._process = os.getpid()
-        self._handled = sys.exception()
-        self._outcome = Outcome(settings, self._agreement(function))
+        self._handled = id(sys.exception())
+        self._outcome = Outcome(settings, self._agreement(occasion))
         self._on_cuda = torch.cuda.is_initialized() and any(
             [
                 tensor.is_cuda
@@ -147,7 +147,7 @@ class Block:
     def is_left_behind(self) -> BaseException | None:
         """An exception on its way out of where the block began, as in the ``finally`` in which a guard is stopped."""
         error = sys.exception()
-        return None if error is self._handled else error
+        return None if id(error) == self._handled else error
 
     def leave(
         self, error: BaseException | None, parting: Parting = "wait", leaving: BaseException | None = None
@@ -175,14 +175,14 @@ class Block:
                 self._warn_of_gaps()
         except BaseException as failure:
             self._outcome.end()
-            self._outcome.abandon(error or failure)
+            if parting != "skip":
+                self._outcome.abandon(error or failure)
             raise
         self._statistics = self._parameters = None  # a guard that is kept for later keeps no copies
         try:
             self._act(found, error, parting, leaving)
         finally:
             self._outcome.end()
-            self._handled = None  # and the frames that it keeps
 
     @property
     def changes(self) -> tuple[StatsChange, ...]:
@@ -375,13 +375,13 @@ class Block:
         digests = self._digests([name for name, module in modules.items() if id(module) in sources])
         return {name: (digest, sources[id(modules[name])]) for name, digest in digests.items()}
 
-    def _agreement(self, function: str | None) -> Agreement | None:
+    def _agreement(self, occasion: Occasion | None) -> Agreement | None:
         """With the other ranks of a distributed run."""
         ranks = Ranks.of(self._settings.group)
         if ranks is None:
             return None
         settings = self._settings
-        return Agreement(ranks, call_site(), settings.manner.wording, settings.on_change == "raise", function)
+        return Agreement(ranks, call_site(), settings.manner.wording, settings.on_change == "raise", occasion)
 
     def _refuse_capture(self) -> None:
         if self._on_cuda and torch.cuda.is_current_stream_capturing():

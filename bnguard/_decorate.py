@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self, TypeAlias
 
 import wrapt
 
-from bnguard._agreement import Parting
+from bnguard._agreement import Occasion, Parting
 from bnguard._graphs import outside_graphs
 from bnguard.errors import StatsChangedError
 
@@ -28,8 +28,8 @@ __all__ = ["Guard", "guard_function"]
 class Guard(Protocol):
     """What opens a block, again and again."""
 
-    def _enter(self, function: str | None) -> object:
-        """Begins a block, of a function that the ranks of a distributed run call so."""
+    def _enter(self, occasion: Occasion | None) -> object:
+        """Begins a block around a part of a call."""
 
     def _leave(
         self, error: BaseException | None, parting: Parting = "wait", leaving: BaseException | None = None
@@ -48,22 +48,23 @@ class _Extent:
         parting: What the ranks make of the end of this one, unless an exception ends it.
     """
 
-    def __init__(self, guard: Guard, function: str, parting: Parting, leaving: BaseException | None) -> None:
+    def __init__(self, guard: Guard, occasion: Occasion, parting: Parting, leaving: BaseException | None) -> None:
         self.parting = parting
         self._guard = guard
-        self._function = function
+        self._occasion = occasion
         self._leaving = leaving
 
     @outside_graphs
     def __enter__(self) -> Self:
-        self._guard._enter(self._function)
+        self._guard._enter(self._occasion)
         return self
 
     @outside_graphs
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._guard._leave(error, self.parting, self._leaving)
+        leaving, self._leaving = self._leaving, None  # which knows the frame that knows this
+        self._guard._leave(error, self.parting, leaving)
 
 
 class _Call:
@@ -71,11 +72,11 @@ class _Call:
 
     def __init__(self, make_guard: Callable[[], Guard], function: str) -> None:
         self._make_guard = make_guard
-        self._function = function
+        self._occasion = Occasion(function)
 
     def block(self, parting: Parting = "wait", leaving: BaseException | None = None) -> _Extent:
         """A block around a part of it."""
-        return _Extent(self._make_guard(), self._function, parting, leaving)
+        return _Extent(self._make_guard(), self._occasion, parting, leaving)
 
 
 def guard_function(function: Any, opener: Opener, decorator: str) -> Any:
@@ -185,7 +186,7 @@ def _legs(call: _Call, inner: Any, last: Parting = "wait") -> Generator[Any, Any
     """
     resume, value = inner.send, None
     while True:
-        is_done, block = False, call.block()
+        is_done, ended, block = False, None, call.block()
         try:
             with block:
                 try:
@@ -193,6 +194,10 @@ def _legs(call: _Call, inner: Any, last: Parting = "wait") -> Generator[Any, Any
                 except StopIteration as stop:
                     # The end of a generator is no error: the block must not see one.
                     is_done, item = True, stop.value
+                except StopAsyncIteration as stop:
+                    is_done, ended, last = True, stop, "wait"
+                finally:
+                    value = None
                 block.parting = last if is_done else "skip"
         except BaseException as error:
             # What was found at the end of a resumption has been kept from the other ranks so far.
@@ -200,10 +205,17 @@ def _legs(call: _Call, inner: Any, last: Parting = "wait") -> Generator[Any, Any
             with suppress(StatsChangedError), close:
                 inner.close()
             raise
+        if ended is not None:
+            try:
+                raise ended
+            finally:
+                ended = None  # which knows this frame
         if is_done:
             return item
+        given = [item]
+        del item  # nothing is kept while this waits
         try:
-            resume, value = inner.send, (yield item)
+            resume, value = inner.send, (yield given.pop())
         except GeneratorExit:
             with call.block("tell"):
                 inner.close()

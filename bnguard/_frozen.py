@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from bnguard import _report
-from bnguard._agreement import Parting
+from bnguard._agreement import Occasion, Parting
 from bnguard._block import Block
 from bnguard._callsite import call_site
 from bnguard._changes import GuardedLayer, StatsChange
@@ -151,14 +151,14 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
     def __enter__(self) -> Self:
         return self._enter(None)
 
-    def _enter(self, function: str | None) -> Self:
-        """Begins a block; of a decorated function, with what ranks call that by."""
+    def _enter(self, occasion: Occasion | None) -> Self:
+        """Begins a block, of a call of a decorated function where that is given."""
         block = Block(self._model, self._settings, self._last)
         with self._lock:
             self._open.append((threading.get_ident(), block))
             self._last = block
         try:
-            block.enter(function)
+            block.enter(occasion)
             return self
         except BaseException:
             self._close(block)
@@ -184,7 +184,8 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
     def stop(self) -> None:
         """Leaves the block that this thread entered last, else the last one of all. Without one, does nothing.
 
-        In a ``finally`` that an exception runs through, ranks of a distributed run do not wait for each other.
+        In a ``finally`` that an exception runs through, and in an ``except``, ranks of a distributed run tell each
+        other what they have found, and do not wait.
 
         Raises:
             StatsChangedError: As at the end of a ``with`` block.

@@ -20,6 +20,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -33,13 +34,14 @@ __all__ = ["Heard", "Meetings", "Place", "Told", "UnansweredError"]
 
 _PER_WORD: Final = 31  # ranks of which one number in the store tells whether they are there, and have left
 _LOOKS: Final = 0.25  # seconds between two looks for ranks that will not come
+_WITHOUT_NUMBER: Final = 3.0  # seconds for which ranks that the first one has left behind wait for each other
 _PATIENCE: Final = 10.0  # seconds after which one says for whom one waits
 _log: Final = logging.getLogger("bnguard")
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where ranks meet.
+    """Where ranks meet, once.
 
     Attributes:
         key: The same in all of them, wherever their code lies.
@@ -48,6 +50,11 @@ class Place:
 
     key: str
     text: str
+
+    @property
+    def digest(self) -> str:
+        """The key, in few characters."""
+        return hashlib.sha256(self.key.encode()).hexdigest()[:20]
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +205,7 @@ class Meetings:
         """Tells the others something, or that there is nothing, and hears what they tell.
 
         Args:
-            place: Where.
+            place: Where; never the same place twice.
             told: What to tell them.
             waits: Whether to wait for them; else nothing is heard.
             seconds: How long.
@@ -208,18 +215,15 @@ class Meetings:
             UnansweredError: Some have not come in time.
             torch.distributed.DistError: The store cannot be reached.
         """
-        place_key = f"{place.key}#{self._next(place.key)}"
+        base = place.digest
         if not waits:
-            self._leave(place_key, told)
+            self._leave(base, told)
             return Heard((), frozenset(), _never)
-        wait = _Wait(place, seconds, self)
+        wait, bases = _Wait(place, seconds, self), [one.digest for one in around]
         try:
-            if self._number is None:
-                told_by_first = self._be_welcomed(place_key, wait)
-                if told_by_first is not None:
-                    return Heard(told_by_first, frozenset(self.members), _never)
-            bases = [f"{one.key}#{self._count[one.key]}" for one in around if one.key != place.key]
-            heard = _Round(self, place_key, self.members, wait, bases).hold(told)
+            if self._number is None and not self._is_welcomed(base, told, wait, bases):
+                return self._hear_those_without_number(base, told, wait)
+            heard = _Round(self, base, self.members, wait, bases).hold(told)
         except UnansweredError:
             raise  # where this rank has waited stays to be read by those who still do
         except BaseException:
@@ -227,6 +231,10 @@ class Meetings:
             raise
         wait.end()
         return heard
+
+    def count(self, place: str) -> int:
+        """How often this rank has begun something at a place before."""
+        return self._next(place)
 
     def tell(self, place: str, text: str) -> None:
         """Tells the first rank something, and does not wait for it."""
@@ -250,6 +258,11 @@ class Meetings:
         return heard
 
     # For the rounds of a meeting.
+
+    @property
+    def has_number(self) -> bool:
+        """Whether this rank has what all of them have in their keys."""
+        return self._number is not None
 
     def key(self, base: str) -> str:
         """A key of these ranks, and of no earlier ones."""
@@ -276,13 +289,17 @@ class Meetings:
                     self.store.set(f"{self._prefix}/welcome/{rank}", text)
                     self._welcomed.add(rank)
 
-    def who_has_left(self, missing: Iterable[int], base: str) -> dict[int, tuple[Told, ...]]:
-        """Of those: who has left this meeting before it had the number, and what it has told."""
+    def who_has_left(
+        self, missing: Iterable[int], base: str, around: Iterable[str] = ()
+    ) -> dict[int, tuple[Told, ...]]:
+        """Of those: who has left this meeting, or one around it, without the number; what it has told here."""
         left: dict[int, tuple[Told, ...]] = {}
         for rank in missing:
             text = self.fresh(f"{self._prefix}/left/{base}/{rank}")
             if text is not None:
                 left[rank] = (Told.of_text(text),) if text else ()
+            elif any([self.fresh(f"{self._prefix}/left/{outer}/{rank}") is not None for outer in around]):
+                left[rank] = ()
         return left
 
     # Parts.
@@ -300,23 +317,40 @@ class Meetings:
             text = "" if told is None else told.as_text()
             self.store.set(f"{self._prefix}/left/{base}/{self.me}", _dated(text))
 
-    def _be_welcomed(self, base: str, wait: _Wait) -> tuple[Told, ...] | None:
-        """Gets the number from the first rank; None, or what that one has told where it has left."""
+    def _is_welcomed(self, base: str, told: Told | None, wait: _Wait, around: Sequence[str]) -> bool:
+        """Gets the number from the first rank; False where that one has left."""
         first, replied, welcome = self.members[0], "", f"{self._prefix}/welcome/{self.me}"
-        while True:
-            if self.store.check([f"{self._prefix}/number"]):
-                number = self.store.get(f"{self._prefix}/number").decode()
-                if f"{number} {self._token}" != replied:
-                    replied = f"{number} {self._token}"
-                    self.store.set(f"{self._prefix}/reply/{self.me}", replied)
-            if replied and self.store.check([welcome]) and self.store.get(welcome).decode() == replied:
-                self._number = replied.partition(" ")[0]
-                return None
-            if wait.is_time_to_look():
-                left = self.who_has_left([first], base)
-                if first in left:
-                    return left[first]
-            wait.pause((first,))
+        try:
+            while True:
+                if self.store.check([f"{self._prefix}/number"]):
+                    number = self.store.get(f"{self._prefix}/number").decode()
+                    if f"{number} {self._token}" != replied:
+                        replied = f"{number} {self._token}"
+                        self.store.set(f"{self._prefix}/reply/{self.me}", replied)
+                if replied and self.store.check([welcome]) and self.store.get(welcome).decode() == replied:
+                    self._number = replied.partition(" ")[0]
+                    return True
+                if wait.is_time_to_look() and self.who_has_left([first], base, around):
+                    return False
+                wait.pause((first,))
+        except BaseException:
+            with suppress(dist.DistError):
+                self._leave(base, told)
+            raise
+
+    def _hear_those_without_number(self, base: str, told: Told | None, wait: _Wait) -> Heard:
+        """What those tell each other that the first rank has not welcomed before it left."""
+        self._leave(base, told)
+        others = [rank for rank in self.members if rank != self.me]
+        end = time.monotonic() + _WITHOUT_NUMBER
+        left = self.who_has_left(others, base)
+        while len(left) < len(others) and time.monotonic() < end:
+            time.sleep(0.05)
+            left = self.who_has_left(others, base)
+        heard = [one for several in left.values() for one in several]
+        if told is not None:
+            heard.append(told)
+        return Heard(tuple(sorted(heard, key=lambda one: one.rank)), frozenset([self.members[0]]), _never)
 
 
 class _Round:
@@ -359,7 +393,10 @@ class _Round:
         remaining = tuple([rank for rank in self._expected if rank not in left])
 
         def again(name: str, told: Told | None) -> Heard:
-            return _Round(self._meetings, f"{self._base}/{name}", remaining, self._wait, self._around).hold(told)
+            heard = _Round(self._meetings, f"{self._base}/{name}", remaining, self._wait, self._around).hold(told)
+            if self._wait is not None:
+                self._wait.end()
+            return heard
 
         return Heard(tuple(sorted([*heard, *told_early], key=lambda one: one.rank)), left, again)
 
@@ -394,7 +431,7 @@ class _Round:
             missing = tuple([rank for rank in self._expected if rank not in here])
             meetings.welcome(missing)
             if missing and wait.is_time_to_look():
-                gone = meetings.who_has_left(missing, self._base)
+                gone = meetings.who_has_left(missing, self._base, self._around)
                 for base in self._around:
                     passed = _Round(meetings, base, meetings.members, None, ())
                     gone.update(dict.fromkeys([rank for rank in passed.present() if rank in missing], ()))
@@ -476,7 +513,7 @@ class _Wait:
         waited = time.monotonic() - self._start
         if waited > self._seconds:
             raise UnansweredError(missing, self._seconds, self._elsewhere(missing))
-        if waited > _PATIENCE and not self._has_said:
+        if waited > _PATIENCE and not self._has_said and self._meetings.has_number:
             self._has_said = True
             self._meetings.store.set(self._key(self._meetings.me), self._place.text)
         if waited > _PATIENCE + 1 and not self._has_logged:
@@ -492,6 +529,7 @@ class _Wait:
     def end(self) -> None:
         """Waits no more."""
         if self._has_said:
+            self._has_said = False
             self._meetings.store.delete_key(self._key(self._meetings.me))
 
     def _elsewhere(self, missing: Iterable[int]) -> dict[int, str]:

@@ -100,6 +100,10 @@ class Ranks:
         """Tells the others something, and hears what they tell. See ``Meetings.meet``."""
         return self._meetings.meet(place, told, waits=waits, seconds=self.timeout.total_seconds(), around=around)
 
+    def count(self, place: str) -> int:
+        """How often this rank has begun something at a place before."""
+        return self._meetings.count(place)
+
     def tell(self, place: str, text: str) -> None:
         """Tells the first rank something, and does not wait for it."""
         self._meetings.tell(place, text)

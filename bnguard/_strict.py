@@ -8,12 +8,12 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
-from types import CodeType, FunctionType, TracebackType
+from types import CodeType, FunctionType
 from typing import Any, Final, TypeVar, overload
 
 from torch import nn
 
-from bnguard._agreement import Parting
+from bnguard._agreement import Occasion, Parting
 from bnguard._decorate import Guard, guard_function
 from bnguard._frozen import frozen
 from bnguard._graphs import outside_graphs
@@ -128,33 +128,28 @@ class _AllFrozen:
     @outside_graphs
     def __init__(self, models: list[nn.Module], settings: Settings) -> None:
         self._guards = [frozen._with(model, settings) for model in models]
-        self._undo = ExitStack()
-        self._parting: Parting = "wait"
-        self._leaving: BaseException | None = None
 
-    def _enter(self, function: str | None) -> None:
+    def _enter(self, occasion: Occasion | None) -> None:
         with ExitStack() as undo:
-            for guard in self._guards:
-                guard._enter(function)
-                undo.push(functools.partial(self._leave_one, guard))
-            self._undo = undo.pop_all()
+            for number, guard in enumerate(self._guards):
+                guard._enter(None if occasion is None else occasion.part(number))
+                undo.push(guard)
+            undo.pop_all()
 
     def _leave(
         self, error: BaseException | None, parting: Parting = "wait", leaving: BaseException | None = None
     ) -> None:
-        self._parting, self._leaving = parting, leaving
-        self._undo.__exit__(
-            None if error is None else type(error), error, None if error is None else error.__traceback__
-        )
-
-    def _leave_one(
-        self,
-        guard: frozen,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        guard._leave(error, self._parting, self._leaving)
+        failure: BaseException | None = None
+        for guard in reversed(self._guards):
+            try:
+                guard._leave(failure or error, parting, leaving)
+            except BaseException as found:
+                failure = found
+        try:
+            if failure is not None:
+                raise failure
+        finally:
+            failure = None  # which knows this frame
 
 
 _PLACES: Final = "its arguments, self, the attributes of self, and what it reads from its closure and globals"

@@ -11,7 +11,7 @@ from typing import Final, Self
 
 from torch import nn
 
-from bnguard._agreement import Parting
+from bnguard._agreement import Occasion, Parting
 from bnguard._causes import causes_of
 from bnguard._changes import StatsChange
 from bnguard._frozen import frozen
@@ -66,12 +66,12 @@ class LocalGuard(frozen):
         self.__enter__()
         self._is_fresh = True
 
-    def _enter(self, function: str | None) -> Self:
+    def _enter(self, occasion: Occasion | None) -> Self:
         if self._is_fresh:
             self._is_fresh = False
             return self
         self._on_enter()
-        return super()._enter(function)
+        return super()._enter(occasion)
 
     def _leave(
         self, error: BaseException | None, parting: Parting = "wait", leaving: BaseException | None = None

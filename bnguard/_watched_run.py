@@ -97,8 +97,7 @@ class WatchedRun:
             failure = self._end_guards(ending)
             self._record.stop(wait=ending.error is None)  # for other ranks, which may have failed likewise
             ending.show()
-            with suppress(AttributeError, ValueError, OSError):  # a script may have closed or replaced it
-                sys.stdout.flush()
+            _flush()
             notes = [] if failure is None else [str(failure)]
             if self._has_missed:
                 notes.append(f"--frozen {self._frozen} matched no layer of the models that ran.")
@@ -141,7 +140,7 @@ class WatchedRun:
         self._record.stop(wait=False)
         if self._record.speaks:
             self._report(EXIT_CODE, ["SIGTERM has ended the run; this is what was recorded until then."])
-            sys.stdout.flush()
+            _flush()
 
     def _report(self, exit_code: int, notes: Sequence[str]) -> bool:
         """Of several ranks one has the report of all. Whether all could be written."""
@@ -175,11 +174,15 @@ def _settings(frozen: str, on_change: OnChange) -> Settings:
     return Settings(on_change, include=(frozen,), manner=Manner(wording, has_asides=False, is_outermost=True))
 
 
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, ValueError, OSError):  # a script may have closed or replaced it
+            stream.flush()
+
+
 def _die_of_interrupt() -> None:
     """Ends the process as Python does after Ctrl-C: of the signal, so that a shell script around it stops as well."""
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(AttributeError, ValueError, OSError):
-            stream.flush()
+    _flush()
     if os.name == "posix":
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)

@@ -6,6 +6,7 @@ import pickle
 import sys
 import time
 import warnings
+from contextlib import suppress
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -375,5 +376,88 @@ def groups_that_are_gone():
         for one in (guard, other, again):
             with one:
                 pass
+
+    return timed(run)
+
+
+@scenario
+def skipped_inner_blocks():
+    """Rank 1 leaves an outer block before the inner ones; afterwards the ranks are in step."""
+    net = make().eval()
+
+    def step(number):
+        with bnguard.frozen(net) as guard:
+            if number == 1 and is_second():
+                raise ValueError("bad batch")
+            with bnguard.frozen(net):
+                if number == 3 and is_second():
+                    move(net)
+            guard.check()
+
+    def run():
+        for number in range(4):
+            with suppress(ValueError):
+                step(number)
+
+    return timed(run)
+
+
+@scenario
+def first_speaker_has_left():
+    """The first rank has failed: the next one warns."""
+    net = make().eval()
+
+    def run():
+        with bnguard.frozen(net, "restore"):
+            if not is_second():
+                raise RuntimeError("mine")
+            move(net)
+
+    return timed(run)
+
+
+@scenario
+def warning_as_error_between_resumptions():
+    """An error of the guard's own is told once, and the next call is in step."""
+    net = make().eval()
+
+    @bnguard.strict
+    def batches(net):
+        if is_second() and len(net) == 4:
+            net.add_module("extra", nn.BatchNorm1d(2))
+        yield 1
+        yield 2
+
+    def run():
+        try:
+            with warnings.catch_warnings():
+                if is_second():
+                    warnings.simplefilter("error", bnguard.BNGuardWarning)
+                list(batches(net))
+        except bnguard.BNGuardWarning:
+            pass
+        for _ in range(2):
+            list(batches(net))
+
+    return timed(run)
+
+
+@scenario
+def strict_of_several_models():
+    """Called from two lines, with a block inside of each resumption."""
+    nets = [make().eval() for _ in range(2)]
+
+    @bnguard.strict
+    def batches(nets):
+        for _ in range(3):
+            with bnguard.frozen(nets[0][1]):
+                pass
+            yield 1
+
+    def run():
+        if is_second():
+            list(batches(nets))
+        else:
+            tuple(batches(nets))
 
     return timed(run)

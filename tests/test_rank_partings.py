@@ -77,7 +77,9 @@ def test_budget_is_no_less_under_ddp(two):
 def test_broadcast_accuses_nobody_where_nobody_can_be_asked(two, name):
     """Whether the one that asks has failed, or the one that would be asked, or each is on its own."""
     first, second = of(two, name)
-    [warning] = second["warnings"]
+    warning, *more = second["warnings"]
+    left = ["on rank 0:\n  left the block with RuntimeError: mine"] if name == "overwritten_and_left" else []
+    assert more == left
     assert warning.startswith("DDP broadcast at forward: the statistics of rank 0 took the place of others")
     assert second["error"] == ("RuntimeError" if name == "overwritten_and_failed" else None)
     assert second["notes"] == []
@@ -157,6 +159,80 @@ def test_guard_of_a_group_that_is_gone_is_on_its_own(two):
     """And so is a pickle of it, since groups are of their process."""
     for result in of(two, "groups_that_are_gone"):
         assert said(result) == SILENCE
+
+
+def test_ranks_are_in_step_after_one_has_left_early(two):
+    """What is inside of a block is counted within it."""
+    for result in of(two, "skipped_inner_blocks"):
+        assert result["error"] == "StatsChangedError"
+    first, _ = of(two, "skipped_inner_blocks")
+    assert first["warnings"] == ["on rank 1:\n  left the block with ValueError: bad batch"]
+    first, second = of(two, "warning_as_error_between_resumptions")
+    [warning] = first["warnings"]
+    assert warning.startswith("on rank 1:\n  left the block with BNGuardWarning: extra came into the model")
+    assert second["error"] is None
+    for result in of(two, "strict_of_several_models"):
+        assert said(result) == SILENCE
+
+
+def test_first_rank_that_stays_speaks(two):
+    """Where the first of all has left."""
+    first, second = of(two, "first_speaker_has_left")
+    assert first["error"] == "RuntimeError"
+    assert second["warnings"][0] == "on rank 0:\n  left the block with RuntimeError: mine"
+    assert second["warnings"][1].startswith(f"{CHANGED}frozen():")
+
+
+EARLY = """\
+import sys, time
+from datetime import timedelta
+import torch
+import torch.distributed as dist
+from torch import nn
+import bnguard
+
+dist.init_process_group("gloo", timeout=timedelta(seconds=20))
+rank, who, inner = dist.get_rank(), int(sys.argv[1]), sys.argv[2]
+net = nn.Sequential(nn.BatchNorm1d(3)).eval()
+start = time.monotonic()
+try:
+    with bnguard.frozen(net) as guard:
+        if rank == who:
+            raise ValueError("mine")
+        if inner == "check":
+            guard.check()
+        elif inner == "block":
+            with bnguard.frozen(net):
+                pass
+        else:
+            net[0].running_mean.data += rank == 2
+except ValueError:
+    print(rank, "left", time.monotonic() - start < 8)
+except bnguard.StatsChangedError as error:
+    print(rank, str(error)[:10], time.monotonic() - start < 8)
+else:
+    print(rank, "stayed", time.monotonic() - start < 8)
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("who", [0, 1])
+@pytest.mark.parametrize("inner", ["check", "block"])
+def test_rank_that_fails_in_the_first_block_of_all_holds_up_nobody(who, inner, tmp_path):
+    """Before the ranks have agreed on anything, whoever it is, and wherever the other one waits."""
+    (tmp_path / "train.py").write_text(EARLY)
+    done = start([*TORCHRUN, "train.py", who, inner], tmp_path)
+    assert sorted(done.stdout.splitlines()) == sorted([f"{who} left True", f"{1 - who} stayed True"]), done.stderr
+
+
+def test_finding_in_the_first_block_of_all_is_heard(tmp_path):
+    """By those that are left where the first rank fails."""
+    (tmp_path / "train.py").write_text(EARLY)
+    launcher = [*TORCHRUN[:-1], "--nproc-per-node=3"]
+    done = start([*launcher, "train.py", 0, "finding"], tmp_path)
+    lines = sorted(done.stdout.splitlines())
+    assert lines == ["0 left True", "1 on rank 2: True", "2 running st True"], done.stdout + done.stderr
 
 
 RESTARTED = """\

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import gc
 import inspect
 import pickle
 import re
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor, nn
 
 import bnguard
@@ -615,3 +619,86 @@ def test_strict_passes_over_a_closure_variable_without_a_value() -> None:
         step()
     later = True
     assert step()
+
+
+# What a call keeps.
+
+
+def test_change_after_the_last_item_of_an_async_generator_is_raised() -> None:
+    """As in a generator."""
+    net = nn.Sequential(nn.BatchNorm1d(3)).eval()
+
+    @bnguard.strict
+    async def stream(net: nn.Module) -> AsyncIterator[int]:
+        yield 1
+        net.get_buffer("0.running_mean").data.add_(1)
+
+    async def main() -> list[int]:
+        return [item async for item in stream(net)]
+
+    with pytest.raises(bnguard.StatsChangedError, match=r"changed inside @bnguard\.strict"):
+        asyncio.run(main())
+    assert not net.get_buffer("0.running_mean").any()
+
+
+def test_suspended_generator_keeps_nothing() -> None:
+    """Neither the item that it has given, nor what it was sent, nor an exception that it has handled."""
+    net = nn.Sequential(nn.BatchNorm1d(3)).eval()
+
+    @bnguard.strict(model=net)
+    def batches() -> Iterator[Tensor]:
+        for _ in range(3):
+            with suppress(ValueError):
+                yield torch.ones(1)
+
+    generator: Any = batches()
+    item = next(generator)
+    kept = [weakref.ref(item)]
+    del item
+    sent = torch.zeros(1)
+    kept.append(weakref.ref(sent))
+    generator.send(sent)
+    del sent
+
+    class Problem(ValueError):
+        pass
+
+    problem = Problem()
+    kept.append(weakref.ref(problem))
+    generator.throw(problem)
+    del problem
+    gc.disable()
+    try:
+        assert [reference() for reference in kept] == [None, None, None]
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("is_generator", [False, True])
+def test_error_of_a_call_keeps_no_frames(is_generator: bool) -> None:
+    """Once it is handled, what it knows goes away without a collection of garbage."""
+    net = nn.Sequential(nn.BatchNorm1d(3)).eval()
+
+    def change(tensor: Tensor) -> None:
+        kept.append(weakref.ref(tensor))
+        net.get_buffer("0.running_mean").data.add_(1)
+
+    @bnguard.strict(model=net)
+    def function() -> None:
+        change(torch.ones(1))
+
+    @bnguard.strict(model=net)
+    def generator() -> Iterator[None]:
+        change(torch.ones(1))
+        yield
+
+    kept: list[weakref.ref[Any]] = []
+    gc.disable()
+    try:
+        try:
+            next(generator()) if is_generator else function()
+        except bnguard.StatsChangedError as error:
+            kept.append(weakref.ref(error))
+        assert [reference() for reference in kept] == [None, None]
+    finally:
+        gc.enable()

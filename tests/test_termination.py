@@ -155,6 +155,41 @@ def test_signal_after_the_script_waits_for_the_report(tmp_path):
     assert SAID not in done.stdout
 
 
+CLOSING = """\
+os.closerange(3, 64)
+files = [open(f"f{number}", "wb", buffering=0) for number in range(8)]
+signal.signal(signal.SIGUSR1, lambda *_: None)
+os.kill(os.getpid(), signal.SIGUSR1)
+"""
+
+
+def test_script_that_closes_descriptors_keeps_its_files(tmp_path):
+    """As daemons do: nothing is written into files that have the next numbers."""
+    done = ended(tmp_path, CLOSING)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert {path.read_bytes() for path in tmp_path.glob("f?")} == {b""}
+
+
+def test_signal_while_a_lock_is_held(tmp_path):
+    """The report needs what the main thread was in the middle of."""
+    first = """\
+import bnguard._recorder as recorder
+measure = recorder.Recorder._measure
+def slow(*call):
+    print("ready", flush=True)
+    time.sleep(5)
+    return measure(*call)
+recorder.Recorder._measure = slow
+optimizer = torch.optim.SGD(net.parameters(), 0.1)
+"""
+    then = "net(torch.randn(8, 3, 8, 8)).sum().backward(); optimizer.step()"
+    process = started(tmp_path, "--every", "1", first=first, then=f"time.sleep(0.3); {then}")
+    time.sleep(1.5)  # in the middle of a measurement
+    code, out, err = terminated(process)
+    assert code == -signal.SIGTERM, err
+    assert SAID in out
+
+
 def test_nothing_is_left_behind(tmp_path, capsys, monkeypatch):
     """Of a run in this process: handler, listener, thread."""
     from bnguard.cli import main
