@@ -100,24 +100,25 @@ class Agreement:
     def begin(self) -> None:
         """The block begins. What it is called in all ranks depends on what is around it, not on what was before."""
         self._neighbours[:] = [reference for reference in self._neighbours if reference() is not None]
-        occasion = self._occasion
-        if occasion is None or not occasion.key:
-            site = self._site
-            # The same in ranks with other working directories, and other copies of the code.
-            line = f"{os.path.basename(site.filename)}:{site.lineno}+{site.offset} in {site.function}"
-            name = f"{self._wording.place} at {line if occasion is None else occasion.name}"
-            outer = self._outer()
-            if outer:
-                key = f"{outer[-1]._place.digest}/{name}#{outer[-1]._inner[name]}"
-                outer[-1]._inner[name] += 1
-            else:
-                key = f"{name}#{self._ranks.count(name)}"
-            if occasion is not None:
-                occasion.key = key
-        else:
-            key = occasion.key
+        key = self._key() if self._occasion is None else self._occasion.key
+        if self._occasion is not None and not key:
+            key = self._occasion.key = self._key()
         self._place = Place(key, self._place.text)
         self._neighbours.append(weakref.ref(self))
+
+    def _key(self) -> str:
+        """What a block that begins now is called in all ranks, whatever their folders and copies of the code."""
+        site = self._site
+        line = f"{os.path.basename(site.filename)}:{site.lineno}+{site.offset} in {site.function}"
+        name = f"{self._wording.place} at {line if self._occasion is None else self._occasion.name}"
+        outer = self._outer()
+        return outer[-1]._key_inside(name) if outer else f"{name}#{self._ranks.count(name)}"
+
+    def _key_inside(self, name: str) -> str:
+        """What the next meeting of this name inside of this block is called."""
+        number = self._inner[name]
+        self._inner[name] += 1
+        return f"{self._place.digest}/{name}#{number}"
 
     def end(self) -> None:
         """The block is over; twice does nothing."""
@@ -158,9 +159,7 @@ class Agreement:
             return text(suspects), "", suspects
         place = self._place
         if not is_end:
-            key = f"{place.digest}/check()#{self._inner['check()']}"
-            place = Place(key, f"check() of {self._wording.place} at {self._site}")
-            self._inner["check()"] += 1
+            place = Place(self._key_inside("check()"), f"check() of {self._wording.place} at {self._site}")
         if parting == "tell":
             whole = text(suspects)
             left = [change for change in changes if change.names[0] not in suspects]

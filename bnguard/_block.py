@@ -144,7 +144,7 @@ class Block:
         self._act(self._verify(), None, is_end=False)
 
     @property
-    def is_left_behind(self) -> BaseException | None:
+    def error_on_its_way(self) -> BaseException | None:
         """An exception on its way out of where the block began, as in the ``finally`` in which a guard is stopped."""
         error = sys.exception()
         return None if id(error) == self._handled else error

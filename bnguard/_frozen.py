@@ -191,7 +191,7 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
             StatsChangedError: As at the end of a ``with`` block.
         """
         block = self._innermost()
-        self._leave(None, leaving=None if block is None else block.is_left_behind)
+        self._leave(None, leaving=None if block is None else block.error_on_its_way)
 
     @outside_graphs
     def check(self) -> None:
@@ -224,7 +224,7 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
     @outside_graphs
     def report(self) -> str:
         """What is guarded, how, and what changed, as text."""
-        return _report.report_text(self.changes, self.layers, self._settings.as_written, self._settings.manner.wording)
+        return _report.report_text(self.changes, self.layers, self._settings)
 
     @outside_graphs
     def __repr__(self) -> str:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import secrets
 import threading
 import time
@@ -123,7 +124,7 @@ def _process_start() -> float:
     try:
         since_boot = float(Path("/proc/uptime").read_text().split()[0])
         ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-        return min(now, now - since_boot + ticks / 100)
+        return min(now, now - since_boot + ticks / os.sysconf("SC_CLK_TCK"))
     except (OSError, ValueError, IndexError):  # another system
         return now
 
@@ -223,27 +224,25 @@ class Meetings:
         try:
             if self._number is None and not self._is_welcomed(base, told, wait, bases):
                 return self._hear_those_without_number(base, told, wait)
-            heard = _Round(self, base, self.members, wait, bases).hold(told)
-        except UnansweredError:
-            raise  # where this rank has waited stays to be read by those who still do
-        except BaseException:
+            return _Round(self, base, self.members, wait, bases).hold(told)
+        finally:
             wait.end()
-            raise
-        wait.end()
-        return heard
 
     def count(self, place: str) -> int:
         """How often this rank has begun something at a place before."""
-        return self._next(place)
+        with self._lock:
+            number = self._count[place]
+            self._count[place] += 1
+            return number
 
     def tell(self, place: str, text: str) -> None:
         """Tells the first rank something, and does not wait for it."""
-        key = f"{self._prefix}/{place}#{self._next(place)}"
+        key = f"{self._prefix}/{place}#{self.count(place)}"
         self.store.set(f"{key}/{self.me}", _dated(text))
 
     def collect(self, place: str, seconds: float) -> dict[int, str]:
         """What the other ranks have told the first one, which this is, by rank; of those that tell it in time."""
-        store, key = self.store, f"{self._prefix}/{place}#{self._next(place)}"
+        store, key = self.store, f"{self._prefix}/{place}#{self.count(place)}"
         end, heard = time.monotonic() + seconds, {}
         for rank in self.members:
             if rank == self.me:
@@ -303,12 +302,6 @@ class Meetings:
         return left
 
     # Parts.
-
-    def _next(self, place: str) -> int:
-        with self._lock:
-            number = self._count[place]
-            self._count[place] += 1
-            return number
 
     def _leave(self, base: str, told: Told | None) -> None:
         if self._number is not None:
@@ -393,10 +386,11 @@ class _Round:
         remaining = tuple([rank for rank in self._expected if rank not in left])
 
         def again(name: str, told: Told | None) -> Heard:
-            heard = _Round(self._meetings, f"{self._base}/{name}", remaining, self._wait, self._around).hold(told)
-            if self._wait is not None:
-                self._wait.end()
-            return heard
+            try:
+                return _Round(self._meetings, f"{self._base}/{name}", remaining, self._wait, self._around).hold(told)
+            finally:
+                if self._wait is not None:
+                    self._wait.end()
 
         return Heard(tuple(sorted([*heard, *told_early], key=lambda one: one.rank)), left, again)
 
@@ -512,6 +506,7 @@ class _Wait:
         """
         waited = time.monotonic() - self._start
         if waited > self._seconds:
+            self._has_said = False  # where this rank has waited stays to be read by those who still do
             raise UnansweredError(missing, self._seconds, self._elsewhere(missing))
         if waited > _PATIENCE and not self._has_said and self._meetings.has_number:
             self._has_said = True

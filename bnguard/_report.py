@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 from bnguard._changes import GuardedLayer, StatsChange
 from bnguard._wording import FROZEN, Wording
 from bnguard._words import count_text, listing, ranks_text, suggestion, times_text
+
+if TYPE_CHECKING:
+    from bnguard._settings import Settings
 
 __all__ = [
     "Cause",
@@ -315,11 +318,10 @@ def recorded_text(names: Sequence[str], type_name: str, wording: Wording) -> str
     )
 
 
-def report_text(
-    changes: Sequence[StatsChange], layers: Sequence[GuardedLayer], options: str, wording: Wording = FROZEN
-) -> str:
+def report_text(changes: Sequence[StatsChange], layers: Sequence[GuardedLayer], settings: Settings) -> str:
     """All of it, for people."""
-    head = f"{wording.choice.format(options)} guards {_layers(len(layers)) if layers else 'no layer'}."
+    guard = settings.manner.wording.choice.format(settings.as_written)
+    head = f"{guard} guards {_layers(len(layers)) if layers else 'no layer'}."
     if not layers:
         return head
     kinds = list(dict.fromkeys(layer.protection for layer in layers))

@@ -50,7 +50,7 @@ class BeforeTermination:
         self._forking = threading.Lock()
         self._forks = 0  # that are under way
         self._set_aside_handler: int | None = None
-        self._has_come = self._is_in_main = False
+        self._has_come = False
         self._caller_does_it = False
         self._turn = threading.Lock()
         self._begins = threading.Event()
@@ -116,11 +116,10 @@ class BeforeTermination:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         """In the main thread, as soon as that is back in Python."""
-        if (
-            self._is_in_main or not self._is_ours()
-        ):  # once more; or called by the handler of somebody who found this one
+        # Once more; or called by the handler of somebody who has found this one.
+        if self._begins.is_set() or not self._is_ours():
             return
-        self._has_come = self._is_in_main = True
+        self._has_come = True
         self._begins.set()
         if not self._caller_does_it:
             self._do()

@@ -14,17 +14,14 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import bnguard
-from tests.rank_scenarios import batch, guarded, make, move, same, statistics, timed
+from tests.rank_scenarios import batch, guarded, make, move, same, statistics, taking_into, timed
 
 __all__ = ["PARTINGS"]
 
 PARTINGS = {}
 
 
-def scenario(function):
-    """Takes in a scenario under its name."""
-    PARTINGS[function.__name__] = function
-    return function
+scenario = taking_into(PARTINGS)
 
 
 def is_second():

@@ -16,15 +16,22 @@ from torch.nn.parallel import DistributedDataParallel
 
 import bnguard
 
-__all__ = ["SCENARIOS"]
+__all__ = ["SCENARIOS", "taking_into"]
 
 SCENARIOS = {}
 
 
-def scenario(function):
-    """Takes in a scenario under its name."""
-    SCENARIOS[function.__name__] = function
-    return function
+def taking_into(scenarios):
+    """A decorator that takes in a scenario under its name."""
+
+    def scenario(function):
+        scenarios[function.__name__] = function
+        return function
+
+    return scenario
+
+
+scenario = taking_into(SCENARIOS)
 
 
 def device():

@@ -184,7 +184,7 @@ class BNGuardCallback(_Callback):
 
     def report(self) -> str:
         """What the current or last run guards, how, and what changed, as text."""
-        return _report.report_text(self.changes, self.layers, self._settings.as_written, self._settings.manner.wording)
+        return _report.report_text(self.changes, self.layers, self._settings)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy, or the callback in a process that a launcher starts, guards nothing yet.

@@ -186,7 +186,7 @@ class BNGuardCallback(TrainerCallback):
 
     def report(self) -> str:
         """What is guarded, how, and what changed, as text."""
-        return _report.report_text(self.changes, self.layers, self._settings.as_written, self._settings.manner.wording)
+        return _report.report_text(self.changes, self.layers, self._settings)
 
     # What the trainer calls.
 
