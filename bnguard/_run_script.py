@@ -120,11 +120,30 @@ def _ending_of(run: Callable[[], None]) -> Ending:
     return ending
 
 
-def wait_for_threads() -> None:
-    """Waits, as Python does at its end, for threads that are no daemons."""
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread() and not thread.daemon:
-            thread.join()
+def wait_for_threads(ending: Ending) -> Ending:
+    """Waits, as Python does at the end of its process, for pools, and for threads that are no daemons.
+
+    Returns:
+        How the script has ended: by Ctrl-C, where that comes meanwhile.
+    """
+    # What concurrent.futures and joblib end the threads of their pools with, which would wait for work for ever.
+    last_calls: list[Callable[[], object]] = getattr(threading, "_threading_atexits", [])
+    try:
+        while last_calls:
+            last_calls[-1]()
+            del last_calls[-1]  # not twice
+        while others := [thread for thread in threading.enumerate() if _is_waited_for(thread)]:
+            for thread in others:
+                thread.join()
+    except KeyboardInterrupt as error:
+        return ending if ending.error is not None else Ending(130, error.with_traceback(None))
+    except Exception:
+        return ending  # Python calls the one that fails again, tells it, and waits no more either
+    return ending
+
+
+def _is_waited_for(thread: threading.Thread) -> bool:
+    return not thread.daemon and thread is not threading.current_thread()
 
 
 def _set_up(argv: list[str], folder: str) -> None:

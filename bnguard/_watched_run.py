@@ -38,6 +38,7 @@ class WatchedRun:
         target: Path of the script, or name of the module.
         args: Its arguments.
         is_module: Whether it is a module.
+        ends_process: Whether the process ends with it. Then its threads are waited for.
         fail_on: Codes of findings that make a run fail that has not failed by itself.
         frozen: Pattern of the layers that are guarded; None guards none.
         on_change: What becomes of their updates.
@@ -52,6 +53,7 @@ class WatchedRun:
         args: Sequence[str],
         *,
         is_module: bool = False,
+        ends_process: bool = False,
         fail_on: frozenset[str] = frozenset(),
         frozen: str | None = None,
         on_change: OnChange = "raise",
@@ -62,6 +64,7 @@ class WatchedRun:
         self._target = target
         self._args = args
         self._is_module = is_module
+        self._ends_process = ends_process
         self._fail_on = fail_on
         self._frozen = frozen
         self._progress = progress
@@ -92,7 +95,8 @@ class WatchedRun:
                 if os.getpid() != process:  # a child that the script has forked: the parent reports
                     ending.show()
                     return ending.exit_code
-                wait_for_threads()
+                if self._ends_process:
+                    ending = wait_for_threads(ending)
             termination.leave_to_caller()  # what follows makes the report
             failure = self._end_guards(ending)
             self._record.stop(wait=ending.error is None)  # for other ranks, which may have failed likewise

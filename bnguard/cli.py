@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Args:
-        argv: The arguments; those of the process where None.
+        argv: The arguments; None: those of the process, which ends with the command; ``run`` waits for its threads.
 
     Returns:
         The exit code: 0 for clean, 1 for findings, 2 for something that is missing or cannot be written; of ``run`` the
@@ -53,12 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _commands.audit_target(options.target, outputs)
         if options.command == "diff":
             return _commands.diff_states(options.before, options.after, options.key, outputs)
-        return _run(parser, options, outputs)
+        return _run(parser, options, outputs, ends_process=argv is None)
     except UsageError as error:
         parser.exit(2, f"bnguard {options.command}: {error}\n")
 
 
-def _run(parser: argparse.ArgumentParser, options: argparse.Namespace, outputs: Outputs) -> int:
+def _run(parser: argparse.ArgumentParser, options: argparse.Namespace, outputs: Outputs, *, ends_process: bool) -> int:
     from bnguard._watched_run import WatchedRun
 
     target, *args = [options.module, *options.args] if options.module else options.args or [None]
@@ -69,6 +69,7 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace, outputs: 
         target,
         args,
         is_module=options.module is not None,
+        ends_process=ends_process,
         fail_on=options.fail_on,
         frozen=options.frozen,
         on_change=options.on_change,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,16 +17,24 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
 def start(command, folder=ROOT, **environment):
-    """Runs a Python command."""
-    return subprocess.run(
-        [sys.executable, *map(str, command)],
+    """Runs a Python command; after the limit, ends it and all that it has started."""
+    command = [sys.executable, *map(str, command)]
+    process = subprocess.Popen(
+        command,
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=LIMIT,
-        check=False,
+        start_new_session=True,
     )
+    try:
+        out, err = process.communicate(timeout=LIMIT)
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)  # a rank whose launcher is gone waits for the others
+        process.communicate()
+        raise
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
 def job(folder, *command, backend="gloo"):

@@ -7,13 +7,16 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import nn
 
 import bnguard
+from bnguard.cli import main
 from tests.readme import README
+from tests.scripts import ended_by, started
 
 SCRIPT = """\
 import sys
@@ -128,23 +131,18 @@ def test_exit_codes_are_the_scripts(script, tmp_path, code):
     assert "3 updates of 1 layer" in done.stdout
 
 
-def test_interrupt_is_reported(script, tmp_path):
+SLEEPS = "__import__('time').sleep(60)"
+WAITS = "__import__('threading').Thread(target=__import__('time').sleep, args=(60,)).start()"
+
+
+@pytest.mark.parametrize("then", [SLEEPS, WAITS])
+def test_interrupt_is_reported(script, tmp_path, then):
     """After Ctrl-C there is a report, the traceback of the script, and the process dies of the signal, as Python's."""
-    script("print('ready', flush=True); __import__('time').sleep(60)")
-    environment = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(bnguard.__file__))}
-    # A shell has what it runs in the background ignore the signal, and so what that starts, such as this test.
-    start = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
-    command = [sys.executable, "-c", start, sys.executable, "-m", "bnguard", "run", "train.py"]
-    process = subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    )
-    for line in process.stdout:
-        if line == "ready\n":
-            break
-    time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGINT
+    script(f"print('ready', flush=True); {then}")
+    process = started(tmp_path, "-m", "bnguard", "run", "train.py")
+    time.sleep(1)
+    code, out, err = ended_by(process, signal.SIGINT)
+    assert code == -signal.SIGINT
     assert err.rstrip().endswith("KeyboardInterrupt")
     assert "bnguard" not in err
     assert "no finding; 3 updates of 1 layer" in out
@@ -407,6 +405,30 @@ def work():
     print(len(pickle.dumps(Config())))
 threading.Thread(target=work).start()
 """,
+    "thread of a thread": """
+import threading, time
+def work():
+    time.sleep(0.3)
+    threading.Thread(target=lambda: (time.sleep(0.3), net(x), print("done"))).start()
+threading.Thread(target=work).start()
+""",
+    "pool": """
+import time
+from concurrent.futures import ThreadPoolExecutor
+ThreadPoolExecutor(1).submit(print, "first")
+pool = ThreadPoolExecutor(2)
+pool.submit(lambda: (time.sleep(0.5), net(x), print("done")))
+""",
+    "joblib": """
+from joblib import Parallel, delayed
+print(Parallel(2)(delayed(abs)(number) for number in (-1, 2)))
+net(x)
+""",
+    "failing finish": """
+import threading
+threading._register_atexit(lambda: 1 / 0)
+net(x)
+""",
     "exit handler": """
 import atexit, pickle
 class Config: pass
@@ -459,6 +481,19 @@ def test_scripts_behave_as_under_python(tmp_path, name):
     assert watched.stderr == plain.stderr
     assert watched.returncode == plain.returncode
     assert ("2 updates of 2 layers" if name == "part script" else "1 update of 1 layer") in report
+
+
+def test_run_within_a_process_leaves_its_threads_alone(tmp_path, capsys, monkeypatch):
+    """One that goes on afterwards, with a pool that waits for work."""
+    monkeypatch.setattr(sys, "argv", ["bnguard"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
+    (tmp_path / "script.py").write_text(f"{PREAMBLE}net(x)\n")
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(abs, -1).result() == 1
+        assert main(["run", str(tmp_path / "script.py")]) == 0
+        assert pool.submit(abs, -2).result() == 2
+    assert "1 update of 1 layer" in capsys.readouterr().out
 
 
 def test_closed_stdout_loses_no_report(tmp_path):

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-import bnguard
+from tests.scripts import ENVIRONMENT, ended_by, started
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs signals")
 
@@ -41,36 +41,27 @@ finally:
 IN_PYTHON = "time.sleep(60)"
 # Waits for itself, as for a device that does not answer: no handler of Python's can run meanwhile.
 IN_C = "lock = ctypes.create_string_buffer(64); [ctypes.CDLL(None).pthread_mutex_lock(lock) for _ in range(2)]"
-ENVIRONMENT = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(bnguard.__file__))}
 SAID = "SIGTERM has ended the run; this is what was recorded until then."
 
 
-def started(folder, *options, first="", then=IN_PYTHON, is_plain=False):
-    """The script, once it is ready."""
+def trained(folder, *options, first="", then=IN_PYTHON, is_plain=False):
+    """The script, once it has trained."""
     (folder / "train.py").write_text(SCRIPT.replace("{first}", first).replace("{then}", then))
-    command = [sys.executable, *([] if is_plain else ["-m", "bnguard", "run", *options]), "train.py"]
-    process = subprocess.Popen(
-        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
-    )
-    for line in process.stdout:
-        if line == "ready\n":
-            break
+    process = started(folder, *([] if is_plain else ["-m", "bnguard", "run", *options]), "train.py")
     time.sleep(0.3)
     return process
 
 
 def terminated(process):
     """How it ends: the exit code, stdout, stderr."""
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
-    return process.returncode, out, err
+    return ended_by(process, signal.SIGTERM)
 
 
 @pytest.mark.parametrize("then", [IN_PYTHON, IN_C])
 def test_report_then_death_of_the_signal(tmp_path, then):
     """No part of the script runs any more, as in plain Python; files are written too."""
-    assert terminated(started(tmp_path, then=then, is_plain=True)) == (-signal.SIGTERM, "", "")
-    code, out, err = terminated(started(tmp_path, "--json", "report.json", then=then))
+    assert terminated(trained(tmp_path, then=then, is_plain=True)) == (-signal.SIGTERM, "", "")
+    code, out, err = terminated(trained(tmp_path, "--json", "report.json", then=then))
     assert (code, err) == (-signal.SIGTERM, "")
     assert "no finding; 3 updates of 1 layer" in out
     assert SAID in out
@@ -92,7 +83,7 @@ signal.signal(signal.SIGTERM, lambda *call: (callable(old) and old(*call), sys.e
 @pytest.mark.parametrize("first", [SETTING, COMPOSING])
 def test_handler_of_the_script_decides(tmp_path, first):
     """It ends as its handler says, and the report is the usual one."""
-    code, out, _ = terminated(started(tmp_path, first=first))
+    code, out, _ = terminated(trained(tmp_path, first=first))
     assert code == 5
     assert out.startswith("except SystemExit(5)\nfinally\n")
     assert "no finding; 3 updates of 1 layer" in out
@@ -102,7 +93,7 @@ def test_handler_of_the_script_decides(tmp_path, first):
 def test_ignored_signal_stays_ignored(tmp_path):
     """SIG_IGN."""
     ignoring = "signal.signal(signal.SIGTERM, signal.SIG_IGN)"
-    code, out, err = terminated(started(tmp_path, first=ignoring, then="time.sleep(2)"))
+    code, out, err = terminated(trained(tmp_path, first=ignoring, then="time.sleep(2)"))
     assert (code, err) == (0, "")
     assert out.startswith("finally\n")
 
@@ -183,7 +174,7 @@ recorder.Recorder._measure = slow
 optimizer = torch.optim.SGD(net.parameters(), 0.1)
 """
     then = "net(torch.randn(8, 3, 8, 8)).sum().backward(); optimizer.step()"
-    process = started(tmp_path, "--every", "1", first=first, then=f"time.sleep(0.3); {then}")
+    process = trained(tmp_path, "--every", "1", first=first, then=f"time.sleep(0.3); {then}")
     time.sleep(1.5)  # in the middle of a measurement
     code, out, err = terminated(process)
     assert code == -signal.SIGTERM, err
