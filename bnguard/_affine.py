@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -10,8 +9,8 @@ from typing import Final
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from bnguard._fork import renew_after_fork
 from bnguard._layers import StatsLayer, tensor_table
+from bnguard._turns import Turn
 
 __all__ = ["AffineHold", "affine_parameters", "unheld"]
 
@@ -41,8 +40,7 @@ class _Held:
 
 # Blocks of several threads may overlap and end in any order: the first one in saves, the last one out restores.
 _held: Final[dict[int, _Held]] = {}
-_lock: Final = threading.Lock()
-renew_after_fork(_lock)
+_turn: Final = Turn()
 
 
 class AffineHold:
@@ -60,7 +58,7 @@ class AffineHold:
     def take(self, parameters: Sequence[Tensor]) -> None:
         """Holds ``parameters`` as well; each one is released by ``release`` even if a later one fails."""
         for parameter in parameters:
-            with _lock:
+            with _turn:
                 held = _held.get(id(parameter))
                 if held is None:
                     held = _held[id(parameter)] = _Held(parameter, parameter.requires_grad, parameter.grad, 0)
@@ -71,21 +69,24 @@ class AffineHold:
 
     def release(self) -> None:
         """Gives each parameter the flag and the gradient that it had before anybody held it."""
+        if self._taken:
+            _turn.end(self._release)
+
+    def _release(self) -> None:
         while self._taken:
-            with _lock:
-                held = _held[id(self._taken[-1])]
-                if held.holders == 1:
-                    held.parameter.requires_grad = held.requires_grad
-                    held.parameter.grad = _fitting(held.grad, held.parameter)
-                    del _held[id(held.parameter)]
-                else:
-                    held.holders -= 1
-                self._taken.pop()
+            held = _held[id(self._taken[-1])]
+            if held.holders == 1:
+                held.parameter.requires_grad = held.requires_grad
+                held.parameter.grad = _fitting(held.grad, held.parameter)
+                del _held[id(held.parameter)]
+            else:
+                held.holders -= 1
+            self._taken.pop()
 
 
 def unheld(parameter: nn.Parameter) -> nn.Parameter:
     """What a copy of a module should get for ``parameter``: the same data, with the flag that it has when not held."""
-    with _lock:
+    with _turn:
         held = _held.get(id(parameter))
         if held is None or held.requires_grad == parameter.requires_grad:
             return parameter

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import threading
 from collections.abc import Sequence
 from typing import Final
 
@@ -11,15 +10,13 @@ from torch import nn
 
 from bnguard._batch_norm import BatchNormSentry
 from bnguard._claims import Claim, graph_order, standing_order
-from bnguard._fork import renew_after_fork
 from bnguard._layers import BATCH_NORM, StatsLayer
 from bnguard._sentry import HOLDING, Sentry, sentries
+from bnguard._turns import Turn
 
 __all__ = ["attach", "detach", "is_any_held"]
 
-# Reentrant: a signal handler may enter or leave a guard while the main thread does.
-_lock: Final = threading.RLock()
-renew_after_fork(_lock)
+_turn: Final = Turn()
 
 
 def attach(
@@ -41,7 +38,7 @@ def attach(
     alone = claims[:1]  # all of a block say the same
     order, order_in_graphs = standing_order(alone), graph_order(alone)
     attached = []
-    with _lock:
+    with _turn:
         candidates = itertools.chain(earlier, itertools.repeat(None))
         for layer, claim, candidate in zip(layers, claims, candidates, strict=False):
             module = layer.module
@@ -67,25 +64,28 @@ def detach(layers: Sequence[StatsLayer], claims: Sequence[Claim], model: nn.Modu
     Raises:
         BaseException: The first of what went wrong, after all that could be taken off is.
     """
+    _turn.end(lambda: _detach(layers, claims, model))
+
+
+def _detach(layers: Sequence[StatsLayer], claims: Sequence[Claim], model: nn.Module) -> None:
     failure: BaseException | None = None
-    with _lock:
-        for layer, claim in zip(layers, claims, strict=True):
-            sentry = sentries.get(id(layer.module))
-            if sentry is None:
+    for layer, claim in zip(layers, claims, strict=True):
+        sentry = sentries.get(id(layer.module))
+        if sentry is None:
+            continue
+        try:
+            left = sentry.claims
+            if left:
+                left = left[1:] if left[0] is claim else tuple([other for other in left if other is not claim])
+            if left:
+                sentry.set_claims(left, standing_order(left), graph_order(left))
                 continue
-            try:
-                left = sentry.claims
-                if left:
-                    left = left[1:] if left[0] is claim else tuple([other for other in left if other is not claim])
-                if left:
-                    sentry.set_claims(left, standing_order(left), graph_order(left))
-                    continue
-                sentry.set_claims((), None, None)
-                if sentry.hooks_out:
-                    _find_hooks(sentry, model)
-                del sentries[sentry.key]  # only now: what was interrupted above can be done again
-            except BaseException as error:
-                failure = failure or error
+            sentry.set_claims((), None, None)
+            if sentry.hooks_out:
+                _find_hooks(sentry, model)
+            del sentries[sentry.key]  # only now: what was interrupted above can be done again
+        except BaseException as error:
+            failure = failure or error
     if failure is not None:
         raise failure
 
@@ -98,6 +98,6 @@ def _find_hooks(sentry: Sentry, model: nn.Module) -> None:
 
 def is_any_held(layers: Sequence[StatsLayer]) -> bool:
     """Whether some guard still keeps forwards of one of the layers from updating."""
-    with _lock:
+    with _turn:
         found = [sentry for layer in layers if (sentry := sentries.get(id(layer.module))) is not None]
         return any([claim.stance in HOLDING for sentry in found for claim in sentry.claims])

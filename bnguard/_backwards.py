@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any, Final
 
 from torch import autograd
 
+from bnguard._turns import Turn
+
 __all__ = ["BackwardCounter"]
 
 _NAME: Final = "_engine_run_backward"  # what torch.autograd.backward() and grad() call, once each
-_lock: Final = threading.Lock()
+_turn: Final = Turn()
 _open: tuple[BackwardCounter, ...] = ()
-_engine: Any = None  # torch's own, while ours is in its place
+_is_in_place = False  # ours
+_engine: Any = None  # torch's own; stays, for a pass that has begun
 
 
 class BackwardCounter:
@@ -29,22 +31,25 @@ class BackwardCounter:
 
     def open(self) -> None:
         """Counts from now on."""
-        global _open, _engine
-        with _lock:
+        global _open, _engine, _is_in_place
+        with _turn:
             if self not in _open:
                 _open = (*_open, self)
-            if _engine is None:
+            if not _is_in_place:
                 _engine = getattr(autograd, _NAME)
                 setattr(autograd, _NAME, _run_backward)
+                _is_in_place = True
 
     def close(self) -> None:
         """Counts no more."""
-        global _open, _engine
-        with _lock:
-            _open = tuple([counter for counter in _open if counter is not self])
-            if not _open and getattr(autograd, _NAME) is _run_backward:
-                setattr(autograd, _NAME, _engine)
-                _engine = None
+        _turn.end(self._close)
+
+    def _close(self) -> None:
+        global _open, _is_in_place
+        _open = tuple([counter for counter in _open if counter is not self])
+        if not _open and getattr(autograd, _NAME) is _run_backward:
+            setattr(autograd, _NAME, _engine)
+            _is_in_place = False
 
 
 def _run_backward(*args: Any, **kwargs: Any) -> Any:

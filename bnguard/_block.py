@@ -89,7 +89,7 @@ class Block:
         self._handled = 0  # id of the exception that was being handled where the block began
         self._has_warned_of_program = False
         self._maybe_overwritten: Mapping[str, tuple[str, int]] = {}  # by layer: digest of what was found, from whom
-        self._refreshing = threading.Lock()
+        self._refreshing = threading.RLock()
         self._under_way: dict[int, int] = {}  # by owner: updates within the budget that have begun and not ended
         self._regions: dict[int, Region] = {}  # checkpointed, held, and not recomputed so far
 
@@ -236,16 +236,18 @@ class Block:
         """
         with self._refreshing:
             self._under_way[claim.owner] = under_way = self._under_way.get(claim.owner, 0) + 1
-            if self._statistics is None or under_way > 1:
-                return None
-            return self._statistics.deviation(claim.owner)
+            statistics = self._statistics
+            return None if statistics is None or under_way > 1 else statistics.deviation(claim.owner)
 
     def allowed(self, claim: Claim, deviation: Tensor | None) -> None:
         """Takes what an update within the budget has written for the state to hold, unless it built on such a write."""
         with self._refreshing:
-            self._under_way[claim.owner] -= 1
-            if self._statistics is not None:
-                self._statistics.refresh(claim.owner, unless=deviation)
+            statistics = self._statistics
+            try:
+                if statistics is not None:
+                    statistics.refresh(claim.owner, unless=deviation)
+            finally:
+                self._under_way[claim.owner] -= 1
 
     def recorded(self, claim: Claim) -> None:
         """Warns, once a block, that a program is taken off a layer in train mode that is held in eval mode."""
@@ -305,7 +307,7 @@ class Block:
 
         Before each of the forwards that were counted ``DistributedDataParallel`` may have put the statistics of another
         rank in the place of this one's: then they are what the update began from. Of a compiled graph, in which no
-        forward can be counted, the layer's own counter tells.
+        forward can be counted, the layer's own counter tells. An update that is under way has been paid for.
         """
         assert self._statistics is not None
         owners = [difference.owner for difference in differences if self._claims[difference.owner].budget]
@@ -314,7 +316,11 @@ class Block:
         overwritten = overwritten_by_ddp(spent, after_join=True) if spent else {}
         paid = []
         for owner, module in modules.items():
-            if id(module) in overwritten or (is_taken_in(module) and self._has_counted(self._statistics, owner)):
+            if (
+                id(module) in overwritten
+                or self._under_way.get(owner)
+                or (is_taken_in(module) and self._has_counted(self._statistics, owner))
+            ):
                 self._statistics.refresh(owner, unless=None)
                 paid.append(owner)
         return frozenset(paid)

@@ -150,7 +150,7 @@ def decide(claims: Sequence[Claim]) -> Verdict:
     return Verdict("stand", None, tuple(warned), tuple(within))
 
 
-_lock: Final = threading.Lock()
+_lock: Final = threading.RLock()
 renew_after_fork(_lock)
 
 

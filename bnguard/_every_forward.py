@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any, Final, Protocol
 
 import torch
@@ -10,12 +9,13 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from bnguard._graphs import at_compile_time
+from bnguard._turns import Turn
 
 __all__ = ["Listener", "interests_changed", "listen", "stand_down", "unlisten"]
 
 # One function under one key for the whole process: graphs are compiled anew for another one.
 _KEY: Final = "bnguard"
-_lock: Final = threading.Lock()
+_turn: Final = Turn()
 _listeners: tuple[Listener, ...] = ()
 
 
@@ -42,7 +42,7 @@ class Listener(Protocol):
 def listen(listener: Listener) -> None:
     """Tells ``listener`` of every forward from now on."""
     global _listeners
-    with _lock:
+    with _turn:
         _pre_hooks.setdefault(_KEY, _before_forward)
         torch_module._has_any_global_hook = _has_any_other_hook
         _listeners = (*_listeners, listener)
@@ -56,25 +56,31 @@ def unlisten(listener: Listener, *, keep_hook: bool = False) -> None:
         listener: The one.
         keep_hook: Leave the hook on although nobody listens, for somebody who will soon.
     """
-    global _listeners
-    with _lock:
+
+    def ending() -> None:
+        global _listeners
         _listeners = tuple([other for other in _listeners if other is not listener])
         _set_post_hook()
         if not _listeners and not keep_hook:
             _take_off()
 
+    _turn.end(ending)
+
 
 def interests_changed() -> None:
     """Puts on or takes off what the listeners want now; in time for the forward that is about to begin."""
-    with _lock:
+    with _turn:
         _set_post_hook()
 
 
 def stand_down() -> None:
     """Takes the hook off, unless somebody listens."""
-    with _lock:
+
+    def ending() -> None:
         if not _listeners:
             _take_off()
+
+    _turn.end(ending)
 
 
 def _set_post_hook() -> None:

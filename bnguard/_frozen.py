@@ -103,7 +103,7 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
         BNGuardWarning: The model has no layer with running statistics.
     """
 
-    __slots__ = ("__weakref__", "_last", "_lock", "_model", "_open", "_settings")
+    __slots__ = ("__weakref__", "_last", "_model", "_open", "_settings")
 
     _manner: ClassVar[Manner] = PLAIN
 
@@ -143,9 +143,9 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
     def _set(self, model: nn.Module, settings: Settings) -> None:
         self._model = model
         self._settings = settings
-        self._open: list[tuple[int, Block]] = []  # and the thread that opened it
+        # By which thread, in the order of opening; None is still being entered. Without a lock: a change is one step.
+        self._open: dict[Block, int | None] = {}
         self._last: Block | None = None
-        self._lock = threading.Lock()
 
     @outside_graphs
     def __enter__(self) -> Self:
@@ -154,14 +154,14 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
     def _enter(self, occasion: Occasion | None) -> Self:
         """Begins a block, of a call of a decorated function where that is given."""
         block = Block(self._model, self._settings, self._last)
-        with self._lock:
-            self._open.append((threading.get_ident(), block))
-            self._last = block
+        self._open[block] = None
+        self._last = block
         try:
             block.enter(occasion)
+            self._open[block] = threading.get_ident()
             return self
         except BaseException:
-            self._close(block)
+            self._open.pop(block, None)
             raise
 
     @outside_graphs
@@ -247,30 +247,22 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
 
     def _innermost(self) -> Block | None:
         """The block that this thread entered last, else the last of all."""
-        with self._lock:
-            if not self._open:
-                return None
-            if len(self._open) > 1:
-                thread = threading.get_ident()
-                for owner, block in reversed(self._open):
-                    if owner == thread:
-                        return block
-            return self._open[-1][1]
+        thread = threading.get_ident()
+        entered = [(block, owner) for block, owner in list(self._open.items()) if owner is not None]
+        own = [block for block, owner in entered if owner == thread]
+        return own[-1] if own else entered[-1][0] if entered else None
 
     def _leave(
         self, error: BaseException | None, parting: Parting = "wait", leaving: BaseException | None = None
     ) -> None:
         block = self._innermost()
+        while block is not None and self._open.pop(block, None) is None:
+            block = self._innermost()  # that one has been left meanwhile
         if block is not None:
             try:
                 block.leave(error, parting, leaving)
             finally:
-                self._close(block)
                 self._last = block
-
-    def _close(self, block: Block) -> None:
-        with self._lock:
-            self._open = [other for other in self._open if other[1] is not block]
 
 
 def _check_is_module(value: Any, wording: Wording) -> None:

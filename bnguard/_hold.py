@@ -180,8 +180,8 @@ class Exchange:
 
 _exchange_calls: Final[dict[int, int]] = {}
 _exchange_originals: Final[dict[int, dict[str, Any]]] = {}
-_exchange_lock: Final = threading.Lock()
-exchange_turn: Final = threading.RLock()  # for those who must not overlap; reentrant for layers within layers
+_exchange_lock: Final = threading.RLock()
+exchange_turn: Final = threading.RLock()  # for those who must not overlap
 renew_after_fork(_exchange_lock, exchange_turn)
 
 

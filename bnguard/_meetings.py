@@ -12,6 +12,7 @@ is older than this process.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -19,8 +20,7 @@ import secrets
 import threading
 import time
 import weakref
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,7 +147,6 @@ class _OfStore:
 
 
 _stores: Final[weakref.WeakKeyDictionary[Any, _OfStore]] = weakref.WeakKeyDictionary()
-_stores_lock: Final = threading.Lock()
 
 
 class Meetings:
@@ -170,8 +169,7 @@ class Meetings:
         self._since = since
         self._original = weakref.ref(store)
         self._local = threading.local()
-        self._lock = threading.Lock()
-        self._count: Counter[str] = Counter()  # by place: meetings so far
+        self._numbers: dict[str, Iterator[int]] = {}  # by place, of what begins there
         self._token = secrets.token_hex(8)
         self._number: str | None = self._token if me == members[0] else None  # what all of them have in their keys
         self._welcomed: set[int] = {me}  # who have it, as far as the first one knows
@@ -180,13 +178,9 @@ class Meetings:
     @classmethod
     def of(cls, store: Store, members: tuple[int, ...], me: int) -> Meetings:
         """Those of a store, which last as long as that."""
-        with _stores_lock:
-            kept = _stores.get(store)
-            if kept is None:
-                _stores[store] = kept = _OfStore()
-            if members not in kept.by_members:
-                kept.by_members[members] = cls(store, members, me, kept.since)
-            return kept.by_members[members]
+        kept = _stores.get(store) or _stores.setdefault(store, _OfStore())
+        found = kept.by_members.get(members)
+        return found or kept.by_members.setdefault(members, cls(store, members, me, kept.since))
 
     @property
     def store(self) -> Any:
@@ -230,10 +224,7 @@ class Meetings:
 
     def count(self, place: str) -> int:
         """How often this rank has begun something at a place before."""
-        with self._lock:
-            number = self._count[place]
-            self._count[place] += 1
-            return number
+        return next(self._numbers.setdefault(place, itertools.count()))
 
     def tell(self, place: str, text: str) -> None:
         """Tells the first rank something, and does not wait for it."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from contextlib import AbstractContextManager, ExitStack
 from types import TracebackType
 
@@ -50,7 +49,6 @@ class recompute_frozen:  # noqa: N801  # lower case, as frozen
             raise TypeError(f"recompute_frozen() takes a torch.nn.Module, got {type(model).__name__}")
         self._model = model
         self._open: list[ExitStack] = []
-        self._lock = threading.Lock()
 
     @outside_graphs
     def __call__(self) -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
@@ -61,17 +59,14 @@ class recompute_frozen:  # noqa: N801  # lower case, as frozen
     def __enter__(self) -> recompute_frozen:
         stack = ExitStack()
         stack.enter_context(_Holding(self._model, "recompute"))
-        with self._lock:
-            self._open.append(stack)
+        self._open.append(stack)
         return self
 
     @outside_graphs
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        with self._lock:
-            stack = self._open.pop()
-        stack.close()
+        self._open.pop().close()
 
     def __repr__(self) -> str:
         return f"<bnguard.recompute_frozen of a {type(self._model).__name__}>"

@@ -11,6 +11,8 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from bnguard._turns import Turn
+
 __all__ = ["OptimizerSteps", "StepCounter"]
 
 
@@ -127,27 +129,32 @@ class _ScaledSteps:
     """Tells counters of the steps that a ``GradScaler`` skips because of infinite gradients: no optimizer sees them."""
 
     def __init__(self) -> None:
+        self._turn = Turn()
         self._counters: tuple[StepCounter, ...] = ()
         self._step: Any = None  # torch's own, while ours is in its place
         self._ours: Any = None
 
     def open(self, counter: StepCounter) -> None:
-        self._counters = (*self._counters, counter)
-        if self._step is None:
-            self._step = step = GradScaler.step
+        with self._turn:
+            self._counters = (*self._counters, counter)
+            if self._step is None:
+                self._step = step = GradScaler.step
 
-            def counted(scaler: GradScaler, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
-                before = [(counter, counter.steps_of(optimizer).count) for counter in self._counters]
-                result = step(scaler, optimizer, *args, **kwargs)
-                for counter, count in before:
-                    if counter.steps_of(optimizer).count == count:
-                        counter.add_step_of(optimizer)
-                return result
+                def counted(scaler: GradScaler, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+                    before = [(counter, counter.steps_of(optimizer).count) for counter in self._counters]
+                    result = step(scaler, optimizer, *args, **kwargs)
+                    for counter, count in before:
+                        if counter.steps_of(optimizer).count == count:
+                            counter.add_step_of(optimizer)
+                    return result
 
-            self._ours = counted
-            setattr(GradScaler, "step", counted)  # noqa: B010  # whose type knows no other
+                self._ours = counted
+                setattr(GradScaler, "step", counted)  # noqa: B010  # whose type knows no other
 
     def close(self, counter: StepCounter) -> None:
+        self._turn.end(lambda: self._close(counter))
+
+    def _close(self, counter: StepCounter) -> None:
         self._counters = tuple([other for other in self._counters if other is not counter])
         if not self._counters and self._step is not None and GradScaler.step is self._ours:
             setattr(GradScaler, "step", self._step)  # noqa: B010

@@ -47,7 +47,7 @@ class BeforeTermination:
         self._last = last
         self._reader = self._writer = _NONE
         self._process = 0
-        self._forking = threading.Lock()
+        self._forking = threading.RLock()
         self._forks = 0  # that are under way
         self._set_aside_handler: int | None = None
         self._has_come = False

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import bnguard
+from bnguard._turns import Turn
 from tests.asserts import assert_clean, assert_same_bits, state_of, statistics, told, values
 from tests.nets import OwnForward, images, warmed
 
@@ -199,7 +200,7 @@ def guard_in_child() -> None:
 
 def test_fork_while_another_thread_is_inside_a_lock() -> None:
     """A child that is born while a thread of its parent enters a block can enter one: no lock stays closed for ever."""
-    kinds = (type(threading.Lock()), type(threading.RLock()))
+    kinds = (type(threading.Lock()), type(threading.RLock()), Turn)
     modules = [module for name, module in sys.modules.items() if name.partition(".")[0] == "bnguard"]
     locks = [value for module in modules for value in vars(module).values() if isinstance(value, kinds)]
     taken, done = threading.Event(), threading.Event()
