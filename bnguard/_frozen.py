@@ -153,12 +153,12 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
 
     def _enter(self, occasion: Occasion | None) -> Self:
         """Begins a block, of a call of a decorated function where that is given."""
-        block = Block(self._model, self._settings, self._last)
+        block, thread = Block(self._model, self._settings, self._last), threading.get_ident()
         self._open[block] = None
         self._last = block
         try:
             block.enter(occasion)
-            self._open[block] = threading.get_ident()
+            self._open[block] = thread
             return self
         except BaseException:
             self._open.pop(block, None)
