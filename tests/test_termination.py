@@ -133,6 +133,15 @@ def test_forked_children_die_by_themselves(tmp_path, pause):
     assert SAID not in done.stdout
 
 
+def test_report_also_after_a_fork(tmp_path):
+    """The handler, which no child may have, is there again."""
+    first = "child = multiprocessing.get_context('fork').Process(target=int)\nchild.start()\nchild.join()"
+    code, out, err = terminated(trained(tmp_path, first=first))
+    assert (code, err) == (-signal.SIGTERM, "")
+    assert "no finding; 3 updates of 1 layer" in out
+    assert SAID in out
+
+
 def test_signal_after_the_script_waits_for_the_report(tmp_path):
     """It does not cut the report short."""
     first = (
