@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -33,7 +34,7 @@ class Faults:
     """Makes the ``target``-th call that bnguard makes into torch raise; counts them all.
 
     Calls into torch's Python code and into its extension count, those that close a context do not: torch itself does
-    not survive that.
+    not survive that. No garbage is collected meanwhile: what is called then, bnguard does not call.
     """
 
     def __init__(self, target: int | None = None) -> None:
@@ -41,11 +42,15 @@ class Faults:
         self.calls: list[str] = []
 
     def __enter__(self) -> Faults:
+        self._collects = gc.isenabled()
+        gc.disable()
         sys.setprofile(self._event)
         return self
 
     def __exit__(self, *error: object) -> None:
         sys.setprofile(None)
+        if self._collects:
+            gc.enable()
 
     def _event(self, frame: Any, event: str, arg: Any) -> None:
         if event == "c_call":
