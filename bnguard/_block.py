@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -40,6 +40,7 @@ from bnguard._sentry import Sentry
 from bnguard._settings import Settings
 from bnguard._snapshot import Difference, Snapshot
 from bnguard._tree import Tree, find_layers
+from bnguard._turns import finish
 from bnguard.errors import BNGuardError, BNGuardWarning, StatsChangedError
 
 __all__ = ["Block"]
@@ -294,7 +295,7 @@ class Block:
             finally:
                 # Also if comparing fails: the promise is about the statistics, not about the report.
                 if keep and not is_intact:
-                    _finish(snapshot.restore)
+                    finish(snapshot.restore)
         if self._settings.on_change == "warn":
             self._found = changes  # what changed before stands, and has just been found again
         elif changes:
@@ -339,7 +340,7 @@ class Block:
         failure: BaseException | None = None
         for undo in (self._release, self._detach):
             try:
-                _finish(undo)
+                finish(undo)
             except BaseException as error:
                 failure = failure or error
         if failure is not None:
@@ -428,15 +429,6 @@ class Block:
 
     def _mode(self, claim: Claim) -> str:
         return "train" if self._layers[claim.owner].module.training else "eval"
-
-
-def _finish(undo: Callable[[], None]) -> None:
-    """Runs an undo that may be run again, once more if it was interrupted, by Ctrl-C say."""
-    try:
-        undo()
-    except BaseException:
-        undo()
-        raise
 
 
 def _joined(one: StatsChange, other: StatsChange) -> StatsChange:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from bnguard._fork import renew_after_fork
 
-__all__ = ["Turn"]
+__all__ = ["Turn", "finish"]
 
 
 class Turn:
@@ -57,7 +57,7 @@ class Turn:
         while self._later and not self._depth:
             self._depth += 1
             try:
-                _do(self._later[0])
+                finish(self._later[0])
             except BaseException as error:
                 failure = failure or error
             finally:
@@ -74,7 +74,8 @@ class Turn:
         self._later.clear()
 
 
-def _do(ending: Callable[[], None]) -> None:
+def finish(ending: Callable[[], None]) -> None:
+    """Runs what may be run again, once more if it was interrupted, by Ctrl-C say."""
     try:
         ending()
     except BaseException:
