@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ContextDecorator, ExitStack
 from typing import Any, Final
 
@@ -29,6 +29,14 @@ _FX_TRACE: Final = _symbolic_trace.Tracer.trace.__code__
 _PROXY: Final = torch._C._TorchDispatchModeKey.PROXY
 
 
+def _flag_of_all_threads() -> bool:
+    return bool(_symbolic_trace._is_fx_tracing_flag)
+
+
+# Up to torch 2.13 a flag that all threads share, from 2.14 on one for each thread.
+_is_fx_tracing: Final[Callable[[], bool]] = getattr(_symbolic_trace, "_get_is_fx_tracing", _flag_of_all_threads)
+
+
 def is_recorded(args: Iterable[Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether a forward with these arguments becomes a program as it runs: ``torch.jit.trace``, ``make_fx``, ``fx``.
 
@@ -43,7 +51,7 @@ def is_recorded(args: Iterable[Any], kwargs: Mapping[str, Any]) -> bool:
 
 def is_symbolic(args: Iterable[Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether ``torch.fx.symbolic_trace`` runs a forward on placeholders instead of tensors."""
-    return _symbolic_trace._is_fx_tracing_flag and any(  # the flag is that of all threads
+    return _is_fx_tracing() and any(  # it may be that of all threads
         isinstance(value, torch.fx.Proxy) for value in (*args, *kwargs.values())
     )
 
@@ -52,7 +60,7 @@ def is_being_taken_down() -> bool:
     """Whether code that runs now, and not a forward, becomes a program: all of the above, and ``torch.export``."""
     if torch.compiler.is_exporting() or is_recorded((), {}):
         return True
-    return _symbolic_trace._is_fx_tracing_flag and not is_below(_LINEARIZE) and is_below(_FX_TRACE)
+    return _is_fx_tracing() and not is_below(_LINEARIZE) and is_below(_FX_TRACE)
 
 
 class aside(ContextDecorator):  # noqa: N801  # lower case, as torch.no_grad

@@ -25,6 +25,7 @@ from tests.nets import NORMS, ReassigningNorm, SharedNet, images, warmed
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.torch.jit.*is deprecated:DeprecationWarning"),  # of torch's own jvp
+    pytest.mark.filterwarnings("ignore:.torch.jit.*is deprecated:FutureWarning"),  # from torch 2.14 on
     pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node:UserWarning"),
 ]
 

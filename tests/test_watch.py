@@ -529,7 +529,11 @@ def test_replicas_are_no_models():
     assert record.counts[2] == 0
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit.trace:DeprecationWarning",
+    "ignore:`torch.jit.trace:FutureWarning",  # from torch 2.14 on
+    "ignore::torch.jit.TracerWarning",
+)
 def test_a_trace_has_nothing_of_ours_in_it():
     """torch.jit.trace of a watched model is the program that it would have been; shapes are unknown there."""
     net, twin = net_of(nn.BatchNorm2d(4)), net_of(nn.BatchNorm2d(4))
