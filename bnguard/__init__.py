@@ -11,50 +11,50 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bnguard._audit import audit as audit
-    from bnguard._changes import GuardedLayer as GuardedLayer
-    from bnguard._changes import StatsChange as StatsChange
-    from bnguard._diff import StatsDiff as StatsDiff
-    from bnguard._diff import diff as diff
-    from bnguard._drift import Drift as Drift
-    from bnguard._drift import DriftSeries as DriftSeries
-    from bnguard._findings import Finding as Finding
-    from bnguard._frozen import frozen as frozen
-    from bnguard._layers import LayerRegistration as LayerRegistration
-    from bnguard._layers import register_layer as register_layer
-    from bnguard._recompute import recompute_frozen as recompute_frozen
-    from bnguard._strict import strict as strict
-    from bnguard._timeline import UpdateSeries as UpdateSeries
-    from bnguard._updates import Mode as Mode
-    from bnguard._updates import StatsUpdates as StatsUpdates
-    from bnguard._watch import watch as watch
     from bnguard.errors import BNGuardError as BNGuardError
     from bnguard.errors import BNGuardWarning as BNGuardWarning
     from bnguard.errors import StatsChangedError as StatsChangedError
+    from bnguard.findings.audit import audit as audit
+    from bnguard.findings.diff import StatsDiff as StatsDiff
+    from bnguard.findings.diff import diff as diff
+    from bnguard.findings.grouping import Finding as Finding
+    from bnguard.guard.frozen import frozen as frozen
+    from bnguard.guard.recompute import recompute_frozen as recompute_frozen
+    from bnguard.guard.strict import strict as strict
+    from bnguard.layers.drift import Drift as Drift
+    from bnguard.layers.drift import DriftSeries as DriftSeries
+    from bnguard.layers.kinds import LayerRegistration as LayerRegistration
+    from bnguard.layers.kinds import register_layer as register_layer
+    from bnguard.recording.timeline import UpdateSeries as UpdateSeries
+    from bnguard.recording.watch import watch as watch
+    from bnguard.records import GuardedLayer as GuardedLayer
+    from bnguard.records import Mode as Mode
+    from bnguard.records import StatsChange as StatsChange
+    from bnguard.records import StatsUpdates as StatsUpdates
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "BNGuardError": "errors",
     "BNGuardWarning": "errors",
-    "Drift": "_drift",
-    "DriftSeries": "_drift",
-    "Finding": "_findings",
-    "GuardedLayer": "_changes",
-    "LayerRegistration": "_layers",
-    "Mode": "_updates",
-    "StatsChange": "_changes",
+    "Drift": "layers.drift",
+    "DriftSeries": "layers.drift",
+    "Finding": "findings.grouping",
+    "GuardedLayer": "records",
+    "LayerRegistration": "layers.kinds",
+    "Mode": "records",
+    "StatsChange": "records",
     "StatsChangedError": "errors",
-    "StatsDiff": "_diff",
-    "StatsUpdates": "_updates",
-    "UpdateSeries": "_timeline",
-    "audit": "_audit",
-    "diff": "_diff",
-    "frozen": "_frozen",
-    "recompute_frozen": "_recompute",
-    "register_layer": "_layers",
-    "strict": "_strict",
-    "watch": "_watch",
+    "StatsDiff": "findings.diff",
+    "StatsUpdates": "records",
+    "UpdateSeries": "recording.timeline",
+    "audit": "findings.audit",
+    "diff": "findings.diff",
+    "frozen": "guard.frozen",
+    "recompute_frozen": "guard.recompute",
+    "register_layer": "layers.kinds",
+    "strict": "guard.strict",
+    "watch": "recording.watch",
 }
 
 __all__ = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bnguard._changes import StatsChange
+from bnguard.records import StatsChange
 
 __all__ = ["BNGuardError", "BNGuardWarning", "StatsChangedError"]
 

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from bnguard import _report
-from bnguard._changes import StatsChange
-from bnguard._drift import eps_of, largest_mean_shift
-from bnguard._layers import StatsLayer
-from bnguard._tree import find_layers
+from bnguard.guard import messages as _report
+from bnguard.layers.drift import eps_of, largest_mean_shift
+from bnguard.layers.kinds import StatsLayer
+from bnguard.layers.tree import find_layers
+from bnguard.records import StatsChange
 
 if TYPE_CHECKING:
     from hypothesis.strategies import DrawFn, SearchStrategy

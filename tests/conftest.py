@@ -36,7 +36,7 @@ def _nothing_stays_open() -> Iterator[None]:
     yield
     hooks = torch_module._global_forward_pre_hooks
     assert hooks.pop("bnguard", None) is None, "a suite's hook outlived its test"
-    tables = {"_sentry": "sentries", "_affine": "_held", "_hold": "_exchange_calls"}
+    tables = {"guard.layer_guard": "sentries", "guard.affine": "_held", "guard.hold": "_exchange_calls"}
     left = [getattr(sys.modules.get(f"bnguard.{module}"), table, None) for module, table in tables.items()]
     left = [table for table in left if table]
     sizes = [len(table) for table in left]

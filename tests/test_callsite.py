@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import bnguard
-from bnguard._callsite import CallSite, call_site
+from bnguard.torch_internals.callsite import CallSite, call_site
 from tests.asserts import GuardedThread, warns
 from tests.nets import conv_net, images
 

@@ -10,7 +10,9 @@ import pytest
 import torch
 from matplotlib import image
 
-from bnguard import _demo_plot, cli, demo
+from bnguard import cli
+from bnguard.cli import demo
+from bnguard.cli.demo import plot as _demo_plot
 
 QUICK = {"source_epochs": 3, "epochs": 2}
 
@@ -74,7 +76,7 @@ def test_drift_has_each_layer_and_step(result):
 
 def test_error_names_the_line_of_the_forward(result):
     """The error is the guard's own and points at the line in the training step that calls the backbone."""
-    lineno = re.search(r"demo\.py:(\d+) in train_step\n", str(result.error))
+    lineno = re.search(r"demo/__init__\.py:(\d+) in train_step\n", str(result.error))
     assert lineno is not None
     assert "head(backbone(batch.images))" in linecache.getline(demo.__file__, int(lineno[1]))
     assert [change.names for change in result.error.changes] == [("block1.bn",)]

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributions import Normal, kl_divergence
 
-from bnguard._drift import drift_between
+from bnguard.layers.drift import drift_between
 from tests.strategies import property_settings
 
 numbers = st.floats(-100, 100)

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import bnguard
-from bnguard._finding_texts import CODES
+from bnguard.findings.codes import CODES
 from tests.asserts import assert_same_bits
 
 IMAGES = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(1))

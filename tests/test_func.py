@@ -19,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
 
 import bnguard
-from bnguard import _hold
+from bnguard.guard import hold as _hold
 from tests.asserts import assert_clean, assert_same_bits, state_of, statistics, values, warns
 from tests.nets import NORMS, ReassigningNorm, SharedNet, images, warmed
 

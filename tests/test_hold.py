@@ -15,7 +15,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import bnguard
-from bnguard import _attach, _claims, _hold, _layers, _sentry, _tree
+from bnguard.guard import attach as _attach
+from bnguard.guard import hold as _hold
+from bnguard.guard import layer_guard as _sentry
+from bnguard.guard import policy as _claims
+from bnguard.layers import kinds as _layers
+from bnguard.layers import tree as _tree
 from tests.asserts import assert_clean, assert_same_bits, state_of, warns
 from tests.nets import NORMS, images, warmed
 

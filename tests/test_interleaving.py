@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 import bnguard
-from bnguard import _affine
+from bnguard.guard import affine as _affine
 from tests.asserts import assert_clean, assert_same_bits, join_threads, start_threads, state_of
 
 PACKAGE = str(Path(bnguard.__file__).parent)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import bnguard
-from bnguard import _layers, _tree
+from bnguard.layers import kinds as _layers
+from bnguard.layers import tree as _tree
 from tests.asserts import assert_clean, assert_same_bits, outcome, statistics, values, warns
 from tests.nets import (
     FrozenNorm,

@@ -17,7 +17,12 @@ import torch
 from torch import nn
 
 import bnguard
-from bnguard import _affine, _attach, _claims, _hold, _sentry, _tree
+from bnguard.guard import affine as _affine
+from bnguard.guard import attach as _attach
+from bnguard.guard import hold as _hold
+from bnguard.guard import layer_guard as _sentry
+from bnguard.guard import policy as _claims
+from bnguard.layers import tree as _tree
 from tests.asserts import assert_clean, assert_same_bits, state_of
 
 

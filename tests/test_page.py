@@ -11,10 +11,11 @@ from matplotlib import image
 from torch import nn
 
 import bnguard
-from bnguard._findings import Finding
-from bnguard._output import page, pictures
-from bnguard._output.document import Column, Document, Table
-from bnguard._output.documents import watch_document
+from bnguard.findings.grouping import Finding
+from bnguard.report import html as page
+from bnguard.report import plots as pictures
+from bnguard.report.document import Column, Document, Table
+from bnguard.report.documents import watch_document
 
 VOID = {"meta", "img"}
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 import bnguard
-from bnguard._output import pictures
+from bnguard.report import plots as pictures
 from tests.nets import conv_net, images
 
 

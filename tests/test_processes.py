@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import bnguard
-from bnguard._turns import Turn
+from bnguard.torch_internals.turns import Turn
 from tests.asserts import assert_clean, assert_same_bits, state_of, statistics, told, values
 from tests.nets import OwnForward, images, warmed
 

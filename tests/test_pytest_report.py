@@ -4,8 +4,8 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from bnguard._changes import StatsChange
-from bnguard._test_report import move_text, moves_of, report_lines
+from bnguard.pytest_plugin.report import move_text, moves_of, report_lines
+from bnguard.records import StatsChange
 from tests.suites import Suite, suite
 
 __all__ = ["suite"]

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import bnguard
-from bnguard._finding_texts import CODES
+from bnguard.findings.codes import CODES
 from tests.readme import IMPORTS, LOOPS, PASTED, README, RECIPES, SECTIONS, code
 from tests.suites import suite
 

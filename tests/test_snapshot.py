@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from bnguard import _image
-from bnguard._bits import as_bytes, from_bytes, same_bits
-from bnguard._drift import largest_mean_shift
-from bnguard._snapshot import Snapshot
+from bnguard.layers import flat_copy as _image
+from bnguard.layers.bits import as_bytes, from_bytes, same_bits
+from bnguard.layers.drift import largest_mean_shift
+from bnguard.layers.snapshot import Snapshot
 from tests.asserts import assert_same_bits
 
 NAMES = ("running_mean", "running_var", "num_batches_tracked")

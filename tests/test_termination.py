@@ -145,7 +145,7 @@ def test_report_also_after_a_fork(tmp_path):
 def test_signal_after_the_script_waits_for_the_report(tmp_path):
     """It does not cut the report short."""
     first = (
-        "import bnguard._watched_run as run\n"
+        "import bnguard.cli.run as run\n"
         "publish = run.publish\n"
         "run.publish = lambda *call: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(1), publish(*call))[2]"
     )
@@ -173,7 +173,7 @@ def test_script_that_closes_descriptors_keeps_its_files(tmp_path):
 def test_signal_while_a_lock_is_held(tmp_path):
     """The report needs what the main thread was in the middle of."""
     first = """\
-import bnguard._recorder as recorder
+import bnguard.recording.recorder as recorder
 measure = recorder.Recorder._measure
 def slow(*call):
     print("ready", flush=True)

@@ -6,7 +6,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bnguard._timeline import Timeline, updates_over_steps
+from bnguard.recording.timeline import Timeline, updates_over_steps
 from tests.strategies import property_settings
 
 paths = st.lists(st.integers(0, 40) | st.integers(0, 5000), max_size=60).map(sorted)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import bnguard
-from bnguard._tree import Tree, any_layer, find_layers
+from bnguard.layers.tree import Tree, any_layer, find_layers
 from tests.asserts import assert_clean, assert_same_bits
 
 

@@ -31,13 +31,13 @@ from typing import Any, Final
 
 from torch import nn
 
-from bnguard._changes import GuardedLayer, StatsChange
-from bnguard._frozen import frozen
-from bnguard._ranks import Group
-from bnguard._select import Selector
-from bnguard._settings import OnChange
-from bnguard._wording import Wording
-from bnguard.integrations._guards import missing_text, settings_of
+from bnguard.guard.frozen import frozen
+from bnguard.guard.options import OnChange
+from bnguard.guard.phrases import Wording
+from bnguard.integrations._base import missing_text, settings_of
+from bnguard.layers.select import Selector
+from bnguard.records import GuardedLayer, StatsChange
+from bnguard.torch_internals.ranks import Group
 
 try:
     from ignite.engine import Engine, Events

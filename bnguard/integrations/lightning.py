@@ -42,19 +42,19 @@ from typing import TYPE_CHECKING, Any, Final
 
 from torch import nn
 
-from bnguard import _report
-from bnguard._callsite import call_site
-from bnguard._changes import GuardedLayer, StatsChange
-from bnguard._frozen import frozen
-from bnguard._ranks import Group
-from bnguard._select import Selector, is_within
-from bnguard._settings import OnChange
-from bnguard._tree import find_layers
-from bnguard._wording import Wording
-from bnguard._words import short_repr
 from bnguard.errors import BNGuardError, BNGuardWarning, StatsChangedError
+from bnguard.guard import messages as _report
+from bnguard.guard.frozen import frozen
+from bnguard.guard.options import OnChange
+from bnguard.guard.phrases import Wording
+from bnguard.integrations._base import missing_text, settings_of
 from bnguard.integrations._checked_save import CheckedSave
-from bnguard.integrations._guards import missing_text, settings_of
+from bnguard.layers.select import Selector, is_within
+from bnguard.layers.tree import find_layers
+from bnguard.records import GuardedLayer, StatsChange
+from bnguard.torch_internals.callsite import call_site
+from bnguard.torch_internals.ranks import Group
+from bnguard.words import short_repr
 
 if TYPE_CHECKING:
     from lightning.pytorch.callbacks import Callback as _Lightning

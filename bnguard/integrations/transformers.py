@@ -37,17 +37,17 @@ from typing import Any, Final, Literal, Self, TypeAlias, get_args
 
 from torch import nn
 
-from bnguard import _report
-from bnguard._callsite import call_site
-from bnguard._changes import GuardedLayer, StatsChange
-from bnguard._frozen import frozen
-from bnguard._ranks import Group
-from bnguard._select import Selector
-from bnguard._settings import OnChange
-from bnguard._wording import Wording
-from bnguard._words import short_repr, suggestion
 from bnguard.errors import BNGuardError, BNGuardWarning
-from bnguard.integrations._guards import missing_text, settings_of
+from bnguard.guard import messages as _report
+from bnguard.guard.frozen import frozen
+from bnguard.guard.options import OnChange
+from bnguard.guard.phrases import Wording
+from bnguard.integrations._base import missing_text, settings_of
+from bnguard.layers.select import Selector
+from bnguard.records import GuardedLayer, StatsChange
+from bnguard.torch_internals.callsite import call_site
+from bnguard.torch_internals.ranks import Group
+from bnguard.words import short_repr, suggestion
 
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments

@@ -1,0 +1,1 @@
+"""What is wrong with running statistics, and how it shows."""

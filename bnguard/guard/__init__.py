@@ -1,0 +1,1 @@
+"""Blocks that protect running statistics."""

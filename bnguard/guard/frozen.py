@@ -1,0 +1,291 @@
+"""``frozen``: hold the running statistics of a model still for the extent of a block."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from types import TracebackType
+from typing import Any, ClassVar, Self, TypeVar
+
+import torch
+from torch import nn
+
+from bnguard.errors import BNGuardWarning
+from bnguard.guard import messages as _report
+from bnguard.guard.agreement import Occasion, Parting
+from bnguard.guard.block import Block
+from bnguard.guard.decorate import guard_function
+from bnguard.guard.options import PLAIN, Manner, OnChange, Settings, check_settings
+from bnguard.guard.phrases import Wording
+from bnguard.layers.select import Selector, select_layers
+from bnguard.layers.tree import any_layer, find_layers
+from bnguard.records import GuardedLayer, StatsChange
+from bnguard.torch_internals.callsite import call_site
+from bnguard.torch_internals.compile import outside_graphs
+from bnguard.torch_internals.ranks import Group
+from bnguard.words import short_repr
+
+__all__ = ["frozen"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class frozen:  # noqa: N801  # lower case, as torch.no_grad
+    """Holds the running statistics of a model still: a context manager, a decorator, and ``start()``/``stop()``.
+
+    Guarded are the buffers ``running_mean``, ``running_var`` and ``num_batches_tracked`` of every layer that owns one,
+    and what other libraries call the same thing. Whatever happens inside the block, under ``"raise"`` and ``"restore"``
+    they are the same tensors with the same bits afterwards. Outputs, gradients and random numbers are those of the
+    unguarded model. Nothing is left on the model afterwards.
+
+    ::
+
+        with bnguard.frozen(model):                      # raise where an update is about to happen
+            evaluate(model)
+
+        with bnguard.frozen(teacher, "restore"):         # normalise with the batch, keep the statistics
+            targets = teacher(images)
+
+        @bnguard.frozen(backbone, use_running_stats=True)   # as in eval mode, whatever train() says
+        def train(...): ...
+
+        guard = bnguard.frozen(model).start()            # for a whole run
+        ...
+        guard.stop()
+
+    Guards may be nested, entered again, shared by threads. The innermost one decides about a forward; what it lets
+    stand is a change for the guard around it. Decorating a coroutine or a generator function guards each resumption;
+    what the caller does in between is not inside.
+
+    Not covered: after the block, activation checkpointing recomputes its region in an unguarded forward; run that
+    backward inside the block. Under ``torch.compile`` nothing can be raised, warned about or counted at the forward:
+    the comparison at the end of the block finds it.
+
+    Args:
+        model: The model, or one layer.
+        on_change: What to do about an update.
+            ``"raise"``: ``StatsChangedError`` from inside the forward, before anything changed. What only the
+            comparison at the end can see (``load_state_dict()``, a write to ``.data``, a compiled graph) is put back,
+            then raised.
+            ``"warn"``: the change stands; one ``BNGuardWarning`` a block, all of them in ``changes``.
+            ``"restore"``: no update happens, and the layer still normalises with the statistics of the batch. Silent
+            for forwards; a change from elsewhere is put back with a warning.
+        use_running_stats: Guarded layers normalise with their running statistics, as in eval mode, however often
+            ``model.train()`` is called. Nothing else changes mode.
+        affine: Hold ``weight`` and ``bias`` of the guarded layers too: they get no gradient inside and no optimizer
+            moves them. Their ``requires_grad`` flags and gradients of entry come back at the end, also after a
+            ``zero_grad()`` inside.
+        updates: Updates that each layer may make inside the block; one more is the change. ``updates=1`` around a train
+            step finds a step with several forwards.
+        include: Guard only these layers: glob patterns on names in ``state_dict()``, without what ``DataParallel``,
+            ``DistributedDataParallel`` and ``torch.compile`` put before them (one that names a container selects all in
+            it; the model itself is ``"(root)"``), modules, predicates ``(name, module) -> bool``, or a list of
+            them.
+        exclude: Do not guard these layers; as ``include``.
+        group: In a distributed run, the ``torch.distributed`` process group whose ranks agree at the end of the block
+            and at ``check()``: under ``"raise"`` all of them raise if one has found something, naming ranks and layers,
+            else the first rank warns for all. None is the default group, where there is one; False is none, for a block
+            that not all ranks enter. They meet at the line of the block, or in the decorated function, and wait for
+            each other at most as long as the timeout of the process group. A rank that an exception leads out of the
+            block tells the others and does not wait: where that is a ``StatsChangedError`` they raise as well, else the
+            first of them warns.
+
+    Raises:
+        TypeError: ``model`` is no module; an option has the wrong type.
+        ValueError: An ``on_change`` that does not exist, a negative ``updates``, options that contradict each other, a
+            pattern that selects nothing.
+        BNGuardError: At the end of the block, under ``"raise"``: some ranks have not come there in time.
+
+    Warns:
+        BNGuardWarning: The model has no layer with running statistics.
+    """
+
+    __slots__ = ("__weakref__", "_last", "_model", "_open", "_settings")
+
+    _manner: ClassVar[Manner] = PLAIN
+
+    @outside_graphs
+    def __init__(
+        self,
+        model: nn.Module,
+        on_change: OnChange = "raise",
+        *,
+        use_running_stats: bool = False,
+        affine: bool = False,
+        updates: int = 0,
+        include: Selector | Iterable[Selector] | None = None,
+        exclude: Selector | Iterable[Selector] | None = None,
+        group: Group = None,
+    ) -> None:
+        _check_is_module(model, self._manner.wording)
+        settings = check_settings(on_change, use_running_stats, affine, updates, include, exclude, group)
+        settings = replace(settings, manner=self._manner)
+        _check_model(model, settings)
+        self._set(model, settings)
+
+    @classmethod
+    def _with(cls, model: nn.Module, settings: Settings) -> Self:
+        """A guard with settings that are checked already, on a model that is not. See the class for errors."""
+        _check_is_module(model, settings.manner.wording)
+        _check_model(model, settings)
+        return cls._of(model, settings)
+
+    @classmethod
+    def _of(cls, model: nn.Module, settings: Settings) -> Self:
+        """A guard with settings and a model that are checked already."""
+        guard = cls.__new__(cls)
+        guard._set(model, settings)
+        return guard
+
+    def _set(self, model: nn.Module, settings: Settings) -> None:
+        self._model = model
+        self._settings = settings
+        # By which thread, in the order of opening; None is still being entered. Without a lock: a change is one step.
+        self._open: dict[Block, int | None] = {}
+        self._last: Block | None = None
+
+    @outside_graphs
+    def __enter__(self) -> Self:
+        return self._enter(None)
+
+    def _enter(self, occasion: Occasion | None) -> Self:
+        """Begins a block, of a call of a decorated function where that is given."""
+        block, thread = Block(self._model, self._settings, self._last), threading.get_ident()
+        self._open[block] = None
+        self._last = block
+        try:
+            block.enter(occasion)
+            self._open[block] = thread
+            return self
+        except BaseException:
+            self._open.pop(block, None)
+            raise
+
+    @outside_graphs
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._leave(error)
+
+    def __call__(self, function: F) -> F:
+        """Decorates ``function``: its code runs inside a block of this guard."""
+        guarded: F = guard_function(function, lambda *call: lambda: self, "frozen(...)")
+        return guarded
+
+    @outside_graphs
+    def start(self) -> Self:
+        """Enters a block that lasts until ``stop()``; returns the guard."""
+        return self.__enter__()
+
+    @outside_graphs
+    def stop(self) -> None:
+        """Leaves the block that this thread entered last, else the last one of all. Without one, does nothing.
+
+        In a ``finally`` that an exception runs through, and in an ``except``, ranks of a distributed run tell each
+        other what they have found, and do not wait.
+
+        Raises:
+            StatsChangedError: As at the end of a ``with`` block.
+        """
+        block = self._innermost()
+        self._leave(None, leaving=None if block is None else block.error_on_its_way)
+
+    @outside_graphs
+    def check(self) -> None:
+        """Compares the statistics now, without leaving, and acts as the end of the block would.
+
+        Without an open block, does nothing.
+
+        Raises:
+            StatsChangedError: Under ``on_change="raise"``, if something changed or the error of a forward was caught.
+        """
+        block = self._innermost()
+        if block is not None:
+            block.check()
+
+    @property
+    @outside_graphs
+    def changes(self) -> tuple[StatsChange, ...]:
+        """What changed, or was about to, in the current or last block, in the order of ``state_dict()``.
+
+        At any time what the forwards showed; complete after ``check()`` and at the end of the block.
+        """
+        return () if self._last is None else self._last.changes
+
+    @property
+    @outside_graphs
+    def layers(self) -> tuple[GuardedLayer, ...]:
+        """The layers of the current or last block, or those a block would have now, and how each is protected."""
+        return (self._last or Block(self._model, self._settings)).layers
+
+    @outside_graphs
+    def report(self) -> str:
+        """What is guarded, how, and what changed, as text."""
+        return _report.report_text(self.changes, self.layers, self._settings)
+
+    @outside_graphs
+    def __repr__(self) -> str:
+        state = "open" if self._open else "closed"
+        return f"<bnguard.frozen of a {type(self._model).__name__}, on_change={self._settings.on_change!r}, {state}>"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        # A process group is shared, and cannot be copied.
+        group, settings = self._settings.group, replace(self._settings, group=False)
+        model, settings = copy.deepcopy((self._model, settings), memo)
+        return self._of(model, replace(settings, group=group))
+
+    def __getstate__(self) -> tuple[nn.Module, Settings]:
+        # A pickle guards the copy of the model, and is not open. Process groups are of their process.
+        group = self._settings.group
+        return self._model, replace(self._settings, group=group if group is None or isinstance(group, bool) else False)
+
+    def __setstate__(self, state: tuple[nn.Module, Settings]) -> None:
+        self._set(*state)
+
+    def _innermost(self) -> Block | None:
+        """The block that this thread entered last, else the last of all."""
+        thread = threading.get_ident()
+        entered = [(block, owner) for block, owner in list(self._open.items()) if owner is not None]
+        own = [block for block, owner in entered if owner == thread]
+        return own[-1] if own else entered[-1][0] if entered else None
+
+    def _leave(
+        self, error: BaseException | None, parting: Parting = "wait", leaving: BaseException | None = None
+    ) -> None:
+        block = self._innermost()
+        while block is not None and self._open.pop(block, None) is None:
+            block = self._innermost()  # that one has been left meanwhile
+        if block is not None:
+            try:
+                block.leave(error, parting, leaving)
+            finally:
+                self._last = block
+
+
+def _check_is_module(value: Any, wording: Wording) -> None:
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"{wording.place} takes {_no_module_text(value)}")
+
+
+def _check_model(model: nn.Module, settings: Settings) -> None:
+    """Warns of one without layers; of a selection that finds none ``select_layers`` says what is wrong."""
+    if not any_layer(model):
+        text = _report.unguarded_text(type(model).__name__, settings.manner.wording)
+        warnings.warn(text, BNGuardWarning, stacklevel=call_site().stacklevel)
+    elif settings.include or settings.exclude:
+        select_layers(model, find_layers(model), settings.include, settings.exclude)
+
+
+def _no_module_text(value: Any) -> str:
+    if isinstance(value, type) and issubclass(value, nn.Module):
+        return f"a model, got the class {value.__name__}: make an instance of it first"
+    if isinstance(value, (list, tuple)) and value and all(isinstance(item, nn.Module) for item in value):
+        return f"one model, got a {type(value).__name__} of {len(value)}: wrap them in nn.ModuleList"
+    text = f"a torch.nn.Module, got {type(value).__name__}: {short_repr(value)}"
+    if isinstance(value, torch.jit.ScriptFunction):
+        return f"{text}; guard the model that it calls"
+    is_program = hasattr(value, "graph_module") and callable(getattr(value, "module", None))  # torch.export's
+    return f"{text}; guard the module that its .module() returns" if is_program else text

@@ -1,0 +1,118 @@
+"""The options of a guard, checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final, Literal, TypeAlias, get_args
+
+from bnguard.guard.phrases import FROZEN, Wording
+from bnguard.guard.policy import Stance
+from bnguard.layers.select import Selector, as_selectors
+from bnguard.torch_internals.ranks import Group, check_group
+from bnguard.words import short_repr, suggestion
+
+__all__ = ["PLAIN", "Manner", "OnChange", "Settings", "check_settings"]
+
+OnChange: TypeAlias = Literal["raise", "warn", "restore"]
+
+
+@dataclass(frozen=True, slots=True)
+class Manner:
+    """What only a door of bnguard's own asks for: the pytest plugin, the command line.
+
+    Attributes:
+        wording: What messages call the guard.
+        has_asides: Whether to warn about what a block does not cover.
+        is_silent: Whether changes that stand are recorded and not warned about.
+        compares_only: Whether forwards are left alone, and the statistics merely compared.
+        is_outermost: Whether guards that were there before are inside of this one.
+    """
+
+    wording: Wording = FROZEN
+    has_asides: bool = True
+    is_silent: bool = False
+    compares_only: bool = False
+    is_outermost: bool = False
+
+
+PLAIN: Final = Manner()
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The options of ``frozen``, checked.
+
+    Attributes:
+        on_change: See ``frozen``, as for the next five.
+        use_running_stats: See there.
+        affine: See there.
+        updates: See there.
+        include: See there.
+        exclude: See there.
+        within: Paths of submodules: what is outside of them is not meant; empty for the whole model.
+        group: See there; False where nobody has asked.
+        manner: How the guard goes about it.
+    """
+
+    on_change: OnChange = "raise"
+    use_running_stats: bool = False
+    affine: bool = False
+    updates: int = 0
+    include: tuple[Selector, ...] = ()
+    exclude: tuple[Selector, ...] = ()
+    within: tuple[str, ...] = ()
+    group: Group = False
+    manner: Manner = PLAIN
+
+    @property
+    def as_written(self) -> str:
+        """The policies, as a user writes them."""
+        options = {"use_running_stats": self.use_running_stats, "affine": self.affine, "updates": self.updates}
+        chosen = [f"{name}={value}" for name, value in options.items() if value]
+        return ", ".join([f'on_change="{self.on_change}"', *chosen])
+
+    @property
+    def stance(self) -> Stance:
+        """What becomes of an update beyond the budget."""
+        return "running" if self.use_running_stats else self.on_change
+
+
+_POLICIES: Final[tuple[str, ...]] = get_args(OnChange)
+
+
+def check_settings(
+    on_change: Any,
+    use_running_stats: Any,
+    affine: Any,
+    updates: Any,
+    include: Any,
+    exclude: Any,
+    group: Any,
+) -> Settings:
+    """Checks the options of ``frozen``. See there for the errors."""
+    if on_change not in _POLICIES:
+        raise ValueError(f"on_change={short_repr(on_change)}: {suggestion(on_change, _POLICIES)}")
+    for name, value in (("use_running_stats", use_running_stats), ("affine", affine)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {short_repr(value)}")
+    if isinstance(updates, bool) or not isinstance(updates, int):
+        raise TypeError(
+            f"updates must be a whole number of updates that each layer may make, got {short_repr(updates)}"
+        )
+    if updates < 0:
+        raise ValueError(f"updates={updates}: the number of updates that each layer may make cannot be negative")
+    if use_running_stats and updates:
+        raise ValueError(
+            f"use_running_stats=True contradicts updates={updates}: "
+            "a layer that normalises with its running statistics makes no update; leave one of them out"
+        )
+    check_group(group)
+    return Settings(
+        on_change,
+        use_running_stats,
+        affine,
+        updates,
+        as_selectors("include", include),
+        as_selectors("exclude", exclude),
+        group=group,
+    )

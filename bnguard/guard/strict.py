@@ -1,0 +1,243 @@
+"""``strict``: ``frozen`` around every call of a function, on the models that it finds there."""
+
+from __future__ import annotations
+
+import dis
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from types import CodeType, FunctionType
+from typing import Any, Final, TypeVar, overload
+
+from torch import nn
+
+from bnguard.guard.agreement import Occasion, Parting
+from bnguard.guard.decorate import Guard, guard_function
+from bnguard.guard.frozen import frozen
+from bnguard.guard.options import Manner, OnChange, Settings, check_settings
+from bnguard.guard.phrases import Wording
+from bnguard.layers.search import modules_in, roots_of
+from bnguard.layers.select import Selector
+from bnguard.layers.tree import any_layer
+from bnguard.torch_internals.compile import outside_graphs
+from bnguard.torch_internals.ranks import Group
+from bnguard.words import short_repr
+
+__all__ = ["strict"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+_MANNER: Final = Manner(
+    Wording(
+        "@bnguard.strict", "@bnguard.strict(updates={})", "@bnguard.strict({})", (), "bnguard.watch() lists them all"
+    )
+)
+ModelSource = nn.Module | str | Callable[..., Any]
+
+
+@overload
+def strict(function: F, /) -> F: ...
+
+
+@overload
+def strict(
+    *,
+    model: ModelSource | None = None,
+    on_change: OnChange = "raise",
+    use_running_stats: bool = False,
+    affine: bool = False,
+    updates: int = 0,
+    include: Selector | Iterable[Selector] | None = None,
+    exclude: Selector | Iterable[Selector] | None = None,
+    group: Group = None,
+) -> Callable[[F], F]: ...
+
+
+def strict(
+    function: Any = None,
+    /,
+    *,
+    model: ModelSource | None = None,
+    on_change: OnChange = "raise",
+    use_running_stats: bool = False,
+    affine: bool = False,
+    updates: int = 0,
+    include: Any = None,
+    exclude: Any = None,
+    group: Group = None,
+) -> Any:
+    """Runs each call of a function inside ``frozen``, on the models that the call is about.
+
+    ::
+
+        @bnguard.strict
+        def validate(model, loader): ...
+
+        @bnguard.strict(model="teacher", on_change="restore")
+        def distill(student, teacher, batch): ...
+
+    Which models: those that ``model`` names; else modules among the arguments (inside lists, tuples, sets and dicts
+    too); else ``self``; else modules that are attributes of ``self``; else modules that the function reads from its
+    closure or its globals. The first of these places that has a model with running statistics decides.
+
+    Works on functions, methods, class and static methods (above or below those decorators), coroutines and generators
+    (each resumption is a block). Signature, docstring, name and pickling of the function stay as they are.
+
+    Args:
+        function: The function, where the decorator is used without parentheses.
+        model: The model itself; the name of a parameter (``"teacher"``, ``"self.encoder"``); or a callable that is
+            given the arguments of the call (``self`` first) and returns a model or several.
+        on_change: See ``frozen``, as for the options that follow.
+        use_running_stats: See ``frozen``.
+        affine: See ``frozen``.
+        updates: See ``frozen``.
+        include: See ``frozen``.
+        exclude: See ``frozen``.
+        group: See ``frozen``.
+
+    Raises:
+        TypeError: At decoration: what is decorated is no function, or an option has the wrong type. At the call: no
+            model was found.
+        ValueError: As ``frozen``; and a ``model`` that is the name of no parameter.
+    """
+    if isinstance(function, nn.Module):
+        raise TypeError("strict decorates functions; to guard a model use frozen(model), or strict(model=model)")
+    settings = check_settings(on_change, use_running_stats, affine, updates, include, exclude, group)
+    settings = replace(settings, manner=_MANNER)
+    if not (model is None or isinstance(model, (nn.Module, str)) or callable(model)):
+        raise TypeError(f"model must be a module, the name of a parameter or a callable, got {short_repr(model)}")
+
+    def decorate(function: Any) -> Any:
+        if isinstance(model, str):
+            _check_parameter(function, model)
+
+        @outside_graphs
+        def opener(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], Guard]:
+            models = _models(model, wrapped, instance, args, kwargs)
+            return functools.partial(_AllFrozen, models, settings)
+
+        return guard_function(function, opener, "strict")
+
+    return decorate if function is None else decorate(function)
+
+
+class _AllFrozen:
+    """One block around several models."""
+
+    @outside_graphs
+    def __init__(self, models: list[nn.Module], settings: Settings) -> None:
+        self._guards = [frozen._with(model, settings) for model in models]
+
+    def _enter(self, occasion: Occasion | None) -> None:
+        with ExitStack() as undo:
+            for number, guard in enumerate(self._guards):
+                guard._enter(None if occasion is None else occasion.part(number))
+                undo.push(guard)
+            undo.pop_all()
+
+    def _leave(
+        self, error: BaseException | None, parting: Parting = "wait", leaving: BaseException | None = None
+    ) -> None:
+        failure: BaseException | None = None
+        for guard in reversed(self._guards):
+            try:
+                guard._leave(failure or error, parting, leaving)
+            except BaseException as found:
+                failure = found
+        try:
+            if failure is not None:
+                raise failure
+        finally:
+            failure = None  # which knows this frame
+
+
+_PLACES: Final = "its arguments, self, the attributes of self, and what it reads from its closure and globals"
+
+
+def _models(
+    source: ModelSource | None, wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[nn.Module]:
+    """The models that one call is about, none of them a part of another."""
+    if source is not None:
+        named = modules_in(_named(source, wrapped, instance, args, kwargs))
+        if not named:
+            what = f"{source!r}" if isinstance(source, str) else "the callable"
+            raise TypeError(f"strict: model={what} gave no torch.nn.Module at the call of {_name_of(wrapped)}()")
+        return roots_of(named)
+    bare: list[nn.Module] = []
+    for place in _places(wrapped, instance, args, kwargs):
+        found = modules_in(place)
+        guarded = [module for module in found if any_layer(module)]
+        if guarded:
+            return roots_of(guarded)
+        bare = bare or found
+    if not bare:
+        raise TypeError(
+            f"strict: {_name_of(wrapped)}() has no model: looked in {_PLACES}; "
+            "say which with strict(model=...), a module, the name of a parameter, or a callable"
+        )
+    return bare[:1]
+
+
+def _named(source: ModelSource, wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if isinstance(source, nn.Module):
+        return source
+    if isinstance(source, str):
+        name, *path = source.split(".")
+        arguments = inspect.signature(wrapped).bind(*args, **kwargs)
+        arguments.apply_defaults()
+        value = arguments.arguments.get(name, instance)
+        for attribute in path:
+            value = getattr(value, attribute)
+        return value
+    return source(*args, **kwargs) if instance is None else source(instance, *args, **kwargs)
+
+
+def _places(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:
+    yield [*args, *kwargs.values()]
+    yield instance
+    if instance is not None and not isinstance(instance, type):
+        yield list(getattr(instance, "__dict__", {}).values())
+    elif isinstance(instance, type):
+        yield list(vars(instance).values())
+    yield list(_read_by(wrapped))
+
+
+def _read_by(function: Any) -> Iterator[Any]:
+    """What a function reads from its closure and its globals, functions defined inside it included."""
+    plain = inspect.unwrap(getattr(function, "__func__", function))
+    if not isinstance(plain, FunctionType):
+        return
+    for cell in plain.__closure__ or ():
+        try:
+            yield cell.cell_contents
+        except ValueError:  # not yet assigned
+            continue
+    for name in _global_names(plain.__code__):
+        if name in plain.__globals__:
+            yield plain.__globals__[name]
+
+
+@functools.lru_cache(maxsize=1024)
+def _global_names(code: CodeType) -> tuple[str, ...]:
+    names = {step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    inner = [name for const in code.co_consts if isinstance(const, CodeType) for name in _global_names(const)]
+    return tuple(sorted(names.union(inner)))
+
+
+def _name_of(function: Any) -> str:
+    """Its qualified name; for a partial or another object that can be called, its type's."""
+    name: str = getattr(function, "__qualname__", type(function).__name__)
+    return name
+
+
+def _check_parameter(function: Any, path: str) -> None:
+    inner = function.__func__ if isinstance(function, (classmethod, staticmethod)) else function
+    name = path.split(".")[0]
+    parameters = inspect.signature(inner).parameters if callable(inner) else {}
+    if callable(inner) and name not in parameters:
+        raise ValueError(
+            f"strict(model={path!r}): {_name_of(inner)}() has no parameter {name!r}; "
+            f"it has {', '.join(parameters) or 'none'}"
+        )

@@ -1,0 +1,1 @@
+"""Which modules carry running statistics, and what those hold."""

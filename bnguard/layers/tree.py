@@ -1,0 +1,178 @@
+"""Walk a model: its layers with running statistics, their names, and whether it is still the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from operator import attrgetter, is_
+from typing import Any, Final
+
+from torch import nn
+
+from bnguard.layers.kinds import StatsLayer, registered_rules, statistics_of
+
+__all__ = ["WRAPPERS", "Tree", "any_layer", "find_layers", "unwrapped", "walk_names"]
+
+_BUFFERS: Final = attrgetter("_buffers")
+_MODULES: Final = attrgetter("_modules")
+
+# Wrappers whose own attribute is no part of the name that users know, and mostly none of the state_dict key.
+WRAPPERS: Final = {
+    "DataParallel": "module",
+    "DistributedDataParallel": "module",
+    "FullyShardedDataParallel": "_fsdp_wrapped_module",
+    "OptimizedModule": "_orig_mod",
+    "CheckpointWrapper": "_checkpoint_wrapped_module",
+}
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of wrappers."""
+    inner: Any = model
+    while isinstance(inner, nn.Module):
+        model = inner
+        inner = getattr(model, WRAPPERS.get(type(model).__name__, ""), None)
+    return model
+
+
+class Tree:
+    """The modules of a model as they are now.
+
+    Attributes:
+        layers: Those that own running statistics, in the order of ``state_dict()``. One that is reached under several
+            names is listed once, with all of them.
+    """
+
+    __slots__ = (
+        "_branches",
+        "_buffer_counts",
+        "_buffer_tables",
+        "_can_stay",
+        "_module_tables",
+        "_modules",
+        "_rules",
+        "_types",
+        "layers",
+    )
+
+    def __init__(self, model: nn.Module) -> None:
+        found: dict[int, StatsLayer] = {}
+        modules = {id(model): model}
+        buffers, kind = statistics_of(model)
+        if buffers:
+            found[id(model)] = StatsLayer(model, ("",), buffers, kind)
+        _visit(model, "", found, modules, set())
+        self.layers = list(found.values())
+        self._modules = list(modules.values())
+        self._rules = dict(registered_rules())
+        # Else: a layer without a forward may get one, one of TorchScript has no table that would stay the same.
+        self._can_stay = not any([layer.kind.hold == "none" for layer in self.layers])
+        self._types = [type(layer.module) for layer in self.layers]
+        self._buffer_tables: list[Any] = list(map(_BUFFERS, self._modules))
+        self._buffer_counts = list(map(len, self._buffer_tables))
+        self._module_tables: list[Any] = list(map(_MODULES, self._modules))
+        self._branches = [(table, tuple(table.keys()), tuple(table.values())) for table in self._module_tables if table]
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """All of them, each once."""
+        return tuple(self._modules)
+
+    def is_current(self) -> bool:
+        """Whether a new walk would find the same."""
+        modules = self._modules
+        if not (
+            self._can_stay
+            and self.has_same_modules()
+            and self._rules == registered_rules()
+            and all(map(is_, map(_BUFFERS, modules), self._buffer_tables))
+            and all(map(is_, map(_MODULES, modules), self._module_tables))
+        ):
+            return False
+        for layer, cls in zip(self.layers, self._types, strict=True):
+            module = layer.module
+            if type(module) is not cls:
+                return False
+            buffers = module._buffers
+            for name in layer.buffers:
+                if buffers.get(name) is None:
+                    return False
+        return True
+
+    def has_same_modules(self) -> bool:
+        """Whether no module has come, gone or changed its place since, and none has more or fewer buffers."""
+        if list(map(len, self._buffer_tables)) != self._buffer_counts:
+            return False
+        if sum(map(bool, self._module_tables)) > len(self._branches):
+            return False
+        for table, keys, children in self._branches:
+            if tuple(table.keys()) != keys or not all(map(is_, table.values(), children)):
+                return False
+        return True
+
+
+def find_layers(model: nn.Module) -> list[StatsLayer]:
+    """Lists the layers of ``model`` that own running statistics, in the order of ``state_dict()``.
+
+    A layer that is reached under several names is listed once, with all of them.
+    """
+    return Tree(model).layers
+
+
+def any_layer(model: nn.Module) -> bool:
+    """Whether at least one layer of ``model`` owns running statistics."""
+    return _any_layer(model, set())
+
+
+def _any_layer(module: nn.Module, seen: set[int]) -> bool:
+    if module._buffers and statistics_of(module)[0]:
+        return True
+    seen.add(id(module))
+    for child in module._modules.values():
+        if child is not None and id(child) not in seen and _any_layer(child, seen):
+            return True
+    return False
+
+
+def walk_names(model: nn.Module) -> Iterator[str]:
+    """The names of all submodules, wrapper prefixes taken off, in the order of ``named_modules()``."""
+    yield from _walk_names(model, "", set())
+
+
+def _walk_names(module: nn.Module, name: str, path: set[int]) -> Iterator[str]:
+    yield name
+    path.add(id(module))
+    prefix, omitted = _prefix(module, name)
+    for key, child in module._modules.items():
+        if child is not None and id(child) not in path:
+            yield from _walk_names(child, name if key == omitted else prefix + key, path)
+    path.discard(id(module))
+
+
+def _prefix(module: nn.Module, name: str) -> tuple[str, str | None]:
+    """What goes before the key of a child, and the key of the child that has the module's own name."""
+    return f"{name}." if name else "", WRAPPERS.get(type(module).__name__)
+
+
+def _visit(
+    module: nn.Module, name: str, found: dict[int, StatsLayer], modules: dict[int, nn.Module], path: set[int]
+) -> None:
+    """Visits the children of a module, and theirs."""
+    path.add(id(module))
+    prefix, omitted = _prefix(module, name)
+    for key, child in module._modules.items():
+        identity = id(child)
+        if child is None or identity in path:
+            continue
+        child_name = name if key == omitted else prefix + key
+        modules[identity] = child
+        if child._buffers:
+            known = found.get(identity)
+            if known is None:
+                buffers, kind = statistics_of(child)
+                if buffers:
+                    found[identity] = StatsLayer(child, (child_name,), buffers, kind)
+            else:
+                known.names = tuple(dict.fromkeys((*known.names, child_name)))
+        if child._modules:
+            _visit(child, child_name, found, modules, path)
+    path.discard(id(module))

@@ -1,0 +1,1 @@
+"""What updates running statistics, recorded as it happens."""

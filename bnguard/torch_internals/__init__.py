@@ -1,0 +1,1 @@
+"""The one home of torch's private and version-dependent API."""

@@ -1,0 +1,114 @@
+"""Tell whether somebody takes down what a model computes, and do tensor work of our own where nobody sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ContextDecorator, ExitStack
+from typing import Any, Final
+
+import torch
+from torch import is_grad_enabled, is_inference_mode_enabled
+from torch._C import (
+    _functorch,
+    _get_dispatch_mode,
+    _get_tracing_state,
+    _len_torch_dispatch_stack,
+    _set_grad_enabled,
+)
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.fx import _symbolic_trace
+from torch.utils._python_dispatch import _disable_current_modes
+
+from bnguard.torch_internals.functional_call import is_below
+
+__all__ = ["aside", "is_being_taken_down", "is_recorded", "is_symbolic"]
+
+# It takes the model down for the derivative of this one call; so that is a derivative of the guarded model.
+_LINEARIZE: Final = torch.func.linearize.__code__
+_FX_TRACE: Final = _symbolic_trace.Tracer.trace.__code__
+_PROXY: Final = torch._C._TorchDispatchModeKey.PROXY
+
+
+def _flag_of_all_threads() -> bool:
+    return bool(_symbolic_trace._is_fx_tracing_flag)
+
+
+# Up to torch 2.13 a flag that all threads share, from 2.14 on one for each thread.
+_is_fx_tracing: Final[Callable[[], bool]] = getattr(_symbolic_trace, "_get_is_fx_tracing", _flag_of_all_threads)
+
+
+def is_recorded(args: Iterable[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a forward with these arguments becomes a program as it runs: ``torch.jit.trace``, ``make_fx``, ``fx``.
+
+    Not for ``torch.compile``, whose graphs last as long as what they were traced with, and ``torch.export``.
+    """
+    return (
+        _get_tracing_state() is not None
+        or (_len_torch_dispatch_stack() > 0 and _get_dispatch_mode(_PROXY) is not None and not is_below(_LINEARIZE))
+        or is_symbolic(args, kwargs)
+    )
+
+
+def is_symbolic(args: Iterable[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether ``torch.fx.symbolic_trace`` runs a forward on placeholders instead of tensors."""
+    return _is_fx_tracing() and any(  # it may be that of all threads
+        isinstance(value, torch.fx.Proxy) for value in (*args, *kwargs.values())
+    )
+
+
+def is_being_taken_down() -> bool:
+    """Whether code that runs now, and not a forward, becomes a program: all of the above, and ``torch.export``."""
+    if torch.compiler.is_exporting() or is_recorded((), {}):
+        return True
+    return _is_fx_tracing() and not is_below(_LINEARIZE) and is_below(_FX_TRACE)
+
+
+class aside(ContextDecorator):  # noqa: N801  # lower case, as torch.no_grad
+    """Outside autograd and inference mode, and of whatever else the user's code runs in: a context, or a decorator.
+
+    That is a trace, a dispatch mode (``FakeTensorMode``, ``make_fx``, a logger) or a transform of ``torch.func``: none
+    of them sees an operation, and what is made is an ordinary tensor.
+    """
+
+    def __enter__(self) -> None:
+        self._grad = is_grad_enabled()
+        self._undo: ExitStack | None = None
+        trace = _get_tracing_state()
+        if (
+            trace is not None
+            or _len_torch_dispatch_stack()
+            or is_inference_mode_enabled()
+            or _functorch.peek_interpreter_stack() is not None
+        ):
+            self._undo = _outside_of_everything(trace)
+        try:
+            _set_grad_enabled(False)  # noqa: FBT003  # takes no keyword
+        except BaseException:  # Ctrl-C, say
+            self.__exit__()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            if self._undo is not None:
+                self._undo.close()
+        finally:
+            try:
+                _set_grad_enabled(self._grad)
+            except BaseException:
+                _set_grad_enabled(self._grad)
+                raise
+
+    def _recreate_cm(self) -> aside:
+        return type(self)()  # as a decorator: a fresh one for each call
+
+
+def _outside_of_everything(trace: Any) -> ExitStack:
+    with ExitStack() as undo:
+        undo.enter_context(torch.inference_mode(mode=False))
+        if trace is not None:
+            set_trace = torch._C._set_tracing_state  # type: ignore[attr-defined]  # the stub lacks it
+            undo.callback(set_trace, trace)
+            set_trace(None)
+        undo.enter_context(_disable_current_modes())
+        undo.enter_context(temporarily_clear_interpreter_stack())
+        return undo.pop_all()
