@@ -16,8 +16,8 @@ from bnguard.cli.progress import Progress
 from bnguard.cli.sigterm import EXIT_CODE, BeforeTermination
 from bnguard.errors import StatsChangedError
 from bnguard.guard.auto_guard import Lookout
-from bnguard.guard.options import Manner, OnChange, Settings
-from bnguard.guard.phrases import Wording
+from bnguard.guard.options import Frontend, OnChange, Settings
+from bnguard.guard.phrases import Phrases
 from bnguard.pytest_plugin.requests import Guards
 from bnguard.recording.watch import watch
 from bnguard.report import json as json_file
@@ -166,7 +166,7 @@ class WatchedRun:
 
 def _settings(frozen: str, on_change: OnChange) -> Settings:
     place = f"bnguard run --frozen {frozen}"
-    wording = Wording(
+    phrases = Phrases(
         place,
         place,
         "{}",
@@ -175,7 +175,9 @@ def _settings(frozen: str, on_change: OnChange) -> Settings:
         "use --on-change restore",
         (('on_change="restore"', "--on-change restore"), ("use_running_stats=True", "")),
     )
-    return Settings(on_change, include=(frozen,), manner=Manner(wording, has_asides=False, is_outermost=True))
+    return Settings(
+        on_change, include=(frozen,), frontend=Frontend(phrases, has_coverage_warnings=False, is_outermost=True)
+    )
 
 
 def _flush() -> None:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from bnguard.errors import BNGuardError, StatsChangedError
 from bnguard.guard.messages import missing_ranks_text, others_text, unreachable_text
-from bnguard.guard.phrases import Wording
+from bnguard.guard.phrases import Phrases
 from bnguard.records import StatsChange
 from bnguard.torch_internals.callsite import CallSite
 from bnguard.torch_internals.meetings import Heard, Place, Told, UnansweredError
@@ -71,22 +71,29 @@ class Agreement:
     Args:
         ranks: The ranks.
         site: The user's line where the block began.
-        wording: What messages call the block.
+        phrases: What messages call the block.
         raises: Whether what was found is an error.
         occasion: Of a decorated function, whose calls meet wherever they are made: the call.
     """
 
     __slots__ = (
-        "__weakref__", "_inner", "_neighbours", "_occasion", "_place", "_raises", "_ranks", "_site",
-        "_wording",
+        "__weakref__",
+        "_inner",
+        "_neighbours",
+        "_occasion",
+        "_phrases",
+        "_place",
+        "_raises",
+        "_ranks",
+        "_site",
     )  # fmt: skip
 
-    def __init__(self, ranks: Ranks, site: CallSite, wording: Wording, raises: bool, occasion: Occasion | None) -> None:
+    def __init__(self, ranks: Ranks, site: CallSite, phrases: Phrases, raises: bool, occasion: Occasion | None) -> None:
         self._ranks = ranks
         self._site = site
-        self._place = Place("", f"the end of {wording.place} at {site}")
+        self._place = Place("", f"the end of {phrases.place} at {site}")
         self._occasion = occasion
-        self._wording = wording
+        self._phrases = phrases
         self._raises = raises
         self._neighbours = _open_in_thread()
         # By place: how often ranks have been to meet inside of this block.
@@ -110,7 +117,7 @@ class Agreement:
         """What a block that begins now is called in all ranks, whatever their folders and copies of the code."""
         site = self._site
         line = f"{os.path.basename(site.filename)}:{site.lineno}+{site.offset} in {site.function}"
-        name = f"{self._wording.place} at {line if self._occasion is None else self._occasion.name}"
+        name = f"{self._phrases.place} at {line if self._occasion is None else self._occasion.name}"
         outer = self._outer()
         return outer[-1]._key_inside(name) if outer else f"{name}#{self._ranks.count(name)}"
 
@@ -159,7 +166,7 @@ class Agreement:
             return text(suspects), "", suspects
         place = self._place
         if not is_end:
-            place = Place(self._key_inside("check()"), f"check() of {self._wording.place} at {self._site}")
+            place = Place(self._key_inside("check()"), f"check() of {self._phrases.place} at {self._site}")
         if parting == "tell":
             whole = text(suspects)
             left = [change for change in changes if change.names[0] not in suspects]

@@ -125,8 +125,8 @@ class Lookout:
     def _compare(self, model: nn.Module) -> None:
         for layer in find_layers(model):
             take_in(layer.module)
-        manner = replace(self._settings.manner, compares_only=True)
-        self._compared.append(self._guards.add(Rank.SUITE, model, replace(self._settings, manner=manner)))
+        frontend = replace(self._settings.frontend, compares_only=True)
+        self._compared.append(self._guards.add(Rank.SUITE, model, replace(self._settings, frontend=frontend)))
 
     def _remember(self, module: nn.Module) -> None:
         key = id(module)

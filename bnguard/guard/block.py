@@ -118,9 +118,9 @@ class Block:
         try:
             self._outcome.begin()
             # The claims first: what other threads run in the meantime is then held already.
-            if not settings.manner.compares_only:
+            if not settings.frontend.compares_only:
                 self._sentries = attach(
-                    self._layers, self._claims, self._sentries, outermost=settings.manner.is_outermost
+                    self._layers, self._claims, self._sentries, outermost=settings.frontend.is_outermost
                 )
             self._statistics = Snapshot(modules, [layer.buffers for layer in self._layers])
             self._without_values = self._statistics.without_values()
@@ -131,7 +131,7 @@ class Block:
                 self._affine.take(
                     [tensor for owner in range(len(modules)) for tensor in self._parameters.objects_of(owner)]
                 )
-            if settings.manner.has_asides:
+            if settings.frontend.has_coverage_warnings:
                 warn_about_fixed_modes(self._layers, settings)
                 warn_about_programs(settings)
         except BaseException as error:
@@ -172,7 +172,7 @@ class Block:
                 found = self._verify()
             finally:
                 self._let_go()
-            if error is None and self._settings.manner.has_asides:
+            if error is None and self._settings.frontend.has_coverage_warnings:
                 self._warn_of_gaps()
         except BaseException as failure:
             self._outcome.end()
@@ -212,7 +212,7 @@ class Block:
     @property
     def only_watches(self) -> bool:
         """Whether the model is guarded without anybody having named it."""
-        return self._settings.manner.is_outermost
+        return self._settings.frontend.is_outermost
 
     # What a forward calls.
 
@@ -255,7 +255,7 @@ class Block:
         if not self._has_warned_of_program:
             self._has_warned_of_program = True
             layer = self._layers[claim.owner]
-            text = _report.recorded_text(layer.names, type(layer.module).__name__, self._settings.manner.wording)
+            text = _report.recorded_text(layer.names, type(layer.module).__name__, self._settings.frontend.phrases)
             warnings.warn(text, BNGuardWarning, stacklevel=call_site().stacklevel)
 
     def checkpointed(self, region: Region) -> None:
@@ -388,11 +388,11 @@ class Block:
         if ranks is None:
             return None
         settings = self._settings
-        return Agreement(ranks, call_site(), settings.manner.wording, settings.on_change == "raise", occasion)
+        return Agreement(ranks, call_site(), settings.frontend.phrases, settings.on_change == "raise", occasion)
 
     def _refuse_capture(self) -> None:
         if self._on_cuda and torch.cuda.is_current_stream_capturing():
-            raise BNGuardError(_report.capture_text(self._settings.manner.wording))
+            raise BNGuardError(_report.capture_text(self._settings.frontend.phrases))
 
     def _cause(self, found: list[StatsChange]) -> _report.Cause:
         """What is known of the layers that changed although no forward was seen."""

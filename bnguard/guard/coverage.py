@@ -35,7 +35,7 @@ def warn_about_programs(settings: Settings) -> None:
     """Warns of a block that code opens while it is traced or exported."""
     if is_being_taken_down():
         warnings.warn(
-            _report.traced_block_text(settings.manner.wording), BNGuardWarning, stacklevel=call_site().stacklevel
+            _report.traced_block_text(settings.frontend.phrases), BNGuardWarning, stacklevel=call_site().stacklevel
         )
 
 
@@ -64,12 +64,12 @@ def warn_about_added_layers(model: nn.Module, settings: Settings, tree: Tree, st
             added.append(layer.names[0])
     if added:
         warnings.warn(
-            _report.added_text(added, settings.manner.wording), BNGuardWarning, stacklevel=call_site().stacklevel
+            _report.added_text(added, settings.frontend.phrases), BNGuardWarning, stacklevel=call_site().stacklevel
         )
 
 
 def warn_about_pending_regions(regions: Iterable[Region], settings: Settings) -> None:
     """Warns of checkpointed regions whose backward pass is still to come."""
     if any([region.is_pending() for region in regions]):
-        text = _report.pending_text(settings.use_running_stats, settings.manner.wording)
+        text = _report.pending_text(settings.use_running_stats, settings.frontend.phrases)
         warnings.warn(text, BNGuardWarning, stacklevel=call_site().stacklevel)

@@ -18,8 +18,8 @@ from bnguard.guard import messages as _report
 from bnguard.guard.agreement import Occasion, Parting
 from bnguard.guard.block import Block
 from bnguard.guard.decorate import guard_function
-from bnguard.guard.options import PLAIN, Manner, OnChange, Settings, check_settings
-from bnguard.guard.phrases import Wording
+from bnguard.guard.options import PLAIN, Frontend, OnChange, Settings, check_settings
+from bnguard.guard.phrases import Phrases
 from bnguard.layers.select import Selector, select_layers
 from bnguard.layers.tree import any_layer, find_layers
 from bnguard.records import GuardedLayer, StatsChange
@@ -105,7 +105,7 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
 
     __slots__ = ("__weakref__", "_last", "_model", "_open", "_settings")
 
-    _manner: ClassVar[Manner] = PLAIN
+    _frontend: ClassVar[Frontend] = PLAIN
 
     @outside_graphs
     def __init__(
@@ -120,16 +120,16 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
         exclude: Selector | Iterable[Selector] | None = None,
         group: Group = None,
     ) -> None:
-        _check_is_module(model, self._manner.wording)
+        _check_is_module(model, self._frontend.phrases)
         settings = check_settings(on_change, use_running_stats, affine, updates, include, exclude, group)
-        settings = replace(settings, manner=self._manner)
+        settings = replace(settings, frontend=self._frontend)
         _check_model(model, settings)
         self._set(model, settings)
 
     @classmethod
     def _with(cls, model: nn.Module, settings: Settings) -> Self:
         """A guard with settings that are checked already, on a model that is not. See the class for errors."""
-        _check_is_module(model, settings.manner.wording)
+        _check_is_module(model, settings.frontend.phrases)
         _check_model(model, settings)
         return cls._of(model, settings)
 
@@ -265,15 +265,15 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
                 self._last = block
 
 
-def _check_is_module(value: Any, wording: Wording) -> None:
+def _check_is_module(value: Any, phrases: Phrases) -> None:
     if not isinstance(value, nn.Module):
-        raise TypeError(f"{wording.place} takes {_no_module_text(value)}")
+        raise TypeError(f"{phrases.place} takes {_no_module_text(value)}")
 
 
 def _check_model(model: nn.Module, settings: Settings) -> None:
     """Warns of one without layers; of a selection that finds none ``select_layers`` says what is wrong."""
     if not any_layer(model):
-        text = _report.unguarded_text(type(model).__name__, settings.manner.wording)
+        text = _report.unguarded_text(type(model).__name__, settings.frontend.phrases)
         warnings.warn(text, BNGuardWarning, stacklevel=call_site().stacklevel)
     elif settings.include or settings.exclude:
         select_layers(model, find_layers(model), settings.include, settings.exclude)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final, Literal
 
-from bnguard.guard.phrases import FROZEN, Wording
+from bnguard.guard.phrases import FROZEN, Phrases
 from bnguard.records import GuardedLayer, StatsChange
 from bnguard.words import count_text, listing, ranks_text, suggestion, times_text
 
@@ -71,16 +71,16 @@ def layer_text(names: Sequence[str], type_name: str, model: str = "") -> str:
     return f"{name_text(' = '.join(shown), model)} ({type_name})"
 
 
-def stopped_text(change: StatsChange, mode: str, budget: int, wording: Wording = FROZEN) -> str:
+def stopped_text(change: StatsChange, mode: str, budget: int, phrases: Phrases = FROZEN) -> str:
     """The error that a forward raises instead of updating."""
-    place = wording.inside(budget)
+    place = phrases.inside(budget)
     if budget:
         what = (
             f"{layer_text(change.names, change.type)} has updated {times_text(budget)} inside {place}:\n"
             f"this forward would update {listing(change.buffers)} once more."
         )
         first = f"let the first {_forwards(budget)} update, not the rest"
-        if wording.is_of_run:
+        if phrases.is_of_run:
             remedy = "The budget is that of the whole run. Leave it out where each step may update, or"
         else:
             remedy = (
@@ -89,18 +89,18 @@ def stopped_text(change: StatsChange, mode: str, budget: int, wording: Wording =
             )
         advice = [
             remedy,
-            *wording.choices((f'on_change="restore", updates={budget}', first)),
+            *phrases.choices((f'on_change="restore", updates={budget}', first)),
         ]
     else:
         what = (
             f"{layer_text(change.names, change.type)} is in {mode} mode inside {place}:\n"
             f"this forward would update {listing(change.buffers)}."
         )
-        is_own_loop = mode == "train" and not wording.is_of_run
+        is_own_loop = mode == "train" and not phrases.is_of_run
         choose = "Call eval() on it after model.train(), or choose" if is_own_loop else "Choose"
         advice = [
             f"{choose} what you meant:",
-            *wording.choices(
+            *phrases.choices(
                 ("use_running_stats=True", "normalise with the frozen statistics"),
                 ('on_change="restore"', "normalise with the batch, keep the statistics"),
             ),
@@ -108,9 +108,9 @@ def stopped_text(change: StatsChange, mode: str, budget: int, wording: Wording =
     return "\n".join([what, f"  at {change.where}", *advice])
 
 
-def stood_text(change: StatsChange, mode: str, budget: int, wording: Wording = FROZEN) -> str:
+def stood_text(change: StatsChange, mode: str, budget: int, phrases: Phrases = FROZEN) -> str:
     """The one warning of a block under ``on_change="warn"``, at the line of the first update."""
-    place = wording.inside(budget)
+    place = phrases.inside(budget)
     if budget:
         what = f"has updated {times_text(budget)} inside {place} and updates once more"
     else:
@@ -118,24 +118,24 @@ def stood_text(change: StatsChange, mode: str, budget: int, wording: Wording = F
     return (
         f"{layer_text(change.names, change.type)} {what}: {listing(change.buffers)}.\n"
         f"  at {change.where}\n"
-        f"The update stands. Further ones are not warned about; {wording.everything}."
+        f"The update stands. Further ones are not warned about; {phrases.everything}."
     )
 
 
-def swallowed_text(stopped: Sequence[StatsChange], wording: Wording = FROZEN) -> str:
+def swallowed_text(stopped: Sequence[StatsChange], phrases: Phrases = FROZEN) -> str:
     """The error at the end of a block in which somebody caught the error of a forward."""
     if all([change.prevented for change in stopped]):
         did, outcome = "would have updated", "The updates did not happen."
     else:
         did, outcome = "changed", "The statistics of entry are back."
-    what = f"{_layers(len(stopped))} {did} inside {wording.place}"
+    what = f"{_layers(len(stopped))} {did} inside {phrases.place}"
     head = f"{what}, and the StatsChangedError that said so was caught:"
-    advice = f"Let the error through, or {wording.expected}."
+    advice = f"Let the error through, or {phrases.expected}."
     return "\n".join([head, *_lines(stopped), f"{outcome} {advice}"])
 
 
 def changed_text(
-    changes: Sequence[StatsChange], restored: bool, cause: Cause = "unknown", wording: Wording = FROZEN
+    changes: Sequence[StatsChange], restored: bool, cause: Cause = "unknown", phrases: Phrases = FROZEN
 ) -> str:
     """What only the comparison at the end of a block, or of ``check()``, could see.
 
@@ -143,18 +143,18 @@ def changed_text(
         changes: The layers.
         restored: Whether their statistics of entry are back.
         cause: What is known of those that no forward was seen of.
-        wording: What the guard is called.
+        phrases: What the guard is called.
     """
     affine = [change for change in changes if not _AFFINE.isdisjoint(change.buffers)]
     statistics = [change for change in changes if not _AFFINE.issuperset(change.buffers)]
     causes = () if len([change for change in statistics if change.updates]) == len(statistics) else _CAUSES[cause]
     if causes and cause == "compiled":
-        causes = (*causes, *wording.choices(('on_change="restore"', "holds the statistics, in compiled graphs too")))
+        causes = (*causes, *phrases.choices(('on_change="restore"', "holds the statistics, in compiled graphs too")))
     if affine:
         causes = (*causes, *_AFFINE_CAUSES)
     parts = ["running statistics"] * bool(statistics) + ["affine parameters"] * bool(affine)
     outcome = f"The {listing(['statistics', 'parameters'][not statistics : 1 + bool(affine)])} of entry are back."
-    head = f"{listing(parts)} of {_layers(len(changes))} changed inside {wording.place}:"
+    head = f"{listing(parts)} of {_layers(len(changes))} changed inside {phrases.place}:"
     return "\n".join([head, *_lines(changes), *causes, outcome if restored else "The changes stand."])
 
 
@@ -164,17 +164,17 @@ def assertion_text(changes: Sequence[StatsChange], function: str) -> str:
     return "\n".join([f"running statistics of {_layers(len(changes))} changed in {what}:", *_lines(changes)])
 
 
-def added_text(names: Sequence[str], wording: Wording) -> str:
+def added_text(names: Sequence[str], phrases: Phrases) -> str:
     """The warning about layers that came into the model inside a block."""
     shown = ", ".join(name or "(root)" for name in names[:_SHOWN])
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return (
-        f"{shown}{more} came into the model inside {wording.place} and was not guarded there.\n"
+        f"{shown}{more} came into the model inside {phrases.place} and was not guarded there.\n"
         "Change the model before the block, or open another block after the change."
     )
 
 
-def pending_text(in_eval_mode: bool, wording: Wording) -> str:
+def pending_text(in_eval_mode: bool, phrases: Phrases) -> str:
     """The warning about a checkpointed region whose backward pass is still to come when the block is over."""
     consequence = (
         "normalise with the batch: torch raises CheckpointError, or computes wrong gradients (use_reentrant=True)"
@@ -182,37 +182,37 @@ def pending_text(in_eval_mode: bool, wording: Wording) -> str:
         else "update the running statistics"
     )
     return (
-        f"a checkpointed region was run inside {wording.place}, and its backward pass has not been run there.\n"
+        f"a checkpointed region was run inside {phrases.place}, and its backward pass has not been run there.\n"
         f"That pass recomputes the region, without the guard, and will {consequence}.\n"
         "Call backward() inside the block, or run the region under torch.no_grad() if it needs no gradient."
     )
 
 
-def unguarded_text(type_name: str, wording: Wording = FROZEN) -> str:
+def unguarded_text(type_name: str, phrases: Phrases = FROZEN) -> str:
     """The warning about a model without any layer to guard."""
     return (
-        f"{type_name} has no layer with running statistics: {wording.place} has nothing to guard.\n"
+        f"{type_name} has no layer with running statistics: {phrases.place} has nothing to guard.\n"
         "If one of its layers keeps statistics under other names, see bnguard.register_layer()."
     )
 
 
-def checkpoint_text(changes: Sequence[StatsChange], wording: Wording) -> str:
+def checkpoint_text(changes: Sequence[StatsChange], phrases: Phrases) -> str:
     """The warning about a checkpoint with statistics that are not those of the beginning."""
-    head = f"this checkpoint holds running statistics of {_layers(len(changes))} that changed inside {wording.place}:"
+    head = f"this checkpoint holds running statistics of {_layers(len(changes))} that changed inside {phrases.place}:"
     return "\n".join(
         [
             head,
             *_lines(changes),
             "Later ones are not warned about. To keep the statistics of the beginning:",
-            *wording.choices(('on_change="restore"', "normalise with the batch, keep the statistics")),
+            *phrases.choices(('on_change="restore"', "normalise with the batch, keep the statistics")),
         ]
     )
 
 
-def no_part_text(path: str, there: str, name: str, children: Sequence[str], wording: Wording) -> str:
+def no_part_text(path: str, there: str, name: str, children: Sequence[str], phrases: Phrases) -> str:
     """The error about a path that leads nowhere."""
     parts = suggestion(name, children) if children else f"{there} has no submodules"
-    return f"{wording.place}: target {path!r}: {there} has no submodule {name!r}; {parts}"
+    return f"{phrases.place}: target {path!r}: {there} has no submodule {name!r}; {parts}"
 
 
 def others_text(own: str, others: Sequence[tuple[int, str]]) -> str:
@@ -261,11 +261,11 @@ def unreachable_text(problem: str, place: str) -> str:
 
 
 def broadcast_text(
-    changes: Sequence[StatsChange], sources: Sequence[int], restored: bool, wording: Wording = FROZEN
+    changes: Sequence[StatsChange], sources: Sequence[int], restored: bool, phrases: Phrases = FROZEN
 ) -> str:
     """What a rank is told whose statistics ``DistributedDataParallel`` has overwritten with those of another rank."""
     outcome = "The statistics of entry are back." if restored else "The changes stand."
-    what = f"the statistics of {ranks_text(sources)} took the place of others inside {wording.place}:"
+    what = f"the statistics of {ranks_text(sources)} took the place of others inside {phrases.place}:"
     return "\n".join(
         [
             f"DDP broadcast at forward: {what}",
@@ -276,18 +276,18 @@ def broadcast_text(
     )
 
 
-def capture_text(wording: Wording) -> str:
+def capture_text(phrases: Phrases) -> str:
     """The error of a block that begins or ends while a CUDA graph is captured."""
     return (
-        f"{wording.place} cannot begin, compare or end while a CUDA graph is captured: it would have to wait for the "
+        f"{phrases.place} cannot begin, compare or end while a CUDA graph is captured: it would have to wait for the "
         "device.\nOpen the block around the capture."
     )
 
 
-def traced_block_text(wording: Wording) -> str:
+def traced_block_text(phrases: Phrases) -> str:
     """The warning about a block in code that becomes a program."""
     return (
-        f"{wording.place} begins in code that is traced or exported: the program has no guard in it.\n"
+        f"{phrases.place} begins in code that is traced or exported: the program has no guard in it.\n"
         "Open the block around the calls of the program, or export its layers in eval mode."
     )
 
@@ -308,11 +308,11 @@ def fixed_mode_text(names: Sequence[str], type_name: str) -> str:
     )
 
 
-def recorded_text(names: Sequence[str], type_name: str, wording: Wording) -> str:
+def recorded_text(names: Sequence[str], type_name: str, phrases: Phrases) -> str:
     """The warning about a program taken off a layer in train mode while it is to use its running statistics."""
     return (
         f"{layer_text(names, type_name)} is traced or exported in train mode inside "
-        f"{wording.choice.format('use_running_stats=True')}.\n"
+        f"{phrases.choice.format('use_running_stats=True')}.\n"
         "The program has no guard in it: it normalises with the batch, and updates. Call model.eval() first, so that\n"
         "it normalises with the running statistics."
     )
@@ -320,7 +320,7 @@ def recorded_text(names: Sequence[str], type_name: str, wording: Wording) -> str
 
 def report_text(changes: Sequence[StatsChange], layers: Sequence[GuardedLayer], settings: Settings) -> str:
     """All of it, for people."""
-    guard = settings.manner.wording.choice.format(settings.as_written)
+    guard = settings.frontend.phrases.choice.format(settings.as_written)
     head = f"{guard} guards {_layers(len(layers)) if layers else 'no layer'}."
     if not layers:
         return head

@@ -2,40 +2,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Final, Literal, TypeAlias, get_args
+from typing import Any, Final, Literal, TypeAlias, TypedDict, get_args
 
-from bnguard.guard.phrases import FROZEN, Wording
+from bnguard.guard.phrases import FROZEN, Phrases
 from bnguard.guard.policy import Stance
 from bnguard.layers.select import Selector, as_selectors
 from bnguard.torch_internals.ranks import Group, check_group
 from bnguard.words import short_repr, suggestion
 
-__all__ = ["PLAIN", "Manner", "OnChange", "Settings", "check_settings"]
+__all__ = ["PLAIN", "Frontend", "GuardOptions", "OnChange", "Settings", "check_settings"]
 
 OnChange: TypeAlias = Literal["raise", "warn", "restore"]
 
 
+class GuardOptions(TypedDict, total=False):
+    """The options of ``frozen`` after ``on_change``, for functions that pass them on."""
+
+    use_running_stats: bool
+    affine: bool
+    updates: int
+    include: Selector | Iterable[Selector] | None
+    exclude: Selector | Iterable[Selector] | None
+
+
 @dataclass(frozen=True, slots=True)
-class Manner:
-    """What only a door of bnguard's own asks for: the pytest plugin, the command line.
+class Frontend:
+    """What a guard does differently for ``strict``, an integration, the pytest plugin or the command line.
 
     Attributes:
-        wording: What messages call the guard.
-        has_asides: Whether to warn about what a block does not cover.
-        is_silent: Whether changes that stand are recorded and not warned about.
-        compares_only: Whether forwards are left alone, and the statistics merely compared.
-        is_outermost: Whether guards that were there before are inside of this one.
+        phrases: What messages call the guard.
+        has_coverage_warnings: Whether to warn about what a block does not cover.
+        is_silent: Whether changes that were kept are recorded without a warning.
+        compares_only: Whether the guard adds no hooks and only compares the statistics at the end.
+        is_outermost: Whether the guard encloses guards that were opened before it.
     """
 
-    wording: Wording = FROZEN
-    has_asides: bool = True
+    phrases: Phrases = FROZEN
+    has_coverage_warnings: bool = True
     is_silent: bool = False
     compares_only: bool = False
     is_outermost: bool = False
 
 
-PLAIN: Final = Manner()
+PLAIN: Final = Frontend()
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +62,7 @@ class Settings:
         exclude: See there.
         within: Paths of submodules: what is outside of them is not meant; empty for the whole model.
         group: See there; False where nobody has asked.
-        manner: How the guard goes about it.
+        frontend: What the guard does differently for the frontend that opened it.
     """
 
     on_change: OnChange = "raise"
@@ -62,7 +73,7 @@ class Settings:
     exclude: tuple[Selector, ...] = ()
     within: tuple[str, ...] = ()
     group: Group = False
-    manner: Manner = PLAIN
+    frontend: Frontend = PLAIN
 
     @property
     def as_written(self) -> str:
@@ -81,13 +92,13 @@ _POLICIES: Final[tuple[str, ...]] = get_args(OnChange)
 
 
 def check_settings(
-    on_change: Any,
-    use_running_stats: Any,
-    affine: Any,
-    updates: Any,
-    include: Any,
-    exclude: Any,
-    group: Any,
+    on_change: Any = "raise",
+    use_running_stats: Any = False,
+    affine: Any = False,
+    updates: Any = 0,
+    include: Any = None,
+    exclude: Any = None,
+    group: Any = False,
 ) -> Settings:
     """Checks the options of ``frozen``. See there for the errors."""
     if on_change not in _POLICIES:

@@ -32,7 +32,7 @@ class Outcome:
         self._settings = settings
         self._agreement = agreement
         self._errors: list[str] = []  # texts of the errors that forwards raised, each once
-        self._warned = settings.manner.is_silent
+        self._warned = settings.frontend.is_silent
 
     @property
     def is_due(self) -> bool:
@@ -56,7 +56,7 @@ class Outcome:
 
     def stopped(self, change: StatsChange, mode: str, budget: int) -> StatsChangedError:
         """The error for a forward that would have updated; may be caught."""
-        text = _report.stopped_text(change, mode, budget, self._settings.manner.wording)
+        text = _report.stopped_text(change, mode, budget, self._settings.frontend.phrases)
         self._note(text)
         return StatsChangedError(text, (change,))
 
@@ -64,7 +64,7 @@ class Outcome:
         """Warns of the first update that stands, at the user's line; of several ranks one does."""
         if not self._warned and (self._agreement is None or self._agreement.speaks):
             self._warned = True
-            text = _report.stood_text(change, mode, budget, self._settings.manner.wording)
+            text = _report.stood_text(change, mode, budget, self._settings.frontend.phrases)
             warnings.warn(text, BNGuardWarning, stacklevel=site.stacklevel + 1)
 
     def act(
@@ -115,9 +115,9 @@ class Outcome:
                 is_end,
             )
         overwritten = [change for change in found if change.names[0] in names]
-        if overwritten and not self._settings.manner.is_silent:
+        if overwritten and not self._settings.frontend.is_silent:
             sources = sorted({statistics.found[change.names[0]][1] for change in overwritten})
-            self._warn(_report.broadcast_text(overwritten, sources, keeps, self._settings.manner.wording), error)
+            self._warn(_report.broadcast_text(overwritten, sources, keeps, self._settings.frontend.phrases), error)
         if aside:
             self._warn(aside, error)
         if not text:
@@ -135,12 +135,12 @@ class Outcome:
         self, found: Sequence[StatsChange], earlier: Sequence[StatsChange], cause: Cause, error: BaseException | None
     ) -> str:
         """What this process has to say; empty for nothing."""
-        keeps, wording = self._settings.on_change != "warn", self._settings.manner.wording
+        keeps, phrases = self._settings.on_change != "warn", self._settings.frontend.phrases
         texts = []
         if found and (keeps or not self._warned):
-            texts.append(_report.changed_text(found, keeps, cause, wording))
+            texts.append(_report.changed_text(found, keeps, cause, phrases))
         if earlier and self._errors and not _reports(error, self._errors):
-            texts.append(_report.swallowed_text(earlier, wording))
+            texts.append(_report.swallowed_text(earlier, phrases))
         return "\n".join(texts)
 
     def _warn(self, text: str, error: BaseException | None) -> None:

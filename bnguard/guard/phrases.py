@@ -1,26 +1,26 @@
-"""What messages call a guard, after the way by which the user came to it."""
+"""What messages call a guard, which depends on how the user asked for it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Final
 
-__all__ = ["FROZEN", "Wording"]
+__all__ = ["FROZEN", "Phrases"]
 
 
 @dataclass(frozen=True, slots=True)
-class Wording:
-    """What messages call a guard, after the way by which the user came to it.
+class Phrases:
+    """What messages call a guard, which depends on how the user asked for it.
 
     Attributes:
-        place: What the block is inside of.
-        place_with_budget: The same of a guard with a budget, ``{}``.
-        choice: How another option, ``{}``, is asked for.
-        more_choices: Further ways out, each with what it does.
+        place: The call that began the block, ``"frozen()"``.
+        place_with_budget: The call with a budget, which replaces ``{}``.
+        choice: The call with another option, which replaces ``{}``.
+        more_choices: Further remedies, each with its effect.
         everything: Where all changes are listed.
-        expected: What to do about changes that are meant.
-        renamed: Options that are called otherwise here; those that do not exist by an empty name.
-        is_of_run: Whether it lasts for a run of somebody else's loop, with many steps, which calls ``train()`` itself.
+        expected: What to do about changes that are intended.
+        renamed: Options that have another name here; options that do not exist have the name ``""``.
+        is_of_run: Whether the guard lasts for a run of a trainer's loop, which has many steps and calls ``train()``.
     """
 
     place: str = "frozen()"
@@ -33,11 +33,11 @@ class Wording:
     is_of_run: bool = False
 
     def inside(self, budget: int) -> str:
-        """What a block with this budget is inside of."""
+        """The call that began a block with this budget."""
         return self.place_with_budget.format(budget) if budget else self.place
 
     def choices(self, *options: tuple[str, str]) -> list[str]:
-        """A line for each option, and what it does."""
+        """One line for each option, with its effect."""
         named = [(dict(self.renamed).get(option, option), effect) for option, effect in options]
         ways = [(self.choice.format(option), effect) for option, effect in named if option]
         ways += self.more_choices
@@ -45,4 +45,4 @@ class Wording:
         return [f"  {way:<{width}}    {effect}" for way, effect in ways]
 
 
-FROZEN: Final = Wording()
+FROZEN: Final = Phrases()

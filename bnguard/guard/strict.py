@@ -16,8 +16,8 @@ from torch import nn
 from bnguard.guard.agreement import Occasion, Parting
 from bnguard.guard.decorate import Guard, guard_function
 from bnguard.guard.frozen import frozen
-from bnguard.guard.options import Manner, OnChange, Settings, check_settings
-from bnguard.guard.phrases import Wording
+from bnguard.guard.options import Frontend, OnChange, Settings, check_settings
+from bnguard.guard.phrases import Phrases
 from bnguard.layers.search import modules_in, roots_of
 from bnguard.layers.select import Selector
 from bnguard.layers.tree import any_layer
@@ -28,8 +28,8 @@ from bnguard.words import short_repr
 __all__ = ["strict"]
 
 F = TypeVar("F", bound=Callable[..., Any])
-_MANNER: Final = Manner(
-    Wording(
+_FRONTEND: Final = Frontend(
+    Phrases(
         "@bnguard.strict", "@bnguard.strict(updates={})", "@bnguard.strict({})", (), "bnguard.watch() lists them all"
     )
 )
@@ -104,7 +104,7 @@ def strict(
     if isinstance(function, nn.Module):
         raise TypeError("strict decorates functions; to guard a model use frozen(model), or strict(model=model)")
     settings = check_settings(on_change, use_running_stats, affine, updates, include, exclude, group)
-    settings = replace(settings, manner=_MANNER)
+    settings = replace(settings, frontend=_FRONTEND)
     if not (model is None or isinstance(model, (nn.Module, str)) or callable(model)):
         raise TypeError(f"model must be a module, the name of a parameter or a callable, got {short_repr(model)}")
 

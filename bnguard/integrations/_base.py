@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 
-from bnguard.guard.options import Manner, OnChange, Settings, check_settings
-from bnguard.guard.phrases import Wording
+from bnguard.guard.options import Frontend, OnChange, Settings, check_settings
+from bnguard.guard.phrases import Phrases
 from bnguard.layers.select import Selector
 from bnguard.torch_internals.ranks import Group
 
@@ -14,7 +14,7 @@ __all__ = ["missing_text", "settings_of"]
 
 
 def settings_of(
-    wording: Wording,
+    phrases: Phrases,
     on_change: OnChange,
     use_running_stats: bool,
     affine: bool,
@@ -23,9 +23,9 @@ def settings_of(
     exclude: Selector | Iterable[Selector] | None,
     group: Group,
 ) -> Settings:
-    """Checks the options of ``frozen``; messages call the guard by ``wording``. See there for the errors."""
+    """Checks the options of ``frozen``; messages call the guard by ``phrases``. See there for the errors."""
     settings = check_settings(on_change, use_running_stats, affine, updates, include, exclude, group)
-    return dataclasses.replace(settings, manner=Manner(wording))
+    return dataclasses.replace(settings, frontend=Frontend(phrases))
 
 
 def missing_text(module: str, package: str, extra: str) -> str:

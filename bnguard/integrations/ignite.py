@@ -33,7 +33,7 @@ from torch import nn
 
 from bnguard.guard.frozen import frozen
 from bnguard.guard.options import OnChange
-from bnguard.guard.phrases import Wording
+from bnguard.guard.phrases import Phrases
 from bnguard.integrations._base import missing_text, settings_of
 from bnguard.layers.select import Selector
 from bnguard.records import GuardedLayer, StatsChange
@@ -49,7 +49,7 @@ except ModuleNotFoundError as error:
 
 __all__ = ["BNGuardHandler"]
 
-_WORDING: Final = Wording(
+_PHRASES: Final = Phrases(
     place="BNGuardHandler()",
     place_with_budget="BNGuardHandler(updates={})",
     choice="BNGuardHandler(model, {})",
@@ -105,7 +105,7 @@ class BNGuardHandler:
         exclude: Selector | Iterable[Selector] | None = None,
         group: Group = None,
     ) -> None:
-        settings = settings_of(_WORDING, on_change, use_running_stats, affine, updates, include, exclude, group)
+        settings = settings_of(_PHRASES, on_change, use_running_stats, affine, updates, include, exclude, group)
         self._guard = frozen._with(model, settings)
         self._runs: list[_GuardedRun] = []
 

@@ -46,7 +46,7 @@ from bnguard.errors import BNGuardError, BNGuardWarning, StatsChangedError
 from bnguard.guard import messages as _report
 from bnguard.guard.frozen import frozen
 from bnguard.guard.options import OnChange
-from bnguard.guard.phrases import Wording
+from bnguard.guard.phrases import Phrases
 from bnguard.integrations._base import missing_text, settings_of
 from bnguard.integrations._checked_save import CheckedSave
 from bnguard.layers.select import Selector, is_within
@@ -155,8 +155,8 @@ class BNGuardCallback(_Callback):
     ) -> None:
         super().__init__()
         self._paths = _as_paths(target)
-        self._wording = _wording(target)
-        settings = settings_of(self._wording, on_change, use_running_stats, affine, updates, include, exclude, group)
+        self._phrases = _phrases(target)
+        settings = settings_of(self._phrases, on_change, use_running_stats, affine, updates, include, exclude, group)
         if log_every is not None and (isinstance(log_every, bool) or not isinstance(log_every, int)):
             raise TypeError(f"log_every must be a whole number of optimizer steps, got {log_every!r}")
         if log_every is not None and log_every < 1:
@@ -292,7 +292,7 @@ class BNGuardCallback(_Callback):
         changes = () if self._settings.on_change != "warn" or self._save is None else self.changes
         if changes and trainer.is_global_zero and not self._warned_of_checkpoint:
             self._warned_of_checkpoint = True
-            text = _report.checkpoint_text(changes, self._wording)
+            text = _report.checkpoint_text(changes, self._phrases)
             warnings.warn(text, BNGuardWarning, stacklevel=call_site().stacklevel)
 
     # Parts.
@@ -306,9 +306,9 @@ class BNGuardCallback(_Callback):
             return
         self._forget()
         for path in self._paths:
-            _check_path(pl_module, path, self._wording)
+            _check_path(pl_module, path, self._phrases)
         if not any([is_within(layer, self._paths) for layer in find_layers(pl_module)]):
-            text = _report.unguarded_text(", ".join(self._paths) or type(pl_module).__name__, self._wording)
+            text = _report.unguarded_text(", ".join(self._paths) or type(pl_module).__name__, self._phrases)
             warnings.warn(text, BNGuardWarning, stacklevel=call_site().stacklevel)
             return
         self._guard = frozen._of(pl_module, replace(self._settings, within=self._paths)).start()
@@ -395,7 +395,7 @@ def _as_paths(target: Any) -> tuple[str, ...]:
     return tuple(paths)
 
 
-def _check_path(pl_module: nn.Module, path: str, wording: Wording) -> None:
+def _check_path(pl_module: nn.Module, path: str, phrases: Phrases) -> None:
     """Looks for the submodule at a path.
 
     Raises:
@@ -408,14 +408,14 @@ def _check_path(pl_module: nn.Module, path: str, wording: Wording) -> None:
         if child is None:
             there = ".".join(names[:position]) or type(pl_module).__name__
             children = [key for key, module in part._modules.items() if module is not None]
-            raise ValueError(_report.no_part_text(path, there, name, children, wording))
+            raise ValueError(_report.no_part_text(path, there, name, children, phrases))
         part = child
 
 
-def _wording(target: Any) -> Wording:
+def _phrases(target: Any) -> Phrases:
     # Its texts are formats.
     first = "" if target is None else repr(target).replace("{", "{{").replace("}", "}}") + ", "
-    return Wording(
+    return Phrases(
         place="BNGuardCallback()",
         place_with_budget="BNGuardCallback(updates={})",
         choice=f"BNGuardCallback({first}{{}})",

@@ -41,7 +41,7 @@ from bnguard.errors import BNGuardError, BNGuardWarning
 from bnguard.guard import messages as _report
 from bnguard.guard.frozen import frozen
 from bnguard.guard.options import OnChange
-from bnguard.guard.phrases import Wording
+from bnguard.guard.phrases import Phrases
 from bnguard.integrations._base import missing_text, settings_of
 from bnguard.layers.select import Selector
 from bnguard.records import GuardedLayer, StatsChange
@@ -62,7 +62,7 @@ __all__ = ["BNGuardCallback", "CheckAt"]
 CheckAt: TypeAlias = Literal["step_end", "epoch_end", "evaluate", "save"]
 
 _EVENTS: Final[tuple[str, ...]] = get_args(CheckAt)
-_WORDING: Final = Wording(
+_PHRASES: Final = Phrases(
     place="BNGuardCallback()",
     place_with_budget="BNGuardCallback(updates={})",
     choice="BNGuardCallback({})",
@@ -125,7 +125,7 @@ class BNGuardCallback(TrainerCallback):
                 "BNGuardCallback() guards the model of its trainer; another one is given as model=..., got "
                 f"{short_repr(on_change)} for on_change"
             )
-        self._settings = settings_of(_WORDING, on_change, use_running_stats, affine, updates, include, exclude, group)
+        self._settings = settings_of(_PHRASES, on_change, use_running_stats, affine, updates, include, exclude, group)
         self._check_at = _checked_events(check_at)
         self._model = model
         self._guard: frozen | None = None if model is None else frozen._with(model, self._settings)

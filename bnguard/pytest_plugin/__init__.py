@@ -236,11 +236,13 @@ def _begin(item: pytest.Item) -> None:
     watches = switches.on_change != "off" and not allowed
     lookout = item.config.stash.get(_LOOKOUT_CLASS, None)
     if lookout is not None and (watches or switches.reports):
-        from bnguard.guard.options import Manner, Settings
-        from bnguard.pytest_plugin.requests import suite_wording
+        from bnguard.guard.options import Frontend, Settings
+        from bnguard.pytest_plugin.requests import suite_phrases
 
-        manner = Manner(suite_wording(switches.place), has_asides=False, is_outermost=True, is_silent=not watches)
-        settings = Settings("raise" if watches and switches.on_change == "raise" else "warn", manner=manner)
+        frontend = Frontend(
+            suite_phrases(switches.place), has_coverage_warnings=False, is_outermost=True, is_silent=not watches
+        )
+        settings = Settings("raise" if watches and switches.on_change == "raise" else "warn", frontend=frontend)
         item.config.stash[_LOOKOUT] = watch.lookout = lookout(watch.guards, settings)
         watch.lookout.begin()
 
@@ -273,11 +275,11 @@ def _reason_of(mark: pytest.Mark) -> str:
 
 def _begin_marked(item: pytest.Item, mark: pytest.Mark, guards: Guards) -> None:
     """Guards the models that reach a marked test."""
-    from bnguard.guard.options import Manner
+    from bnguard.guard.options import Frontend
     from bnguard.pytest_plugin.requests import MARKER
 
     try:
-        settings = dataclasses.replace(_settings_of(*mark.args, **mark.kwargs), manner=Manner(MARKER))
+        settings = dataclasses.replace(_settings_of(*mark.args, **mark.kwargs), frontend=Frontend(MARKER))
     except (TypeError, ValueError) as error:
         pytest.fail(f"@pytest.mark.bn_frozen: {error}", pytrace=False)
     instance = getattr(item, "instance", None)

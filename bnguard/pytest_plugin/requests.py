@@ -14,27 +14,27 @@ from torch import nn
 from bnguard.errors import BNGuardError, BNGuardWarning, StatsChangedError
 from bnguard.guard.agreement import Occasion, Parting
 from bnguard.guard.frozen import frozen
-from bnguard.guard.options import Manner, Settings
-from bnguard.guard.phrases import Wording
+from bnguard.guard.options import Frontend, Settings
+from bnguard.guard.phrases import Phrases
 from bnguard.layers.select import select_layers
 from bnguard.layers.tree import find_layers
 from bnguard.records import StatsChange
 from bnguard.torch_internals.callsite import causes_of
 
-__all__ = ["MARKER", "OVER", "Guards", "LocalGuard", "Post", "Rank", "suite_wording"]
+__all__ = ["MARKER", "OVER", "Guards", "LocalGuard", "Post", "Rank", "suite_phrases"]
 
 _EVERYTHING: Final = "pytest --bn-report lists them all"
-_FIXTURE: Final = Wording("bn_frozen()", "bn_frozen(updates={})", "bn_frozen(model, {})")
+_FIXTURE: Final = Phrases("bn_frozen()", "bn_frozen(updates={})", "bn_frozen(model, {})")
 OVER: Final = "bn_frozen() guards a model until its test ends, and this one has: call it in the test"
-MARKER: Final = Wording(
+MARKER: Final = Phrases(
     "@pytest.mark.bn_frozen", "@pytest.mark.bn_frozen(updates={})", "@pytest.mark.bn_frozen({})", (), _EVERYTHING
 )
 
 
-def suite_wording(place: str) -> Wording:
+def suite_phrases(place: str) -> Phrases:
     """What messages call the guard of a whole suite, which was switched on at ``place``."""
     mark = '@pytest.mark.bn_updates("why")'
-    return Wording(
+    return Phrases(
         place, place, "bn_frozen(model, {})", ((mark, "let this test update"),), _EVERYTHING, f"write {mark}"
     )
 
@@ -52,7 +52,7 @@ class LocalGuard(frozen):
 
     __slots__ = ("_is_fresh", "_on_enter", "_on_leave")
 
-    _manner = Manner(_FIXTURE)
+    _frontend = Frontend(_FIXTURE)
 
     def _set(self, model: nn.Module, settings: Settings) -> None:
         super()._set(model, settings)
