@@ -7,7 +7,7 @@ Profiles, chosen with the environment variable ``HYPOTHESIS_PROFILE``:
 ``long``
     20,000 random programs of the state machine and 5,000 examples of each property::
 
-        HYPOTHESIS_PROFILE=long pytest -n 2 tests/test_state_machine.py tests/test_properties.py
+        HYPOTHESIS_PROFILE=long pytest -n 2 tests/guard/test_state_machine.py tests/guard/test_properties.py
 """
 
 from __future__ import annotations

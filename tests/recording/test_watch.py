@@ -46,7 +46,7 @@ def test_an_update_is_recorded_with_everything():
     update = only(record.updates)
     assert update.names == ("1",)
     assert update.type == "BatchNorm2d"
-    assert update.where.startswith("tests/test_watch.py:")
+    assert update.where.startswith("tests/recording/test_watch.py:")
     assert update.where.endswith(" in test_an_update_is_recorded_with_everything")
     assert update.mode == bnguard.Mode()
     assert update.count == 3
@@ -345,8 +345,8 @@ def test_report_leads_with_the_verdict():
     assert lines[3] == f"BN002 train-mode forward without gradients at {where}"
     assert lines[4] == "  2 layers (1, 2) made 1 update each in train mode where autograd did not record."
     assert lines[7:9] == ["updates by line:", "  updates  layers  steps   mode            line"]
-    assert lines[9].startswith("        4       2  0 to 1  train           tests/test_watch.py:")
-    assert lines[10].startswith("        2       2  2       train, no_grad  tests/test_watch.py:")
+    assert lines[9].startswith("        4       2  0 to 1  train           tests/recording/test_watch.py:")
+    assert lines[10].startswith("        2       2  2       train, no_grad  tests/recording/test_watch.py:")
     assert lines[12] == "moved most:"
     assert lines[13].split() == ["layer", "channel", "mean", "variance", "divergence"]
     assert lines[14].startswith("  1 (BatchNorm2d) ")

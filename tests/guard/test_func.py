@@ -129,7 +129,7 @@ CASES = [
     for kind in LAYERS
     if transform != "linearize" and (number < 4 or kind in ("BatchNorm", "own-forward"))
 ]
-# What make_fx takes down is a program without a guard: tests/test_export.py.
+# What make_fx takes down is a program without a guard: tests/guard/test_export.py.
 CALLS = [case for case in CASES if case[0] != "make_fx"]
 EVERY_CALL = pytest.mark.parametrize(("transform", "kind"), CALLS)
 LINEARIZE = [("linearize", "BatchNorm"), ("linearize", "own-forward")]

@@ -21,6 +21,7 @@ from tests.asserts import GuardedThread, warns
 from tests.nets import conv_net, images
 
 HERE = __file__
+FILE = "tests/torch_internals/test_callsite.py"
 
 
 def here() -> int:
@@ -50,7 +51,7 @@ def test_call_site_is_the_callers_line() -> None:
 
 def test_call_site_as_text() -> None:
     """The path relative to the working directory, the line and the function."""
-    assert str(call_site()) == f"tests/test_callsite.py:{here()} in test_call_site_as_text"
+    assert str(call_site()) == f"{FILE}:{here()} in test_call_site_as_text"
 
 
 def test_comprehensions_belong_to_their_function() -> None:
@@ -100,14 +101,14 @@ def test_finding_in_a_model_points_into_the_model() -> None:
 
     net = Net()
     line = inspect.getsourcelines(Net.forward)[1] + 1
-    assert where_of(net, lambda: net(images())) == f"tests/test_callsite.py:{line} in forward"
+    assert where_of(net, lambda: net(images())) == f"{FILE}:{line} in forward"
 
 
 def test_finding_through_torch_points_at_the_users_line() -> None:
     """Frames of torch are passed over: containers, compiled graphs' wrappers, fx."""
     net = conv_net()
     for model in (net, nn.DataParallel(net), torch.fx.symbolic_trace(net)):
-        assert where_of(model, lambda model=model: model(images())) == f"tests/test_callsite.py:{here()} in <lambda>"
+        assert where_of(model, lambda model=model: model(images())) == f"{FILE}:{here()} in <lambda>"
 
 
 def test_finding_through_the_standard_library_points_at_the_users_line() -> None:
@@ -117,10 +118,10 @@ def test_finding_through_the_standard_library_points_at_the_users_line() -> None
     net = nn.Sequential(nn.BatchNorm2d(2))
     call = functools.singledispatch(lambda batch: net(batch))
     line = here() - 1
-    assert where_of(net, lambda: call(images())) == f"tests/test_callsite.py:{line} in <lambda>"
+    assert where_of(net, lambda: call(images())) == f"{FILE}:{line} in <lambda>"
     line = here() + 1
     assert where_of(net, lambda: functools.reduce(lambda x, y: y, map(net, [images()]), 0)).startswith(
-        f"tests/test_callsite.py:{line} in <lambda>"
+        f"{FILE}:{line} in <lambda>"
     )
 
 
@@ -130,7 +131,7 @@ def test_finding_through_a_package_points_at_the_users_line(key: str) -> None:
     net = nn.Sequential(nn.BatchNorm2d(2))
     filename = os.path.join(sysconfig.get_paths()[key], "trainer", "loop.py")
     fit = run_as("def fit(net, batch):\n    net(batch)", filename)["fit"]
-    assert where_of(net, lambda: fit(net, images())) == f"tests/test_callsite.py:{here()} in <lambda>"
+    assert where_of(net, lambda: fit(net, images())) == f"{FILE}:{here()} in <lambda>"
 
 
 def test_finding_without_a_users_frame_points_into_the_package() -> None:
@@ -170,7 +171,7 @@ def test_finding_in_a_thread_points_at_the_threads_line() -> None:
         thread.join(20)
 
     line = inspect.getsourcelines(run)[1] + 1
-    assert where_of(net, start) == f"tests/test_callsite.py:{line} in run"
+    assert where_of(net, start) == f"{FILE}:{line} in run"
 
 
 def test_finding_in_a_users_hook_points_at_the_hook() -> None:

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -113,7 +114,7 @@ def attempt(function: Callable[[], Any], in_thread: bool = False) -> Result:
             run()
     result.warnings = [warning for warning in caught if issubclass(warning.category, bnguard.BNGuardWarning)]
     for warning in result.warnings:
-        assert warning.filename.startswith(__file__.rpartition("/")[0]), warning
+        assert warning.filename.startswith(str(Path(__file__).parents[1])), warning
     return result
 
 

@@ -52,7 +52,7 @@ def line_in(function, text):
     """The user's line of a function that contains a text, as messages print it."""
     lines, first = inspect.getsourcelines(function)
     number = first + next(number for number, line in enumerate(lines) if text in line)
-    return f"tests/test_findings.py:{number} in {function.__name__}"
+    return f"tests/findings/test_rules.py:{number} in {function.__name__}"
 
 
 def found(run, model=None):

@@ -21,7 +21,7 @@ from tests.asserts import WITHOUT_BNGUARD, assert_clean, assert_same_bits, outco
 from tests.nets import OwnForward, ReassigningNorm, conv_net, images, warmed
 from tests.policies import POLICIES
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 GUARDS = {name: options for name, options in POLICIES.items() if name != "affine"}
 EVERY_GUARD = pytest.mark.parametrize("guard", GUARDS)
 

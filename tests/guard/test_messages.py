@@ -33,7 +33,7 @@ def line_of(text: str) -> str:
         for index, line in enumerate(lines)
         if text in line and "line_of" not in line and "at=" not in line
     )
-    return f"tests/test_messages.py:{number} in {frame.f_code.co_name}"
+    return f"tests/guard/test_messages.py:{number} in {frame.f_code.co_name}"
 
 
 def move(net: nn.Sequential, layers: int) -> None:

@@ -1118,7 +1118,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader, TensorDataset
 import bnguard
 from bnguard.integrations.lightning import BNGuardCallback
-from tests.test_lightning import Net
+from tests.integrations.test_lightning import Net
 
 torch.set_num_threads(1)
 data = DataLoader(TensorDataset(torch.randn(48, 1, 4, 4), torch.arange(48) % 3), batch_size=8)
@@ -1163,7 +1163,7 @@ def test_several_processes(tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "NODE_RANK": "0"}
-    path = {"PYTHONPATH": str(Path(__file__).parents[1])}
+    path = {"PYTHONPATH": str(Path(__file__).parents[2])}
     log = tmp_path / "log"
     with log.open("w") as output:
         processes = [

@@ -1073,7 +1073,7 @@ def test_change_says_what_where_and_how_often() -> None:
     assert change.type == "BatchNorm2d"
     assert change.buffers == ("running_mean", "running_var", "num_batches_tracked")
     assert change.updates == 2
-    assert change.where == f"tests/test_frozen.py:{first} in test_change_says_what_where_and_how_often"
+    assert change.where == f"tests/guard/test_frozen.py:{first} in test_change_says_what_where_and_how_often"
 
 
 def test_changes_of_raise_are_prevented() -> None:
