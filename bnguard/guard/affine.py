@@ -1,7 +1,8 @@
-"""Hold the weights and biases of layers: no gradient reaches them, and no optimizer moves them."""
+"""Freeze the weights and biases of layers: they get no gradient, and no optimizer changes them."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -9,15 +10,14 @@ from typing import Final
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from bnguard.layers.kinds import StatsLayer, tensor_table
-from bnguard.torch_internals.turns import Turn
-
-__all__ = ["AffineHold", "affine_parameters", "unheld"]
+from bnguard.layers.kinds import StatsLayer
+from bnguard.layers.swaps import own_tensors
+from bnguard.torch_internals.fork import renew_after_fork
 
 
 def affine_parameters(layer: StatsLayer) -> tuple[str, ...]:
-    """Names of the layer's affine parameters: ``weight`` and ``bias``, where they have the shape of its statistics."""
-    buffers, parameters = (tensor_table(layer.module, table) for table in ("_buffers", "_parameters"))
+    """Names of the layer's affine parameters: ``weight`` and ``bias``, if they have the shape of its statistics."""
+    buffers, parameters = (own_tensors(layer.module, table) for table in ("_buffers", "_parameters"))
     shapes = {
         tensor.shape for name in layer.buffers if (tensor := buffers.get(name)) is not None and not is_lazy(tensor)
     }
@@ -31,66 +31,88 @@ def affine_parameters(layer: StatsLayer) -> tuple[str, ...]:
 
 @dataclass(slots=True)
 class _Held:
+    """The state of a parameter that at least one block keeps frozen.
+
+    Attributes:
+        parameter: The parameter.
+        requires_grad: Its flag before the first block froze it.
+        grad: Its gradient at that time.
+        holders: The holds on it, as the keys of a dictionary. See Note [Interruption] for how they change.
+        double: The parameter for copies of its module, created when it is first needed.
+    """
+
     parameter: Tensor
     requires_grad: bool
     grad: Tensor | None
-    holders: int
+    holders: dict[AffineHold, None]
     double: nn.Parameter | None = None
 
+    def sync(self) -> None:
+        """Makes the parameter conform to ``holders``. May be run at any time; starts over if they have changed."""
+        parameter, key = self.parameter, id(self.parameter)
+        while True:
+            holders = tuple(self.holders)
+            if holders:
+                if _held.setdefault(key, self) is self:
+                    parameter.requires_grad = False
+                    parameter.grad = None
+            elif _held.get(key) is self:
+                parameter.requires_grad = self.requires_grad
+                parameter.grad = _converted_grad(self.grad, parameter)
+                del _held[key]
+            if tuple(self.holders) == holders:
+                return
 
-# Blocks of several threads may overlap and end in any order: the first one in saves, the last one out restores.
+
+# Blocks of several threads may overlap and end in any order: the first one to begin saves, the last to end restores.
 _held: Final[dict[int, _Held]] = {}
-_turn: Final = Turn()
+_lock: Final = threading.RLock()
+renew_after_fork(_lock)
 
 
 class AffineHold:
-    """Holds some parameters until ``release``: ``requires_grad`` is off and ``grad`` is None.
+    """Freezes parameters until ``release()``: ``requires_grad`` is False and ``grad`` is None.
 
-    A parameter without a gradient is passed over by torch's optimizers, weight decay and momentum included. A zero
-    gradient would not do. Releasing twice does nothing.
+    torch's optimizers skip a parameter whose ``grad`` is None. With a zero gradient they would still apply weight decay
+    and momentum. Releasing twice does nothing.
     """
 
     __slots__ = ("_taken",)
 
     def __init__(self) -> None:
-        self._taken: list[Tensor] = []
+        self._taken: list[_Held] = []
 
     def take(self, parameters: Sequence[Tensor]) -> None:
-        """Holds ``parameters`` as well; each one is released by ``release`` even if a later one fails."""
+        """Freezes ``parameters`` as well. If it raises, ``release()`` still restores those that were frozen before."""
         for parameter in parameters:
-            with _turn:
-                held = _held.get(id(parameter))
-                if held is None:
-                    held = _held[id(parameter)] = _Held(parameter, parameter.requires_grad, parameter.grad, 0)
-                held.holders += 1
-                self._taken.append(parameter)
-            parameter.requires_grad = False
-            parameter.grad = None
+            key = id(parameter)
+            with _lock:
+                while True:
+                    held = _held.get(key)
+                    if held is None:
+                        held = _Held(parameter, parameter.requires_grad, parameter.grad, {})
+                    self._taken.append(held)
+                    held.holders[self] = None
+                    held.sync()
+                    if _held.get(key) is held:
+                        break
 
     def release(self) -> None:
-        """Gives each parameter the flag and the gradient that it had before anybody held it."""
-        if self._taken:
-            _turn.end(self._release)
-
-    def _release(self) -> None:
-        while self._taken:
-            held = _held[id(self._taken[-1])]
-            if held.holders == 1:
-                held.parameter.requires_grad = held.requires_grad
-                held.parameter.grad = _fitting(held.grad, held.parameter)
-                del _held[id(held.parameter)]
-            else:
-                held.holders -= 1
-            self._taken.pop()
+        """Restores the flag and gradient of each parameter that no other block keeps frozen."""
+        for held in tuple(self._taken):
+            with _lock:
+                held.holders.pop(self, None)
+                held.sync()
+        self._taken.clear()
 
 
 def unheld(parameter: nn.Parameter) -> nn.Parameter:
-    """What a copy of a module should get for ``parameter``: the same data, with the flag that it has when not held."""
-    with _turn:
+    """The parameter for a copy of a module: the data of ``parameter``, with its flag from before it was frozen."""
+    with _lock:
         held = _held.get(id(parameter))
         if held is None or held.requires_grad == parameter.requires_grad:
             return parameter
-        # One, so that ties stay ties.
+        # One for all copies, so that tied parameters stay tied.
         if is_lazy(parameter):
             if held.double is None:
                 held.double = type(parameter)(held.requires_grad, parameter.device, parameter.dtype)
@@ -99,8 +121,8 @@ def unheld(parameter: nn.Parameter) -> nn.Parameter:
         return held.double
 
 
-def _fitting(grad: Tensor | None, parameter: Tensor) -> Tensor | None:
-    """The gradient as the parameter is now, if it was converted in the meantime."""
+def _converted_grad(grad: Tensor | None, parameter: Tensor) -> Tensor | None:
+    """Converts a saved gradient to the parameter's current dtype and device; None if the shape has changed."""
     if grad is None or grad.shape != parameter.shape:
         return None
     return grad.to(parameter.device, parameter.dtype)

@@ -1,145 +1,144 @@
-"""Guard every model that runs in a test, wherever it was made."""
+"""Guard every model that runs, wherever it was created."""
 
 from __future__ import annotations
 
 import threading
 import weakref
 from collections import deque
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Final
 
 from torch import nn
 
 from bnguard.errors import BNGuardError
-from bnguard.guard.layer_guard import sentries
+from bnguard.guard.hooks import guard_of
 from bnguard.guard.options import Settings
+from bnguard.guard.requests import GuardRequest, GuardRequests, Precedence
 from bnguard.layers.tree import any_layer, find_layers
-from bnguard.pytest_plugin.requests import Guards, Post, Rank
-from bnguard.torch_internals import global_hook as _every_forward
-from bnguard.torch_internals.compile import object_at, take_in
+from bnguard.torch_internals import global_hook
+from bnguard.torch_internals.compile import object_at, record_compiled
 
-__all__ = ["Lookout"]
-
-# Guards that are open at a time. One that makes way for a newer is compared, and opened when its model runs again.
-_AT_ONCE: Final = 16
+# Models with an open guard. The guard of the oldest is ended for a newer one, and begins again when its model runs.
+_MOST_OPEN: Final = 16
 
 # By id, models that a compiled graph has been seen to run.
 _in_graphs: Final[dict[int, weakref.ref[nn.Module]]] = {}
 
 
-class Lookout:
+class AutoGuard:
     """Guards each model that runs, from the first forward of its outermost module.
 
+    In a compiled graph no hook runs. Models that have been seen in one are compared at the end.
+
     Args:
-        guards: The guards of the test.
+        requests: Where guards are requested.
         settings: How to guard.
 
     Attributes:
-        has_guarded: Whether anything was met that is meant.
+        has_guarded: Whether a model with a selected layer has run.
     """
 
     wants_results = False
 
-    def __init__(self, guards: Guards, settings: Settings) -> None:
-        self._guards = guards
+    def __init__(self, requests: GuardRequests, settings: Settings) -> None:
+        self._requests = requests
         self._settings = settings
-        self._known: dict[int, weakref.ref[nn.Module]] = {}  # by id: modules of models that have been met
-        self._open: deque[Post] = deque()
-        self._compared: list[Post] = []  # of models in compiled graphs
+        self._known: dict[int, weakref.ref[nn.Module]] = {}  # by id: modules of models that have run
+        self._open: deque[GuardRequest] = deque()
+        self._compared: list[GuardRequest] = []  # for models in compiled graphs
         self._lock = threading.RLock()
         self.has_guarded = False
 
     def begin(self) -> None:
-        """Looks out from now on."""
+        """Guards models that run from now on."""
         with self._lock:
             for reference in list(_in_graphs.values()):
                 model = reference()
                 if model is not None:
                     self._compare(model)
-        _every_forward.listen(self)
+        global_hook.listen(self)
 
     def end(self, *, for_good: bool = False) -> None:
-        """Looks out no more. May be done again.
+        """Guards no further models. Closing twice does nothing.
 
         Args:
-            for_good: Whether no other will: else the hook of every forward stays on.
+            for_good: Whether no other ``AutoGuard`` will begin; otherwise the hook on all modules stays.
         """
-        _every_forward.unlisten(self, keep_hook=not for_good)
+        global_hook.unlisten(self, keep_hook=not for_good)
 
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Guards the model of a module that is about to run, if that is the first."""
+        """Guards the model that a module belongs to, at the first forward of its outermost module."""
         if id(module) not in self._known:
-            earlier = sentries.get(id(module))
-            was_hooked = earlier is not None and earlier.hooks_out > 0
+            earlier = guard_of(module)
+            was_hooked = earlier is not None and earlier.has_hooks
             self._meet(module)
-            sentry = sentries.get(id(module))
-            if sentry is not None and sentry.hooks_out and not was_hooked:
-                # The layer itself is the model: torch has looked up its hooks before it called this one.
-                sentry(module, args)
+            guard = guard_of(module)
+            if guard is not None and guard.has_hooks and not was_hooked:
+                # The layer itself is the model: torch looked up its hooks before it called this one.
+                guard.before(module, args)
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Takes no interest."""
+        """Does nothing."""
+
+    def traced(self, key: int) -> None:
+        """Compares, from the next ``begin()`` on at the latest, the model of a module that is compiled into a graph."""
+        with self._lock:
+            known = self._known.get(key)
+            model = object_at(key) if known is None else known()
+            if model is None or not any_layer(model) or _is_in_graphs(key):
+                return
+            _in_graphs[key] = weakref.ref(model, lambda _: _in_graphs.pop(key, None))
+            if key not in self._known:
+                self._compare(model)
 
     def _meet(self, module: nn.Module) -> None:
         with self._lock:
-            is_copy = module.__dict__.get("_is_replica", False)  # DataParallel's, for one forward
-            if is_copy or id(module) in self._known:
+            is_replica = module.__dict__.get("_is_replica", False)  # DataParallel makes one for each forward
+            if is_replica or id(module) in self._known:
                 return
             try:
                 parts = {id(part): part for part in module.modules()}
             except TypeError:  # torch cannot walk a model that has no hash
                 self._remember(module)
                 return
-            for post in [post for post in self._compared if not post.layers.isdisjoint(parts)]:
-                self._compared.remove(post)
-                self._guards.drop(post)
-            if any_layer(module):
-                try:
-                    self._open.append(self._guards.add(Rank.SUITE, module, self._settings))
-                    self.has_guarded = True
-                except BNGuardError:  # while a CUDA graph is captured
-                    return
-                except ValueError:  # nothing in it is meant
-                    pass
+            for request in [request for request in self._compared if not request.layers.isdisjoint(parts)]:
+                self._compared.remove(request)
+                self._requests.remove(request)
+            try:
+                self._guard(module)
+            except BNGuardError:  # while a CUDA graph is captured: at a later forward
+                return
             for part in parts.values():
                 self._remember(part)
-            if len(self._open) > _AT_ONCE:
-                self._make_way()
+            if len(self._open) > _MOST_OPEN:
+                self._end_oldest()
 
-    def traced(self, key: int) -> None:
-        """Compares the model of a module that is being compiled into a graph."""
-        with self._lock:
-            if key in self._known:
-                reference: weakref.ref[nn.Module] | None = self._known[key]
-                model = None if reference is None else reference()
-            else:
-                model = object_at(key)
-            if model is None or not any_layer(model):
-                return
-            if _is_part_of_one(key):
-                return
-            _in_graphs[key] = weakref.ref(model, lambda _: _in_graphs.pop(key, None))
-            if key not in self._known:
-                self._compare(model)
+    def _guard(self, model: nn.Module) -> None:
+        if any_layer(model):
+            with suppress(ValueError):  # no layer of it is selected
+                self._open.append(self._requests.add(Precedence.EVERY_MODEL, model, self._settings))
+                self.has_guarded = True
 
     def _compare(self, model: nn.Module) -> None:
         for layer in find_layers(model):
-            take_in(layer.module)
+            record_compiled(layer.module)
         frontend = replace(self._settings.frontend, compares_only=True)
-        self._compared.append(self._guards.add(Rank.SUITE, model, replace(self._settings, frontend=frontend)))
+        settings = replace(self._settings, frontend=frontend)
+        self._compared.append(self._requests.add(Precedence.EVERY_MODEL, model, settings))
 
     def _remember(self, module: nn.Module) -> None:
         key = id(module)
         self._known[key] = weakref.ref(module, lambda _: self._known.pop(key, None))
 
-    def _make_way(self) -> None:
+    def _end_oldest(self) -> None:
         oldest = self._open.popleft()
         for part in oldest.model.modules():
             self._known.pop(id(part), None)
-        self._guards.drop(oldest)
+        self._requests.remove(oldest)
 
 
-def _is_part_of_one(key: int) -> bool:
-    """Whether the module of this id belongs to a model that a graph has been seen to run."""
+def _is_in_graphs(key: int) -> bool:
+    """Whether the module with this id belongs to a model that a graph has been seen to run."""
     models = [model for reference in list(_in_graphs.values()) if (model := reference()) is not None]
     return any([id(part) == key for model in models for part in model.modules()])

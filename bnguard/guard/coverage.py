@@ -1,4 +1,4 @@
-"""Say out loud what a block does not cover."""
+"""Warn about layers and code that a block does not protect."""
 
 from __future__ import annotations
 
@@ -8,45 +8,44 @@ from collections.abc import Iterable
 from torch import nn
 
 from bnguard.errors import BNGuardWarning
-from bnguard.guard import messages as _report
+from bnguard.guard import messages
 from bnguard.guard.options import Settings
-from bnguard.layers.kinds import EXPORTED, StatsLayer, tensor_table
+from bnguard.layers.kinds import StatsLayer
 from bnguard.layers.select import is_selected
 from bnguard.layers.snapshot import Snapshot
+from bnguard.layers.swaps import own_tensors
 from bnguard.layers.tree import Tree, find_layers
 from bnguard.torch_internals.callsite import call_site
 from bnguard.torch_internals.checkpointing import Region
-from bnguard.torch_internals.tracing import is_being_taken_down
-
-__all__ = ["warn_about_added_layers", "warn_about_fixed_modes", "warn_about_pending_regions", "warn_about_programs"]
+from bnguard.torch_internals.tracing import is_being_recorded
 
 
 def warn_about_fixed_modes(layers: Iterable[StatsLayer], settings: Settings) -> None:
-    """Warns of layers that cannot be told to use their running statistics."""
+    """Warns about an exported program to which ``use_running_stats=True`` cannot be applied."""
     if not settings.use_running_stats:
         return
-    layer = next((layer for layer in layers if layer.kind is EXPORTED), None)
+    layer = next((layer for layer in layers if layer.kind.keeps_mode and layer.kind.hold != "none"), None)
     if layer is not None:
-        text = _report.fixed_mode_text(layer.names, type(layer.module).__name__)
+        text = messages.fixed_mode_text(layer.names, type(layer.module).__name__)
         warnings.warn(text, BNGuardWarning, stacklevel=call_site().stacklevel)
 
 
 def warn_about_programs(settings: Settings) -> None:
-    """Warns of a block that code opens while it is traced or exported."""
-    if is_being_taken_down():
+    """Warns about a block that begins in code that is being traced or exported."""
+    if is_being_recorded():
         warnings.warn(
-            _report.traced_block_text(settings.frontend.phrases), BNGuardWarning, stacklevel=call_site().stacklevel
+            messages.traced_block_text(settings.frontend.phrases), BNGuardWarning, stacklevel=call_site().stacklevel
         )
 
 
 def warn_about_added_layers(model: nn.Module, settings: Settings, tree: Tree, statistics: Snapshot) -> None:
-    """Warns of layers that came into the model while the block was open.
+    """Warns about layers that were added to the model inside the block.
 
     Args:
-        model: The model as it is now.
-        settings: Which of its layers were to be guarded.
-        tree: The model as it was.
-        statistics: What is compared.
+        model: The model at the end of the block.
+        settings: The options of the block, which select layers.
+        tree: The modules of the model at the beginning.
+        statistics: The statistics that the block compares.
     """
     if tree.has_same_modules():
         return
@@ -57,19 +56,19 @@ def warn_about_added_layers(model: nn.Module, settings: Settings, tree: Tree, st
     for layer in find_layers(model):
         if id(layer.module) in known:
             continue
-        buffers = tensor_table(layer.module, "_buffers")
+        buffers = own_tensors(layer.module, "_buffers")
         # A new layer around guarded buffers, as convert_sync_batchnorm makes them, is compared like the old one.
         is_compared = all([id(buffers[name]) in compared for name in layer.buffers])
         if not is_compared and is_selected(layer, settings.include, settings.exclude, settings.within):
             added.append(layer.names[0])
     if added:
         warnings.warn(
-            _report.added_text(added, settings.frontend.phrases), BNGuardWarning, stacklevel=call_site().stacklevel
+            messages.added_text(added, settings.frontend.phrases), BNGuardWarning, stacklevel=call_site().stacklevel
         )
 
 
 def warn_about_pending_regions(regions: Iterable[Region], settings: Settings) -> None:
-    """Warns of checkpointed regions whose backward pass is still to come."""
+    """Warns about checkpointed regions whose backward pass has not been run yet."""
     if any([region.is_pending() for region in regions]):
-        text = _report.pending_text(settings.use_running_stats, settings.frontend.phrases)
+        text = messages.pending_text(settings.use_running_stats, settings.frontend.phrases)
         warnings.warn(text, BNGuardWarning, stacklevel=call_site().stacklevel)

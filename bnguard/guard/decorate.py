@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import inspect
-import os
 import types
 from collections.abc import AsyncGenerator, Callable, Generator
-from contextlib import suppress
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, Self, TypeAlias
+from contextlib import AbstractContextManager, suppress
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import wrapt
 
 from bnguard.errors import StatsChangedError
-from bnguard.guard.agreement import Occasion, Parting
-from bnguard.torch_internals.compile import outside_graphs
 
 if TYPE_CHECKING:
     _Wrapper: TypeAlias = wrapt.FunctionWrapper[..., Any]
@@ -22,61 +18,11 @@ if TYPE_CHECKING:
 else:  # no generic classes before wrapt 2
     _Wrapper, _BoundWrapper = wrapt.FunctionWrapper, wrapt.BoundFunctionWrapper
 
-__all__ = ["Guard", "guard_function"]
 
-
-class Guard(Protocol):
-    """What opens a block, again and again."""
-
-    def _enter(self, occasion: Occasion | None) -> object:
-        """Begins a block around a part of a call."""
-
-    def _leave(
-        self, error: BaseException | None, parting: Parting = "wait", leaving: BaseException | None = None
-    ) -> None:
-        """Ends it."""
-
-
-# Given the instance a function is bound to (or None), and its arguments: what guards one call.
-Opener: TypeAlias = Callable[[Any, Any, tuple[Any, ...], dict[str, Any]], Callable[[], Guard]]
-
-
-class _Extent:
-    """A block around a part of one call. The ranks of a distributed run meet at the end of a call, not of each part.
-
-    Attributes:
-        parting: What the ranks make of the end of this one, unless an exception ends it.
-    """
-
-    def __init__(self, guard: Guard, occasion: Occasion, parting: Parting, leaving: BaseException | None) -> None:
-        self.parting = parting
-        self._guard = guard
-        self._occasion = occasion
-        self._leaving = leaving
-
-    @outside_graphs
-    def __enter__(self) -> Self:
-        self._guard._enter(self._occasion)
-        return self
-
-    @outside_graphs
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        leaving, self._leaving = self._leaving, None  # which knows the frame that knows this
-        self._guard._leave(error, self.parting, leaving)
-
-
-class _Call:
-    """One call of a guarded function."""
-
-    def __init__(self, make_guard: Callable[[], Guard], function: str) -> None:
-        self._make_guard = make_guard
-        self._occasion = Occasion(function)
-
-    def block(self, parting: Parting = "wait", leaving: BaseException | None = None) -> _Extent:
-        """A block around a part of it."""
-        return _Extent(self._make_guard(), self._occasion, parting, leaving)
+# Given the function, the instance it is bound to (or None) and its arguments: makes the guard around one part of the
+# call.
+Opener: TypeAlias = Callable[[Any, Any, tuple[Any, ...], dict[str, Any]], Callable[[], AbstractContextManager[Any]]]
+MakeGuard: TypeAlias = Callable[[], AbstractContextManager[Any]]
 
 
 def guard_function(function: Any, opener: Opener, decorator: str) -> Any:
@@ -106,21 +52,10 @@ def guard_function(function: Any, opener: Opener, decorator: str) -> Any:
     else:
         run = _run_function
 
-    name = _name_in_all_ranks(inner)
-
     def wrapper(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return run(_Call(opener(wrapped, instance, args, kwargs), name), wrapped, args, kwargs)
+        return run(opener(wrapped, instance, args, kwargs), wrapped, args, kwargs)
 
     return _GuardedFunction(function, wrapper)
-
-
-def _name_in_all_ranks(function: Any) -> str:
-    """What tells a function from others in every rank of a distributed run, wherever their code lies."""
-    plain = inspect.unwrap(function)
-    code = getattr(plain, "__code__", None)
-    if code is None:
-        return type(plain).__qualname__
-    return f"{os.path.basename(code.co_filename)}:{code.co_firstlineno} {code.co_qualname}()"
 
 
 class _BoundGuardedFunction(_BoundWrapper):
@@ -137,72 +72,68 @@ class _GuardedFunction(_Wrapper):
         return self.__wrapped__.__qualname__
 
 
-def _run_function(call: _Call, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    with call.block():
+def _run_function(make_guard: MakeGuard, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    with make_guard():
         return function(*args, **kwargs)
 
 
 def _run_generator(
-    call: _Call, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    make_guard: MakeGuard, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Generator[Any, Any, Any]:
-    return (yield from _legs(call, function(*args, **kwargs)))
+    return (yield from _legs(make_guard, function(*args, **kwargs)))
 
 
-async def _run_coroutine(call: _Call, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return await _awaitable_legs(call, function(*args, **kwargs))
+async def _run_coroutine(make_guard: MakeGuard, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return await _awaitable_legs(make_guard, function(*args, **kwargs))
 
 
 async def _run_async_generator(
-    call: _Call, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    make_guard: MakeGuard, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> AsyncGenerator[Any, Any]:
     generator = function(*args, **kwargs)
     step = generator.asend(None)
     while True:
         try:
-            item = await _awaitable_legs(call, step, "skip")
+            item = await _awaitable_legs(make_guard, step)
         except StopAsyncIteration:
             return
         except Exception:
-            # A finding at the end of a step leaves the generator open. The first error is the one to tell.
+            # A finding at the end of a step leaves the generator open. The first error is the one to raise.
             with suppress(StatsChangedError, RuntimeError):
-                await _awaitable_legs(call, generator.aclose(), "skip")
+                await _awaitable_legs(make_guard, generator.aclose())
             raise
         try:
             step = generator.asend((yield item))
         except GeneratorExit:
-            await _awaitable_legs(call, generator.aclose(), "tell")
+            await _awaitable_legs(make_guard, generator.aclose())
             raise
         except BaseException as error:
             step = generator.athrow(error)
 
 
-def _legs(call: _Call, inner: Any, last: Parting = "wait") -> Generator[Any, Any, Any]:
+def _legs(make_guard: MakeGuard, inner: Any) -> Generator[Any, Any, Any]:
     """Drives ``inner`` (``send``, ``throw``, ``close``), each resumption in a block. See PEP 380.
 
     Args:
-        call: The call.
+        make_guard: Makes the guard around a resumption.
         inner: A generator, or what a coroutine or an asynchronous generator gives.
-        last: What ranks make of the end of the last one.
     """
     resume, value = inner.send, None
     while True:
-        is_done, ended, block = False, None, call.block()
+        is_done, ended = False, None
         try:
-            with block:
+            with make_guard():
                 try:
                     item = resume(value)
                 except StopIteration as stop:
                     # The end of a generator is no error: the block must not see one.
                     is_done, item = True, stop.value
                 except StopAsyncIteration as stop:
-                    is_done, ended, last = True, stop, "wait"
+                    is_done, ended = True, stop
                 finally:
                     value = None
-                block.parting = last if is_done else "skip"
-        except BaseException as error:
-            # What was found at the end of a resumption has been kept from the other ranks so far.
-            close = call.block("tell", error) if block.parting == "skip" else call.block("skip")
-            with suppress(StatsChangedError), close:
+        except BaseException:
+            with suppress(StatsChangedError), make_guard():
                 inner.close()
             raise
         if ended is not None:
@@ -217,7 +148,7 @@ def _legs(call: _Call, inner: Any, last: Parting = "wait") -> Generator[Any, Any
         try:
             resume, value = inner.send, (yield given.pop())
         except GeneratorExit:
-            with call.block("tell"):
+            with make_guard():
                 inner.close()
             raise
         except BaseException as error:
@@ -225,5 +156,5 @@ def _legs(call: _Call, inner: Any, last: Parting = "wait") -> Generator[Any, Any
 
 
 @types.coroutine
-def _awaitable_legs(call: _Call, inner: Any, last: Parting = "wait") -> Generator[Any, Any, Any]:
-    return (yield from _legs(call, inner, last))
+def _awaitable_legs(make_guard: MakeGuard, inner: Any) -> Generator[Any, Any, Any]:
+    return (yield from _legs(make_guard, inner))

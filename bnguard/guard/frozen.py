@@ -1,4 +1,4 @@
-"""``frozen``: hold the running statistics of a model still for the extent of a block."""
+"""``frozen``: keep the running statistics of a model fixed inside a ``with`` block."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ import torch
 from torch import nn
 
 from bnguard.errors import BNGuardWarning
-from bnguard.guard import messages as _report
-from bnguard.guard.agreement import Occasion, Parting
+from bnguard.guard import messages
 from bnguard.guard.block import Block
 from bnguard.guard.decorate import guard_function
 from bnguard.guard.options import PLAIN, Frontend, OnChange, Settings, check_settings
@@ -25,10 +24,7 @@ from bnguard.layers.tree import any_layer, find_layers
 from bnguard.records import GuardedLayer, StatsChange
 from bnguard.torch_internals.callsite import call_site
 from bnguard.torch_internals.compile import outside_graphs
-from bnguard.torch_internals.ranks import Group
 from bnguard.words import short_repr
-
-__all__ = ["frozen"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -73,6 +69,9 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
             ``"warn"``: the change stands; one ``BNGuardWarning`` a block, all of them in ``changes``.
             ``"restore"``: no update happens, and the layer still normalises with the statistics of the batch. Silent
             for forwards; a change from elsewhere is put back with a warning.
+            ``"rollback"``: statistics move inside the block as they would without a guard, and are those of its
+            beginning again at the end, whoever wrote them: for test-time adaptation, a learning-rate range test, or an
+            evaluation in the middle of training. Silent.
         use_running_stats: Guarded layers normalise with their running statistics, as in eval mode, however often
             ``model.train()`` is called. Nothing else changes mode.
         affine: Hold ``weight`` and ``bias`` of the guarded layers too: they get no gradient inside and no optimizer
@@ -85,19 +84,11 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
             it; the model itself is ``"(root)"``), modules, predicates ``(name, module) -> bool``, or a list of
             them.
         exclude: Do not guard these layers; as ``include``.
-        group: In a distributed run, the ``torch.distributed`` process group whose ranks agree at the end of the block
-            and at ``check()``: under ``"raise"`` all of them raise if one has found something, naming ranks and layers,
-            else the first rank warns for all. None is the default group, where there is one; False is none, for a block
-            that not all ranks enter. They meet at the line of the block, or in the decorated function, and wait for
-            each other at most as long as the timeout of the process group. A rank that an exception leads out of the
-            block tells the others and does not wait: where that is a ``StatsChangedError`` they raise as well, else the
-            first of them warns.
 
     Raises:
         TypeError: ``model`` is no module; an option has the wrong type.
         ValueError: An ``on_change`` that does not exist, a negative ``updates``, options that contradict each other, a
             pattern that selects nothing.
-        BNGuardError: At the end of the block, under ``"raise"``: some ranks have not come there in time.
 
     Warns:
         BNGuardWarning: The model has no layer with running statistics.
@@ -118,10 +109,9 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
         updates: int = 0,
         include: Selector | Iterable[Selector] | None = None,
         exclude: Selector | Iterable[Selector] | None = None,
-        group: Group = None,
     ) -> None:
         _check_is_module(model, self._frontend.phrases)
-        settings = check_settings(on_change, use_running_stats, affine, updates, include, exclude, group)
+        settings = check_settings(on_change, use_running_stats, affine, updates, include, exclude)
         settings = replace(settings, frontend=self._frontend)
         _check_model(model, settings)
         self._set(model, settings)
@@ -149,15 +139,15 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
 
     @outside_graphs
     def __enter__(self) -> Self:
-        return self._enter(None)
+        return self._enter()
 
-    def _enter(self, occasion: Occasion | None) -> Self:
-        """Begins a block, of a call of a decorated function where that is given."""
+    def _enter(self) -> Self:
+        """Begins a block."""
         block, thread = Block(self._model, self._settings, self._last), threading.get_ident()
         self._open[block] = None
         self._last = block
         try:
-            block.enter(occasion)
+            block.enter()
             self._open[block] = thread
             return self
         except BaseException:
@@ -169,6 +159,17 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._leave(error)
+
+    def _leave(self, error: BaseException | None) -> None:
+        """Ends the innermost block, with the exception that leads out of it."""
+        block = self._innermost()
+        while block is not None and self._open.pop(block, None) is None:
+            block = self._innermost()  # another thread or a signal handler has ended it in the meantime
+        if block is not None:
+            try:
+                block.leave(error)
+            finally:
+                self._last = block
 
     def __call__(self, function: F) -> F:
         """Decorates ``function``: its code runs inside a block of this guard."""
@@ -184,14 +185,10 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
     def stop(self) -> None:
         """Leaves the block that this thread entered last, else the last one of all. Without one, does nothing.
 
-        In a ``finally`` that an exception runs through, and in an ``except``, ranks of a distributed run tell each
-        other what they have found, and do not wait.
-
         Raises:
             StatsChangedError: As at the end of a ``with`` block.
         """
-        block = self._innermost()
-        self._leave(None, leaving=None if block is None else block.error_on_its_way)
+        self._leave(None)
 
     @outside_graphs
     def check(self) -> None:
@@ -224,7 +221,7 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
     @outside_graphs
     def report(self) -> str:
         """What is guarded, how, and what changed, as text."""
-        return _report.report_text(self.changes, self.layers, self._settings)
+        return messages.report_text(self.changes, self.layers, self._settings)
 
     @outside_graphs
     def __repr__(self) -> str:
@@ -232,15 +229,10 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
         return f"<bnguard.frozen of a {type(self._model).__name__}, on_change={self._settings.on_change!r}, {state}>"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        # A process group is shared, and cannot be copied.
-        group, settings = self._settings.group, replace(self._settings, group=False)
-        model, settings = copy.deepcopy((self._model, settings), memo)
-        return self._of(model, replace(settings, group=group))
+        return self._of(*copy.deepcopy((self._model, self._settings), memo))
 
     def __getstate__(self) -> tuple[nn.Module, Settings]:
-        # A pickle guards the copy of the model, and is not open. Process groups are of their process.
-        group = self._settings.group
-        return self._model, replace(self._settings, group=group if group is None or isinstance(group, bool) else False)
+        return self._model, self._settings  # a pickle guards the copy of the model, and is not open
 
     def __setstate__(self, state: tuple[nn.Module, Settings]) -> None:
         self._set(*state)
@@ -252,18 +244,6 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
         own = [block for block, owner in entered if owner == thread]
         return own[-1] if own else entered[-1][0] if entered else None
 
-    def _leave(
-        self, error: BaseException | None, parting: Parting = "wait", leaving: BaseException | None = None
-    ) -> None:
-        block = self._innermost()
-        while block is not None and self._open.pop(block, None) is None:
-            block = self._innermost()  # that one has been left meanwhile
-        if block is not None:
-            try:
-                block.leave(error, parting, leaving)
-            finally:
-                self._last = block
-
 
 def _check_is_module(value: Any, phrases: Phrases) -> None:
     if not isinstance(value, nn.Module):
@@ -273,7 +253,7 @@ def _check_is_module(value: Any, phrases: Phrases) -> None:
 def _check_model(model: nn.Module, settings: Settings) -> None:
     """Warns of one without layers; of a selection that finds none ``select_layers`` says what is wrong."""
     if not any_layer(model):
-        text = _report.unguarded_text(type(model).__name__, settings.frontend.phrases)
+        text = messages.unguarded_text(type(model).__name__, settings.frontend.phrases)
         warnings.warn(text, BNGuardWarning, stacklevel=call_site().stacklevel)
     elif settings.include or settings.exclude:
         select_layers(model, find_layers(model), settings.include, settings.exclude)

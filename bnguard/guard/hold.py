@@ -1,46 +1,256 @@
 """Run one forward of a layer so that its running statistics stay as they are.
 
-Nothing here touches what other threads, hooks or ``state_dict()`` can see, with one exception: ``Exchange``, for a
-forward that somebody else put on the instance and that cannot be told to use another layer.
+Note [Holding]
+~~~~~~~~~~~~~~
+While a guard holds, the layer has a ``forward`` of its own in ``module.__dict__``: an instance-level forward works
+where hooks cannot, in a graph that was compiled before the block began (dynamo retraces when the entry appears, and
+returns to the earlier graph when it goes), and flipping ``track_running_stats`` instead is wrong in six ways (it
+ignores layers that ignore the flag, changes what autograd saves, and leaks into copies).
+
+Torch's own BatchNorm runs as one call of ``F.batch_norm`` with scratch statistics. Every other layer runs its own
+forward with other statistics in ``_buffers``; see Note [Swapped statistics].
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
-from typing import Any, Final
+import copy
+import inspect
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from sys import getrefcount
+from types import FunctionType, MethodType
+from typing import Any, Final, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._C._functorch import is_functorch_wrapped_tensor as _is_wrapped
+from torch.nn.parameter import is_lazy
 
-from bnguard.guard.copies import OWN_ATTRIBUTES
 from bnguard.layers.bits import PLAIN
-from bnguard.layers.kinds import exchanged_buffers, tensor_table
-from bnguard.torch_internals.fork import renew_after_fork
-from bnguard.torch_internals.tracing import aside
+from bnguard.layers.swaps import own_tensors, swapped
+from bnguard.torch_internals.functional_call import calling_module
+from bnguard.torch_internals.tracing import outside_modes
+from bnguard.torch_internals.transforms import is_wrapped
 
-__all__ = [
-    "Exchange",
-    "InPlace",
-    "StandIn",
-    "copies",
-    "copies_aside",
-    "is_scratch_for",
-    "normalise_with_batch",
-    "normalise_with_batch_in_graph",
-    "normalise_with_running_stats",
-    "scratch_like",
-]
+# By id of the layer, as long as it has entries: what guards it, see ``hooks.LayerGuard``.
+guards: Final[dict[int, Any]] = {}
+
+
+class Guarded(Protocol):
+    """What guards one layer, as far as its forward needs it.
+
+    Attributes:
+        module: The layer.
+        is_plain: Whether its forward is an ordinary method of its class.
+        entries: What the blocks around it want; empty after the last one.
+    """
+
+    module: Any
+    is_plain: bool
+    entries: Any
+
+    def own_forward(self) -> Callable[..., Any]:
+        """The forward that the module has without a guard."""
+
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs that forward."""
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The layer's forward, as the guards around it want it."""
+
+    def holds_as_usual(self) -> bool:
+        """Whether a forward now is held with its batch, for a layer that runs torch's ``_BatchNorm.forward``."""
+
+    def run_held(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs the layer with its batch, so that its update goes nowhere."""
+
+    def strip(self, module: nn.Module) -> None:
+        """Takes what is ours off a module that copied the layer's ``__dict__``."""
+
+
+class GuardedForward:
+    """The ``forward`` of a guarded layer: a bound method of this object is an entry in the layer's ``__dict__``.
+
+    It has the signature and name of the forward that it stands for. A reference that is kept after the block, and
+    copies of it, run the layer's own forward. Where the caller is another module, made by copying ``__dict__``, that
+    module loses the entry and runs by itself.
+    """
+
+    __slots__ = ("guard", "method")
+
+    def __init__(self, guard: Guarded) -> None:
+        self.guard = guard
+        self.method: MethodType | None = None  # the entry, while it is there
+
+    def bound(self) -> MethodType:
+        """The entry.
+
+        A method of an object, not an object with ``__call__``: for each of those graphs are compiled anew.
+        """
+        own = type(self.guard.module).__dict__.get("forward", getattr(type(self.guard.module), "forward", None))
+        function = FunctionType(GuardedForward.forward.__code__, globals(), "forward")
+        if self.guard.is_plain:
+            function.__wrapped__ = own  # type: ignore[attr-defined]  # its signature
+        else:
+            with suppress(ValueError, TypeError):  # a builtin function has none
+                own_signature = inspect.signature(self.guard.own_forward())
+                owner = inspect.Parameter("_guarded", inspect.Parameter.POSITIONAL_ONLY)
+                function.__signature__ = own_signature.replace(  # type: ignore[attr-defined]
+                    parameters=[owner, *own_signature.parameters.values()]
+                )
+        self.method = method = MethodType(function, self)
+        return method
+
+    def forward(self, /, *args: Any, **kwargs: Any) -> Any:
+        """Runs the layer."""
+        if isinstance(self, nn.Module):
+            return _forward_bound_to(self, *args, **kwargs)
+        if not torch.compiler.is_compiling() and self.may_be_copied():
+            clone = self.clone_that_calls()
+            if clone is not None:
+                return clone.forward(*args, **kwargs)
+        return self.guard.run(args, kwargs)
+
+    def may_be_copied(self) -> bool:
+        """Whether another module may have the entry: after the block only such a one has it."""
+        return not self.guard.entries or getrefcount(self.method) > _REFERENCES
+
+    def clone_that_calls(self) -> Any:
+        """The module that runs, if it is another one than the layer; it is then rid of what is ours."""
+        caller = calling_module()
+        if caller is None or caller is self.guard.module:
+            return None
+        if getattr(caller.__dict__.get("forward"), "__self__", None) is not self:
+            return None
+        self.guard.strip(caller)
+        return caller
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self.guard.module, memo)  # the method is then bound to the copy of the layer
+
+    def __reduce__(self) -> Any:
+        return operator.getitem, ((self.guard.module,), 0)  # of which a pickled method is an attribute
+
+
+class _Probe:
+    """Counts the references to an entry while its module runs."""
+
+    def __init__(self) -> None:
+        self.references = 0
+        self.method = self.count
+        module = nn.Module()
+        module.__dict__["forward"] = self.method
+        module()
+
+    def count(self) -> None:
+        self.references = getrefcount(self.method)
+
+
+# To an entry that is in one __dict__ only. A copy of the __dict__ has another one; then it matters which module runs.
+_REFERENCES: Final = _Probe().references
+
+
+class BatchNormForward(GuardedForward):
+    """The ``forward`` of a guarded layer that runs torch's ``_BatchNorm.forward``."""
+
+    __slots__ = ()
+
+    def bound(self) -> MethodType:
+        """The entry."""
+        self.method = method = MethodType(BatchNormForward.forward, self)
+        return method
+
+    def forward(self, input: Tensor) -> Any:
+        """Runs the layer."""
+        if isinstance(self, nn.Module):
+            return _forward_bound_to(self, input)
+        if not torch.compiler.is_compiling():
+            if self.may_be_copied():
+                clone = self.clone_that_calls()
+                if clone is not None:
+                    return clone.forward(input)
+            if self.guard.holds_as_usual():
+                return self.guard.run_held((input,), {})
+        return self.guard.run((input,), {})
+
+    # Errors about the arguments are worded as the layer's own.
+    forward.__qualname__ = nn.BatchNorm2d.forward.__qualname__
+
+
+def _forward_bound_to(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+    """The forward of a module to which the function of a guarded forward was bound anew.
+
+    accelerate does, under mixed precision: it keeps ``model.forward.__func__``, and goes on calling it after the block.
+    """
+    guard = guards.get(id(module))
+    if guard is None or guard.module is not module:
+        return type(module).forward(module, *args, **kwargs)
+    return guard.run(args, kwargs)
+
+
+def run_with(
+    guard: Guarded,
+    statistics: dict[str, Tensor],
+    training: bool | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Runs a layer's own forward with ``statistics`` in place of its own, in another mode if one is given."""
+    if not torch.compiler.is_compiling():
+        with swapped(guard.module, statistics, training):
+            return guard.original(*args, **kwargs)
+    if guard.is_plain and not guard.module._modules and _is_made_plainly(type(guard.module)):
+        return _run_stand_in(guard.module, statistics, training, args, kwargs)
+    # No lock and no record can be traced, and a graph is traced by one thread.
+    module = guard.module
+    buffers, mode = module._buffers, module.training
+    own = {name: buffers[name] for name in statistics}
+    try:
+        for name, tensor in statistics.items():
+            buffers[name] = tensor
+        if training is not None:
+            module.training = training
+        return guard.original(*args, **kwargs)
+    finally:
+        for name, tensor in own.items():
+            buffers[name] = tensor
+        if training is not None:
+            module.training = mode
+
+
+def _is_made_plainly(cls: Any) -> bool:
+    return cls.__new__ is object.__new__
+
+
+def _run_stand_in(
+    module: Any, statistics: dict[str, Tensor], training: bool | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Runs the forward of a layer without children on an object that is made in the graph.
+
+    In a checkpointed region a graph must not write to an existing object, not even during a forward.
+    """
+    before = {name: value for name, value in module.__dict__.items() if name not in ("forward", "_buffers", "training")}
+    cls: Any = type(module)
+    stand_in = cls.__new__(cls)
+    stand_in.__dict__.update(before)
+    stand_in.__dict__["_buffers"] = {**module._buffers, **statistics}
+    stand_in.__dict__["training"] = module.training if training is None else training
+    result = cls.forward(stand_in, *args, **kwargs)
+    for name, value in stand_in.__dict__.items():
+        if name not in ("_buffers", "training") and before.get(name) is not value:
+            module.__dict__[name] = value
+    for name, tensor in stand_in._buffers.items():
+        if name not in statistics and module._buffers.get(name) is not tensor:
+            module._buffers[name] = tensor
+    return result
 
 
 def normalise_with_batch(module: Any, input: Tensor, mean: Tensor | None, var: Tensor | None) -> Tensor:
-    """``_BatchNorm.forward`` in train mode, with ``mean`` and ``var`` for statistics, which nobody reads.
+    """``_BatchNorm.forward`` in train mode, with scratch tensors ``mean`` and ``var`` as its statistics.
 
-    Not ``None`` for statistics: torch then saves other tensors for backward (a checkpoint would notice), computes
-    half-precision inputs differently and words its errors differently.
+    They are not ``None``, because torch would then save other tensors for backward (checkpointing would detect it),
+    compute half-precision inputs differently and raise other errors.
     """
     module._check_input_dim(input)
     factor = 0.0 if module.momentum is None else module.momentum
@@ -49,9 +259,9 @@ def normalise_with_batch(module: Any, input: Tensor, mean: Tensor | None, var: T
 
 
 def normalise_with_batch_in_graph(module: Any, input: Tensor) -> Tensor:
-    """The same while a graph is traced.
+    """``_BatchNorm.forward`` in train mode while a graph is traced, with clones of the statistics to write to.
 
-    The statistics come from the real ones, inside the graph: nothing of ours becomes an input that the graph must be
+    The clones come from the real statistics, inside the graph: nothing of ours becomes an input that the graph must be
     guarded on.
     """
     module._check_input_dim(input)
@@ -60,10 +270,19 @@ def normalise_with_batch_in_graph(module: Any, input: Tensor) -> Tensor:
     return F.batch_norm(input, mean, var, module.weight, module.bias, True, factor, module.eps)  # noqa: FBT003  # by position, as torch
 
 
-def normalise_with_running_stats(module: Any, input: Tensor) -> Tensor:
-    """``_BatchNorm.forward`` in eval mode, whatever mode the layer is in. Source: ``torch/nn/modules/batchnorm.py``."""
+def normalise_with_running_stats(module: Any, input: Tensor, *, from_clones: bool = False) -> Tensor:
+    """``_BatchNorm.forward`` in eval mode, whatever mode the layer is in. Source: ``torch/nn/modules/batchnorm.py``.
+
+    Args:
+        module: The layer.
+        input: Its input.
+        from_clones: Give autograd clones of the statistics, because the statistics themselves will be written to before
+            the backward pass.
+    """
     module._check_input_dim(input)
     mean, var = module._buffers["running_mean"], module._buffers["running_var"]
+    if from_clones:
+        mean, var = _clone(mean), _clone(var)
     factor = 0.0 if module.momentum is None else module.momentum
     return F.batch_norm(input, mean, var, module.weight, module.bias, mean is None and var is None, factor, module.eps)
 
@@ -74,178 +293,39 @@ def _parameter(module: Any, name: str) -> Any:
     return parameters[name] if name in parameters and name not in module.__dict__ else getattr(module, name)
 
 
-class StandIn:
-    """A stand-in for a layer: same class, same attributes, parameters and submodules, statistics of its own.
-
-    The layer's own forward runs on it, so that what it writes to the statistics goes nowhere, also when another
-    thread leaves the block in the meantime.
-
-    Args:
-        module: The layer.
-        statistics: Tensors to use instead of the layer's own, by buffer name.
-        training: The mode of the stand-in; None: the layer's.
-    """
-
-    __slots__ = ("_before", "_module", "_names", "stand_in")
-
-    def __init__(self, module: nn.Module, statistics: dict[str, Tensor], training: bool | None = None) -> None:
-        self._module = module
-        self._names = frozenset(statistics)
-        # As nn.DataParallel makes its replicas.
-        self.stand_in: nn.Module = type(module).__new__(type(module))
-        state = dict(module.__dict__)
-        for name in OWN_ATTRIBUTES:
-            state.pop(name, None)
-        if training is not None:
-            state["training"] = training
-        state["_buffers"] = {**module._buffers, **statistics}
-        self._before = dict(state)
-        self.stand_in.__dict__.update(state)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the class's forward on the stand-in, then gives the layer what else it set on itself."""
-        try:
-            return type(self._module).forward(self.stand_in, *args, **kwargs)
-        finally:
-            self._hand_over()
-
-    def statistics(self) -> dict[str, Tensor]:
-        """The statistics of the stand-in as they are now."""
-        buffers = self.stand_in._buffers
-        return {name: tensor for name in self._names if (tensor := buffers.get(name)) is not None}
-
-    def _hand_over(self) -> None:
-        module, state, before = self._module, self.stand_in.__dict__, self._before
-        for name, value in state.items():
-            if name != "_buffers" and (name not in before or before[name] is not value):
-                module.__dict__[name] = value
-        for name in before.keys() - state.keys():
-            module.__dict__.pop(name, None)
-        for name, tensor in self.stand_in._buffers.items():
-            if name not in self._names and module._buffers.get(name) is not tensor:
-                module._buffers[name] = tensor
-
-
-class Exchange:
-    """A layer whose statistics, and mode if asked for, are exchanged while a forward runs that knows only this layer.
-
-    Of several overlapping calls the first exchanges and the last puts back; no lock is held while the forward runs.
-
-    Args:
-        module: The layer.
-        statistics: Tensors to use instead of the layer's own, by buffer name.
-        training: The mode during the call; None: the layer's.
-        forward: What to run; somebody put it on the instance.
-    """
-
-    __slots__ = ("_after", "_forward", "_module", "_state")
-
-    def __init__(
-        self, module: nn.Module, statistics: dict[str, Tensor], training: bool | None, forward: Callable[..., Any]
-    ) -> None:
-        self._module = module
-        self._forward = forward
-        self._after = statistics
-        self._state: dict[str, Any] = {"_buffers": {**module._buffers, **statistics}}
-        if training is not None:
-            self._state["training"] = training
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the forward on the exchanged layer."""
-        compiling = torch.compiler.is_compiling()  # cannot trace a lock, and traces one thread at a time
-        module = self._module
-        with nullcontext() if compiling else _exchange_lock:
-            calls = _exchange_calls.get(id(module), 0)
-            if calls == 0:
-                _exchange_originals[id(module)] = {name: module.__dict__[name] for name in self._state}
-                exchanged_buffers[id(module)] = module._buffers
-                module.__dict__.update(self._state)
-            _exchange_calls[id(module)] = calls + 1
-        try:
-            return self._forward(*args, **kwargs)
-        finally:
-            with nullcontext() if compiling else _exchange_lock:
-                now = module._buffers
-                self._after = {name: tensor for name in self._after if (tensor := now.get(name)) is not None}
-                _exchange_calls[id(module)] -= 1
-                if not _exchange_calls[id(module)]:
-                    del _exchange_calls[id(module)]
-                    module.__dict__.update(_exchange_originals.pop(id(module)))
-                    del exchanged_buffers[id(module)]
-
-    def statistics(self) -> dict[str, Tensor]:
-        """The statistics as the forward left them."""
-        return self._after
-
-
-_exchange_calls: Final[dict[int, int]] = {}
-_exchange_originals: Final[dict[int, dict[str, Any]]] = {}
-_exchange_lock: Final = threading.RLock()
-exchange_turn: Final = threading.RLock()  # for those who must not overlap
-renew_after_fork(_exchange_lock, exchange_turn)
-
-
-class InPlace:
-    """A layer whose own forward runs as it is, so that it can be recorded; afterwards its statistics come back.
-
-    Args:
-        module: The layer.
-        names: Its statistics.
-        forward: What to run.
-    """
-
-    __slots__ = ("_after", "_forward", "_module", "_names")
-
-    def __init__(self, module: nn.Module, names: Iterable[str], forward: Callable[..., Any]) -> None:
-        self._module = module
-        self._names = tuple(names)
-        self._forward = forward
-        self._after: dict[str, Tensor] = {}
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the forward, then puts the statistics back where nobody records it."""
-        buffers = self._module._buffers
-        objects = {name: tensor for name in self._names if (tensor := buffers.get(name)) is not None}
-        before = copies_aside(self._module, self._names)
-        try:
-            return self._forward(*args, **kwargs)
-        finally:
-            self._after = copies_aside(self._module, self._names)
-            with aside():
-                for name, tensor in objects.items():
-                    tensor.data.copy_(before[name])
-                    buffers[name] = tensor
-
-    def statistics(self) -> dict[str, Tensor]:
-        """The statistics as the forward left them."""
-        return self._after
-
-
 def copies(module: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
-    """Fresh copies of some buffers for a forward to write to, made outside autograd, and inside what else there is."""
+    """Fresh copies of some buffers for a forward to write to, made outside autograd but inside any dispatch mode."""
     if torch.compiler.is_compiling():
-        return _copies(module, names)
+        own = module._buffers
+        return {name: tensor.detach().clone() for name in names if (tensor := own.get(name)) is not None}
     with torch.inference_mode(mode=False), torch.no_grad():
-        return _copies(module, names)
+        return _copies(own_tensors(module, "_buffers"), names)
 
 
-def copies_aside(module: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
-    """Fresh copies of some buffers for us to keep; not of those that a transform of ``torch.func`` has lent."""
-    buffers = tensor_table(module, "_buffers")
-    with aside():
-        own = [name for name in names if (tensor := buffers.get(name)) is None or not _is_wrapped(tensor)]
-        return _copies(module, own)
+def copies_outside_modes(module: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """Fresh copies of some buffers to compare with later; not of those that a transform of ``torch.func`` has lent."""
+    buffers = own_tensors(module, "_buffers")
+    with outside_modes():
+        own = [name for name in names if (tensor := buffers.get(name)) is None or not is_wrapped(tensor)]
+        return _copies(buffers, own)
 
 
-def _copies(module: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
-    buffers = tensor_table(module, "_buffers")
-    return {name: tensor.detach().clone() for name in names if (tensor := buffers.get(name)) is not None}
+def _copies(buffers: Mapping[str, Tensor | None], names: Iterable[str]) -> dict[str, Tensor]:
+    return {name: _cloned(tensor) for name in names if (tensor := buffers.get(name)) is not None}
 
 
-# Only for F.batch_norm, which moves no version counter of the statistics that it saves for backward and writes;
-# whatever does (instance_norm, for one) would break the backward pass of every layer that shares them.
-# Shared by all layers of a shape, by all guards, and never freed: nobody reads them, so that threads and CUDA streams
-# may write them at the same time, and a kernel on a side stream that still writes when the block is over harms nobody.
+def _cloned(tensor: Tensor) -> Tensor:
+    """A clone with the strides of the original, on which the last bit of a result can depend."""
+    tensor = tensor.detach()
+    if is_lazy(tensor) or tensor.is_contiguous() or is_wrapped(tensor):
+        return tensor.clone()
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
+# Only for F.batch_norm, which saves the statistics for backward and writes to them without a version counter increase.
+# An operation that increases it, such as instance_norm, would break the backward pass of every layer that shares them.
+# Shared by all layers of a shape and all guards, and never freed. Their values are never read, so threads and CUDA
+# streams may write to them at the same time, and a kernel on a side stream may still do so after the block.
 _scratch: Final[dict[tuple[Any, ...], Tensor]] = {}
 
 
@@ -254,15 +334,15 @@ def _clone(tensor: Tensor | None) -> Tensor | None:
 
 
 def scratch_like(tensor: Tensor | None, slot: int) -> Tensor | None:
-    """A tensor of the same shape, dtype and device, which nobody reads; another one for each ``slot``."""
+    """A scratch tensor with the shape, dtype and device of ``tensor``; a different one for each ``slot``."""
     if tensor is None:
         return None
     is_plain = type(tensor) in PLAIN
-    key = (slot, tensor.shape, tensor.dtype, tensor.device)
+    key = (slot, tensor.shape, tensor.stride(), tensor.dtype, tensor.device) if is_plain else ()
     found = _scratch.get(key) if is_plain else None
     if found is None:
-        with aside():
-            found = torch.ones_like(tensor)
+        with outside_modes():
+            found = _cloned(tensor).fill_(1)
         if is_plain and type(found) is Tensor:  # not one that belongs to a mode
             _scratch[key] = found
     return found

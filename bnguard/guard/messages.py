@@ -1,41 +1,19 @@
-"""Changes into text: errors, warnings and notes, the same words everywhere."""
+"""The texts of errors, warnings and reports about guarded statistics."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final, Literal
 
 from bnguard.guard.phrases import FROZEN, Phrases
 from bnguard.records import GuardedLayer, StatsChange
-from bnguard.words import count_text, listing, ranks_text, suggestion, times_text
+from bnguard.words import count_text, layer_text, listing, ranks_text, suggestion, times_text
 
 if TYPE_CHECKING:
     from bnguard.guard.options import Settings
+    from bnguard.guard.policy import Policy
+    from bnguard.layers.kinds import StatsLayer
 
-__all__ = [
-    "Cause",
-    "added_text",
-    "assertion_text",
-    "broadcast_text",
-    "capture_text",
-    "changed_text",
-    "checkpoint_text",
-    "fixed_mode_text",
-    "layer_text",
-    "missing_ranks_text",
-    "name_text",
-    "no_part_text",
-    "others_text",
-    "pending_text",
-    "recorded_text",
-    "report_text",
-    "script_text",
-    "stood_text",
-    "stopped_text",
-    "swallowed_text",
-    "traced_block_text",
-    "unreachable_text",
-]
 
 _SHOWN = 3
 
@@ -49,30 +27,19 @@ _CAUSES: Final[dict[Cause, tuple[str, ...]]] = {
     ),
     "compiled": ("In a compiled graph no forward can be seen or stopped; this comparison finds what it changed.",),
     "replaced": (
-        "Another module has taken their place and uses their statistics (convert_sync_batchnorm(), prepare_qat(), or",
+        "Another module has replaced them and uses their statistics (convert_sync_batchnorm(), prepare_qat(), or",
         "fusion): change the model before the block.",
     ),
 }
 _AFFINE: Final = frozenset(["weight", "bias"])
 _AFFINE_CAUSES: Final = (
-    "Weight and bias get no gradient in there, unless requires_grad_(True) is called again: look for that, and for",
+    "Weight and bias get no gradient in the block, unless requires_grad_(True) is called again: look for it, and for",
     "load_state_dict(), assignments, or another thread or process.",
 )
 
 
-def name_text(name: str, model: str = "") -> str:
-    """The name of a layer: ``stem.bn``, or ``Generator: stem.bn`` where several models are told apart."""
-    return f"{model}: {name or '(root)'}" if model else name or "(root)"
-
-
-def layer_text(names: Sequence[str], type_name: str, model: str = "") -> str:
-    """One layer, as every message prints it: ``stem.bn (BatchNorm2d)``."""
-    shown = [name or "(root)" for name in names]
-    return f"{name_text(' = '.join(shown), model)} ({type_name})"
-
-
 def stopped_text(change: StatsChange, mode: str, budget: int, phrases: Phrases = FROZEN) -> str:
-    """The error that a forward raises instead of updating."""
+    """The error that a forward raises before it would update."""
     place = phrases.inside(budget)
     if budget:
         what = (
@@ -108,8 +75,8 @@ def stopped_text(change: StatsChange, mode: str, budget: int, phrases: Phrases =
     return "\n".join([what, f"  at {change.where}", *advice])
 
 
-def stood_text(change: StatsChange, mode: str, budget: int, phrases: Phrases = FROZEN) -> str:
-    """The one warning of a block under ``on_change="warn"``, at the line of the first update."""
+def kept_text(change: StatsChange, mode: str, budget: int, phrases: Phrases = FROZEN) -> str:
+    """The only warning of a block with ``on_change="warn"``, at the line of the first update."""
     place = phrases.inside(budget)
     if budget:
         what = f"has updated {times_text(budget)} inside {place} and updates once more"
@@ -118,18 +85,17 @@ def stood_text(change: StatsChange, mode: str, budget: int, phrases: Phrases = F
     return (
         f"{layer_text(change.names, change.type)} {what}: {listing(change.buffers)}.\n"
         f"  at {change.where}\n"
-        f"The update stands. Further ones are not warned about; {phrases.everything}."
+        f"The update was kept. Later ones are recorded without further warnings; {phrases.everything}."
     )
 
 
 def swallowed_text(stopped: Sequence[StatsChange], phrases: Phrases = FROZEN) -> str:
-    """The error at the end of a block in which somebody caught the error of a forward."""
+    """The error at the end of a block in which the error of a forward was caught."""
     if all([change.prevented for change in stopped]):
         did, outcome = "would have updated", "The updates did not happen."
     else:
-        did, outcome = "changed", "The statistics of entry are back."
-    what = f"{_layers(len(stopped))} {did} inside {phrases.place}"
-    head = f"{what}, and the StatsChangedError that said so was caught:"
+        did, outcome = "changed", "The original statistics have been restored."
+    head = f"{_layers(len(stopped))} {did} inside {phrases.place}, and the StatsChangedError that said so was caught:"
     advice = f"Let the error through, or {phrases.expected}."
     return "\n".join([head, *_lines(stopped), f"{outcome} {advice}"])
 
@@ -137,13 +103,13 @@ def swallowed_text(stopped: Sequence[StatsChange], phrases: Phrases = FROZEN) ->
 def changed_text(
     changes: Sequence[StatsChange], restored: bool, cause: Cause = "unknown", phrases: Phrases = FROZEN
 ) -> str:
-    """What only the comparison at the end of a block, or of ``check()``, could see.
+    """The error or warning about changes found by the comparison at the end of a block or in ``check()``.
 
     Args:
-        changes: The layers.
-        restored: Whether their statistics of entry are back.
-        cause: What is known of those that no forward was seen of.
-        phrases: What the guard is called.
+        changes: The layers that changed.
+        restored: Whether their original statistics have been restored.
+        cause: The cause of changes that no observed forward explains, as far as it is known.
+        phrases: How to name the guard.
     """
     affine = [change for change in changes if not _AFFINE.isdisjoint(change.buffers)]
     statistics = [change for change in changes if not _AFFINE.issuperset(change.buffers)]
@@ -153,19 +119,20 @@ def changed_text(
     if affine:
         causes = (*causes, *_AFFINE_CAUSES)
     parts = ["running statistics"] * bool(statistics) + ["affine parameters"] * bool(affine)
-    outcome = f"The {listing(['statistics', 'parameters'][not statistics : 1 + bool(affine)])} of entry are back."
+    restored_parts = listing(["statistics", "parameters"][not statistics : 1 + bool(affine)])
+    outcome = f"The original {restored_parts} have been restored." if restored else "The changes were kept."
     head = f"{listing(parts)} of {_layers(len(changes))} changed inside {phrases.place}:"
-    return "\n".join([head, *_lines(changes), *causes, outcome if restored else "The changes stand."])
+    return "\n".join([head, *_lines(changes), *causes, outcome])
 
 
 def assertion_text(changes: Sequence[StatsChange], function: str) -> str:
-    """What ``assert_stats_unchanged`` says about a function."""
+    """The error of ``assert_stats_unchanged`` about a function."""
     what = "the function" if function == "<lambda>" else f"{function}()"
     return "\n".join([f"running statistics of {_layers(len(changes))} changed in {what}:", *_lines(changes)])
 
 
 def added_text(names: Sequence[str], phrases: Phrases) -> str:
-    """The warning about layers that came into the model inside a block."""
+    """The warning about layers that were added to the model inside a block."""
     shown = ", ".join(name or "(root)" for name in names[:_SHOWN])
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return (
@@ -175,7 +142,7 @@ def added_text(names: Sequence[str], phrases: Phrases) -> str:
 
 
 def pending_text(in_eval_mode: bool, phrases: Phrases) -> str:
-    """The warning about a checkpointed region whose backward pass is still to come when the block is over."""
+    """The warning about a checkpointed region whose backward pass has not been run when the block ends."""
     consequence = (
         "normalise with the batch: torch raises CheckpointError, or computes wrong gradients (use_reentrant=True)"
         if in_eval_mode
@@ -189,7 +156,7 @@ def pending_text(in_eval_mode: bool, phrases: Phrases) -> str:
 
 
 def unguarded_text(type_name: str, phrases: Phrases = FROZEN) -> str:
-    """The warning about a model without any layer to guard."""
+    """The warning about a model that has no layer with running statistics."""
     return (
         f"{type_name} has no layer with running statistics: {phrases.place} has nothing to guard.\n"
         "If one of its layers keeps statistics under other names, see bnguard.register_layer()."
@@ -197,75 +164,30 @@ def unguarded_text(type_name: str, phrases: Phrases = FROZEN) -> str:
 
 
 def checkpoint_text(changes: Sequence[StatsChange], phrases: Phrases) -> str:
-    """The warning about a checkpoint with statistics that are not those of the beginning."""
+    """The warning about saving a checkpoint with statistics that changed inside the guard."""
     head = f"this checkpoint holds running statistics of {_layers(len(changes))} that changed inside {phrases.place}:"
     return "\n".join(
         [
             head,
             *_lines(changes),
-            "Later ones are not warned about. To keep the statistics of the beginning:",
+            "There are no warnings about later checkpoints. To keep the original statistics:",
             *phrases.choices(('on_change="restore"', "normalise with the batch, keep the statistics")),
         ]
     )
 
 
 def no_part_text(path: str, there: str, name: str, children: Sequence[str], phrases: Phrases) -> str:
-    """The error about a path that leads nowhere."""
+    """The error about a path to a submodule that does not exist."""
     parts = suggestion(name, children) if children else f"{there} has no submodules"
     return f"{phrases.place}: target {path!r}: {there} has no submodule {name!r}; {parts}"
-
-
-def others_text(own: str, others: Sequence[tuple[int, str]]) -> str:
-    """What this rank has found, and what others have; each text once.
-
-    Args:
-        own: The text of this rank; empty where it has found nothing.
-        others: Rank and text of each of the others.
-    """
-    groups: dict[str, list[int]] = {}
-    for rank, text in others:
-        groups.setdefault(text, []).append(rank)
-    parts = [own] if own else []
-    known = own.splitlines()
-    for text, ranks in groups.items():
-        where = f"on {ranks_text(tuple(ranks))}"
-        if text == own:
-            parts.append(f"The same {where}.")
-            continue
-        lines = text.splitlines()
-        # Advice that has been given is not given again.
-        while known and len(lines) > 1 and lines[-1] in known:
-            lines.pop()
-        known += lines
-        indented = [f"  {line}" for line in lines]
-        parts.append("\n".join([f"{where[0].upper()}{where[1:]}:" if own else f"{where}:", *indented]))
-    return "\n".join(parts)
-
-
-def missing_ranks_text(ranks: tuple[int, ...], seconds: float, place: str, elsewhere: Mapping[int, str]) -> str:
-    """What is said of ranks that have not come to the end of a block in time."""
-    return "\n".join(
-        [
-            f"{ranks_text(ranks)} did not come to {place}",
-            f"within {seconds:g} seconds, the timeout of the process group.",
-            *[f"  rank {rank} waits at {where}" for rank, where in sorted(elsewhere.items())],
-            "Ranks meet at the same line. A block that not all of them enter needs group=False; one of fewer ranks",
-            "needs group= with those.",
-        ]
-    )
-
-
-def unreachable_text(problem: str, place: str) -> str:
-    """What is said where the other ranks cannot be told at all."""
-    return f"at {place} the other ranks could not be asked what they found: {problem}"
 
 
 def broadcast_text(
     changes: Sequence[StatsChange], sources: Sequence[int], restored: bool, phrases: Phrases = FROZEN
 ) -> str:
-    """What a rank is told whose statistics ``DistributedDataParallel`` has overwritten with those of another rank."""
-    outcome = "The statistics of entry are back." if restored else "The changes stand."
-    what = f"the statistics of {ranks_text(sources)} took the place of others inside {phrases.place}:"
+    """The warning on a rank whose statistics ``DistributedDataParallel`` has overwritten with those of another rank."""
+    outcome = "The original statistics have been restored." if restored else "The changes were kept."
+    what = f"the statistics of {ranks_text(sources)} have overwritten others inside {phrases.place}:"
     return "\n".join(
         [
             f"DDP broadcast at forward: {what}",
@@ -285,10 +207,10 @@ def capture_text(phrases: Phrases) -> str:
 
 
 def traced_block_text(phrases: Phrases) -> str:
-    """The warning about a block in code that becomes a program."""
+    """The warning about a block that begins in code that is being traced or exported."""
     return (
-        f"{phrases.place} begins in code that is traced or exported: the program has no guard in it.\n"
-        "Open the block around the calls of the program, or export its layers in eval mode."
+        f"{phrases.place} begins in code that is traced or exported: the resulting program is not guarded.\n"
+        "Open the block around calls of the program, or export its layers in eval mode."
     )
 
 
@@ -301,25 +223,67 @@ def script_text(type_name: str) -> str:
 
 
 def fixed_mode_text(names: Sequence[str], type_name: str) -> str:
-    """The warning about layers that cannot be told to use their running statistics."""
+    """The warning about an exported program to which ``use_running_stats=True`` cannot be applied."""
     return (
-        f"use_running_stats=True does not reach {layer_text(names, type_name)}: that program keeps its mode.\n"
-        "Its statistics are held. Export the model in eval mode to have it use them."
+        f"use_running_stats=True has no effect on {layer_text(names, type_name)}: the mode of a program is fixed.\n"
+        "Its statistics are kept fixed. To normalise with them, export the model in eval mode."
     )
 
 
 def recorded_text(names: Sequence[str], type_name: str, phrases: Phrases) -> str:
-    """The warning about a program taken off a layer in train mode while it is to use its running statistics."""
+    """The warning about tracing or exporting a layer in train mode under ``use_running_stats=True``."""
     return (
         f"{layer_text(names, type_name)} is traced or exported in train mode inside "
         f"{phrases.choice.format('use_running_stats=True')}.\n"
-        "The program has no guard in it: it normalises with the batch, and updates. Call model.eval() first, so that\n"
-        "it normalises with the running statistics."
+        "The program is not guarded: it normalises with the batch, and updates. Call model.eval() first, so that it\n"
+        "normalises with the running statistics."
     )
 
 
+_GRAPH: Final = "a compiled graph runs no hooks"
+_VALUELESS: Final = (
+    "not compared at exit: on the meta device, fake, or inside a transform, its statistics have no values"
+)
+
+
+def protection_text(layer: StatsLayer, policy: Policy, budget: int, is_compiled: bool, has_values: bool) -> str:
+    """Describes how a layer is protected, for ``GuardedLayer.protection``.
+
+    Args:
+        layer: The layer.
+        policy: How updates beyond the budget are handled.
+        budget: The number of updates that the block allows the layer.
+        is_compiled: Whether the layer is known to run in a compiled graph.
+        has_values: Whether its statistics had values to compare with when the block began.
+    """
+    kind = layer.kind
+    if kind.exit_only:
+        return _exit_only(kind.exit_only, has_values)
+    if is_compiled and budget:
+        counts = "num_batches_tracked" in layer.buffers and kind.counts
+        how = "updates are counted by num_batches_tracked" if counts else "updates are not counted"
+        return _exit_only(f"{_GRAPH}; {how}", has_values)
+    if is_compiled and not policy.holds:
+        return _exit_only(_GRAPH, has_values)
+    if policy.holds:
+        how = "held in its forward, in a compiled graph too" if is_compiled else "held in its forward"
+        if kind.keeps_mode and policy.normalises_with == "running":
+            how += ", which normalises as it was exported"
+    elif policy.hides:
+        how = "free to update"
+    elif kind.predict is None:
+        how = "compared after each forward"
+    else:
+        how = "updates counted in its forward" if budget else "checked before each forward"
+    return f"{how}; {'compared at exit' if has_values else _VALUELESS}"
+
+
+def _exit_only(reason: str, has_values: bool) -> str:
+    return f"compared at exit only ({reason})" if has_values else _VALUELESS
+
+
 def report_text(changes: Sequence[StatsChange], layers: Sequence[GuardedLayer], settings: Settings) -> str:
-    """All of it, for people."""
+    """The text of a guard's ``report()``: the guarded layers, how they are protected, and all changes."""
     guard = settings.frontend.phrases.choice.format(settings.as_written)
     head = f"{guard} guards {_layers(len(layers)) if layers else 'no layer'}."
     if not layers:

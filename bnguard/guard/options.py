@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, Final, Literal, TypeAlias, TypedDict, get_args
+from dataclasses import dataclass, replace
+from typing import Any, Final, Literal, TypeAlias, TypedDict
 
 from bnguard.guard.phrases import FROZEN, Phrases
-from bnguard.guard.policy import Stance
+from bnguard.guard.policy import POLICIES, USE_RUNNING_STATS, Policy
 from bnguard.layers.select import Selector, as_selectors
-from bnguard.torch_internals.ranks import Group, check_group
 from bnguard.words import short_repr, suggestion
 
-__all__ = ["PLAIN", "Frontend", "GuardOptions", "OnChange", "Settings", "check_settings"]
-
-OnChange: TypeAlias = Literal["raise", "warn", "restore"]
+OnChange: TypeAlias = Literal["raise", "warn", "restore", "rollback"]
 
 
 class GuardOptions(TypedDict, total=False):
@@ -61,7 +58,6 @@ class Settings:
         include: See there.
         exclude: See there.
         within: Paths of submodules: what is outside of them is not meant; empty for the whole model.
-        group: See there; False where nobody has asked.
         frontend: What the guard does differently for the frontend that opened it.
     """
 
@@ -72,7 +68,6 @@ class Settings:
     include: tuple[Selector, ...] = ()
     exclude: tuple[Selector, ...] = ()
     within: tuple[str, ...] = ()
-    group: Group = False
     frontend: Frontend = PLAIN
 
     @property
@@ -83,12 +78,9 @@ class Settings:
         return ", ".join([f'on_change="{self.on_change}"', *chosen])
 
     @property
-    def stance(self) -> Stance:
-        """What becomes of an update beyond the budget."""
-        return "running" if self.use_running_stats else self.on_change
-
-
-_POLICIES: Final[tuple[str, ...]] = get_args(OnChange)
+    def policy(self) -> Policy:
+        """What becomes of an update beyond the budget, and of the statistics at the end."""
+        return (USE_RUNNING_STATS if self.use_running_stats else POLICIES)[self.on_change]
 
 
 def check_settings(
@@ -101,8 +93,8 @@ def check_settings(
     group: Any = False,
 ) -> Settings:
     """Checks the options of ``frozen``. See there for the errors."""
-    if on_change not in _POLICIES:
-        raise ValueError(f"on_change={short_repr(on_change)}: {suggestion(on_change, _POLICIES)}")
+    if on_change not in POLICIES:
+        raise ValueError(f"on_change={short_repr(on_change)}: {suggestion(on_change, POLICIES)}")
     for name, value in (("use_running_stats", use_running_stats), ("affine", affine)):
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be True or False, got {short_repr(value)}")
@@ -117,7 +109,12 @@ def check_settings(
             f"use_running_stats=True contradicts updates={updates}: "
             "a layer that normalises with its running statistics makes no update; leave one of them out"
         )
-    check_group(group)
+    if on_change == "rollback" and (use_running_stats or updates):
+        option = "use_running_stats=True" if use_running_stats else f"updates={updates}"
+        raise ValueError(
+            f"on_change='rollback' contradicts {option}: inside the block the statistics move as they would without a "
+            "guard; leave one of them out"
+        )
     return Settings(
         on_change,
         use_running_stats,
@@ -125,5 +122,17 @@ def check_settings(
         updates,
         as_selectors("include", include),
         as_selectors("exclude", exclude),
-        group=group,
     )
+
+
+def settings_for(frontend: Frontend, on_change: Any, options: GuardOptions) -> Settings:
+    """Checks the options of a frontend that passes them on. See ``frozen`` for the errors.
+
+    Raises:
+        TypeError: There is no such option.
+    """
+    valid = GuardOptions.__annotations__
+    unknown = [name for name in options if name not in valid]
+    if unknown:
+        raise TypeError(f"unknown option {unknown[0]!r}: {suggestion(unknown[0], valid)}")
+    return replace(check_settings(on_change, **options), frontend=frontend)

@@ -1,25 +1,23 @@
-"""What messages call a guard, which depends on how the user asked for it."""
+"""Names and remedies in messages, which depend on the interface through which the user requested the guard."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Final
 
-__all__ = ["FROZEN", "Phrases"]
-
 
 @dataclass(frozen=True, slots=True)
 class Phrases:
-    """What messages call a guard, which depends on how the user asked for it.
+    """How messages name a guard and its options, for one of the interfaces through which it can be requested.
 
     Attributes:
         place: The call that began the block, ``"frozen()"``.
-        place_with_budget: The call with a budget, which replaces ``{}``.
-        choice: The call with another option, which replaces ``{}``.
+        place_with_budget: The call with a budget; ``{}`` is replaced with the budget.
+        choice: The call with an option; ``{}`` is replaced with the option.
         more_choices: Further remedies, each with its effect.
-        everything: Where all changes are listed.
-        expected: What to do about changes that are intended.
-        renamed: Options that have another name here; options that do not exist have the name ``""``.
+        everything: A clause that says where all changes are listed.
+        expected: What to do if the changes are intended.
+        renamed: Options that have another name in this interface, with that name; ``""`` if there is no such option.
         is_of_run: Whether the guard lasts for a run of a trainer's loop, which has many steps and calls ``train()``.
     """
 
@@ -33,11 +31,11 @@ class Phrases:
     is_of_run: bool = False
 
     def inside(self, budget: int) -> str:
-        """The call that began a block with this budget."""
+        """The call that began a block with ``budget``; 0 means no budget."""
         return self.place_with_budget.format(budget) if budget else self.place
 
     def choices(self, *options: tuple[str, str]) -> list[str]:
-        """One line for each option, with its effect."""
+        """Formats one line per option and further remedy, each with its effect."""
         named = [(dict(self.renamed).get(option, option), effect) for option, effect in options]
         ways = [(self.choice.format(option), effect) for option, effect in named if option]
         ways += self.more_choices

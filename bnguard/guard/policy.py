@@ -1,181 +1,255 @@
-"""What the guards around one layer say about one forward, the innermost first."""
+"""What a guard does about an update, and what the guards around one layer decide together.
+
+Note [Policies]
+~~~~~~~~~~~~~~~
+A policy is one record of five properties; no other file compares it with a name.
+
+A forward of a layer asks the guards around it from the innermost one outwards. A guard that has budget left
+(``updates=``) or that lets updates happen ("warn") passes the question on: what it allows is a change for the guard
+around it. The first guard that stops the forward, or that keeps the update away from the statistics, decides. A guard
+that puts everything back at its end ("rollback") hides what happens inside it, so the guards around it are not asked.
+
+While a graph is traced nothing is counted: a graph runs many times and is traced once. ``in_graphs`` is then the
+answer.
+"""
 
 from __future__ import annotations
 
+import itertools
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Final, Literal, Protocol
 
-import torch
 from torch import Tensor
 
 from bnguard.errors import StatsChangedError
-from bnguard.torch_internals.checkpointing import Region
+from bnguard.torch_internals.checkpointing import Region, is_in_backward
 from bnguard.torch_internals.fork import renew_after_fork
 
-__all__ = [
-    "Claim",
-    "Stance",
-    "Verdict",
-    "count",
-    "decide",
-    "graph_order",
-    "is_in_backward",
-    "pay",
-    "settle",
-    "standing_order",
-]
-
-Stance = Literal["raise", "warn", "restore", "running", "recompute"]
+Normalisation = Literal["own", "batch", "running"]
+Action = Literal["update", "stop", "hold", "running"]
 
 
-class Judge(Protocol):
-    """The block behind a claim, as far as a forward needs it.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """What becomes of an update beyond the budget, and of the statistics at the end of the block.
 
     Attributes:
-        only_watches: Whether the model is guarded without anybody having named it.
+        stops: The forward raises before it updates.
+        normalises_with: ``"own"``: the forward runs as without a guard; ``"batch"``: it normalises with its batch and
+            updates nothing; ``"running"``: it normalises with the running statistics.
+        puts_back: The original statistics are restored at the end of the block.
+        tells_forwards: Updates made by forwards are reported.
+        tells_others: What is done about changes made by anything else: an error, a warning, or nothing.
+        only_in_backward: Applies to forwards inside a backward pass only, which activation checkpointing recomputes.
+        action: What happens to a forward that would update; follows from the first two.
+        holds: Whether forwards run otherwise than without a guard, and update nothing.
+        hides: Whether what happens inside is undone at the end, so that no guard further out needs to know.
+    """
+
+    stops: bool = False
+    normalises_with: Normalisation = "own"
+    puts_back: bool = False
+    tells_forwards: bool = False
+    tells_others: Literal["error", "warning", "nothing"] = "nothing"
+    only_in_backward: bool = False
+    action: Action = field(init=False)
+    holds: bool = field(init=False)
+    hides: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        holds = self.normalises_with != "own"
+        # Not properties: every layer is asked at every step.
+        object.__setattr__(self, "holds", holds)
+        object.__setattr__(self, "hides", self.puts_back and not self.stops and not holds)
+        object.__setattr__(self, "action", "stop" if self.stops else _ACTIONS[self.normalises_with])
+
+
+_ACTIONS: Final[dict[Normalisation, Action]] = {"own": "update", "batch": "hold", "running": "running"}
+
+POLICIES: Final[dict[str, Policy]] = {
+    "raise": Policy(stops=True, puts_back=True, tells_forwards=True, tells_others="error"),
+    "warn": Policy(tells_forwards=True, tells_others="warning"),
+    "restore": Policy(normalises_with="batch", puts_back=True, tells_others="warning"),
+    "rollback": Policy(puts_back=True),
+}
+# ``use_running_stats=True``: whichever policy it is combined with, no forward updates.
+USE_RUNNING_STATS: Final = {
+    name: replace(policy, stops=False, normalises_with="running") for name, policy in POLICIES.items()
+}
+IN_BACKWARD: Final = Policy(normalises_with="batch", only_in_backward=True)
+
+
+class Reporter(Protocol):
+    """The block that an entry belongs to, as far as a forward needs it.
+
+    Attributes:
+        guards_every_model: Whether the user has not named the model: the pytest plugin, or ``bnguard run``.
     """
 
     @property
-    def only_watches(self) -> bool: ...  # see above
+    def guards_every_model(self) -> bool:
+        """See above."""
 
-    def stopped(self, claim: Claim) -> StatsChangedError:
+    def stopped(self, entry: PolicyEntry) -> StatsChangedError:
         """Records an update that was stopped; returns the error to raise."""
 
-    def stood(self, claim: Claim) -> None:
-        """Records an update that stands, and warns about the first one of the block."""
+    def updated(self, entry: PolicyEntry) -> None:
+        """Records an update that was let through, and warns about the first one of the block."""
 
-    def allowing(self, claim: Claim) -> Tensor | None:
-        """Prepares for an update within the budget; the result is for ``allowed``."""
+    def allowed(self, entry: PolicyEntry, before: Mapping[str, Tensor] | None) -> None:
+        """Takes what an update within the budget has written as the state to protect.
 
-    def allowed(self, claim: Claim, deviation: Tensor | None) -> None:
-        """Takes over what an update within the budget has written."""
+        ``before`` has copies of the statistics from right before the update, by buffer name; None where another update
+        of the layer was under way.
+        """
 
-    def recorded(self, claim: Claim) -> None:
-        """Warns, once a block, that a program is taken off a layer in train mode that is held in eval mode."""
+    def recorded(self, entry: PolicyEntry) -> None:
+        """Warns, once a block, that a layer in train mode is traced or exported although it is held in eval mode."""
 
     def checkpointed(self, region: Region) -> None:
         """Records that a forward was held in a checkpointed region."""
 
 
-class Claim:
-    """One block's say about one layer.
+_numbers: Final = itertools.count(1)
+
+
+@dataclass(slots=True)
+class UpdateCount:
+    """The updates of one layer that one block has seen.
 
     Attributes:
-        judge: The block; None for a claim that holds or lets stand, and has nothing to say about it.
-        owner: The layer's index in the block.
-        stance: What becomes of an update beyond the budget. ``"running"`` is ``use_running_stats=True``;
-            ``"recompute"`` holds what runs inside a backward pass and lets everything else stand.
-        budget: Updates that the block allows the layer.
-        spent: Updates within the budget so far.
-        updates: Updates beyond the budget so far: those that stood, or were stopped.
-        where: The user's line of the first one of those.
+        within: Updates within the budget.
+        beyond: Updates beyond it, whether they were let through or stopped.
+        where: The user's line of the first one beyond it.
     """
 
-    __slots__ = ("budget", "judge", "owner", "spent", "stance", "updates", "where")
+    within: int = 0
+    beyond: int = 0
+    where: str | None = None
 
-    def __init__(self, judge: Judge | None, owner: int, stance: Stance, budget: int) -> None:
-        self.judge = judge
+
+class PolicyEntry:
+    """What one block wants of one layer.
+
+    A block keeps its entries only while it is open, so that no cycle of references outlives it. A forward that began
+    inside keeps its own.
+
+    Attributes:
+        block: The block; None where nothing is reported.
+        owner: The layer's index in the block.
+        policy: What becomes of an update beyond the budget.
+        budget: Updates that the block allows the layer.
+        count: The updates so far.
+        order: Of the entries of one layer the innermost has the smallest.
+    """
+
+    __slots__ = ("block", "budget", "count", "order", "owner", "policy")
+
+    def __init__(
+        self,
+        block: Reporter | None,
+        owner: int,
+        policy: Policy,
+        budget: int = 0,
+        count: UpdateCount | None = None,
+        *,
+        outermost: bool = False,
+    ) -> None:
+        self.block = block
         self.owner = owner
-        self.stance: Stance = stance
+        self.policy = policy
         self.budget = budget
-        self.spent = 0
-        self.updates = 0
-        self.where: str | None = None
-
-    @property
-    def court(self) -> Judge:
-        """The block of a claim that raises, warns or counts."""
-        assert self.judge is not None
-        return self.judge
+        self.count = UpdateCount() if count is None else count
+        self.order = next(_numbers) if outermost else -next(_numbers)
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class Decision:
     """What happens to one forward that would update.
 
     Attributes:
-        stance: ``"stand"``: it updates; ``"raise"``, ``"restore"``, ``"running"``: as the deciding claim says.
-        decider: The claim that decided; None for ``"stand"``.
-        warned: Claims under ``"warn"`` that see an update of theirs stand.
-        within: Claims whose budget pays for it.
+        action: ``"update"``: it updates; ``"stop"``: it raises; ``"hold"``: it normalises with the batch and updates
+            nothing; ``"running"``: it normalises with the running statistics.
+        decider: The entry that decided; None for ``"update"``.
+        told: Entries that record the update.
+        within: Entries whose budget allows it.
     """
 
-    stance: Literal["stand", "raise", "restore", "running"]
-    decider: Claim | None = None
-    warned: tuple[Claim, ...] = ()
-    within: tuple[Claim, ...] = ()
+    action: Action
+    decider: PolicyEntry | None = None
+    told: tuple[PolicyEntry, ...] = ()
+    within: tuple[PolicyEntry, ...] = ()
 
 
-def standing_order(claims: Sequence[Claim]) -> Stance | None:
-    """What happens to every update as long as ``claims`` stay; None where that depends on the forward."""
-    for claim in claims:
-        stance = claim.stance
-        if claim.budget or stance == "recompute":
+UPDATE: Final = Decision("update")
+
+
+def standing(entries: Sequence[PolicyEntry]) -> Action | None:
+    """What happens to every update as long as these are the entries; None where that depends on the forward."""
+    for entry in entries:
+        policy = entry.policy
+        if entry.budget or policy.only_in_backward:
             return None
-        if stance != "warn":
-            return stance
-    return "warn" if claims else None
+        if policy.action != "update" or policy.hides:
+            return policy.action
+    return "update"
 
 
-def graph_order(claims: Sequence[Claim]) -> Stance | None:
-    """The same in a compiled graph, where a recomputed forward is no forward of its own."""
-    return standing_order([claim for claim in claims if claim.stance != "recompute"])
+def in_graphs(entries: Sequence[PolicyEntry]) -> Action | None:
+    """What happens to updates in a compiled graph, where a recomputed forward is not a forward of its own."""
+    return standing([entry for entry in entries if not entry.policy.only_in_backward])
 
 
-def is_in_backward() -> bool:
-    """Whether this thread is inside a backward pass: what runs there is a recomputed forward."""
-    return torch._C._current_graph_task_id() != -1
+def decide(entries: Sequence[PolicyEntry]) -> Decision:
+    """Decides about an update, the innermost entry first. See Note [Policies].
 
-
-def decide(claims: Sequence[Claim]) -> Verdict:
-    """Asks the innermost claim first; what it lets stand is up to the next one.
-
-    A claim under ``"warn"``, and one with budget left, let the update stand. An update that a claim further out
-    prevents never happens: nothing is recorded or spent for it.
+    An update that an entry further out prevents never happens: nothing is recorded or spent for it.
     """
-    warned: list[Claim] = []
-    within: list[Claim] = []
-    for claim in claims:
-        if claim.spent < claim.budget:
-            within.append(claim)
-        elif claim.stance == "warn":
-            warned.append(claim)
-        elif claim.stance == "recompute":
+    told: list[PolicyEntry] = []
+    within: list[PolicyEntry] = []
+    for entry in entries:
+        policy = entry.policy
+        if entry.count.within < entry.budget:
+            within.append(entry)
+        elif policy.only_in_backward:
             if is_in_backward():
-                return Verdict("restore", claim)
+                return Decision("hold", entry)
+        elif policy.action != "update":
+            return Decision(policy.action, entry)
+        elif policy.hides:
+            break
         else:
-            return Verdict(claim.stance, claim)
-    return Verdict("stand", None, tuple(warned), tuple(within))
+            told.append(entry)
+    return Decision("update", None, tuple(told), tuple(within)) if told or within else UPDATE
 
 
 _lock: Final = threading.RLock()
 renew_after_fork(_lock)
 
 
-def settle(claims: Sequence[Claim]) -> Verdict:
-    """Decides, and pays from the budgets in the same breath, so that two threads never share one update."""
+def decide_and_count(entries: Sequence[PolicyEntry]) -> Decision:
+    """Decides about an update and spends the budgets in one step, so that two threads never share one update."""
     with _lock:
-        verdict = decide(claims)
-        for claim in verdict.within:
-            claim.spent += 1
-        return verdict
+        decision = decide(entries)
+        for entry in decision.within:
+            entry.count.within += 1
+        return decision
 
 
-def pay(claim: Claim, updates: int) -> bool:
-    """Pays for updates that were made unseen; False where the budget does not reach, or there were none."""
+def spend(count: UpdateCount, budget: int, updates: int) -> bool:
+    """Spends budget on updates that no hook saw; False if the budget is too small, or there were none."""
     with _lock:
-        if not 0 < updates <= claim.budget - claim.spent:
+        if not 0 < updates <= budget - count.within:
             return False
-        claim.spent += updates
+        count.within += updates
         return True
 
 
-def count(claim: Claim, where: str) -> bool:
-    """Adds one update to a claim; True for the first."""
+def count_update(count: UpdateCount, where: str) -> None:
+    """Adds one update beyond the budget."""
     with _lock:
-        claim.updates += 1
-        if claim.where is None:
-            claim.where = where
-        return claim.updates == 1
+        count.beyond += 1
+        if count.where is None:
+            count.where = where

@@ -7,13 +7,11 @@ from types import TracebackType
 
 from torch import nn
 
-from bnguard.guard.attach import attach, detach
-from bnguard.guard.policy import Claim, Stance
+from bnguard.guard.hooks import LayerGuard, add_entries, drop_entries
+from bnguard.guard.policy import IN_BACKWARD, POLICIES, Policy, PolicyEntry
 from bnguard.layers.tree import find_layers
 from bnguard.torch_internals.checkpointing import recomputed_held
 from bnguard.torch_internals.compile import outside_graphs
-
-__all__ = ["recompute_frozen"]
 
 
 class recompute_frozen:  # noqa: N801  # lower case, as frozen
@@ -53,12 +51,12 @@ class recompute_frozen:  # noqa: N801  # lower case, as frozen
     @outside_graphs
     def __call__(self) -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
         """The contexts for the forward and for the recomputed forward, as ``context_fn`` returns them."""
-        return recomputed_held(), _Holding(self._model, "restore")
+        return recomputed_held(), _Holding(self._model, POLICIES["restore"])
 
     @outside_graphs
     def __enter__(self) -> recompute_frozen:
         stack = ExitStack()
-        stack.enter_context(_Holding(self._model, "recompute"))
+        stack.enter_context(_Holding(self._model, IN_BACKWARD))
         self._open.append(stack)
         return self
 
@@ -76,18 +74,19 @@ class _Holding:
     """Holds forwards of a model's layers, and compares nothing. Can be entered again after it was left."""
 
     @outside_graphs
-    def __init__(self, model: nn.Module, stance: Stance) -> None:
+    def __init__(self, model: nn.Module, policy: Policy) -> None:
         self._model = model
-        self._stance: Stance = stance
+        self._policy = policy
         self._undo = ExitStack()
 
     @outside_graphs
     def __enter__(self) -> None:
         layers = find_layers(self._model)
-        claims = [Claim(None, owner, self._stance, 0) for owner in range(len(layers))]
+        entries = [PolicyEntry(None, owner, self._policy) for owner in range(len(layers))]
+        guards: list[LayerGuard] = []
         with ExitStack() as undo:
-            undo.callback(detach, layers, claims, self._model)
-            attach(layers, claims)
+            undo.callback(drop_entries, guards, entries, self._model)
+            add_entries(layers, entries, guards)
             self._undo = undo.pop_all()
 
     @outside_graphs

@@ -6,15 +6,14 @@ import dis
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
-from types import CodeType, FunctionType
+from types import CodeType, FunctionType, TracebackType
 from typing import Any, Final, TypeVar, overload
 
 from torch import nn
 
-from bnguard.guard.agreement import Occasion, Parting
-from bnguard.guard.decorate import Guard, guard_function
+from bnguard.guard.decorate import guard_function
 from bnguard.guard.frozen import frozen
 from bnguard.guard.options import Frontend, OnChange, Settings, check_settings
 from bnguard.guard.phrases import Phrases
@@ -22,10 +21,7 @@ from bnguard.layers.search import modules_in, roots_of
 from bnguard.layers.select import Selector
 from bnguard.layers.tree import any_layer
 from bnguard.torch_internals.compile import outside_graphs
-from bnguard.torch_internals.ranks import Group
 from bnguard.words import short_repr
-
-__all__ = ["strict"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 _FRONTEND: Final = Frontend(
@@ -50,7 +46,6 @@ def strict(
     updates: int = 0,
     include: Selector | Iterable[Selector] | None = None,
     exclude: Selector | Iterable[Selector] | None = None,
-    group: Group = None,
 ) -> Callable[[F], F]: ...
 
 
@@ -65,7 +60,6 @@ def strict(
     updates: int = 0,
     include: Any = None,
     exclude: Any = None,
-    group: Group = None,
 ) -> Any:
     """Runs each call of a function inside ``frozen``, on the models that the call is about.
 
@@ -94,7 +88,6 @@ def strict(
         updates: See ``frozen``.
         include: See ``frozen``.
         exclude: See ``frozen``.
-        group: See ``frozen``.
 
     Raises:
         TypeError: At decoration: what is decorated is no function, or an option has the wrong type. At the call: no
@@ -103,7 +96,7 @@ def strict(
     """
     if isinstance(function, nn.Module):
         raise TypeError("strict decorates functions; to guard a model use frozen(model), or strict(model=model)")
-    settings = check_settings(on_change, use_running_stats, affine, updates, include, exclude, group)
+    settings = check_settings(on_change, use_running_stats, affine, updates, include, exclude)
     settings = replace(settings, frontend=_FRONTEND)
     if not (model is None or isinstance(model, (nn.Module, str)) or callable(model)):
         raise TypeError(f"model must be a module, the name of a parameter or a callable, got {short_repr(model)}")
@@ -113,7 +106,9 @@ def strict(
             _check_parameter(function, model)
 
         @outside_graphs
-        def opener(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], Guard]:
+        def opener(
+            wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> Callable[[], AbstractContextManager[Any]]:
             models = _models(model, wrapped, instance, args, kwargs)
             return functools.partial(_AllFrozen, models, settings)
 
@@ -129,20 +124,22 @@ class _AllFrozen:
     def __init__(self, models: list[nn.Module], settings: Settings) -> None:
         self._guards = [frozen._with(model, settings) for model in models]
 
-    def _enter(self, occasion: Occasion | None) -> None:
+    @outside_graphs
+    def __enter__(self) -> None:
         with ExitStack() as undo:
-            for number, guard in enumerate(self._guards):
-                guard._enter(None if occasion is None else occasion.part(number))
-                undo.push(guard)
+            for guard in self._guards:
+                undo.enter_context(guard)
             undo.pop_all()
 
-    def _leave(
-        self, error: BaseException | None, parting: Parting = "wait", leaving: BaseException | None = None
+    @outside_graphs
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        # Not ExitStack.__exit__, whose frame the error would keep alive.
         failure: BaseException | None = None
         for guard in reversed(self._guards):
             try:
-                guard._leave(failure or error, parting, leaving)
+                guard._leave(failure or error)
             except BaseException as found:
                 failure = found
         try:

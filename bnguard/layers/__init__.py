@@ -1,1 +1,1 @@
-"""Which modules carry running statistics, and what those hold."""
+"""Layers with running statistics: which modules they are, and snapshots of their values."""

@@ -1,4 +1,4 @@
-"""Tensors as bits: NaN equals itself, and -0.0 is not 0.0."""
+"""Compare tensors bit by bit: NaN equals itself, and -0.0 differs from 0.0."""
 
 from __future__ import annotations
 
@@ -9,81 +9,69 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from torch._C import _functorch
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
 
-__all__ = [
-    "PLAIN",
-    "as_bytes",
-    "below_transforms",
-    "digest_of",
-    "from_bytes",
-    "has_values",
-    "same_bits",
-    "same_words",
-    "word_of",
-]
+from bnguard.torch_internals.transforms import is_fake, is_wrapped
 
-
-PLAIN: Final = frozenset({Tensor, nn.Parameter})  # classes without behaviour of their own
+PLAIN: Final = frozenset({Tensor, nn.Parameter})  # a subclass may override any operation
 
 
 def has_values(tensor: Any) -> bool:
-    """Whether bits can be read: not lazy, not on the meta device, not fake, not inside a transform."""
-    return not (
-        is_lazy(tensor)
-        or tensor.is_meta
-        or isinstance(tensor, FakeTensor)
-        or _functorch.is_functorch_wrapped_tensor(tensor)
-    )
+    """Whether a tensor has values to read: not if it is lazy, on the meta device, fake, or inside a transform."""
+    return not (is_lazy(tensor) or tensor.is_meta or is_fake(tensor) or is_wrapped(tensor))
 
 
 def as_bytes(flat: Tensor) -> Tensor:
-    """The bytes of a one-dimensional tensor, shape ``(numel * itemsize,)``, without a copy."""
+    """Views a one-dimensional tensor as bytes of shape ``(numel * itemsize,)``, without a copy."""
     return (torch.view_as_real(flat).reshape(-1) if flat.is_complex() else flat).view(torch.uint8)
 
 
 def from_bytes(flat: Tensor, dtype: torch.dtype) -> Tensor:
-    """A one-dimensional view of bytes as another dtype; the inverse of ``as_bytes``."""
+    """Views one-dimensional bytes as another dtype, without a copy; the inverse of ``as_bytes``."""
     if dtype.is_complex:
         return torch.view_as_complex(flat.view(dtype.to_real()).reshape(-1, 2))
     return flat.view(dtype)
 
 
-def below_transforms(tensor: Any) -> Any:
-    """The tensor that a transform of ``torch.func`` works on, or has left behind wrapped."""
-    while tensor is not None and _functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = _functorch.get_unwrapped(tensor)
-    return tensor
-
-
 def digest_of(tensors: Mapping[str, Tensor | None]) -> str:
-    """A short text that is the same for tensors of the same names, dtypes, shapes and bits. Reads them."""
+    """Computes a hash of the names, dtypes, shapes and bits of tensors, copying them to the CPU.
+
+    None, and tensors without values, are skipped.
+    """
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
         if tensor is not None and has_values(tensor):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-            data = as_bytes(tensor.detach().reshape(-1).cpu())
+            data = as_bytes(_flat(tensor).cpu())
             digest.update(ctypes.string_at(data.data_ptr(), data.numel()))
     return digest.hexdigest()
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """Flattens a tensor into a contiguous one, with lazy conjugation and negation resolved."""
+    return tensor.detach().resolve_conj().resolve_neg().reshape(-1).contiguous()
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors on one device have the same dtype, shape and bits."""
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
-    return torch.equal(as_bytes(one.detach().reshape(-1)), as_bytes(other.detach().reshape(-1)))
+    return torch.equal(as_bytes(_flat(one)), as_bytes(_flat(other)))
 
 
-def word_of(flat: Tensor) -> torch.dtype:
-    """The integer dtype as which a contiguous one-dimensional tensor compares fastest: eight times as fast as bytes."""
+def comparison_dtype(flat: Tensor) -> torch.dtype:
+    """The widest integer dtype to view a flat tensor as: int64 compares eight times as fast as uint8."""
     size = flat.nbytes
     return torch.int64 if size % 8 == 0 else torch.int32 if size % 4 == 0 else torch.uint8
 
 
-def same_words(one: Tensor, other: Tensor, word: torch.dtype) -> bool:
+def same_flat_bits(one: Tensor, other: Tensor, view_dtype: torch.dtype) -> bool:
     """Whether two contiguous one-dimensional tensors have the same dtype, length and bits.
+
+    Args:
+        one: A tensor.
+        other: Another tensor on the same device.
+        view_dtype: The ``comparison_dtype`` of the two.
 
     Raises:
         RuntimeError: They are on different devices.
@@ -92,4 +80,4 @@ def same_words(one: Tensor, other: Tensor, word: torch.dtype) -> bool:
         return False
     if one.is_complex():
         one, other = torch.view_as_real(one).reshape(-1), torch.view_as_real(other).reshape(-1)
-    return torch.equal(one.view(word), other.view(word))
+    return torch.equal(one.view(view_dtype), other.view(view_dtype))

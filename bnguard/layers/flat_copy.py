@@ -1,4 +1,4 @@
-"""The bits of many tensors of one device as a few flat tensors: one copy, one comparison, one synchronisation."""
+"""Copy many tensors of one device into few flat tensors, so that comparing them takes one device synchronisation."""
 
 from __future__ import annotations
 
@@ -7,22 +7,20 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor
 
-from bnguard.layers.bits import as_bytes, from_bytes, same_words, word_of
-
-__all__ = ["Counts", "Image", "Part", "part_of"]
+from bnguard.layers.bits import as_bytes, comparison_dtype, from_bytes, same_flat_bits
+from bnguard.torch_internals.transforms import is_wrapped
 
 
 @dataclass(slots=True)
 class Part:
-    """Tensors of one dtype, side by side.
+    """Tensors of one dtype that are concatenated into one flat tensor.
 
     Attributes:
-        tensors: Those, on one device.
+        tensors: The tensors, all on one device.
         dtype: Their dtype.
-        rank: The number of dimensions that all of them have, 0 or 1; None for any others.
-        shapes: Their shapes, where those differ in more than the length.
+        rank: Their number of dimensions if all have 0 or all have 1; else None.
+        shapes: Their shapes if ``rank`` is None; else None.
         sizes: Their numbers of elements.
     """
 
@@ -33,7 +31,7 @@ class Part:
     sizes: list[int]
 
     def flat(self) -> Tensor:
-        """The values of now in one dimension: a copy."""
+        """Copies the current values into one flat tensor."""
         if self.rank == 0:
             return torch.stack(self.tensors)
         if self.rank == 1:
@@ -41,7 +39,7 @@ class Part:
         return torch.cat([tensor.reshape(-1) for tensor in self.tensors])
 
     def views(self, flat: Tensor) -> Sequence[Tensor]:
-        """The values of each tensor, in its shape, out of ``flat``."""
+        """Splits ``flat`` into views with the shapes of the tensors."""
         if self.rank == 0:
             scalars: Sequence[Tensor] = flat.unbind()
             return scalars
@@ -52,58 +50,60 @@ class Part:
 
 
 def part_of(tensors: list[Tensor], dtype: torch.dtype, rank: int | None) -> Part:
-    """A part of these tensors."""
+    """Makes a ``Part`` of tensors that share a dtype and, unless it is None, a rank."""
     if rank == 0:
         return Part(tensors, dtype, 0, None, [1] * len(tensors))
     shapes = None if rank == 1 else [tensor.shape for tensor in tensors]
     return Part(tensors, dtype, rank, shapes, list(map(Tensor.numel, tensors)))
 
 
-class Image:
-    """What some tensors held when the image was taken.
+class FlatCopy:
+    """A copy of tensors of one device in few flat tensors, taken when it is made.
 
     Args:
         parts: The tensors, all on one device.
     """
 
-    __slots__ = ("_flats", "_parts", "_words")
+    __slots__ = ("_flats", "_parts", "_view_dtypes")
 
     def __init__(self, parts: list[Part]) -> None:
-        # Widest first, so that each is aligned for a view as its own dtype where they are joined.
+        # Widest dtype first: in the joined bytes, each part is then aligned for a view as its own dtype.
         self._parts = sorted(parts, key=_width)
-        self._flats = self._taken()
-        self._words = [word_of(flat) for flat in self._flats]
+        self._flats = self._current_flats()
+        self._view_dtypes = [comparison_dtype(flat) for flat in self._flats]
 
-    def is_of_values(self) -> bool:
-        """Whether there were any: tensors on the meta device have none, nor those inside a transform."""
-        return not any(
-            [type(flat) is not Tensor or flat.is_meta or is_functorch_wrapped_tensor(flat) for flat in self._flats]
-        )
+    def has_values(self) -> bool:
+        """Whether values were copied: not from tensors on the meta device or inside a ``torch.func`` transform."""
+        return not any([type(flat) is not Tensor or flat.is_meta or is_wrapped(flat) for flat in self._flats])
 
     def is_unchanged(self) -> bool:
-        """Whether the tensors hold the same bits now.
+        """Whether the tensors still have the copied bits.
 
         Raises:
-            RuntimeError: The tensors no longer fit side by side: some have changed dtype, shape or device in place.
+            RuntimeError: The tensors cannot be concatenated or compared any more, because the dtype, shape or device
+                of one has changed in place.
         """
-        return all(map(same_words, self._taken(), self._flats, self._words))
+        return all(map(same_flat_bits, self._current_flats(), self._flats, self._view_dtypes))
 
     def views(self) -> dict[int, Tensor]:
-        """What each tensor held, in its shape of then, by the id of the tensor; views of the image."""
+        """The copied values by the id of their tensor, as views in the original shapes."""
         views: dict[int, Tensor] = {}
-        for part, flat in zip(self._parts, self._parted(), strict=True):
+        for part, flat in zip(self._parts, self._flats_by_part(), strict=True):
             views.update(zip(map(id, part.tensors), part.views(flat), strict=True))
         return views
 
-    def _taken(self) -> list[Tensor]:
-        """The values of now by part; where comparing means waiting, the bytes of all parts in one."""
+    def _current_flats(self) -> list[Tensor]:
+        """The current values, one flat tensor per part; on a GPU all parts as bytes in one tensor.
+
+        There each comparison would take a device synchronisation.
+        """
         flats = [part.flat() for part in self._parts]
         if len(flats) < 2 or _is_on_host(flats[0]):
             return flats
         return [torch.cat([as_bytes(flat) for flat in flats])]
 
-    def _parted(self) -> list[Tensor]:
-        """The values that were taken, by part."""
+    def _flats_by_part(self) -> list[Tensor]:
+        """The copied values, one flat tensor per part."""
         if len(self._flats) == len(self._parts):
             return self._flats
         pieces = self._flats[0].split([sum(part.sizes) * part.dtype.itemsize for part in self._parts])
@@ -111,35 +111,35 @@ class Image:
 
 
 class Counts:
-    """The same of whole numbers on the CPU, each in a tensor of its own: how many batches layers have counted.
+    """A copy of integer scalar tensors on the CPU, such as ``num_batches_tracked``, as Python integers.
 
     Args:
-        tensors: Of an integer dtype, each with one element.
+        tensors: Tensors of an integer dtype with one element each, all on the CPU.
     """
 
     __slots__ = ("_saved", "_tensors", "_viewed")
 
     def __init__(self, tensors: list[Tensor]) -> None:
         self._tensors = tensors
-        self._saved = self._taken()
-        self._viewed: Tensor | None = None  # the same, once somebody has views of it, and may write to them
+        self._saved = self._current_numbers()
+        self._viewed: Tensor | None = None  # replaces _saved once views() has been called: callers may write to them
 
-    def is_of_values(self) -> bool:
-        """Whether they are whole numbers."""
+    def has_values(self) -> bool:
+        """Whether all values are integers: a tensor of another dtype gives a float or a bool."""
         return set(map(type, self._saved)) == {int}
 
     def is_unchanged(self) -> bool:
-        """Whether the tensors hold the same numbers now."""
-        return self._taken() == (self._saved if self._viewed is None else self._viewed.tolist())
+        """Whether the tensors still have the copied values."""
+        return self._current_numbers() == (self._saved if self._viewed is None else self._viewed.tolist())
 
     def views(self) -> dict[int, Tensor]:
-        """What each tensor held, by the id of the tensor; views of what is compared with."""
+        """The copied values by the id of their tensor, as views: writing to one changes what is compared with."""
         if self._viewed is None:
-            self._viewed = torch.tensor(self._saved)
+            self._viewed = torch.tensor(self._saved, device="cpu")  # not the device of a torch.device() block
         return dict(zip(map(id, self._tensors), self._viewed.unbind(), strict=True))
 
-    def _taken(self) -> list[int | float | bool]:
-        # One by one takes half as long as a copy of all of them, and a comparison of that.
+    def _current_numbers(self) -> list[int | float | bool]:
+        # Takes half as long as copying all tensors into one and comparing that.
         return [tensor.item() for tensor in self._tensors]
 
 

@@ -1,34 +1,20 @@
-"""Which modules carry running statistics, under which names, and how each updates them."""
+"""Recognise layers with running statistics: which buffers hold them, and when a forward updates them."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
 import inspect
-import operator
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from torch import Tensor, nn
+from torch import nn
 from torch.jit import ScriptModule as _ScriptModule
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
-
-__all__ = [
-    "LayerKind",
-    "LayerRegistration",
-    "StatsLayer",
-    "is_statistic",
-    "is_torch_source_known",
-    "register_layer",
-    "registered_rules",
-    "statistics_of",
-    "tensor_table",
-    "tensor_tables",
-]
 
 _STATISTIC: Final = re.compile(
     r"(?:running|moving)_(?:\w+_)?(?:mean|var|variance|std|cov|covar|covariance|wm|projection)(?:_\w+)?"
@@ -36,20 +22,32 @@ _STATISTIC: Final = re.compile(
 )
 
 
+def _never(module: Any) -> bool:
+    return False
+
+
 @dataclass(frozen=True, slots=True)
 class LayerKind:
-    """How the layers of one family update, and how an update is kept away from them.
+    """When the layers of one family update their statistics, and how an update can be prevented.
 
     Attributes:
-        predict: Tells on the host, from flags alone, whether a forward now would update; None where only a
-            comparison after the call can tell.
-        hold: How a forward runs without touching the statistics. ``"scratch"``: ``F.batch_norm`` with statistics
-            nobody reads; ``"stand-in"``: the layer's own forward on a stand-in for the layer; ``"exchange"``: a forward
-            that somebody put on the instance, with the layer's buffers exchanged; ``"none"``: no way to hold it.
+        predict: Given the layer, returns whether a forward would update it, from its flags alone; None where this takes
+            a comparison after the forward.
+        hold: How a forward runs without changing the statistics. ``"scratch"``: one call of ``F.batch_norm``, which
+            writes to scratch tensors; ``"swap"``: the layer's own forward, with other statistics in ``_buffers``;
+            ``"none"``: not possible, because the layer's forward is not run in Python.
+        counts: Whether ``num_batches_tracked`` counts the updates.
+        reads_in_eval: Given the layer, returns whether its forward in eval mode only reads the statistics.
+        keeps_mode: Whether the layer ignores ``eval()``.
+        exit_only: Why the layer is protected only by the comparison at the end of a block; empty otherwise.
     """
 
-    predict: Callable[[nn.Module], bool] | None
-    hold: Literal["scratch", "stand-in", "exchange", "none"]
+    predict: Callable[[nn.Module], bool] | None = None
+    hold: Literal["scratch", "swap", "none"] = "swap"
+    counts: bool = True
+    reads_in_eval: Callable[[Any], bool] = _never
+    keeps_mode: bool = False
+    exit_only: str = ""
 
 
 @dataclass(slots=True)
@@ -59,8 +57,8 @@ class StatsLayer:
     Attributes:
         module: The layer.
         names: Key prefixes in ``model.state_dict()``; ``""`` is the model itself.
-        buffers: Names of the buffers that are guarded, in the order of registration.
-        kind: How it updates.
+        buffers: Names of its buffers that hold running statistics, in the order of registration.
+        kind: The family that it belongs to.
     """
 
     module: nn.Module
@@ -76,14 +74,14 @@ class _Rule:
 
 
 class LayerRegistration:
-    """What ``register_layer`` returns: ``remove()`` takes the registration back, once or often."""
+    """Handle returned by ``register_layer``, to remove the registration. Removing it twice does nothing."""
 
     def __init__(self, cls: type[nn.Module], rule: _Rule) -> None:
         self._cls = cls
         self._rule = rule
 
     def remove(self) -> None:
-        """Takes the registration back, unless a later one for the same class has replaced it."""
+        """Removes the registration, unless a later one for the same class has replaced it."""
         if _registered.get(self._cls) is self._rule:
             del _registered[self._cls]
 
@@ -94,25 +92,25 @@ _registered: dict[type[nn.Module], _Rule] = {}
 def register_layer(
     cls: type[nn.Module], buffers: Sequence[str], *, updates: Callable[[Any], bool] | None = None
 ) -> LayerRegistration:
-    """Teaches bnguard a layer that names its running statistics otherwise.
+    """Registers a layer whose running statistics have other names.
 
     Buffers called ``running_*`` or ``moving_*`` (mean, var, variance, std, covariance, ...) and
-    ``num_batches_tracked`` are found without this. Applies to subclasses too, to guards entered from now on, and in
-    this process.
+    ``num_batches_tracked`` are found without a registration. It applies to subclasses too, to guards entered
+    afterwards, and in this process only.
 
     Args:
         cls: The layer's class.
-        buffers: Names of the buffers that hold running statistics; one that a layer does not have, or that is None
-            there, is passed over.
-        updates: Given the layer, tells from its flags, without reading a tensor, whether a forward now would update
+        buffers: Names of the buffers that hold running statistics; a buffer that a layer does not have, or that is
+            None, is skipped.
+        updates: Given the layer, returns whether a forward would update it, from its flags and without reading a tensor
             (``lambda layer: layer.training``). With it, ``on_change="raise"`` needs no comparison after each forward.
-            Leave it out where that cannot be known.
+            Leave it out if the flags do not determine this.
 
     Returns:
-        A registration whose ``remove()`` takes it back.
+        A handle whose ``remove()`` removes the registration.
 
     Raises:
-        TypeError: ``cls`` is no subclass of ``torch.nn.Module``, ``buffers`` is no sequence of strings, or
+        TypeError: ``cls`` is not a subclass of ``torch.nn.Module``, ``buffers`` is not a sequence of strings, or
             ``updates`` is not callable.
         ValueError: ``buffers`` is empty.
     """
@@ -125,39 +123,13 @@ def register_layer(
         raise ValueError(f"buffers is empty: name at least one buffer of {cls.__name__} that holds running statistics")
     if updates is not None and not callable(updates):
         raise TypeError(f"updates must be callable, as in updates=lambda layer: layer.training, got {updates!r}")
-    rule = _Rule(tuple(buffers), LayerKind(updates, "stand-in"))
+    rule = _Rule(tuple(buffers), LayerKind(updates))
     _registered[cls] = rule
     return LayerRegistration(cls, rule)
 
 
-# By id of the module: the true buffers of layers that run with others at the moment.
-exchanged_buffers: Final[dict[int, dict[str, Tensor | None]]] = {}
-
-
-def tensor_table(module: nn.Module, table: Literal["_buffers", "_parameters"]) -> dict[str, Tensor | None]:
-    """The module's true buffers or parameters by name: the dictionary itself, but for a ScriptModule a copy."""
-    if not isinstance(module, _ScriptModule):
-        if exchanged_buffers and table == "_buffers" and id(module) in exchanged_buffers:
-            return exchanged_buffers[id(module)]
-        tensors: dict[str, Tensor | None] = module.__dict__[table]
-        return tensors
-    return dict(module.named_buffers(recurse=False) if table == "_buffers" else module.named_parameters(recurse=False))
-
-
-def tensor_tables(
-    modules: Sequence[nn.Module], table: Literal["_buffers", "_parameters"]
-) -> list[dict[str, Tensor | None]]:
-    """The same of several modules."""
-    if exchanged_buffers or any([issubclass(cls, _ScriptModule) for cls in set(map(type, modules))]):
-        return [tensor_table(module, table) for module in modules]
-    return list(map(_GETTERS[table], modules))
-
-
-_GETTERS: Final = {table: operator.attrgetter(table) for table in ("_buffers", "_parameters")}
-
-
 def statistics_of(module: nn.Module) -> tuple[tuple[str, ...], LayerKind]:
-    """The guarded buffers of one module, in the order of registration, and how it updates them."""
+    """The buffers of a module that hold running statistics, in the order of registration, and the kind of the layer."""
     buffers = module._buffers
     if not buffers:
         return (), OWN_FORWARD
@@ -168,7 +140,7 @@ def statistics_of(module: nn.Module) -> tuple[tuple[str, ...], LayerKind]:
                 return tuple([name for name in rule.buffers if buffers.get(name) is not None]), rule.kind
     cls = type(module)
     if cls in _BATCH_NORMS and cls.forward is _BATCH_NORM_FORWARD and tuple(buffers) == _BATCH_NORM_STATISTICS:
-        mean, var, count = buffers.values()  # of all layers the most
+        mean, var, count = buffers.values()  # the most common case
         if mean is not None and var is not None and count is not None and is_torch_source_known(_BATCH_NORM_FORWARD):
             return _BATCH_NORM_STATISTICS, BATCH_NORM
     names = _statistics_among(tuple([name for name, tensor in buffers.items() if tensor is not None]))
@@ -176,12 +148,12 @@ def statistics_of(module: nn.Module) -> tuple[tuple[str, ...], LayerKind]:
 
 
 def is_statistic(name: str) -> bool:
-    """Whether a buffer of this name is taken for a running statistic."""
+    """Whether a buffer with this name is treated as a running statistic."""
     return _STATISTIC.fullmatch(name) is not None
 
 
 def registered_rules() -> Mapping[type[nn.Module], object]:
-    """What ``register_layer`` has taught so far."""
+    """The rules registered by ``register_layer``, by class."""
     return _registered
 
 
@@ -210,32 +182,40 @@ def _kind(module: nn.Module) -> LayerKind:
 
 
 def batch_norm_updates(module: Any) -> bool:
-    """What ``_BatchNorm.forward`` and ``SyncBatchNorm.forward`` decide before they write."""
+    """Whether ``_BatchNorm.forward`` or ``SyncBatchNorm.forward`` would update the statistics, according to flags."""
     if not (module.training and module.track_running_stats):
         return False
     buffers = module._buffers
     if buffers.get("num_batches_tracked") is not None:
         return True
-    # Without a counter, momentum 0 writes old * 1 + batch * 0: the same bits, infinities and NaN aside.
+    # Without a counter, momentum 0 writes old * 1 + batch * 0: the same bits, except for infinities and NaN.
     return module.momentum != 0 and (buffers.get("running_mean") is not None or buffers.get("running_var") is not None)
 
 
 def _instance_norm_updates(module: Any) -> bool:
-    """What ``_InstanceNorm.forward`` decides: the flag off makes it update in eval mode as well."""
+    """Whether ``_InstanceNorm.forward`` would update: also in eval mode, if ``track_running_stats`` is False."""
     if not (module.training or not module.track_running_stats):
         return False
     # Momentum 0 is no exception: the mean over the batch's copies of the statistics rounds.
     return module._buffers.get("running_mean") is not None or module._buffers.get("running_var") is not None
 
 
-BATCH_NORM: Final = LayerKind(batch_norm_updates, "scratch")
-SYNC_BATCH_NORM: Final = LayerKind(batch_norm_updates, "stand-in")
-INSTANCE_NORM: Final = LayerKind(_instance_norm_updates, "stand-in")
-OWN_FORWARD: Final = LayerKind(None, "stand-in")
-INSTANCE_FORWARD: Final = LayerKind(None, "exchange")
-EXPORTED: Final = LayerKind(None, "stand-in")
-SCRIPTED: Final = LayerKind(None, "none")
-NO_FORWARD: Final = LayerKind(None, "none")
+def _always(module: Any) -> bool:
+    return True
+
+
+def _tracks(module: Any) -> bool:
+    tracks: bool = module.track_running_stats
+    return tracks
+
+
+BATCH_NORM: Final = LayerKind(batch_norm_updates, "scratch", reads_in_eval=_always)
+SYNC_BATCH_NORM: Final = LayerKind(batch_norm_updates, reads_in_eval=_always)
+INSTANCE_NORM: Final = LayerKind(_instance_norm_updates, counts=False, reads_in_eval=_tracks)
+OWN_FORWARD: Final = LayerKind()
+EXPORTED: Final = LayerKind(keeps_mode=True)
+SCRIPTED: Final = LayerKind(hold="none", keeps_mode=True, exit_only="a ScriptModule runs no hooks")
+NO_FORWARD: Final = LayerKind(hold="none", exit_only="it has no forward of its own, as in an exported program")
 
 _BATCH_NORMS: Final = frozenset({nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d})
 _BATCH_NORM_FORWARD: Final = _BatchNorm.forward
@@ -247,8 +227,8 @@ _STOCK: Final[dict[Callable[..., Any], LayerKind]] = {
     _InstanceNorm.forward: INSTANCE_NORM,
 }
 
-# What torch decides before it writes is read off these functions. A torch whose source says something else is not
-# believed: its layers are treated as layers with a forward of their own, which is slower and just as safe.
+# The predictions above are derived from the source of these functions. If torch's source differs, its layers are
+# treated as layers with a forward of their own, which is slower and just as safe.
 _KNOWN_SOURCES: Final = frozenset(
     {
         # torch 2.13
@@ -262,7 +242,7 @@ _KNOWN_SOURCES: Final = frozenset(
 
 @functools.cache
 def is_torch_source_known(function: Callable[..., Any]) -> bool:
-    """Whether the source of ``function`` is one whose behaviour bnguard was tested against."""
+    """Whether bnguard has been tested against this source of ``function``."""
     try:
         source = inspect.getsource(function)
     except (OSError, TypeError):

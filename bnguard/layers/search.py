@@ -1,4 +1,4 @@
-"""Find models in what other code hands around."""
+"""Find the models in arguments and other values."""
 
 from __future__ import annotations
 
@@ -10,13 +10,11 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["modules_in", "modules_reachable_from", "roots_of"]
-
 
 def modules_in(value: Any) -> list[nn.Module]:
-    """Modules in a value, and inside lists, tuples, sets and dicts; each once.
+    """Lists the modules in a value and in nested lists, tuples, sets and dicts, each once.
 
-    By their real type: a mock that says it is a module is none.
+    A module is recognised by its type; ``isinstance()`` would accept a mock that has ``nn.Module`` as its spec.
     """
     found: dict[int, nn.Module] = {}
     _search(value, found, set())
@@ -24,7 +22,7 @@ def modules_in(value: Any) -> list[nn.Module]:
 
 
 def modules_reachable_from(values: Iterable[Any]) -> list[nn.Module]:
-    """Modules in values, inside collections, and in the attributes of dataclasses and plain objects, one level deep."""
+    """Lists the modules in values, in collections, and one level deep in the attributes of other objects."""
     found: dict[int, nn.Module] = {}
     for value in values:
         inside = modules_in(value)
@@ -35,7 +33,7 @@ def modules_reachable_from(values: Iterable[Any]) -> list[nn.Module]:
 
 
 def roots_of(models: list[nn.Module]) -> list[nn.Module]:
-    """``models`` without those that are a part of another one."""
+    """Lists the models that are not a submodule of another one in the list."""
     parts = {id(part) for model in models for part in model.modules() if part is not model}
     return [model for model in models if id(model) not in parts] or models[:1]
 
@@ -46,17 +44,17 @@ def _search(value: Any, found: dict[int, nn.Module], seen: set[int]) -> None:
         found[id(value)] = value
     elif issubclass(cls, (list, tuple, set, frozenset, dict)) and id(value) not in seen:
         seen.add(id(value))
-        with suppress(Exception):  # a subclass may do anything
+        with suppress(Exception):  # a subclass may raise anything when it is iterated
             for item in list(value.values()) if issubclass(cls, dict) else list(value):
                 _search(item, found, seen)
 
 
 def _attributes(value: Any) -> list[Any]:
-    """What hangs on an object, as far as it lets itself be looked at."""
+    """The values of an object's attributes, without those that raise when they are read."""
     own: list[Any] = []
     with suppress(Exception):
         own += vars(value).values()
-    for name in _fields_of(type(value)):  # which may have slots instead
+    for name in _fields_of(type(value)):  # a dataclass with slots has no __dict__
         with suppress(Exception):
             own.append(getattr(value, name))
     return own

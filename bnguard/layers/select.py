@@ -1,4 +1,4 @@
-"""Which layers of a model a guard is about: ``include`` and ``exclude``."""
+"""Select the layers that a guard protects: ``include`` and ``exclude``."""
 
 from __future__ import annotations
 
@@ -13,17 +13,15 @@ from bnguard.layers.kinds import StatsLayer
 from bnguard.layers.tree import walk_names
 from bnguard.words import short_repr
 
-__all__ = ["Selector", "as_selectors", "is_selected", "is_within", "select_layers"]
-
 Selector: TypeAlias = "str | nn.Module | Callable[[str, nn.Module], bool]"
 
 
 def as_selectors(option: str, value: Any) -> tuple[Selector, ...]:
-    """Checks the value of ``include`` or ``exclude``; one selector or a list of them.
+    """Checks the value of ``include`` or ``exclude``, which is one selector or a collection of them.
 
     Raises:
-        TypeError: One is neither a pattern, a module nor a predicate.
-        ValueError: The list is empty.
+        TypeError: A selector is neither a pattern, a module nor a predicate.
+        ValueError: The collection is empty.
     """
     if value is None:
         return ()
@@ -40,18 +38,18 @@ def as_selectors(option: str, value: Any) -> tuple[Selector, ...]:
 
 
 def is_within(layer: StatsLayer, paths: Sequence[str]) -> bool:
-    """Whether a layer is in one of the submodules at these paths, or is one of them; without any, all are."""
+    """Whether a layer is one of the submodules at ``paths`` or inside one; always True if ``paths`` is empty."""
     return not paths or any([f"{name}.".startswith(f"{path}.") for name in layer.names for path in paths])
 
 
 def is_selected(
     layer: StatsLayer, include: Sequence[Selector], exclude: Sequence[Selector], within: Sequence[str] = ()
 ) -> bool:
-    """Whether the selectors leave one layer."""
+    """Whether ``include``, ``exclude`` and ``within`` select a layer."""
     if not is_within(layer, within):
         return False
-    taken = not include or any([_selects(selector, layer) for selector in include])
-    return taken and not any([_selects(selector, layer) for selector in exclude])
+    is_included = not include or any([_selects(selector, layer) for selector in include])
+    return is_included and not any([_selects(selector, layer) for selector in exclude])
 
 
 def select_layers(
@@ -61,10 +59,10 @@ def select_layers(
     exclude: Sequence[Selector],
     within: Sequence[str] = (),
 ) -> list[StatsLayer]:
-    """Lists those of the model's layers that the selectors leave; of those within some submodules, where any are given.
+    """Lists the layers that ``include``, ``exclude`` and ``within`` select.
 
     Raises:
-        ValueError: A selector selects none of them, or nothing is left.
+        ValueError: A selector matches no layer, or no layer remains.
     """
     if within:
         layers = [layer for layer in layers if is_within(layer, within)]
@@ -73,7 +71,7 @@ def select_layers(
     for option, selectors in (("include", include), ("exclude", exclude)):
         for selector in selectors:
             if not any([_selects(selector, layer) for layer in layers]):
-                raise ValueError(_nothing_text(model, layers, option, selector))
+                raise ValueError(_no_match_text(model, layers, option, selector))
     if not (include or exclude):
         return layers
     left = [layer for layer in layers if is_selected(layer, include, exclude)]
@@ -91,13 +89,13 @@ def _selects(selector: Selector, layer: StatsLayer) -> bool:
 
 
 def _matches(pattern: str, name: str) -> bool:
-    """Whether the pattern names the layer or a container around it."""
+    """Whether a glob pattern matches the name of a layer or of a container around it."""
     if fnmatchcase(name or "(root)", pattern) or fnmatchcase(name, pattern):
         return True
     return any(fnmatchcase(name[:end], pattern) for end, char in enumerate(name) if char == ".")
 
 
-def _nothing_text(model: nn.Module, layers: list[StatsLayer], option: str, selector: Selector) -> str:
+def _no_match_text(model: nn.Module, layers: list[StatsLayer], option: str, selector: Selector) -> str:
     number = f"{len(layers)} layers" if len(layers) > 1 else "1 layer"
     if isinstance(selector, nn.Module):
         inside = any(module is selector for module in model.modules())

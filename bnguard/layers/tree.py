@@ -1,4 +1,4 @@
-"""Walk a model: its layers with running statistics, their names, and whether it is still the same."""
+"""Walk a model to find its layers with running statistics and their names, and detect changes since the walk."""
 
 from __future__ import annotations
 
@@ -10,12 +10,10 @@ from torch import nn
 
 from bnguard.layers.kinds import StatsLayer, registered_rules, statistics_of
 
-__all__ = ["WRAPPERS", "Tree", "any_layer", "find_layers", "unwrapped", "walk_names"]
-
 _BUFFERS: Final = attrgetter("_buffers")
 _MODULES: Final = attrgetter("_modules")
 
-# Wrappers whose own attribute is no part of the name that users know, and mostly none of the state_dict key.
+# Wrapper classes, with the attribute that holds the wrapped module. Layer names leave this attribute out.
 WRAPPERS: Final = {
     "DataParallel": "module",
     "DistributedDataParallel": "module",
@@ -26,7 +24,7 @@ WRAPPERS: Final = {
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside of wrappers."""
+    """The model inside all wrappers around it."""
     inner: Any = model
     while isinstance(inner, nn.Module):
         model = inner
@@ -35,11 +33,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 class Tree:
-    """The modules of a model as they are now.
+    """The modules of a model at the time of the walk.
 
     Attributes:
-        layers: Those that own running statistics, in the order of ``state_dict()``. One that is reached under several
-            names is listed once, with all of them.
+        layers: The layers that own running statistics, in the order of ``state_dict()``. A layer that is reached under
+            several names is listed once, with all of them.
     """
 
     __slots__ = (
@@ -64,7 +62,7 @@ class Tree:
         self.layers = list(found.values())
         self._modules = list(modules.values())
         self._rules = dict(registered_rules())
-        # Else: a layer without a forward may get one, one of TorchScript has no table that would stay the same.
+        # False: a layer without a forward may get one, and a ScriptModule makes new dictionaries at each access.
         self._can_stay = not any([layer.kind.hold == "none" for layer in self.layers])
         self._types = [type(layer.module) for layer in self.layers]
         self._buffer_tables: list[Any] = list(map(_BUFFERS, self._modules))
@@ -74,11 +72,11 @@ class Tree:
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:
-        """All of them, each once."""
+        """All modules of the model, each once."""
         return tuple(self._modules)
 
     def is_current(self) -> bool:
-        """Whether a new walk would find the same."""
+        """Whether a new walk would give the same result."""
         modules = self._modules
         if not (
             self._can_stay
@@ -99,7 +97,7 @@ class Tree:
         return True
 
     def has_same_modules(self) -> bool:
-        """Whether no module has come, gone or changed its place since, and none has more or fewer buffers."""
+        """Whether no module was added, removed or moved since the walk, and no module has more or fewer buffers."""
         if list(map(len, self._buffer_tables)) != self._buffer_counts:
             return False
         if sum(map(bool, self._module_tables)) > len(self._branches):
@@ -134,7 +132,7 @@ def _any_layer(module: nn.Module, seen: set[int]) -> bool:
 
 
 def walk_names(model: nn.Module) -> Iterator[str]:
-    """The names of all submodules, wrapper prefixes taken off, in the order of ``named_modules()``."""
+    """Yields the names of all modules, without wrapper prefixes, in the order of ``named_modules()``."""
     yield from _walk_names(model, "", set())
 
 
@@ -149,14 +147,14 @@ def _walk_names(module: nn.Module, name: str, path: set[int]) -> Iterator[str]:
 
 
 def _prefix(module: nn.Module, name: str) -> tuple[str, str | None]:
-    """What goes before the key of a child, and the key of the child that has the module's own name."""
+    """The prefix of a module's children, and the key of the wrapped child, which has the module's own name."""
     return f"{name}." if name else "", WRAPPERS.get(type(module).__name__)
 
 
 def _visit(
     module: nn.Module, name: str, found: dict[int, StatsLayer], modules: dict[int, nn.Module], path: set[int]
 ) -> None:
-    """Visits the children of a module, and theirs."""
+    """Adds all submodules to ``modules``, and those with running statistics to ``found``."""
     path.add(id(module))
     prefix, omitted = _prefix(module, name)
     for key, child in module._modules.items():

@@ -1,1 +1,1 @@
-"""The one home of torch's private and version-dependent API."""
+"""All uses of torch's private and version-dependent API."""

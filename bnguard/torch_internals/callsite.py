@@ -1,4 +1,4 @@
-"""The user's line: where, in code that is neither torch's nor ours, something was called."""
+"""Find the line of the user's code that led to a call."""
 
 from __future__ import annotations
 
@@ -13,17 +13,6 @@ from typing import Literal
 import torch
 import wrapt
 
-__all__ = [
-    "CallSite",
-    "Origin",
-    "call_site",
-    "causes_of",
-    "end_in_users_line",
-    "function_of",
-    "is_machinery",
-    "origin_of",
-]
-
 Origin = Literal["machinery", "library", "user"]
 
 
@@ -32,11 +21,11 @@ class CallSite:
     """One line of the user's code.
 
     Attributes:
-        filename: Path as the interpreter knows it.
+        filename: Path as in the code object.
         lineno: Line number, from 1.
         function: Name of the function, ``"<module>"`` at top level; a comprehension belongs to its function.
-        stacklevel: What ``warnings.warn`` needs, when called from the caller of ``call_site``, to point here.
-        offset: Of the instruction in the function's code, in bytes: tells places on one line apart.
+        stacklevel: The ``stacklevel`` for ``warnings.warn``, called from the caller of ``call_site``, to point here.
+        offset: Offset of the instruction in the function's bytecode, which distinguishes calls on one line.
     """
 
     filename: str
@@ -52,8 +41,8 @@ class CallSite:
 def call_site() -> CallSite:
     """Finds the innermost frame of the user's code.
 
-    That is the innermost frame outside torch, bnguard, the standard library and every installed package; where there
-    is none (a command-line tool of an installed package), the innermost one outside torch and bnguard.
+    That is the innermost frame outside torch, bnguard, the standard library and all installed packages. If there is
+    none, as in a command-line tool of an installed package, it is the innermost frame outside torch and bnguard.
     """
     frame: FrameType | None = sys._getframe(1)
     stacklevel = 1
@@ -81,13 +70,13 @@ _COMPREHENSIONS = ("<listcomp>", "<genexpr>", "<setcomp>", "<dictcomp>")
 
 
 def function_of(code: CodeType) -> str:
-    """The name of the function that code is part of."""
+    """The name of the function that a code object belongs to; comprehensions belong to the function around them."""
     path = [part for part in code.co_qualname.split(".") if part != "<locals>" and part not in _COMPREHENSIONS]
     return path[-1] if path else "<module>"
 
 
 def is_machinery(filename: str) -> bool:
-    """Whether the code of a file is torch's or bnguard's."""
+    """Whether a file belongs to torch, wrapt or bnguard."""
     return origin_of(filename) == "machinery"
 
 
@@ -95,8 +84,8 @@ def _folder(path: str) -> str:
     return os.path.dirname(os.path.abspath(path)) + os.sep
 
 
-_BNGUARD = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep  # the package: two floors up
-_DEMO = os.path.join(_BNGUARD, "cli", "demo", "__init__.py")  # plays the user
+_BNGUARD = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep  # the package folder, not this one
+_DEMO = os.path.join(_BNGUARD, "cli", "demo", "finetune.py")  # the demo counts as a user's script
 _MACHINERY = (_folder(torch.__file__), _BNGUARD, _folder(wrapt.__file__))
 _LIBRARIES = tuple(
     {os.path.join(sysconfig.get_paths()[key], "") for key in ("stdlib", "platstdlib", "purelib", "platlib")}
@@ -104,14 +93,14 @@ _LIBRARIES = tuple(
 
 
 def _is_made_by_a_tracer(frame: FrameType) -> bool:
-    """Whether this is the lambda, in no file or module, in which ``make_fx`` and ``torch.export`` wrap a function."""
+    """Whether this is the lambda in which ``make_fx`` and ``torch.export`` wrap a function, without file or module."""
     code = frame.f_code
     return code.co_filename == "<string>" and code.co_name == "<lambda>" and "__name__" not in frame.f_globals
 
 
 @functools.lru_cache(maxsize=4096)
 def origin_of(filename: str) -> Origin:
-    """Whose code a file is: torch's and bnguard's, that of another installed package, or the user's."""
+    """Classifies a file: torch, wrapt or bnguard ("machinery"), another installed package ("library"), or "user"."""
     path = os.path.abspath(filename) if not filename.startswith("<") else filename
     if path == _DEMO:
         return "user"
@@ -123,18 +112,18 @@ def origin_of(filename: str) -> Origin:
 
 
 def _short(filename: str) -> str:
-    """The path relative to the working directory where it lies below it."""
+    """The path relative to the working directory if it is inside, else unchanged."""
     if filename.startswith("<"):
         return filename
     try:
         relative = os.path.relpath(filename)
-    except (OSError, ValueError):  # the working directory is gone, or another drive
+    except (OSError, ValueError):  # the working directory was removed, or is on another drive
         return filename
     return filename if relative.startswith(os.pardir) else relative
 
 
 def end_in_users_line(error: BaseException) -> None:
-    """Has the traceback of an error of ours end in the user's line, where torch called the layer."""
+    """Cuts the traceback of a bnguard error so that it ends at the user's line, without frames of torch and bnguard."""
     last: TracebackType | None = None
     trace = error.__traceback__
     while trace is not None:
@@ -146,7 +135,7 @@ def end_in_users_line(error: BaseException) -> None:
 
 
 def causes_of(error: BaseException) -> list[BaseException | None]:
-    """The exceptions that one was raised from, while handling, or that it holds: groups, and doctest's wrapper."""
+    """The cause and context of an exception, and the exceptions that a group or doctest's wrapper contains."""
     causes = [error.__cause__, error.__context__]
     if isinstance(error, BaseExceptionGroup):
         causes += error.exceptions

@@ -1,4 +1,4 @@
-"""See that a forward is part of a checkpointed region, and whether its backward pass is still to come."""
+"""Detect whether a forward is part of a checkpointed region, and whether its backward pass is still pending."""
 
 from __future__ import annotations
 
@@ -13,25 +13,23 @@ from typing import Any, Final
 import torch
 from torch.utils import checkpoint
 
-__all__ = ["Region", "current_region", "recomputed_held"]
-
-_DEPTH: Final = 60  # frames between a layer and the checkpoint around it, generously
+_DEPTH: Final = 60  # upper bound for the frames between a layer and the checkpoint() around it
 _FORWARD: Final = checkpoint.CheckpointFunction.forward.__code__
 _BACKWARD: Final = checkpoint.CheckpointFunction.backward.__code__
 _recomputed_held: Final = ContextVar("bnguard_recomputed_held", default=False)
 
 
 class Region:
-    """One run of a checkpointed region, by whichever implementation of ``torch.utils.checkpoint``.
+    """One run of a checkpointed region, under either implementation of ``torch.utils.checkpoint``.
 
     Args:
-        owner: What lives as long as the region's graph: the frame of the non-reentrant implementation, the autograd
-            context of the reentrant one.
+        owner: An object that lives as long as the region's graph: the ``_CheckpointFrame`` of the non-reentrant
+            implementation, the autograd context of the reentrant one.
 
     Attributes:
-        key: The same for all forwards of one run.
+        key: Identifies the run; equal for all forwards in it.
         is_recomputed: Whether this forward is the recomputation.
-        is_recomputed_held: Whether the recomputation will update nothing, wherever it takes place.
+        is_recomputed_held: Whether the recomputation will not update any statistics, even after the block.
     """
 
     __slots__ = ("_owner", "is_recomputed", "is_recomputed_held", "key")
@@ -43,7 +41,7 @@ class Region:
         self.is_recomputed_held = _recomputed_held.get()
 
     def is_pending(self) -> bool:
-        """Whether a backward pass may still recompute the region: its graph lives, and none has done so."""
+        """Whether a backward pass may still recompute the region: its graph is alive, and none has done so yet."""
         owner = self._owner()
         if owner is None or self.is_recomputed:
             return False
@@ -53,9 +51,14 @@ class Region:
         return any(holder() is not None for holder in holders) and not any(owner.is_recomputed.values())
 
 
+def is_in_backward() -> bool:
+    """Whether this thread runs a backward pass, in which a forward is a recomputation."""
+    return torch._C._current_graph_task_id() != -1
+
+
 @contextmanager
 def recomputed_held() -> Iterator[None]:
-    """Around the forward of a region whose recomputation is going to be held."""
+    """Marks regions that run in this context as ones whose recomputation will not update any statistics."""
     token = _recomputed_held.set(True)
     try:
         yield
@@ -64,9 +67,9 @@ def recomputed_held() -> Iterator[None]:
 
 
 def current_region() -> Region | None:
-    """The checkpointed region that this thread runs, in the forward or again in the backward pass; None outside.
+    """The checkpointed region that this thread runs or recomputes; None outside of a region.
 
-    Of the non-reentrant implementation only the forward is told: its frame knows itself whether it was recomputed.
+    A recomputation by the non-reentrant implementation gives None; the region's frame records that it took place.
     """
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # noqa: FBT003  # takes no keyword
     if hooks is not None:
@@ -74,8 +77,7 @@ def current_region() -> Region | None:
             if isinstance(cell.cell_contents, checkpoint._CheckpointFrame):
                 return Region(cell.cell_contents)
         return None
-    in_backward = torch._C._current_graph_task_id() != -1
-    if torch.is_grad_enabled() != in_backward:
+    if torch.is_grad_enabled() != is_in_backward():
         return None  # the reentrant forward runs without gradients, its recomputation with them
     frame: FrameType | None = sys._getframe(1)
     for _ in range(_DEPTH):

@@ -1,4 +1,4 @@
-"""``torch.compile``: keep it out of what bnguard does around a model, and see which layers a graph has taken in."""
+"""``torch.compile``: exclude bnguard's own code from graphs, and detect which layers are compiled into a graph."""
 
 from __future__ import annotations
 
@@ -11,19 +11,18 @@ from typing import Any, Final, TypeVar
 from torch import nn
 from torch._C._dynamo import eval_frame
 
-__all__ = ["at_compile_time", "compiled_parts", "is_taken_in", "object_at", "outside_graphs", "take_in"]
-
 F = TypeVar("F", bound=Callable[..., Any])
 
 _SKIP: Final = eval_frame._FrameAction.SKIP
-# torch prints it where fullgraph=True forbids the graph break.
+# Part of torch's error message if fullgraph=True forbids the graph break.
 _REASON: Final = "a block of bnguard cannot begin or end inside a graph: open it around the compiled function"
 
 
 def outside_graphs(function: F) -> F:
-    """Has ``function``, and all that it calls, run as plain Python where a compiled function calls it.
+    """Makes ``function``, and all that it calls, run as plain Python if a compiled function calls it.
 
-    As ``torch.compiler.disable``, but that imports the compiler, which takes seconds, and most programs never need it.
+    Works like ``torch.compiler.disable``, which would import the compiler: that takes seconds, and most programs do not
+    need it.
     """
     eval_frame.set_code_exec_strategy(function.__code__, eval_frame._FrameExecStrategy(_SKIP, _SKIP))
     function._torchdynamo_disable = True  # type: ignore[attr-defined]
@@ -32,27 +31,27 @@ def outside_graphs(function: F) -> F:
 
 
 def at_compile_time(function: F) -> F:
-    """Has ``function`` run while a graph that calls it is traced, and leave nothing in the graph.
+    """Makes ``function`` run while a graph that calls it is traced; the graph does not contain the call.
 
-    As ``torch.compiler.assume_constant_result``, which imports the compiler. Arguments must be constants.
+    Works like ``torch.compiler.assume_constant_result``, which would import the compiler. Arguments must be constants.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
-_taken_in: Final[dict[int, weakref.ref[nn.Module]]] = {}
+_compiled: Final[dict[int, weakref.ref[nn.Module]]] = {}
 
 
-def take_in(module: nn.Module) -> None:
-    """Notes that a graph has been traced through a layer. The graph may serve many blocks."""
+def record_compiled(module: nn.Module) -> None:
+    """Records that a layer has been compiled into a graph, which later blocks may run as well."""
     key = id(module)
-    if key not in _taken_in:
-        _taken_in[key] = weakref.ref(module, lambda _: _taken_in.pop(key, None))
+    if key not in _compiled:
+        _compiled[key] = weakref.ref(module, lambda _: _compiled.pop(key, None))
 
 
-def is_taken_in(module: nn.Module) -> bool:
-    """Whether a graph has been traced through a layer while a guard was around it."""
-    return id(module) in _taken_in
+def was_compiled(module: nn.Module) -> bool:
+    """Whether a layer has been compiled into a graph while it was guarded or watched."""
+    return id(module) in _compiled
 
 
 def compiled_parts(model: nn.Module) -> set[int]:
@@ -69,5 +68,5 @@ def compiled_parts(model: nn.Module) -> set[int]:
 
 
 def object_at(key: int) -> Any:
-    """The object of this id: a graph is traced with constants, and no object is one."""
+    """Finds an object by its id, for a function called at compile time, whose arguments must be constants."""
     return next((item for item in gc.get_objects() if id(item) == key), None)

@@ -1,34 +1,45 @@
-"""Who sees to it that the ranks of a distributed run have the same statistics."""
+"""Detect how the ranks of a distributed run synchronise their running statistics, and access the default store."""
 
 from __future__ import annotations
 
 import gc
+import os
 import weakref
 from collections.abc import Iterable
+from typing import Any
 
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["keeping_their_own", "keeps_its_own", "overwritten_by_ddp"]
-
 _SHARDED = ("FullyShardedDataParallel", "FSDPModule")
 
 
-# By module: the DDP around it, once it has been found.
+def rank_prefix() -> str:
+    """The prefix of a message in a distributed run, ``"[rank 3] "``; else the empty string."""
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() < 2:
+        return ""
+    return f"[rank {dist.get_rank()}] "
+
+
+# The DDP around each module, once it has been found.
 _around: weakref.WeakKeyDictionary[nn.Module, weakref.ref[DistributedDataParallel]] = weakref.WeakKeyDictionary()
 
 
 def overwritten_by_ddp(modules: Iterable[nn.Module], *, after_join: bool = False) -> dict[int, int]:
-    """By id of those modules whose buffers another rank determines: the global rank, that of the first as a rule.
+    """Finds modules whose buffers DDP overwrites with those of another rank.
 
-    Any wrapper in the process counts, whichever module the guard was given: DDP is not reachable from what it wraps.
-    Looks at every object there is, once for each module; for when something has changed.
+    A module has no reference to the DDP around it, so this searches all objects of the process, once for each module.
+    It is slow, and only called after a change was found.
 
     Args:
         modules: The modules.
-        after_join: Whether to count the first rank, too, under a DDP that has been in ``join()``: a rank with fewer
-            batches gets the buffers of one that has more.
+        after_join: Whether to include the first rank under a DDP that has been in ``join()``: a rank with fewer batches
+            gets the buffers of a rank that has more.
+
+    Returns:
+        By id of each such module, the global rank of the first process in its group, whose buffers DDP normally
+        broadcasts.
     """
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() < 2:
         return {}
@@ -48,17 +59,17 @@ def overwritten_by_ddp(modules: Iterable[nn.Module], *, after_join: bool = False
     return found
 
 
-def keeping_their_own(modules: Iterable[nn.Module]) -> frozenset[int]:
-    """The ids of those modules that are in a model which ``keeps_its_own``. Looks at every object there is."""
-    # By type: isinstance() asks objects for their class, and some answer with a warning.
+def modules_differing_per_rank(modules: Iterable[nn.Module]) -> frozenset[int]:
+    """The ids of the modules inside a model for which ``differs_per_rank`` is true. Searches all objects."""
+    # By type: isinstance() reads __class__, and some objects warn when an attribute is read.
     found = [item for item in gc.get_objects() if issubclass(type(item), nn.Module)]
-    return _inside(modules, [module for module in found if keeps_its_own(module)])
+    return _inside(modules, [module for module in found if differs_per_rank(module)])
 
 
-def keeps_its_own(model: nn.Module) -> bool:
-    """Whether a model is trained by several ranks, and nobody makes its statistics equal.
+def differs_per_rank(model: nn.Module) -> bool:
+    """Whether a model is trained by several ranks, and each rank has its own running statistics.
 
-    So it is under FSDP, and under ``DistributedDataParallel(forward_sync_buffers=False)``.
+    This holds under FSDP and under ``DistributedDataParallel(forward_sync_buffers=False)``.
     """
     if isinstance(model, DistributedDataParallel):
         return not _is_broadcasting(model)
@@ -66,10 +77,43 @@ def keeps_its_own(model: nn.Module) -> bool:
 
 
 def _is_broadcasting(ddp: DistributedDataParallel) -> bool:
-    """Whether rank 0's buffers go to all ranks before each forward."""
+    """Whether DDP broadcasts rank 0's buffers before each forward."""
     return bool(getattr(ddp, "forward_sync_buffers", None) or getattr(ddp, "broadcast_buffers", False))
 
 
 def _inside(modules: Iterable[nn.Module], wrappers: Iterable[nn.Module]) -> frozenset[int]:
     ids = {id(module) for module in modules}
     return frozenset([key for wrapper in wrappers for key in ids & {id(part) for part in wrapper.modules()}])
+
+
+# Stores that this process has inherited from a parent by fork().
+_inherited: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def default_store() -> Any:
+    """The store of the default process group.
+
+    Returns:
+        The store; None without a process group, for a single process, for the "fake" backend, and in a forked child
+        such as a ``DataLoader`` worker, which is not a rank and must not use its parent's connection.
+    """
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() < 2:
+        return None
+    store = dist.distributed_c10d._get_default_store()
+    if store is None or store in _inherited or dist.get_backend() == "fake":
+        return None
+    return store
+
+
+def own_connection(store: Any) -> Any:
+    """Opens a new connection to a store, because a thread that waits on a connection blocks it for all others."""
+    return store.clone() if hasattr(store, "clone") else store
+
+
+def _after_fork() -> None:
+    if dist.is_available() and dist.is_initialized():
+        _inherited.add(dist.distributed_c10d._get_default_store())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -1,15 +1,13 @@
-"""Locks in a forked child: another thread of the parent may have held them, and is not there to let them go."""
+"""Renew locks in a forked child: a thread that held one in the parent does not exist there, and cannot release it."""
 
 from __future__ import annotations
 
 import os
 from typing import Any
 
-__all__ = ["renew_after_fork"]
-
 
 def renew_after_fork(*locks: Any) -> None:
-    """Has process-wide locks be free in a forked child."""
+    """Reinitialises process-wide locks in every forked child, where they are then free."""
     if hasattr(os, "register_at_fork"):
         for lock in locks:
-            os.register_at_fork(after_in_child=lock._at_fork_reinit)  # as the locks of the standard library
+            os.register_at_fork(after_in_child=lock._at_fork_reinit)  # as the standard library does

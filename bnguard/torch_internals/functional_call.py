@@ -1,4 +1,4 @@
-"""Whether certain code of torch is running further out."""
+"""Detect from the stack that torch calls the current code, as in ``functional_call`` or a checkpoint."""
 
 from __future__ import annotations
 
@@ -6,17 +6,16 @@ import sys
 from types import CodeType, FrameType
 from typing import Final
 
+from torch import nn
 from torch.nn.utils import stateless
 from torch.utils.checkpoint import CheckpointFunction
-
-__all__ = ["in_functional_call", "in_reentrant_checkpoint", "is_below", "lent_tensors"]
 
 _FUNCTIONAL_CALL: Final = stateless._functional_call.__code__
 _CHECKPOINT: Final = CheckpointFunction.forward.__code__
 
 
 def is_below(code: CodeType) -> bool:
-    """Whether a frame of this code is on the stack."""
+    """Whether a frame of ``code`` is on the stack of this thread."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code is not code:
         frame = frame.f_back
@@ -24,12 +23,12 @@ def is_below(code: CodeType) -> bool:
 
 
 def in_functional_call() -> bool:
-    """Whether ``torch.func.functional_call`` has lent a model other tensors."""
+    """Whether ``torch.func.functional_call`` is running a model with other parameters and buffers."""
     return is_below(_FUNCTIONAL_CALL)
 
 
 def lent_tensors() -> frozenset[int]:
-    """The ids of the tensors that ``functional_call`` has lent a model; empty outside of one."""
+    """The ids of the tensors that the innermost ``functional_call`` was given; empty outside of one."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code is not _FUNCTIONAL_CALL:
         frame = frame.f_back
@@ -39,5 +38,17 @@ def lent_tensors() -> frozenset[int]:
 
 
 def in_reentrant_checkpoint() -> bool:
-    """Whether this is the first forward of a region under ``checkpoint(use_reentrant=True)``, which records nothing."""
+    """Whether ``checkpoint(use_reentrant=True)`` runs the first forward of a region, for which autograd is disabled."""
     return is_below(_CHECKPOINT)
+
+
+_CALLS: Final = (nn.Module._call_impl.__code__, nn.Module._slow_forward.__code__)
+
+
+def calling_module() -> nn.Module | None:
+    """The module whose ``__call__`` called the caller of this function's caller; None if it was other code."""
+    frame = sys._getframe(3)
+    if frame.f_code not in _CALLS and frame.f_code.co_name != "inner":  # with hooks, a function of _call_impl
+        return None
+    module = frame.f_locals.get("self")
+    return module if isinstance(module, nn.Module) else None

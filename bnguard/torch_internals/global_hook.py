@@ -1,4 +1,4 @@
-"""See every forward of every module in this process: one hook that torch calls before each."""
+"""Observe every forward of every module in this process, with one global forward pre-hook."""
 
 from __future__ import annotations
 
@@ -9,100 +9,114 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from bnguard.torch_internals.compile import at_compile_time
-from bnguard.torch_internals.turns import Turn
+from bnguard.torch_internals.patching import Patch
 
-__all__ = ["Listener", "interests_changed", "listen", "stand_down", "unlisten"]
-
-# One function under one key for the whole process: graphs are compiled anew for another one.
+# One function under one key for the whole process: a different function would make compiled graphs recompile.
 _KEY: Final = "bnguard"
-_turn: Final = Turn()
-_listeners: tuple[Listener, ...] = ()
 
 
 class Listener(Protocol):
-    """Who wants to know of forwards.
+    """An object whose methods are called for each forward of a module.
 
     Attributes:
-        wants_results: Whether ``after`` is to be called, which costs every module a second hook. Who changes it calls
-            ``interests_changed``.
+        wants_results: Whether ``after`` is called, which takes a second hook on every module. Call
+            ``update_hooks()`` after changing it.
     """
 
     wants_results: bool
 
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """A module is about to run."""
+        """Called before the forward of a module."""
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """A module has run, and did not fail."""
+        """Called after a forward that did not raise."""
 
     def traced(self, key: int) -> None:
-        """The module of this id is being compiled into a graph, which runs no hook afterwards."""
+        """Called when the module with this id is compiled into a graph, which runs no hooks."""
+
+
+class _NoListener:
+    """Keeps the hook registered between two listeners, so that compiled graphs stay valid."""
+
+    wants_results = False
+
+    def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Does nothing."""
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Never called, since ``wants_results`` is False."""
+
+    def traced(self, key: int) -> None:
+        """Does nothing."""
+
+
+_KEEPER: Final[Listener] = _NoListener()
 
 
 def listen(listener: Listener) -> None:
-    """Tells ``listener`` of every forward from now on."""
-    global _listeners
-    with _turn:
-        _pre_hooks.setdefault(_KEY, _before_forward)
-        torch_module._has_any_global_hook = _has_any_other_hook
-        _listeners = (*_listeners, listener)
-        _set_post_hook()
+    """Starts calling ``listener`` for every forward. Has no effect if it has been started already."""
+    _hook.add(listener)
 
 
 def unlisten(listener: Listener, *, keep_hook: bool = False) -> None:
-    """Tells ``listener`` of no more. May be done again.
+    """Stops calling ``listener``. Has no effect if it has not been started.
 
     Args:
-        listener: The one.
-        keep_hook: Leave the hook on although nobody listens, for somebody who will soon.
+        listener: The listener.
+        keep_hook: Keep the hook registered without a listener, because another one will follow soon. ``remove_hook()``
+            removes it, or stopping a later listener without this option.
     """
 
-    def ending() -> None:
-        global _listeners
-        _listeners = tuple([other for other in _listeners if other is not listener])
-        _set_post_hook()
-        if not _listeners and not keep_hook:
-            _take_off()
+    def without(listeners: tuple[Listener, ...]) -> tuple[Listener, ...]:
+        others = tuple([other for other in listeners if other is not listener and other is not _KEEPER])
+        return (*others, _KEEPER) if keep_hook or (others and _KEEPER in listeners) else others
 
-    _turn.end(ending)
+    _hook.swap(without)
 
 
-def interests_changed() -> None:
-    """Puts on or takes off what the listeners want now; in time for the forward that is about to begin."""
-    with _turn:
-        _set_post_hook()
+def update_hooks() -> None:
+    """Registers or removes the second hook after a listener's ``wants_results`` has changed.
+
+    Called before a forward begins, this takes effect for that forward.
+    """
+    _hook.sync()
 
 
-def stand_down() -> None:
-    """Takes the hook off, unless somebody listens."""
-
-    def ending() -> None:
-        if not _listeners:
-            _take_off()
-
-    _turn.end(ending)
+def remove_hook() -> None:
+    """Removes a hook that ``unlisten(keep_hook=True)`` has kept, unless there are listeners."""
+    _hook.remove(_KEEPER)
 
 
-def _set_post_hook() -> None:
-    if any([listener.wants_results for listener in _listeners]):
+def _register_hooks(listeners: tuple[Listener, ...]) -> None:
+    """Registers the hooks that the listeners need, and removes the others. May be repeated at any time.
+
+    See rule 2 of Note [Interrupted anywhere].
+    """
+    if any([listener.wants_results for listener in listeners]):
         _post_hooks.setdefault(_KEY, _after_forward)
     else:
         _post_hooks.pop(_KEY, None)
-
-
-def _take_off() -> None:
-    _pre_hooks.pop(_KEY, None)
-    if torch_module._has_any_global_hook is _has_any_other_hook:
-        torch_module._has_any_global_hook = _has_any_global_hook
+    if listeners:
+        _pre_hooks.setdefault(_KEY, _before_forward)
+        torch_module._has_any_global_hook = _has_any_other_hook
+    else:
+        _pre_hooks.pop(_KEY, None)
+        if torch_module._has_any_global_hook is _has_any_other_hook:
+            torch_module._has_any_global_hook = _has_any_global_hook
 
 
 _pre_hooks: Final[dict[Any, Any]] = torch_module._global_forward_pre_hooks
 _post_hooks: Final[dict[Any, Any]] = torch_module._global_forward_hooks
 _has_any_global_hook: Final = torch_module._has_any_global_hook
+_hook: Final[Patch[Listener]] = Patch(_register_hooks)
 
 
 def _has_any_other_hook() -> bool:
-    """What torch asks before it warns that a compiled module runs such hooks twice: ours does not mind."""
+    """Whether a global hook other than bnguard's is registered.
+
+    Replaces ``_has_any_global_hook``, by which torch decides to warn that a compiled module would run global hooks
+    twice. bnguard's hooks may run twice.
+    """
     tables: tuple[dict[Any, Any], ...] = (
         torch_module._global_backward_pre_hooks,
         torch_module._global_backward_hooks,
@@ -117,19 +131,19 @@ def _before_forward(module: nn.Module, args: tuple[Any, ...]) -> None:
         if not torch.compiler.is_exporting():
             _traced(id(module))
         return
-    for listener in _listeners:
+    for listener in _hook.users:
         listener.before(module, args)
 
 
 def _after_forward(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     if torch.compiler.is_compiling():
         return
-    for listener in _listeners:
+    for listener in _hook.users:
         if listener.wants_results:
             listener.after(module, args, output)
 
 
 @at_compile_time
 def _traced(key: int) -> None:
-    for listener in _listeners:
+    for listener in _hook.users:
         listener.traced(key)

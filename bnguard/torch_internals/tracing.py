@@ -1,4 +1,4 @@
-"""Tell whether somebody takes down what a model computes, and do tensor work of our own where nobody sees it."""
+"""Detect tracing (``torch.jit.trace``, ``make_fx``, ``torch.fx``), and run tensor operations outside of it."""
 
 from __future__ import annotations
 
@@ -21,9 +21,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from bnguard.torch_internals.functional_call import is_below
 
-__all__ = ["aside", "is_being_taken_down", "is_recorded", "is_symbolic"]
-
-# It takes the model down for the derivative of this one call; so that is a derivative of the guarded model.
+# linearize() uses make_fx, but only to differentiate this one call of the guarded model: no program is left over.
 _LINEARIZE: Final = torch.func.linearize.__code__
 _FX_TRACE: Final = _symbolic_trace.Tracer.trace.__code__
 _PROXY: Final = torch._C._TorchDispatchModeKey.PROXY
@@ -33,14 +31,15 @@ def _flag_of_all_threads() -> bool:
     return bool(_symbolic_trace._is_fx_tracing_flag)
 
 
-# Up to torch 2.13 a flag that all threads share, from 2.14 on one for each thread.
+# Up to torch 2.13 all threads share one flag; from 2.14 on, each thread has its own.
 _is_fx_tracing: Final[Callable[[], bool]] = getattr(_symbolic_trace, "_get_is_fx_tracing", _flag_of_all_threads)
 
 
 def is_recorded(args: Iterable[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a forward with these arguments becomes a program as it runs: ``torch.jit.trace``, ``make_fx``, ``fx``.
+    """Whether a forward with these arguments is being traced by ``torch.jit.trace``, ``make_fx`` or ``torch.fx``.
 
-    Not for ``torch.compile``, whose graphs last as long as what they were traced with, and ``torch.export``.
+    Does not cover ``torch.compile``, whose graphs are only run with the objects they were traced with, and
+    ``torch.export``.
     """
     return (
         _get_tracing_state() is not None
@@ -50,24 +49,24 @@ def is_recorded(args: Iterable[Any], kwargs: Mapping[str, Any]) -> bool:
 
 
 def is_symbolic(args: Iterable[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether ``torch.fx.symbolic_trace`` runs a forward on placeholders instead of tensors."""
-    return _is_fx_tracing() and any(  # it may be that of all threads
+    """Whether ``torch.fx.symbolic_trace`` is running a forward with proxies instead of tensors."""
+    return _is_fx_tracing() and any(  # the flag may be shared by all threads
         isinstance(value, torch.fx.Proxy) for value in (*args, *kwargs.values())
     )
 
 
-def is_being_taken_down() -> bool:
-    """Whether code that runs now, and not a forward, becomes a program: all of the above, and ``torch.export``."""
+def is_being_recorded() -> bool:
+    """Whether code outside of any forward is being traced, including by ``torch.export``."""
     if torch.compiler.is_exporting() or is_recorded((), {}):
         return True
     return _is_fx_tracing() and not is_below(_LINEARIZE) and is_below(_FX_TRACE)
 
 
-class aside(ContextDecorator):  # noqa: N801  # lower case, as torch.no_grad
-    """Outside autograd and inference mode, and of whatever else the user's code runs in: a context, or a decorator.
+class outside_modes(ContextDecorator):  # noqa: N801  # lower case, as torch.no_grad
+    """Disables autograd and every mode in which the user's code runs. A context manager and a decorator.
 
-    That is a trace, a dispatch mode (``FakeTensorMode``, ``make_fx``, a logger) or a transform of ``torch.func``: none
-    of them sees an operation, and what is made is an ordinary tensor.
+    These modes are inference mode, tracing, dispatch modes (``FakeTensorMode``, ``make_fx``, a logger) and transforms
+    of ``torch.func``. They do not record the operations inside, and tensors created inside are ordinary tensors.
     """
 
     def __enter__(self) -> None:
@@ -80,10 +79,10 @@ class aside(ContextDecorator):  # noqa: N801  # lower case, as torch.no_grad
             or is_inference_mode_enabled()
             or _functorch.peek_interpreter_stack() is not None
         ):
-            self._undo = _outside_of_everything(trace)
+            self._undo = _disable_modes(trace)
         try:
             _set_grad_enabled(False)  # noqa: FBT003  # takes no keyword
-        except BaseException:  # Ctrl-C, say
+        except BaseException:  # for example KeyboardInterrupt
             self.__exit__()
             raise
 
@@ -98,15 +97,15 @@ class aside(ContextDecorator):  # noqa: N801  # lower case, as torch.no_grad
                 _set_grad_enabled(self._grad)
                 raise
 
-    def _recreate_cm(self) -> aside:
-        return type(self)()  # as a decorator: a fresh one for each call
+    def _recreate_cm(self) -> outside_modes:
+        return type(self)()  # as a decorator: a new context for each call
 
 
-def _outside_of_everything(trace: Any) -> ExitStack:
+def _disable_modes(trace: Any) -> ExitStack:
     with ExitStack() as undo:
         undo.enter_context(torch.inference_mode(mode=False))
         if trace is not None:
-            set_trace = torch._C._set_tracing_state  # type: ignore[attr-defined]  # the stub lacks it
+            set_trace = torch._C._set_tracing_state  # type: ignore[attr-defined]  # missing in the stub
             undo.callback(set_trace, trace)
             set_trace(None)
         undo.enter_context(_disable_current_modes())

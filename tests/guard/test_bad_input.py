@@ -18,12 +18,12 @@ def expect(kind: type[Exception], text: str) -> Any:
     return pytest.raises(kind, match=f"^{re.escape(text)}$")
 
 
-VALID = "(valid are 'raise', 'warn' and 'restore')"
+VALID = "(valid are 'raise', 'warn', 'restore' and 'rollback')"
 SELECTORS = "takes glob patterns on layer names, modules, predicates (name, module) -> bool, or a list of them, got"
 BAD_OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"on_change": "restor"}, ValueError, f"on_change='restor': did you mean 'restore'? {VALID}"),
-    ({"on_change": "error"}, ValueError, "on_change='error': valid are 'raise', 'warn' and 'restore'"),
-    ({"on_change": None}, ValueError, "on_change=None: valid are 'raise', 'warn' and 'restore'"),
+    ({"on_change": "error"}, ValueError, "on_change='error': valid are 'raise', 'warn', 'restore' and 'rollback'"),
+    ({"on_change": None}, ValueError, "on_change=None: valid are 'raise', 'warn', 'restore' and 'rollback'"),
     ({"on_change": "Raise"}, ValueError, f"on_change='Raise': did you mean 'raise'? {VALID}"),
     ({"updates": -1}, ValueError, "updates=-1: the number of updates that each layer may make cannot be negative"),
     ({"updates": True}, TypeError, "updates must be a whole number of updates that each layer may make, got True"),

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
@@ -23,8 +24,11 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore::FutureWarning",
     "ignore:The .grad attribute of a Tensor that is not a leaf",  # dynamo looks, after a graph break
 )
-BACKENDS = pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
-FULLGRAPH = pytest.mark.parametrize("fullgraph", [True, False], ids=["fullgraph", "breaks"])
+INDUCTOR = pytest.param("inductor", marks=pytest.mark.slow)
+BACKENDS = pytest.mark.parametrize("backend", ["eager", "aot_eager", INDUCTOR])
+FULLGRAPH = pytest.mark.parametrize(
+    "fullgraph", [pytest.param(True, id="fullgraph"), pytest.param(False, id="breaks", marks=pytest.mark.slow)]
+)
 HOLDS = pytest.mark.parametrize(
     "options", [{"on_change": "restore"}, {"use_running_stats": True}], ids=["restore", "running"]
 )
@@ -176,6 +180,23 @@ def test_every_form_of_compiling_is_held(form: Callable[..., Any], options: dict
     assert_same_bits(state_of(net), moved)
     assert graphs() == number
     assert_clean(net)
+
+
+@torch.no_grad()
+def test_warm_graph_of_inductor_is_held() -> None:
+    """One layer in a graph of inductor, whose other tests are slow: held inside a block, and not before or after."""
+    net, twin = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+    compiled = torch.compile(net, backend="inductor", fullgraph=True)
+    compiled(make_input())
+    twin(make_input())
+    torch.testing.assert_close(state_of(net), state_of(twin))
+    before = state_of(net)
+    with bnguard.frozen(net, "restore"):
+        torch.testing.assert_close(compiled(make_input()), F.batch_norm(make_input(), None, None, training=True))
+    assert_same_bits(state_of(net), before)
+    compiled(make_input(2))
+    assert net.num_batches_tracked == 2
+    assert graphs() == 2
 
 
 @BACKENDS
@@ -351,7 +372,7 @@ def test_guard_says_that_a_graph_was_met(form: Callable[..., Any]) -> None:
     assert {layer.protection for layer in guard.layers[:4]} == {
         "compared at exit only (a compiled graph runs no hooks)"
     }
-    assert guard.layers[4].protection == "judged before each forward; compared at exit"
+    assert guard.layers[4].protection == "checked before each forward; compared at exit"
     text = str(caught.value)
     assert "\nIn a compiled graph no forward can be seen or stopped; this comparison finds what it changed.\n" in text
     assert 'frozen(model, on_change="restore")' in text
@@ -563,7 +584,7 @@ class Checkpointed(nn.Module):
         return checkpoint(self.body, x, use_reentrant=False)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", INDUCTOR])
 @HOLDS
 def test_compiled_checkpoint_is_held(backend: str, options: dict[str, Any]) -> None:
     """A checkpointed region in a graph: no update in forward or recomputation, and the gradients of a twin.
@@ -587,7 +608,7 @@ def test_compiled_checkpoint_is_held(backend: str, options: dict[str, Any]) -> N
         assert_same_bits(net.state_dict(), before)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", INDUCTOR])
 def test_recompute_frozen_leaves_a_compiled_checkpoint_alone(backend: str) -> None:
     """A compiled region updates once anyway, and does so under ``recompute_frozen``."""
     net = Checkpointed()

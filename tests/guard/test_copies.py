@@ -252,7 +252,9 @@ assert not any(name.partition(".")[0] == "bnguard" for name in sys.modules)
 )
 
 
-@EVERY_GUARD
+@pytest.mark.parametrize(
+    "guard", ["restore", *[pytest.param(name, marks=pytest.mark.slow) for name in GUARDS if name != "restore"]]
+)
 def test_saved_model_loads_where_bnguard_is_not_installed(guard: str, tmp_path: Path) -> None:
     """A model saved inside a block loads and trains in a process that cannot import bnguard."""
     net = conv_net()

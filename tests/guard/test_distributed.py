@@ -1,24 +1,24 @@
-"""Ranks of a distributed run agree: all raise, one warns for all, or nothing happens, and nobody is left waiting."""
+"""Distributed runs: each rank guards for itself and never waits; a watch makes one report."""
 
 import re
 import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests.launch import TORCHRUN, job, once, start
 from tests.rank_scenarios import SCENARIOS
 
-OF_PAIRS = [name for name in SCENARIOS if name not in ("subgroup", "sync_batch_norm", "two_ddp_groups")]
-OF_GPUS = [
-    "clean", "change_on_one", "forward_stopped_on_one", "own_error_on_one", "warn_in_train_mode", "warn_of_another",
-    "restore_of_another", "many_blocks", "ddp_broadcast", "ddp_own_buffers", "ddp_overwrites", "sync_batch_norm",
-    "watch_own_buffers", "fsdp2",
+OF_PAIRS = [name for name in SCENARIOS if name not in ("sync_batch_norm", "two_ddp_groups")]
+OF_ALL = [
+    "clean", "change_on_one", "forward_stopped_on_one", "own_error_on_one", "guards_and_the_store", "ddp_broadcast",
+    "ddp_overwrites",
 ]  # fmt: skip
-OF_FOUR = [
-    "clean", "change_on_one", "forward_stopped_on_one", "own_error_on_one", "warn_of_another", "restore_of_another",
-    "subgroup", "many_blocks", "ddp_broadcast", "ddp_overwrites", "two_ddp_groups",
-]  # fmt: skip
+OF_GPUS = [*OF_ALL, "warn_in_train_mode", "ddp_own_buffers", "sync_batch_norm", "watch_own_buffers", "fsdp2"]
+OF_FOUR = [*OF_ALL, "two_ddp_groups"]
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def two_gpus(tmp_path_factory):
     return once(tmp_path_factory, "two_gpus", run)
 
 
-@pytest.fixture(params=["two", "four", "two_gpus"])
+@pytest.fixture(params=["two", pytest.param("four", marks=pytest.mark.slow), "two_gpus"])
 def ranks(request):
     """Both."""
     return request.getfixturevalue(request.param)
@@ -76,213 +76,133 @@ CHANGED = "running statistics of 1 layer changed inside frozen():"
 
 
 def test_clean_ranks_stay_silent(ranks):
-    """Nothing on any."""
+    """No rank reports anything."""
     for result in of(ranks, "clean"):
         assert_silent(result)
 
 
-def test_a_change_on_one_rank_raises_on_all(ranks):
-    """The error names rank and layer; the statistics are back."""
-    first, second, *others = of(ranks, "change_on_one")
-    assert second["error"] == "StatsChangedError"
-    assert second["text"].startswith(f"{CHANGED}\n  1 (BatchNorm2d): running_mean")
-    for result in (first, *others):
-        assert result["error"] == "StatsChangedError"
-        assert result["text"].startswith(f"on rank 1:\n  {CHANGED}\n    1 (BatchNorm2d): running_mean")
-    assert all(result["restored"] for result in of(ranks, "change_on_one"))
+def test_a_change_raises_on_its_rank_alone(ranks):
+    """The error names the rank; the statistics are restored, and no other rank hears of it."""
+    for rank, result in enumerate(of(ranks, "change_on_one")):
+        assert result["restored"]
+        if rank == 1:
+            assert result["error"] == "StatsChangedError"
+            assert result["text"].startswith(f"[rank 1] {CHANGED}\n  1 (BatchNorm2d): running_mean")
+        else:
+            assert_silent(result)
 
 
-def test_the_same_change_is_told_once(two):
-    """With the ranks that share it."""
-    for rank, result in enumerate(of(two, "same_change_on_all")):
-        assert result["error"] == "StatsChangedError"
-        assert result["text"].count(CHANGED) == 1
-        assert result["text"].endswith(f"\nThe same on rank {1 - rank}.")
+def test_a_stopped_forward_raises_on_its_rank_alone(ranks):
+    """With the line."""
+    for rank, result in enumerate(of(ranks, "forward_stopped_on_one")):
+        if rank == 1:
+            assert result["error"] == "StatsChangedError"
+            assert result["text"].startswith("[rank 1] 1 (BatchNorm2d) is in train mode inside frozen():")
+            assert re.search(r"at tests/rank_scenarios\.py:\d+ in <lambda>", result["text"])
+        else:
+            assert_silent(result)
 
 
-def test_other_changes_are_told_beside_ones_own(two):
-    """Each rank has its own first."""
-    for rank, result in enumerate(of(two, "other_change_on_another")):
-        assert result["text"].startswith(f"{CHANGED}\n  {rank} (BatchNorm1d): running_var")
-        assert f"\nOn rank {1 - rank}:\n  {CHANGED}\n    {1 - rank} (BatchNorm1d): running_var" in result["text"]
+def test_an_error_of_its_own_concerns_no_other_rank(ranks):
+    """It leaves the block as it is."""
+    for rank, result in enumerate(of(ranks, "own_error_on_one")):
+        if rank == 1:
+            assert (result["error"], result["text"]) == ("RuntimeError", "out of memory, say\nand more")
+            assert result["notes"] == result["warnings"] == []
+        else:
+            assert_silent(result)
 
 
-def test_a_forward_stopped_on_one_rank_raises_on_all(ranks):
-    """There at once, on the others at the end of the block, with the line."""
-    first, second, *others = of(ranks, "forward_stopped_on_one")
-    assert second["error"] == "StatsChangedError"
-    assert second["text"].startswith("1 (BatchNorm2d) is in train mode inside frozen():")
-    for result in (first, *others):
-        assert result["error"] == "StatsChangedError"
-        assert result["text"].startswith("on rank 1:\n  1 (BatchNorm2d) is in train mode inside frozen():")
-        assert re.search(r"at tests/rank_scenarios\.py:\d+ in <lambda>", result["text"])
+def test_every_rank_warns_of_its_own_updates(two):
+    """Once, at the line; the statistics are those of an unguarded twin."""
+    for rank, result in enumerate(of(two, "warn_in_train_mode")):
+        assert result["error"] is None
+        (warning,) = result["warnings"]
+        assert warning.startswith(f"[rank {rank}] 1 (BatchNorm2d) is in train mode inside frozen() and updates")
+        assert result["twin"]
 
 
-def test_an_error_of_its_own_stops_nobody(ranks):
-    """It goes its way; the first of the others says so, and they go on."""
-    first, second, *others = of(ranks, "own_error_on_one")
-    assert (second["error"], second["text"], second["notes"]) == ("RuntimeError", "out of memory, say\nand more", [])
-    assert first["error"] is None
-    assert first["warnings"] == ["on rank 1:\n  left the block with RuntimeError: out of memory, say"]
-    for result in others:
-        assert_silent(result)
+def test_rank_0_validates_alone(two):
+    """``if rank == 0: with frozen(ddp.module): validate(...)`` ends at once, and raises at once in train mode."""
+    first, _ = of(two, "validation_on_rank_0")
+    assert_silent(first["eval"])
+    assert first["train"]["error"] == "StatsChangedError"
+    assert first["eval"]["seconds"] < 2
+    assert first["train"]["seconds"] < 2
 
 
-def test_an_error_of_its_own_with_a_change(two):
-    """The change is a note on the error there, and part of what the others hear."""
-    first, second = of(two, "own_error_after_a_change")
-    assert second["error"] == "KeyError"
-    assert second["notes"][0].startswith(f"bnguard: {CHANGED}")
-    assert first["error"] is None
-    (warning,) = first["warnings"]
-    assert warning.startswith(f"on rank 1:\n  left the block with KeyError: 'label'\n  {CHANGED}")
-
-
-def test_waiting_for_an_absent_rank_ends(two):
-    """With the timeout of the process group: the error names the rank, the block, and the way out."""
-    first, _ = of(two, "absent_rank")
-    assert first["error"] == "BNGuardError"
-    expected = (
-        r"rank 1 did not come to the end of frozen\(\) at tests/rank_scenarios\.py:\d+ in run\n"
-        r"within 2 seconds, the timeout of the process group\.\n"
-    )
-    assert re.match(expected, first["text"])
-    assert "needs group=False" in first["text"]
-    first, _ = of(two, "absent_rank_and_a_change")
-    assert first["error"] == "StatsChangedError"
-    assert first["text"].startswith(CHANGED)
-    assert first["warnings"][0].startswith("rank 1 did not come to the end of frozen()")
-
-
-def test_without_a_group_each_rank_is_on_its_own(two):
-    """group=False: nobody waits, one raises alone."""
-    first, _ = of(two, "absent_rank_without_group")
-    assert_silent(first)
-    first, second = of(two, "change_on_one_without_group")
-    assert_silent(first)
-    assert second["error"] == "StatsChangedError"
-
-
-def test_one_rank_warns_for_all(two):
-    """Once, at the line; the statistics are those of an unguarded twin on each."""
-    first, second = of(two, "warn_in_train_mode")
-    assert first["error"] is None
-    (warning,) = first["warnings"]
-    assert warning.startswith("1 (BatchNorm2d) is in train mode inside frozen() and updates")
-    assert_silent(second)
-    assert first["twin"]
-    assert second["twin"]
-
-
-@pytest.mark.parametrize(("name", "end"), [("warn_of_another", "The changes stand."),
-                                           ("restore_of_another", "The statistics of entry are back.")])  # fmt: skip
-def test_one_rank_warns_of_another(ranks, name, end):
-    """The first one, of what only the last has seen."""
-    first, *others = of(ranks, name)
-    (warning,) = first["warnings"]
-    assert warning.startswith(f"on rank {len(ranks) - 1}:\n  {CHANGED}")
-    assert warning.endswith(end)
-    for result in others:
-        assert_silent(result)
-    assert all(result.get("restored", True) for result in of(ranks, name))
-
-
-def test_check_agrees_as_well(two):
-    """In the middle of a block."""
-    first, second = of(two, "check_on_one")
-    assert first["error"] == second["error"] == "StatsChangedError"
-    assert first["text"].startswith("on rank 1:\n")
-
-
-def test_many_blocks_leave_the_store_as_it_was(ranks):
-    """Nested, decorated, again and again."""
-    for result in of(ranks, "many_blocks"):
+def test_guards_leave_the_store_alone(ranks):
+    """They exchange nothing."""
+    for result in of(ranks, "guards_and_the_store"):
         assert_silent(result)
         assert result["more_keys"] == 0
 
 
-@pytest.mark.parametrize("name", ["other_folders", "threads", "forked_worker", "destroyed_group", "copied_guard"])
-def test_blocks_that_must_not_wait_do_not(two, name):
-    """In other folders, in threads that meet in another order, in workers, after the group, and in copies."""
+@pytest.mark.parametrize("name", ["forked_worker", "destroyed_group"])
+def test_blocks_elsewhere(two, name):
+    """In a worker of a DataLoader, which is no rank, and across the end of the process group."""
     for result in of(two, name):
         assert_silent(result)
         assert result["seconds"] < 8
 
 
-def test_a_groups_own_timeout_counts(two):
-    """And not that of the default group."""
-    first, _ = of(two, "timeout_of_a_group")
-    assert first["error"] == "BNGuardError"
-    assert first["seconds"] < 8
-
-
-def test_rank_zero_of_ddps_group_is_asked(four):
-    """Two groups of two: each rank hears of its own rank 0, and nobody raises."""
+def test_rank_zero_of_ddps_group_broadcasts(four):
+    """Two groups of two: ranks 1 and 3 get the statistics of ranks 0 and 2, and are warned; no rank raises."""
     for rank, result in enumerate(of(four, "two_ddp_groups")):
         assert result["error"] is None
         assert len(result["warnings"]) == (rank in (1, 3))
 
 
-def test_generators_end_quietly(two):
-    """StopIteration is no error for the other ranks."""
-    for result in of(two, "generator"):
-        assert_silent(result)
-
-
-def test_a_smaller_group_agrees_by_itself(four):
-    """Ranks 0 and 1 raise; 2 and 3 are no part of it, and wait for nobody."""
-    first, second, *others = of(four, "subgroup")
-    assert first["error"] == second["error"] == "StatsChangedError"
-    for result in others:
-        assert_silent(result["alone"])
-
-
-def test_wrong_group_is_refused(two):
-    """With what it must be."""
-    for result in of(two, "wrong_group"):
-        assert result["error"] == "TypeError"
-        assert result["text"].startswith("group must be a torch.distributed process group, None for the default group")
-
-
 @pytest.mark.parametrize("name", ["ddp_broadcast", "ddp_own_buffers", "ddp_accumulation"])
 def test_ddp_trains_as_without_a_guard(two, name):
-    """Outputs, gradients, parameters and statistics are the twin's; equal statistics give nothing to report."""
-    for rank, result in enumerate(of(two, name)):
+    """Outputs, gradients, parameters and statistics are the twin's; a broadcast of equal statistics is no change."""
+    for result in of(two, name):
         assert result["restore"]["twin"]
         assert_silent(result["restore"])
         assert result["warn"]["twin"]
-        assert len(result["warn"]["warnings"]) == (rank == 0)
+        assert len(result["warn"]["warnings"]) == 1
 
 
 def test_ddp_broadcast_with_four_ranks(four):
-    """The same."""
+    """Outputs, gradients, parameters and statistics are the twin's."""
     assert all(result[policy]["twin"] for result in of(four, "ddp_broadcast") for policy in ("restore", "warn"))
 
 
-def test_a_broadcast_is_told_and_not_accused(ranks):
-    """Where DDP puts rank 0's statistics in the place of others, that rank hears so; nobody raises."""
+def test_a_broadcast_is_a_warning(ranks):
+    """Where DDP puts rank 0's statistics in the place of others, that rank is warned, under every policy."""
     first, *others = of(ranks, "ddp_overwrites")
     for policy in ("raise", "restore", "warn"):
         assert_silent(first[policy])
         assert first[policy]["changes"] == 0
-        for result in others:
+        for rank, result in enumerate(others, 1):
             assert result[policy]["error"] is None
             (warning,) = result[policy]["warnings"]
-            assert warning.startswith("DDP broadcast at forward: the statistics of rank 0 took the place of others")
+            assert warning.startswith(f"[rank {rank}] ")
+            assert "DDP" in warning
             assert "\n  1 (BatchNorm2d)\n" in warning
             assert result[policy]["restored"] is (policy != "warn")
             assert result[policy]["zeros"] is (policy == "warn")
             assert result[policy]["changes"] == 1
 
 
-def test_a_write_under_ddp_is_no_broadcast(two):
-    """Other statistics than rank 0's are nobody else's doing."""
-    first, second = of(two, "ddp_write")
-    assert second["error"] == first["error"] == "StatsChangedError"
-    assert second["text"].startswith(f"{CHANGED}\n  1 (BatchNorm2d): running_mean")
-    assert first["text"].startswith("on rank 1:\n")
-    assert second["warnings"] == []
-    assert second["restored"]
+def test_budget_holds_under_ddp(two):
+    """One update a step: DDP's broadcast before it is none, and the statistics are those without a guard."""
+    for result in of(two, "budget_under_ddp"):
+        for name, said in result.items():
+            assert_silent(said)
+            assert said["twin"], name
+
+
+def test_budget_holds_in_join(two):
+    """A rank with fewer batches gets the statistics of another one."""
+    for result in of(two, "budget_in_join"):
+        assert result["error"] is None
+
+
+def test_budget_is_no_larger_under_ddp(two):
+    """Two forwards of a step are one too many."""
+    for result in of(two, "budget_is_kept_under_ddp"):
+        assert result["error"] == "StatsChangedError"
 
 
 def test_uneven_inputs(two):
@@ -317,27 +237,44 @@ def test_ranks_with_statistics_of_their_own_are_a_finding(two):
     assert "BN015" not in [code for code, *_ in second["findings"]]
 
 
-def test_a_watch_waits_for_no_rank_that_failed(two):
-    """It has told what it recorded, all the same."""
+def test_a_rank_that_fails_has_reported(two):
+    """A watch that an exception leaves posts what it has recorded."""
     first, second = of(two, "watch_failure")
     assert first == {"updates": 1, "missing": []}
     assert second["updates"] == 1
 
 
-def test_a_watch_can_be_alone(two):
-    """group=False."""
-    first, _ = of(two, "watch_alone")
-    assert first["ranks"] == []
-    assert first["report"].splitlines()[0] == "no finding; 1 update of 1 layer"
+def test_ranks_that_do_not_report_are_named(two):
+    """Rank 0 waits for them, ten seconds in all unless told otherwise, and reports without them."""
+    first, _ = of(two, "watch_on_rank_0")
+    assert first["patience"] == 10
+    assert 1 <= first["seconds"] < 5
+    assert first["missing"] == [1]
+    assert first["report"].startswith("no finding; 1 update of 1 layer on rank 0\n")
+    assert "Rank 1 did not report in time" in first["report"]
+
+
+def test_other_ranks_wait_for_nobody(two):
+    """They post, and go on."""
+    _, second = of(two, "watch_on_rank_1")
+    assert_silent(second)
+    assert second["seconds"] < 1
+
+
+def test_records_of_several_watches_are_not_mixed_up(two):
+    """Those of one line, one after the other; a forked process reports nothing."""
+    first, second = of(two, "watch_again")
+    assert first == [[[number, [0, 1]]] for number in (1, 2, 3)]
+    assert second == [[[number, []]] for number in (1, 2, 3)]
 
 
 def test_sync_batch_norm(two_gpus):
     """It is held, and warned about, as without several ranks."""
-    for rank, result in enumerate(of(two_gpus, "sync_batch_norm")):
+    for result in of(two_gpus, "sync_batch_norm"):
         assert result["restore"]["twin"]
         assert_silent(result["restore"])
         assert result["warn"]["twin"]
-        assert len(result["warn"]["warnings"]) == (rank == 0)
+        assert len(result["warn"]["warnings"]) == 1
 
 
 def test_fsdp2(two):
@@ -346,7 +283,7 @@ def test_fsdp2(two):
         for precision in ("False", "True"):
             assert_silent(result[precision])
             assert result[precision]["twin"]
-        assert result["raise"]["text"].startswith("1 (BatchNorm2d) is in train mode inside frozen():")
+        assert "1 (BatchNorm2d) is in train mode inside frozen():" in result["raise"]["text"]
 
 
 def test_fsdp1(two):
@@ -399,3 +336,93 @@ def test_run_reports_where_a_rank_fails(tmp_path):
     assert done.stdout.count("bnguard run train.py") == 1, done.stdout + done.stderr
     assert "no finding; 4 updates of 1 layer on ranks 0 and 1\n" in done.stdout
     assert "SIGTERM has ended the run" in done.stdout
+
+
+ABSENT = """\
+import os, time
+import torch.distributed as dist
+dist.init_process_group("gloo")
+import torch
+from torch import nn
+nn.Sequential(nn.BatchNorm1d(2))(torch.ones(3, 2))
+if dist.get_rank() == 1:
+    os._exit(0)  # without a report
+"""
+
+
+def test_run_names_a_rank_that_is_gone(tmp_path):
+    """Rank 0 reports for itself after ten seconds, and says so."""
+    (tmp_path / "train.py").write_text(ABSENT)
+    began = time.monotonic()
+    done = start([*TORCHRUN, "-m", "bnguard", "run", "train.py"], tmp_path)
+    assert time.monotonic() - began > 10
+    assert done.stdout.count("bnguard run train.py") == 1, done.stderr
+    assert "1 update of 1 layer on rank 0\n" in done.stdout
+    assert "Rank 1 did not report in time" in done.stdout
+
+
+RESTARTED = """\
+import os, sys
+import torch
+import torch.distributed as dist
+from torch import nn
+import bnguard
+
+attempt, rank, port = map(int, sys.argv[1:])
+kept = dist.TCPStore("127.0.0.1", port, is_master=False)
+# Gloo trips over its own keys of an earlier attempt, now and then: it gets others.
+dist.init_process_group("gloo", store=dist.PrefixStore(str(attempt), kept), rank=rank, world_size=2)
+dist.distributed_c10d._get_default_store = lambda: kept
+net = nn.Sequential(nn.BatchNorm1d(3))
+with bnguard.watch(net) as record:
+    if attempt == 0 and rank == 0:
+        os._exit(1)
+    for _ in range(1 + 4 * (attempt == 0)):
+        net(torch.ones(2, 3))
+    if attempt == 1 and rank == 1:
+        os._exit(0)
+print([(update.count, update.ranks) for update in record.updates], record.missing_ranks)
+"""
+
+
+def test_a_post_of_an_earlier_attempt_is_ignored(tmp_path):
+    """An elastic run may keep its store: what a rank posted there before a restart does not count."""
+    script = tmp_path / "train.py"
+    script.write_text(RESTARTED)
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    said = []
+    for attempt in (0, 1):
+        with ThreadPoolExecutor() as pool:
+            commands = [[script, attempt, rank, server.port] for rank in (0, 1)]
+            said.append([done.stdout for done in pool.map(start, commands)])
+    assert said == [["", "[(5, ())] ()\n"], ["[(1, (0,))] (1,)\n", ""]]
+
+
+ALONE = """\
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
+import bnguard
+
+{init}
+net = nn.Sequential(nn.BatchNorm1d(3))
+with bnguard.frozen(net, "restore"), bnguard.watch(net) as record:
+    net(torch.ones(2, 3))
+print(record.speaks, record.missing_ranks, net[0].num_batches_tracked.item())
+"""
+
+
+@pytest.mark.parametrize(
+    "init",
+    [
+        'dist.init_process_group("fake", rank=0, world_size=4)',
+        'dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())',
+        'dist.init_process_group("fake", rank=0, world_size=4, store=dist.HashStore())',
+        'dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())',
+    ],
+)
+def test_process_without_others_is_alone(init):
+    """A fake process group, and a group of one process."""
+    done = start(["-c", ALONE.replace("{init}", init)])
+    assert (done.returncode, done.stdout) == (0, "True () 0\n"), done.stderr

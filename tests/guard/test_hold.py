@@ -1,4 +1,4 @@
-"""How a forward runs without touching the statistics: scratch, stand-in, exchange."""
+"""How a forward runs without touching the statistics: with scratch, or with its own statistics swapped out."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import bnguard
-from bnguard.guard import attach as _attach
 from bnguard.guard import hold as _hold
-from bnguard.guard import layer_guard as _sentry
-from bnguard.guard import policy as _claims
+from bnguard.guard import hooks as _hooks
+from bnguard.guard import policy as _policy
+from bnguard.guard import watching as _watching
 from bnguard.layers import kinds as _layers
 from bnguard.layers import tree as _tree
 from tests.asserts import assert_clean, assert_same_bits, state_of, warns
@@ -116,7 +116,7 @@ def test_stock_layer_never_reads_its_statistics_in_train_mode() -> None:
     assert seen[0] is not layer.running_mean
 
 
-def test_stand_in_hands_over_what_the_layer_set_on_itself() -> None:
+def test_layer_keeps_what_it_set_on_itself() -> None:
     """Attributes, deleted attributes and other buffers end up on the layer; the statistics do not."""
     layer = Remembering()
     twin, before, x = copy.deepcopy(layer), layer.running_mean, make_input()
@@ -353,7 +353,7 @@ def test_guard_entered_in_inference_mode_serves_training() -> None:
     assert layer.num_batches_tracked == 1
 
 
-def test_functional_call_on_a_layer_that_runs_on_a_stand_in() -> None:
+def test_functional_call_on_a_layer_with_swapped_statistics() -> None:
     """What is lent moves, for layers other than torch's BatchNorm too."""
     layer, x = nn.SyncBatchNorm(3), make_input()
     before = state_of(layer)
@@ -365,26 +365,31 @@ def test_functional_call_on_a_layer_that_runs_on_a_stand_in() -> None:
     assert_same_bits(layer.state_dict(), before)
 
 
-@pytest.mark.parametrize("stance", ["running", "restore"])
+@pytest.mark.parametrize("action", ["running", "hold"])
 @pytest.mark.parametrize("make", [nn.BatchNorm2d, nn.SyncBatchNorm])
 def test_update_whose_budget_is_gone_by_then_is_held(
-    make: Callable[[int], nn.Module], stance: Any, monkeypatch: pytest.MonkeyPatch
+    make: Callable[[int], nn.Module], action: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where another thread spends the budget first, the update that was to stand is held after all."""
+    """Where another thread spends the budget first, the update that was to happen is held after all."""
     layer, x = make(3), make_input()
-    twin = copy.deepcopy(layer).train(stance == "restore")
+    twin = copy.deepcopy(layer).train(action == "hold")
     with bnguard.frozen(layer, "restore", updates=1):
-        claim = _sentry.sentries[id(layer)].claims[0]
+        guard = _hooks.guard_of(layer)
+        assert guard is not None
+        entry = guard.entries[0]
         with monkeypatch.context() as patch:
-            patch.setattr(_sentry, "settle", lambda _: _claims.Verdict(stance, claim))
+            patch.setattr(_watching, "decide_and_count", lambda _: _policy.Decision(action, entry))
             assert_same_bits(layer(x), twin(x))
     assert layer.num_batches_tracked == 0
 
 
-def test_detaching_from_a_layer_that_is_not_guarded_does_nothing() -> None:
+def test_dropping_entries_that_were_never_added_does_nothing() -> None:
     """An undo may be run although its acquisition never got anywhere."""
     norm = nn.BatchNorm2d(3)
-    _attach.detach(_tree.find_layers(norm), [_claims.Claim(None, 0, "restore", 0)], norm)
+    entries = [_policy.PolicyEntry(None, 0, _policy.POLICIES["restore"])]
+    _hooks.drop_entries([], entries, norm)
+    _hooks.drop_entries([_hooks.LayerGuard(_tree.find_layers(norm)[0])], entries, norm)
+    assert_clean(norm)
 
 
 def test_update_within_the_budget_may_outlast_the_block() -> None:

@@ -102,6 +102,7 @@ PAIRS = [
     ("running", "affine"),
     ("affine", "recompute"),
 ]
+SLOW = pytest.mark.slow
 
 
 def batches(guard: AbstractContextManager[Any]) -> Iterator[int]:
@@ -151,7 +152,9 @@ def same(one: Any, other: Any) -> bool:
     return True
 
 
-@pytest.mark.parametrize(("name", "other"), PAIRS)
+@pytest.mark.parametrize(
+    ("name", "other"), [("watch", "restore"), *[pytest.param(*pair, marks=SLOW) for pair in PAIRS]]
+)
 def test_another_block_may_end_between_any_lines(name: str, other: str) -> None:
     """Nothing hangs, nothing is left, and a guard that holds does."""
 
@@ -165,7 +168,7 @@ def test_another_block_may_end_between_any_lines(name: str, other: str) -> None:
     join_threads(start_threads(every_line), 100)
 
 
-@pytest.mark.parametrize("name", ["restore", "budget", "affine"])
+@pytest.mark.parametrize("name", ["affine", *[pytest.param(name, marks=SLOW) for name in ("restore", "budget")]])
 def test_another_block_of_the_same_guard_may_end_between_any_lines(name: str) -> None:
     """The two end in the order in which they began: the later one is left first, whoever leaves it."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
-from collections.abc import Callable, KeysView
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,10 +18,9 @@ from torch import nn
 
 import bnguard
 from bnguard.guard import affine as _affine
-from bnguard.guard import attach as _attach
-from bnguard.guard import hold as _hold
-from bnguard.guard import layer_guard as _sentry
-from bnguard.guard import policy as _claims
+from bnguard.guard import hooks as _hooks
+from bnguard.guard import policy as _policy
+from bnguard.layers import swaps as _swaps
 from bnguard.layers import tree as _tree
 from tests.asserts import assert_clean, assert_same_bits, state_of
 
@@ -61,41 +60,39 @@ def test_budget_is_never_spent_twice() -> None:
     """Two threads that ask at the same moment share a budget of one: one update stands."""
     meeting = Meeting()
 
-    class SlowClaim(_claims.Claim):
-        @property
-        def spent(self) -> int:
-            value: int = self.__dict__.get("spent_so_far", 0)
+    class SlowCount(_policy.UpdateCount):
+        def __getattribute__(self, name: str) -> Any:
+            value = super().__getattribute__(name)
             meeting.wait()
             return value
 
-        @spent.setter
-        def spent(self, value: int) -> None:
-            self.__dict__["spent_so_far"] = value
-
-    claim = SlowClaim(None, 0, "restore", 1)
-    verdicts: list[str] = []
-    run_both(*[lambda: verdicts.append(_claims.settle([claim]).stance)] * 2)
-    assert sorted(verdicts) == ["restore", "stand"]
+    entry = _policy.PolicyEntry(None, 0, _policy.POLICIES["restore"], 1, SlowCount())
+    actions: list[str] = []
+    run_both(*[lambda: actions.append(_policy.decide_and_count([entry]).action)] * 2)
+    assert sorted(actions) == ["hold", "update"]
 
 
-def test_no_claim_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two blocks that open on one layer at the same moment both have their claim on it; both gone, it is clean."""
-    meeting, set_claims = Meeting(), _sentry.Sentry.set_claims
+def test_no_entry_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two blocks that open on one layer at the same moment both have their entry on it; both gone, it is clean."""
+    meeting, sync = Meeting(), _hooks.LayerGuard.sync
 
-    def slow(sentry: _sentry.Sentry, *claims: Any) -> None:
+    def slow(guard: _hooks.LayerGuard) -> None:
         meeting.wait()
-        set_claims(sentry, *claims)
+        sync(guard)
 
     norm = nn.BatchNorm2d(3)
     layer = _tree.find_layers(norm)[0]
-    claims = [_claims.Claim(None, 0, "restore", 0) for _ in range(2)]
+    entries = [_policy.PolicyEntry(None, 0, _policy.POLICIES["restore"]) for _ in range(2)]
+    guards: list[list[_hooks.LayerGuard]] = [[], []]
     with monkeypatch.context() as patch:
-        patch.setattr(_sentry.Sentry, "set_claims", slow)
-        run_both(*[lambda claim=claim: _attach.attach([layer], [claim]) for claim in claims])
-        assert set(_sentry.sentries[id(norm)].claims) == set(claims)
+        patch.setattr(_hooks.LayerGuard, "sync", slow)
+        run_both(*[lambda i=i: _hooks.add_entries([layer], [entries[i]], guards[i]) for i in range(2)])
+        guard = _hooks.guard_of(norm)
+        assert guard is not None
+        assert set(guard.entries) == set(entries)
         meeting = Meeting()
-        run_both(*[lambda claim=claim: _attach.detach([layer], [claim], norm) for claim in claims])
-    assert id(norm) not in _sentry.sentries
+        run_both(*[lambda i=i: _hooks.drop_entries(guards[i], [entries[i]], norm) for i in range(2)])
+    assert _hooks.guard_of(norm) is None
     assert_clean(norm)
 
 
@@ -130,29 +127,46 @@ def test_affine_parameter_is_held_until_the_last_one_lets_go() -> None:
     assert parameter.grad is gradient
 
 
-def test_exchange_is_undone_by_the_last_one() -> None:
-    """Two forwards that exchange the statistics at the same moment put them back once, when both are through."""
+def test_swap_is_undone_by_the_last_one() -> None:
+    """Two forwards that swap the statistics at the same moment put them back once, when both are through."""
     meeting = Meeting()
 
-    class SlowState(dict[str, Any]):
+    class SlowTensors(dict[str, torch.Tensor]):
         def __iter__(self) -> Any:
+            meeting.wait()
             return super().__iter__()
 
-        def keys(self) -> KeysView[str]:
-            meeting.wait()
-            return super().keys()
-
     layer = nn.BatchNorm2d(3)
-    buffers, seen = layer._buffers, []
-    exchanges = []
-    for _ in range(2):
-        exchange = _hold.Exchange(layer, {"running_mean": torch.ones(3)}, None, lambda: seen.append(layer.running_mean))
-        exchange._state = SlowState(exchange._state)
-        exchanges.append(exchange)
-    run_both(*[exchange.forward for exchange in exchanges])
-    assert layer._buffers is buffers
+    mean, seen = layer.running_mean, []
+
+    def run() -> None:
+        with _swaps.swapped(layer, SlowTensors(running_mean=torch.ones(3)), None):
+            seen.append(layer.running_mean)
+            assert _swaps.own_tensors(layer, "_buffers")["running_mean"] is mean
+
+    run_both(run, run)
+    assert layer.running_mean is mean
     assert len(seen) == 2
-    assert not any(tensor is buffers["running_mean"] for tensor in seen)
+    assert not any(tensor is mean for tensor in seen)
+
+
+def test_interrupted_swap_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in the middle of putting back does not leave other statistics in the layer."""
+    layer = nn.BatchNorm2d(3)
+    mean, leave = layer.running_mean, _swaps._leave
+    interrupts = [KeyboardInterrupt()]
+
+    def interrupted(module: nn.Module, user: object) -> None:
+        if interrupts:
+            raise interrupts.pop()
+        leave(module, user)
+
+    monkeypatch.setattr(_swaps, "_leave", interrupted)
+    with pytest.raises(KeyboardInterrupt), _swaps.swapped(layer, {"running_mean": torch.ones(3)}, False):
+        assert not layer.training
+    assert layer.running_mean is mean
+    assert layer.training
+    assert not _swaps.swaps
 
 
 def test_guards_of_many_threads_leave_nothing_behind() -> None:

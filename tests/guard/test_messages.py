@@ -145,7 +145,7 @@ def test_warning_of_a_forward_points_at_the_users_line() -> None:
         "stem.bn (BatchNorm2d) is in train mode inside frozen() and updates its running statistics: "
         "running_mean, running_var and num_batches_tracked.\n"
         f"  at {line_of('net(images())')}\n"
-        "The update stands. Further ones are not warned about; guard.changes lists them all."
+        "The update was kept. Later ones are recorded without further warnings; guard.changes lists them all."
     )
 
 
@@ -159,7 +159,7 @@ def test_warning_of_a_forward_beyond_the_budget() -> None:
         "0 (BatchNorm2d) has updated once inside frozen(updates=1) and updates once more: "
         "running_mean, running_var and num_batches_tracked.\n"
         f"  at {line_of('net(images(5))')}\n"
-        "The update stands. Further ones are not warned about; guard.changes lists them all."
+        "The update was kept. Later ones are recorded without further warnings; guard.changes lists them all."
     )
 
 
@@ -194,9 +194,9 @@ def test_warning_of_an_own_forward_points_at_the_users_line() -> None:
 @pytest.mark.parametrize(
     ("on_change", "outcome"),
     [
-        ("raise", "The statistics of entry are back."),
-        ("restore", "The statistics of entry are back."),
-        ("warn", "The changes stand."),
+        ("raise", "The original statistics have been restored."),
+        ("restore", "The original statistics have been restored."),
+        ("warn", "The changes were kept."),
     ],
 )
 def test_exit_names_three_layers_and_counts_the_rest(layers: int, lines: str, on_change: Any, outcome: str) -> None:
@@ -274,7 +274,7 @@ def test_swallowed_error_and_a_write_are_told_together() -> None:
     assert str(caught.value) == (
         "running statistics of 1 layer changed inside frozen():\n"
         "  1 (BatchNorm2d): running_mean; mean moved by up to 2 standard deviations\n"
-        f"{CAUSES}The statistics of entry are back.\n"
+        f"{CAUSES}The original statistics have been restored.\n"
         "1 layer would have updated inside frozen(), and the StatsChangedError that said so was caught:\n"
         "  0 (BatchNorm2d): running_mean, running_var and num_batches_tracked; "
         f"1 update stopped at {line_of('            net(images())')}\n"
@@ -293,7 +293,8 @@ def test_swallowed_error_of_check_is_told_at_the_end() -> None:
     assert str(caught.value) == (
         "1 layer changed inside frozen(), and the StatsChangedError that said so was caught:\n"
         "  0 (BatchNorm2d): running_mean; mean moved by up to 2 standard deviations\n"
-        "The statistics of entry are back. Let the error through, or use on_change='restore' where they are expected."
+        "The original statistics have been restored. "
+        "Let the error through, or use on_change='restore' where they are expected."
     )
 
 
@@ -332,13 +333,13 @@ def test_report_of_a_quiet_block() -> None:
     net = nn.Sequential(nn.BatchNorm2d(2), nn.SyncBatchNorm(2), ReassigningNorm(2))
     assert bnguard.frozen(net).report() == (
         'frozen(model, on_change="raise") guards 3 layers.\n'
-        "  2 judged before each forward; compared at exit\n"
-        "  1 run on copies of its statistics and compared at each forward; compared at exit\n"
+        "  2 checked before each forward; compared at exit\n"
+        "  1 compared after each forward; compared at exit\n"
         "No change."
     )
     assert bnguard.frozen(net, "warn").report() == (
         'frozen(model, on_change="warn") guards 3 layers.\n'
-        "  2 judged before each forward; compared at exit\n"
+        "  2 checked before each forward; compared at exit\n"
         "  1 compared after each forward; compared at exit\n"
         "No change."
     )

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from bnguard.layers import flat_copy as _image
+from bnguard.layers import flat_copy
 from bnguard.layers.bits import as_bytes, from_bytes, same_bits
 from bnguard.layers.drift import largest_mean_shift
 from bnguard.layers.snapshot import Snapshot
@@ -85,7 +85,7 @@ def test_model_that_moved_to_the_meta_device_stays_there() -> None:
 
 
 def test_tensor_subclass_is_compared_on_its_own() -> None:
-    """A buffer of another tensor class goes into no common image, and is compared and put back all the same."""
+    """A buffer of another tensor class goes into no flat copy, and is compared and put back all the same."""
 
     class Marked(torch.Tensor):
         pass
@@ -100,33 +100,34 @@ def test_tensor_subclass_is_compared_on_its_own() -> None:
     assert layer.running_mean.eq(0).all()
 
 
-def test_deviation_and_refresh_read_nothing_and_follow_conversions() -> None:
-    """An update is taken over unless something else was written before, in whichever dtype the layer is by then."""
+def test_accepted_values_follow_conversions() -> None:
+    """An update is taken over in whichever dtype the layer is by then."""
     layer = nn.BatchNorm2d(3)
     snapshot = snapshot_of(layer)
-    assert not snapshot.deviation(0)
     layer.double()
-    assert not snapshot.deviation(0)
-    layer.running_mean.fill_(1 / 3)
-    assert snapshot.deviation(0)
-    snapshot.refresh(0, unless=snapshot.deviation(0))
-    assert snapshot.changed()[0].names == ("running_mean",)
-    snapshot.refresh(0, unless=None)
     assert snapshot.changed() == []
+    layer.running_mean.fill_(1 / 3)
+    assert snapshot.changed()[0].names == ("running_mean",)
+    snapshot.accept(0)
+    assert snapshot.changed() == []
+    layer.running_mean.fill_(0)
+    snapshot.restore()
+    assert_same_bits(layer.running_mean, torch.full((3,), 1 / 3, dtype=torch.float64))
 
 
-def test_refresh_of_a_converted_layer_keeps_every_digit() -> None:
-    """A refresh that is refused keeps the captured value in full, for a layer that is converted back later."""
+def test_recaptured_values_keep_every_digit() -> None:
+    """Values that are captured again are put back in full, into a layer that is converted there and back."""
     layer = nn.BatchNorm2d(3).double()
     layer.running_mean.fill_(1 / 3)
     snapshot, mean = snapshot_of(layer), layer.running_mean
-    before = mean.clone()
+    before = snapshot.captured(0)
     layer.float()
-    snapshot.refresh(0, unless=torch.tensor(True))
+    snapshot.accept(0)
+    snapshot.recapture(0, before)
     layer.double()
     snapshot.restore()
     assert layer.running_mean is mean
-    assert_same_bits(mean, before)
+    assert_same_bits(mean, before["running_mean"])
 
 
 def test_nan_stays_nan_through_conversions() -> None:
@@ -135,12 +136,10 @@ def test_nan_stays_nan_through_conversions() -> None:
     snapshot = snapshot_of(layer)
     layer.float()
     layer.running_mean.copy_(torch.tensor([float("nan"), 0.5, -0.0]) * -1)
-    snapshot.refresh(0, unless=None)
+    snapshot.accept(0)
     layer.bfloat16()
     assert snapshot.changed() == []
-    assert not snapshot.deviation(0)
     layer.running_mean[1] = 1
-    assert snapshot.deviation(0)
     assert snapshot.changed()[0].names == ("running_mean",)
     snapshot.restore()
     assert snapshot.changed() == []
@@ -151,7 +150,7 @@ def test_restored_tensor_is_not_the_captured_one() -> None:
     layer = nn.BatchNorm2d(3)
     snapshot = snapshot_of(layer)
     layer.double()
-    snapshot.refresh(0, unless=None)
+    snapshot.accept(0)
     layer.running_mean = layer.running_mean + 1
     snapshot.restore()
     layer.running_mean.add_(5)
@@ -159,25 +158,35 @@ def test_restored_tensor_is_not_the_captured_one() -> None:
     assert_same_bits(layer.running_mean, torch.zeros(3, dtype=torch.float64))
 
 
-def test_deviation_of_what_is_gone_or_has_another_shape() -> None:
-    """A missing buffer, and one of another shape, deviate, and a refresh passes them over."""
-    for value in (None, torch.zeros(7)):
-        layer = nn.BatchNorm2d(3)
-        snapshot = snapshot_of(layer)
-        layer.running_mean = value
-        assert snapshot.deviation(0)
-        snapshot.refresh(0, unless=None)
-        assert snapshot.changed()[0].names == ("running_mean",)
+def test_missing_tensor_is_not_accepted() -> None:
+    """A buffer that is gone stays a difference."""
+    layer = nn.BatchNorm2d(3)
+    snapshot = snapshot_of(layer)
+    layer.running_mean = None
+    snapshot.accept(0)
+    assert snapshot.changed()[0].names == ("running_mean",)
+
+
+def test_accepted_tensor_may_have_another_shape() -> None:
+    """A layer may give its statistics a shape in an update that it is allowed; afterwards they are protected in it."""
+    layer = nn.BatchNorm2d(3)
+    snapshot = snapshot_of(layer)
+    layer.running_mean = torch.arange(7.0)
+    snapshot.accept(0)
+    assert snapshot.changed() == []
+    layer.running_mean = torch.zeros(7)
+    snapshot.restore()
+    assert_same_bits(layer.running_mean, torch.arange(7.0))
 
 
 @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
-def test_deviation_of_what_has_no_values_yet() -> None:
-    """Uninitialised statistics deviate from nothing."""
+def test_tensor_without_values_is_accepted() -> None:
+    """Uninitialised statistics differ from nothing."""
     layer = nn.Module()
     layer.register_buffer("running_mean", nn.UninitializedBuffer())
     snapshot = Snapshot([layer], [("running_mean",)])
-    assert not snapshot.deviation(0)
-    snapshot.refresh(0, unless=None)
+    assert snapshot.captured(0) == {}
+    snapshot.accept(0)
     assert snapshot.changed() == []
 
 
@@ -196,7 +205,7 @@ def test_bytes_of_several_dtypes_are_joined_where_comparing_means_waiting(
     converted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a GPU one comparison serves all dtypes, and each value comes back, also into a tensor converted in place."""
-    monkeypatch.setattr(_image, "_is_on_host", lambda flat: False)
+    monkeypatch.setattr(flat_copy, "_is_on_host", lambda flat: False)
     layer = nn.Module()
     values = {"running_a": torch.arange(3).half(), "running_b": torch.rand(5), "running_c": torch.rand(2).double()}
     for name, value in values.items():
@@ -214,13 +223,13 @@ def test_bytes_of_several_dtypes_are_joined_where_comparing_means_waiting(
         assert torch.equal(getattr(layer, name).to(value.dtype), value)
 
 
-def test_refreshed_snapshot_is_intact() -> None:
+def test_accepted_snapshot_is_intact() -> None:
     """What an allowed update has written is what the end compares with, counter included."""
     layer = nn.BatchNorm2d(3)
     snapshot = snapshot_of(layer)
     layer(torch.randn(4, 3, 2, 2))
     assert not snapshot.is_intact()
-    snapshot.refresh(0, unless=None)
+    snapshot.accept(0)
     assert snapshot.is_intact()
     layer.num_batches_tracked += 1
     assert not snapshot.is_intact()

@@ -1,0 +1,220 @@
+"""Compare statistics at the end of a block with those at its beginning, and restore them.
+
+Note [Why the exit check proves]
+~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
+Hooks can explain a change, but not prove that there was none: graphs compiled before the block, replays of CUDA graphs,
+ScriptModules, DDP's broadcasts and writes to ``.data`` run no hook and increase no version counter. So the end of a
+block compares the objects and the bits of all layers in one batched operation, with one synchronisation per device.
+
+Statistics are restored through ``.data``, and only if bits differ: an ordinary ``copy_`` would increase the version
+counter, and a backward pass after the block would fail.
+
+Note [Budgets]
+~~~~~~~~~~~~~~
+An update within the budget becomes part of the state that a block protects: right after it, the statistics are captured
+again. A write from elsewhere before that update would be captured along with it. So copies taken right before the
+update are kept together with the statistics captured until then, and the exit check compares the two as well. In a
+compiled graph no forward can be counted; the layer's own ``num_batches_tracked`` gives the number of updates.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+from torch import Tensor, nn
+
+from bnguard.guard.affine import affine_parameters
+from bnguard.guard.hooks import LayerGuard
+from bnguard.guard.messages import Cause
+from bnguard.guard.options import Settings
+from bnguard.guard.policy import UpdateCount, spend
+from bnguard.layers.bits import has_values
+from bnguard.layers.drift import eps_of, largest_mean_shift
+from bnguard.layers.kinds import StatsLayer
+from bnguard.layers.snapshot import Difference, Snapshot, holds
+from bnguard.layers.tree import find_layers
+from bnguard.records import StatsChange
+from bnguard.torch_internals.compile import compiled_parts, was_compiled
+from bnguard.torch_internals.distributed import overwritten_by_ddp
+from bnguard.torch_internals.tracing import outside_modes
+
+# Pairs of copies that are kept of one layer. More are compared at once, which may wait for the device.
+_PAIRS: Final = 16
+
+
+class ExitCheck:
+    """The statistics of a block's layers at its beginning, to compare with and to restore.
+
+    Args:
+        layers: The layers.
+        settings: The options of the block.
+
+    Attributes:
+        statistics: Their running statistics.
+        parameters: Their weights and biases, if ``affine=True`` freezes them; else None.
+        broadcast: The rank whose statistics ``DistributedDataParallel`` has written to a layer, by the layer's first
+            name, as of the last comparison.
+    """
+
+    __slots__ = (
+        "_budget",
+        "_is_intact",
+        "_layers",
+        "_lock",
+        "_pairs",
+        "_policy",
+        "broadcast",
+        "parameters",
+        "statistics",
+    )
+
+    def __init__(self, layers: Sequence[StatsLayer], settings: Settings) -> None:
+        modules = [layer.module for layer in layers]
+        self._layers = layers
+        self._policy = settings.policy
+        self._budget = settings.updates
+        self._lock = threading.RLock()
+        self._is_intact = False
+        self._pairs: dict[int, list[tuple[dict[str, Tensor], Mapping[str, Tensor]]]] = {}  # by owner
+        self.broadcast: Mapping[str, int] = {}
+        self.statistics = Snapshot(modules, [layer.buffers for layer in layers])
+        self.parameters: Snapshot | None = None
+        if settings.affine:
+            self.parameters = Snapshot(modules, [affine_parameters(layer) for layer in layers], "_parameters")
+
+    def allowed(self, owner: int, before: Mapping[str, Tensor] | None) -> None:
+        """Captures a layer again after an update within its budget. See Note [Budgets]."""
+        with self._lock:  # of several threads the last one to capture must be the last one to read
+            self._allow(owner, before)
+
+    def _allow(self, owner: int, before: Mapping[str, Tensor] | None) -> None:
+        if before is not None:
+            pairs = self._pairs.setdefault(owner, [])
+            pairs.append((self.statistics.captured(owner), before))
+            if len(pairs) >= _PAIRS and not self._revert(owner):
+                pairs.clear()
+        self.statistics.accept(owner)
+
+    def compare(self, counts: Sequence[UpdateCount], guards: Sequence[LayerGuard]) -> dict[int, StatsChange]:
+        """Lists what changed, by owner.
+
+        Args:
+            counts: The observed updates of each layer.
+            guards: The guard of each layer; empty if forwards were not observed.
+        """
+        changes: dict[int, StatsChange] = {}
+        self._is_intact = False
+        is_intact = True
+        for snapshot in filter(None, (self.statistics, self.parameters)):
+            is_of_statistics = snapshot is self.statistics
+            has_reverted = is_of_statistics and any([self._revert(owner) for owner in list(self._pairs)])
+            if snapshot.is_intact() and not has_reverted:
+                continue
+            is_intact = False
+            differences = snapshot.changed()
+            paid = self._within_budget(differences, counts, guards) if is_of_statistics else frozenset()
+            for difference in differences:
+                if difference.owner not in paid:
+                    change = self._change(snapshot, difference, counts[difference.owner])
+                    earlier = changes.get(difference.owner)
+                    changes[difference.owner] = _joined(earlier, change) if earlier else change
+            if is_of_statistics:
+                self.broadcast = self._overwritten(changes)
+        self._is_intact = is_intact
+        return changes
+
+    def restore(self) -> None:
+        """Restores what has changed, unless the last comparison found no change."""
+        if not self._is_intact:
+            for snapshot in filter(None, (self.statistics, self.parameters)):
+                snapshot.restore()
+
+    def cause(self, found: Sequence[StatsChange], model: nn.Module) -> Cause:
+        """The cause of the changes that no observed forward explains, as far as it is known."""
+        unseen = {change.names for change in found if not change.updates}
+        if unseen <= {layer.names for layer in compiled_layers(self._layers, model)}:
+            return "compiled"
+        left = {id(layer.module) for layer in find_layers(model)}
+        gone = {layer.names for layer in self._layers if id(layer.module) not in left}
+        return "replaced" if unseen <= gone else "unknown"
+
+    @outside_modes()
+    def _revert(self, owner: int) -> bool:
+        """Whether a layer was written to before an update within its budget; if so, recaptures its earlier values."""
+        for then, before in self._pairs.get(owner, ()):
+            known = [
+                (before[name], value) for name, value in then.items() if name in before and has_values(before[name])
+            ]
+            if not all([holds(tensor, value) for tensor, value in known]):
+                self.statistics.recapture(owner, then)
+                return True
+        return False
+
+    def _within_budget(
+        self, differences: Sequence[Difference], counts: Sequence[UpdateCount], guards: Sequence[LayerGuard]
+    ) -> frozenset[int]:
+        """Owners of differences that are updates within the budget. Their current values are captured.
+
+        Before each forward that was counted ``DistributedDataParallel`` may have overwritten the statistics with those
+        of another rank: the update then began from them. An update that is under way has been paid for.
+        """
+        if not self._budget:
+            return frozenset()
+        owners = [difference.owner for difference in differences]
+        modules = {owner: self._layers[owner].module for owner in owners}
+        spent = [modules[owner] for owner in owners if counts[owner].within]
+        overwritten = overwritten_by_ddp(spent, after_join=True) if spent else {}
+        paid = []
+        for owner, module in modules.items():
+            if (
+                id(module) in overwritten
+                or (guards and guards[owner].under_way)
+                or (was_compiled(module) and self._has_counted(owner, counts[owner]))
+            ):
+                self.statistics.accept(owner)
+                paid.append(owner)
+        return frozenset(paid)
+
+    def _has_counted(self, owner: int, count: UpdateCount) -> bool:
+        """Whether the number of updates, by the layer's counter, is within the budget; if so, spends it."""
+        before = self.statistics.before(owner).get("num_batches_tracked")
+        now = self.statistics.now(owner).get("num_batches_tracked")
+        if before is None or now is None:
+            return False
+        with outside_modes():
+            updates = int(now) - int(before)
+        return spend(count, self._budget, updates)
+
+    def _overwritten(self, changes: Mapping[int, StatsChange]) -> dict[str, int]:
+        """Layers whose change a broadcast of DDP explains: no forward updated them, and another rank decides."""
+        modules = {owner: self._layers[owner].module for owner, change in changes.items() if not change.updates}
+        sources = overwritten_by_ddp(modules.values()) if modules else {}
+        return {
+            self._layers[owner].names[0]: sources[id(module)]
+            for owner, module in modules.items()
+            if id(module) in sources
+        }
+
+    def _change(self, snapshot: Snapshot, difference: Difference, count: UpdateCount) -> StatsChange:
+        layer = self._layers[difference.owner]
+        shift = None
+        if snapshot is self.statistics:
+            owner = difference.owner
+            shift = largest_mean_shift(snapshot.before(owner), snapshot.now(owner), eps_of(layer.module))
+        seen = count.beyond if self._policy.tells_forwards and not self._policy.stops else 0
+        where = count.where if seen else None
+        return StatsChange(layer.names, type(layer.module).__name__, difference.names, seen, where, shift)
+
+
+def compiled_layers(layers: Sequence[StatsLayer], model: nn.Module) -> list[StatsLayer]:
+    """The layers that compiled graphs run, as far as that can be known."""
+    parts = compiled_parts(model)
+    return [layer for layer in layers if id(layer.module) in parts or was_compiled(layer.module)]
+
+
+def _joined(one: StatsChange, other: StatsChange) -> StatsChange:
+    return StatsChange(
+        one.names, one.type, one.buffers + other.buffers, one.updates, one.where, one.mean_shift or other.mean_shift
+    )

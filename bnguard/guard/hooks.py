@@ -1,0 +1,308 @@
+"""Observe every forward of one layer, and apply the decision of the guards around it.
+
+Note [Why hooks see and the instance holds]
+~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
+As long as the guards around a layer only raise or warn, forward hooks do the work, and the layer runs untouched:
+
+1. For torch's own layers, a pre-hook determines from flags alone whether a forward would update
+   (``LayerKind.predict``). It raises before the forward, reads no tensor and does not wait for the GPU.
+2. For a layer with a forward of its own, this cannot be predicted. The pre-hook copies its statistics, the layer runs,
+   and a forward hook compares them, then restores them and raises, or records the update. If the forward itself raised,
+   the hook restores and records but does not raise, because torch would turn its error into a warning.
+
+As soon as one of the guards holds statistics or counts updates, a ``forward`` on the instance does so; see Note
+[Holding]. Neither reads a tensor while a graph is traced or a CUDA graph captured, under ``torch.fx``, or if
+``functional_call`` runs the layer with other tensors. Changes made there are found by the comparison at the end of the
+block.
+
+Note [Interruption]
+~~~~~~~~~~~~~~~~~~~
+A block may end between any two lines of another one: the garbage collector closes a generator, a signal handler runs,
+or the user presses Ctrl-C. So the entries of a layer are a set, ``LayerGuard.members``. Adding or removing one is a
+single C call, and ``sync`` makes the layer conform to the set. It may be run any number of times, by any thread, and
+starts over if the set has changed in the meantime. The lock excludes other threads; it is never held while user code
+runs.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Sequence
+from functools import partial
+from operator import attrgetter
+from types import FrameType
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from bnguard.errors import BNGuardError
+from bnguard.guard.copies import LayerHook
+from bnguard.guard.forward import HeldLayer
+from bnguard.guard.hold import BatchNormForward, GuardedForward, guards
+from bnguard.guard.messages import script_text
+from bnguard.guard.policy import PolicyEntry, in_graphs, standing
+from bnguard.guard.surroundings import Entries, traced
+from bnguard.guard.watching import Before
+from bnguard.layers.kinds import BATCH_NORM, StatsLayer
+from bnguard.torch_internals.fork import renew_after_fork
+from bnguard.torch_internals.tracing import is_symbolic
+
+_lock: Final = threading.RLock()
+renew_after_fork(_lock)
+
+
+def guard_of(module: nn.Module) -> LayerGuard | None:
+    """The guard that is currently on a layer; None if there is none."""
+    guard: LayerGuard | None = guards.get(id(module))
+    return guard
+
+
+class _BeforeForward(LayerHook):
+    __slots__ = ()
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.guard.before(module, args)
+
+
+class _AfterForward(LayerHook):
+    __slots__ = ()
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.guard.after(module, args)
+
+
+class LayerGuard(HeldLayer):
+    """Guards one layer while at least one block is around it.
+
+    Attributes:
+        members: What the blocks around it want, as the keys of a dictionary. See Note [Interruption].
+    """
+
+    __slots__ = ("_before", "members")
+
+    def __init__(self, layer: StatsLayer) -> None:
+        super().__init__(layer)
+        self.members: dict[PolicyEntry, None] = {}
+        self._before: dict[int, list[Before]] | None = None  # by thread, once there are some
+
+    def serves_again(self, layer: StatsLayer) -> bool:
+        """Whether this guard, which has no entries any more, can be used again as if it were new."""
+        module = layer.module
+        if module is not self.module or layer.kind is not self.kind or self.members or "forward" in module.__dict__:
+            return False
+        if layer.buffers != self.names:
+            return False
+        self.remember()
+        return True
+
+    # Entries.
+
+    def sync(self) -> None:
+        """Makes the layer conform to ``members``. May be run at any time; starts over if they have changed."""
+        with _lock:
+            while True:
+                members = tuple(self.members)
+                self._take_over(members)
+                if not members and not self.is_watching():
+                    if guards.get(id(self.module)) is self:
+                        del guards[id(self.module)]
+                    self.remove()
+                if tuple(self.members) == members:
+                    return
+
+    def _take_over(self, members: Entries) -> None:
+        """Decides by these entries from now on."""
+        self.entries = entries = members if len(members) < 2 else tuple(sorted(members, key=_INNERMOST_FIRST))
+        self.action = action = standing(entries)
+        self.graph_action = in_graphs(entries) if action is None else action
+        if entries and guards.setdefault(id(self.module), self) is self and self.kind.hold != "none":
+            decides = any([entry.budget or entry.policy.holds or entry.policy.hides for entry in entries])
+            if decides or self.has_foreign_hooks():
+                self.put_forward()
+            else:
+                self.put_hooks(_BeforeForward(self), None if self.kind.predict is not None else _AfterForward(self))
+
+    def make_forward(self) -> GuardedForward:
+        """The forward for the layer's ``__dict__``."""
+        return BatchNormForward(self) if self.kind is BATCH_NORM else GuardedForward(self)
+
+    def is_watching(self) -> bool:
+        """Whether a forward that the hooks watch is still running, and may outlast the block.
+
+        One that is no longer on the stack of its thread was left by an exception for which torch calls no hooks, such
+        as KeyboardInterrupt.
+        """
+        if not self._before:
+            return False
+        stacks = sys._current_frames()
+        for thread in list(self._before):
+            self._drop_finished(thread, stacks.pop(thread, None))
+        stacks.clear()  # which knows the frame that knows it
+        return any(self._before.values())
+
+    def _drop_finished(self, thread: int, frame: FrameType | None) -> None:
+        """Forgets the forwards of a thread that are not on its stack."""
+        calls = set()
+        while frame is not None:
+            calls.add(id(frame))
+            frame = frame.f_back
+        waiting = (self._before or {}).get(thread, [])
+        for before in [before for before in waiting if before.call not in calls]:
+            waiting.remove(before)
+            self.forget(before)
+
+    # The hooks.
+
+    def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """The forward pre-hook: decides about a forward that would update, or copies what it may change."""
+        if self._has_forward:
+            return  # the forward sees to it; the hooks are there for forwards that began before it was put
+        if type(module) is not type(self.module):
+            self.unhook(module)  # fusing has moved the hook to another module
+            return
+        if module is not self.module and not module.__dict__.get("_is_replica", False):
+            self.strip(module)  # a copy of __dict__, which shares the hooks
+            return
+        predict = self.kind.predict
+        if predict is not None and not predict(module):
+            return
+        if torch.compiler.is_compiling():
+            traced(id(self.module))
+            return
+        entries = self.entries  # of the moment at which the forward begins
+        if is_symbolic(args, {}) or self.is_foreign(module):
+            return
+        if predict is not None:
+            if not self.rejects(args):
+                self.apply(self.decide_and_count(entries))
+        elif not self.is_captured() and self.is_watched(entries):
+            self._watch(entries, sys._getframe(3))
+
+    def _watch(self, entries: Entries, call: FrameType) -> None:
+        """Copies what a forward may change, until the forward hook is called for the same call of the layer."""
+        thread = threading.get_ident()
+        if self._before is None:
+            self._before = {}
+        if self._before.get(thread):
+            self._drop_finished(thread, call)
+        before = self.look(entries)
+        before.call = id(call)
+        self._before.setdefault(thread, []).append(before)
+
+    def after(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """The forward hook: decides about updates that the forward has made. torch calls it after an exception, too."""
+        if torch.compiler.is_compiling():
+            return
+        waiting = None if self._before is None else self._before.get(threading.get_ident())
+        if not waiting:
+            return
+        frame = sys._getframe(2)
+        calls = {id(frame), id(frame.f_back)}  # after an exception torch calls the hook from one frame further out
+        before = next((before for before in reversed(waiting) if before.call in calls), None)
+        if before is None:
+            return
+        waiting.remove(before)
+        has_failed = sys.exception() is not before.error
+        try:
+            self.conclude(before, has_failed)
+        finally:
+            # The forward has outlasted the last block. After an exception torch is iterating over the hooks.
+            if not self.members and not has_failed:
+                self.sync()
+
+    def refuse_script(self) -> nn.Module:
+        """Called first by ``torch.jit.script``, which would compile the guard along with the source of the layer."""
+        if all([entry.block is not None and entry.block.guards_every_model for entry in self.entries]):
+            plain: nn.Module = self.without_ours()
+            return plain  # a ScriptModule runs no hooks: compared at the end
+        raise BNGuardError(script_text(type(self.module).__name__))
+
+    # Replicas.
+
+    def replicate(self) -> nn.Module:
+        """Makes a replica for ``nn.DataParallel``, which is guarded as long as the layer is."""
+        replica: nn.Module = type(self.module)._replicate_for_data_parallel(self.module)
+        self.strip(replica)
+        replica.__dict__["forward"] = partial(self.run_replica, replica)
+        return replica
+
+    def run_replica(self, replica: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+        """The forward of a replica."""
+        guard = LayerGuard(StatsLayer(replica, (), self.names, self.kind))
+        guard.kind, guard.previous, guard._turn = self.kind, self.previous, self._turn
+        guard.entries, guard.action, guard.graph_action = self.entries, self.action, self.graph_action
+        if self.kind is BATCH_NORM and "input" in kwargs:
+            args, kwargs = (kwargs["input"],), {}
+        # The first replica shares the layer's statistics. What the others update is dropped with them.
+        if self.entries and (self.action == "running" or self.shares_statistics(replica)):
+            return guard.run(args, kwargs)
+        return guard.original(*args, **kwargs)
+
+
+_INNERMOST_FIRST: Final = attrgetter("order")
+
+
+def add_entries(
+    layers: Sequence[StatsLayer],
+    entries: Sequence[PolicyEntry],
+    into: list[LayerGuard],
+    earlier: Sequence[LayerGuard] = (),
+) -> None:
+    """Puts one entry on each layer.
+
+    Args:
+        layers: The layers.
+        entries: An entry for each.
+        into: Receives the guard of each layer before its entry is added, for ``drop_entries``.
+        earlier: The guards of an earlier call on the same layers, to be used again.
+    """
+    again = {id(guard.module): guard for guard in earlier}
+    for layer, entry in zip(layers, entries, strict=True):
+        key = id(layer.module)
+        candidate = again.get(key)
+        with _lock:
+            while True:
+                guard = guards.get(key)
+                if guard is None:
+                    is_new = candidate is None or not candidate.serves_again(layer)
+                    guard = LayerGuard(layer) if is_new or candidate is None else candidate
+                into.append(guard)
+                guard.members[entry] = None
+                guard.sync()
+                if guards.get(key) is guard:
+                    break
+                drop_entries([into.pop()], [entry], layer.module)  # interrupted: another one guards the layer now
+
+
+def drop_entries(guards: Sequence[LayerGuard], entries: Sequence[PolicyEntry], model: nn.Module) -> None:
+    """Takes the entries off again; the last one takes everything else along. May be done any number of times.
+
+    Raises:
+        BaseException: The first of what went wrong, after everything that could be taken off is.
+    """
+    failure: BaseException | None = None
+    for guard, entry in zip(guards, entries, strict=False):
+        try:
+            _drop(guard, entry, model)
+        except BaseException as error:
+            failure = failure or error
+    if failure is not None:
+        raise failure
+
+
+def _drop(guard: LayerGuard, entry: PolicyEntry, model: nn.Module) -> None:
+    with _lock:
+        guard.members.pop(entry, None)
+        guard.sync()
+        if guard.is_hook_elsewhere and not guard.members:
+            for part in model.modules():
+                guard.unhook(part)
+            guard.is_hook_elsewhere = False
+
+
+def is_any_held(layers: Sequence[StatsLayer]) -> bool:
+    """Whether some guard still keeps forwards of one of the layers from updating."""
+    found = [guard for layer in layers if (guard := guards.get(id(layer.module))) is not None]
+    return any([entry.policy.holds for guard in found for entry in guard.entries])

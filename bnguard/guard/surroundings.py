@@ -1,0 +1,176 @@
+"""Where a forward of a guarded layer runs, and whose statistics it uses there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from bnguard.guard.copies import InstancePatch
+from bnguard.guard.hold import guards
+from bnguard.guard.policy import PolicyEntry
+from bnguard.layers.kinds import OWN_FORWARD, StatsLayer
+from bnguard.layers.swaps import own_tensors, own_values
+from bnguard.torch_internals.checkpointing import current_region
+from bnguard.torch_internals.compile import at_compile_time, record_compiled
+from bnguard.torch_internals.functional_call import in_functional_call
+from bnguard.torch_internals.tracing import is_recorded
+
+Entries = tuple[PolicyEntry, ...]
+
+
+@at_compile_time
+def traced(key: int) -> None:
+    """Records that a graph is traced through the layer with this id."""
+    guard = guards.get(key)
+    if guard is not None and not torch.compiler.is_exporting():
+        record_compiled(guard.module)
+
+
+@at_compile_time
+def recorded(key: int) -> None:
+    """Makes the blocks warn that the layer with this id, which they run in eval mode, is traced or exported."""
+    guard = guards.get(key)
+    for entry in () if guard is None else guard.entries:
+        if entry.block is not None and entry.policy.action == "running":
+            entry.block.recorded(entry)
+
+
+@at_compile_time
+def _is_lent(key: int) -> bool:
+    """Whether ``functional_call`` provides the statistics with which a graph is traced through the layer with this id.
+
+    Only the tracer sees them. The layer itself still has its own, unless the user has replaced them.
+    """
+    guard = guards.get(key)
+    return guard is None or guard.has_own_tensors()
+
+
+class Surroundings(InstancePatch):
+    """A guarded layer in the program around it.
+
+    Attributes:
+        names: The buffers that are guarded.
+        kind: The family of the layer.
+        entries: The entries of the blocks around it, the innermost first.
+        is_plain: Whether its forward is an ordinary method of its class.
+    """
+
+    __slots__ = ("_known", "_on_cuda", "entries", "is_plain", "kind", "names")
+
+    def __init__(self, layer: StatsLayer) -> None:
+        super().__init__(layer.module)
+        self.names = layer.buffers
+        self.kind = layer.kind
+        if self.previous is not None and layer.kind.hold != "none":
+            self.kind = OWN_FORWARD
+        self.entries: Entries = ()
+        cls: type[nn.Module] = type(self.module)
+        self.is_plain = self.previous is None and _is_plain(cls)
+        self.remember()
+
+    def remember(self) -> None:
+        """Remembers the current statistics as the layer's own."""
+        self._known = own_values(self.module, self.names)
+        self._on_cuda: bool | None = None  # not known yet
+
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer's own forward, bound as Python binds it."""
+        if self.previous is not None:
+            return self.previous(*args, **kwargs)
+        if self.is_plain:
+            return type(self.module).forward(self.module, *args, **kwargs)
+        return self.own_forward()(*args, **kwargs)
+
+    def own_forward(self) -> Callable[..., Any]:
+        """The forward that the module has without a guard."""
+        return _bound_forward(self.module) if self.previous is None else self.previous
+
+    def is_captured(self) -> bool:
+        """Whether the forward becomes part of a CUDA graph."""
+        if self._on_cuda is None:
+            self._on_cuda = any([tensor is not None and tensor.is_cuda for tensor in self._known])
+        return self._on_cuda and torch.cuda.is_current_stream_capturing()
+
+    def surroundings(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Literal["graph", "record", "capture"] | None:
+        """Whether a forward is compiled into a graph, traced otherwise, or captured in a CUDA graph; else None.
+
+        Records the graph, and reports a checkpointed region around the forward to the blocks that hold.
+        """
+        if torch.compiler.is_compiling():
+            traced(id(self.module))
+            return "graph"
+        region = current_region()
+        if region is not None:
+            for entry in self.entries:
+                if entry.block is not None and entry.policy.holds:
+                    entry.block.checkpointed(region)
+        if self.is_captured():
+            return "capture"
+        return "record" if is_recorded(args, kwargs) else None
+
+    def rejects(self, args: tuple[Any, ...]) -> bool:
+        """Whether torch rejects the input before it counts the batch."""
+        check = getattr(self.module, "_check_input_dim", None)
+        if check is None or len(args) != 1:
+            return False
+        try:
+            check(args[0])
+        except Exception:  # whatever it is, the layer's own forward raises it again
+            return True
+        return False
+
+    def has_own_tensors(self) -> bool:
+        """Whether the layer's buffers are the remembered ones, on which compiled graphs depend."""
+        buffers = self.module._buffers
+        return all([buffers.get(name) is tensor for name, tensor in zip(self.names, self._known, strict=True)])
+
+    def is_foreign(self, module: nn.Module) -> bool:
+        """Whether this call uses the statistics of a replica or of ``functional_call``, which are not guarded.
+
+        Statistics that the user replaced for good are the layer's own from then on.
+        """
+        buffers = module._buffers
+        for name, tensor in zip(self.names, self._known, strict=True):
+            if buffers.get(name) is not tensor:
+                if torch.compiler.is_compiling():
+                    return _is_lent(id(self.module))
+                if module is not self.module:
+                    return not self.shares_statistics(module)
+                if own_tensors(module, "_buffers").get(name) is tensor:
+                    return False  # swapped by an overlapping forward
+                if in_functional_call():
+                    return True
+                self.remember()
+                return False
+        return False
+
+    def shares_statistics(self, replica: nn.Module) -> bool:
+        """Whether a replica has the layer's own statistics."""
+        theirs, own = replica._buffers, self.module._buffers
+        return all([theirs.get(name) is own.get(name) for name in self.names])
+
+
+def _is_plain(cls: type) -> bool:
+    """Whether ``forward`` is an ordinary method of the class."""
+    for base in cls.__mro__:
+        if "forward" in base.__dict__:
+            return type(base.__dict__["forward"]) is FunctionType
+    return False
+
+
+def _bound_forward(module: nn.Module) -> Callable[..., Any]:
+    """The class's forward, bound as Python binds it: descriptors, static and class methods too."""
+    cls = type(module)
+    for base in cls.__mro__:
+        if "forward" in base.__dict__:
+            found: Any = base.__dict__["forward"]
+            bind = getattr(type(found), "__get__", None)
+            bound: Callable[..., Any] = found if bind is None else bind(found, module, cls)
+            return bound
+    raise AttributeError(f"{cls.__name__} has no forward")

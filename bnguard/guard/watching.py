@@ -1,0 +1,187 @@
+"""See what a forward has done to a layer's statistics, and decide about it."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from dataclasses import dataclass
+from typing import Any, Final
+
+from torch import Tensor
+
+from bnguard.guard.hold import copies_outside_modes
+from bnguard.guard.policy import Decision, decide, decide_and_count
+from bnguard.guard.surroundings import Entries, Surroundings
+from bnguard.layers.bits import has_values, same_bits
+from bnguard.layers.kinds import StatsLayer
+from bnguard.layers.swaps import own_tensors, put_tensor
+from bnguard.torch_internals.fork import renew_after_fork
+from bnguard.torch_internals.tracing import outside_modes
+from bnguard.torch_internals.transforms import below_transforms
+
+_lock: Final = threading.RLock()
+renew_after_fork(_lock)
+
+
+@dataclass(slots=True)
+class _Original:
+    """What a layer had before any of the forwards that are under way.
+
+    Attributes:
+        tensors: The statistics, as objects.
+        values: Copies of them.
+        has_changed: Whether one of those forwards was found to have changed them.
+        is_shared: Whether there was more than one.
+    """
+
+    tensors: dict[str, Tensor]
+    values: dict[str, Tensor]
+    has_changed: bool = False
+    is_shared: bool = False
+
+
+@dataclass(slots=True)
+class Before:
+    """The state of a layer right before a forward.
+
+    Attributes:
+        entries: The entries at its beginning.
+        original: The statistics of the layer. Overlapping forwards share it: which one wrote what is unknown.
+        error: The exception that was being handled.
+        call: The frame in which torch calls the layer, as an id; 0 where the end of the forward is known otherwise.
+    """
+
+    entries: Entries
+    original: _Original
+    error: BaseException | None
+    call: int = 0
+
+
+class WatchedLayer(Surroundings):
+    """A guarded layer whose statistics can be compared from one side of a forward to the other.
+
+    Attributes:
+        under_way: Forwards that are watched at the moment.
+    """
+
+    __slots__ = ("_original", "under_way")
+
+    def __init__(self, layer: StatsLayer) -> None:
+        super().__init__(layer)
+        self.under_way = 0
+        self._original: _Original | None = None
+
+    def is_watched(self, entries: Entries) -> bool:
+        """Whether anything comes of an update."""
+        decision = decide(entries)
+        return decision.action != "update" or bool(decision.told or decision.within)
+
+    def look(self, entries: Entries) -> Before:
+        """Copies the statistics right before a forward."""
+        with _lock:
+            original = self._original
+            if original is not None:
+                original.is_shared = True
+            else:
+                own = own_tensors(self.module, "_buffers")
+                values = copies_outside_modes(self.module, self.names)
+                tensors = {name: tensor for name in values if (tensor := own.get(name)) is not None}
+                self._original = original = _Original(tensors, values)
+            self.under_way += 1
+        return Before(entries, original, sys.exception())
+
+    def forget(self, before: Before) -> None:
+        """Ends the watch over a forward."""
+        with _lock:
+            self.under_way -= 1
+            if not self.under_way:
+                self._original = None
+
+    def restored(self) -> None:
+        """The end of a block has restored the layer: forwards that go on after it are to leave it like this."""
+        with _lock:
+            if self._original is not None:
+                own = own_tensors(self.module, "_buffers")
+                self._original.tensors = {
+                    name: old if (now := own.get(name)) is None else now for name, old in self._original.tensors.items()
+                }
+
+    def conclude(self, before: Before, has_failed: bool) -> None:
+        """Decides about what a watched forward has done."""
+        try:
+            original = before.original
+            # In this order: another thread says that there was a change before it puts back what shows it.
+            if not self._differ(original.values, own_tensors(self.module, "_buffers")) and not original.has_changed:
+                return
+            original.has_changed = True
+            decision = decide_and_count(before.entries)
+            if decision.action != "update":
+                self.put_back(before)
+            if not has_failed:
+                self.apply(decision)
+            elif decision.decider is not None and decision.decider.block is not None and decision.action == "stop":
+                decision.decider.block.stopped(decision.decider)
+            self.allow(decision, before)
+        finally:
+            self.forget(before)
+
+    def allow(self, decision: Decision, before: Before) -> None:
+        """Has the blocks whose budgets allowed an update take over what it has written."""
+        for entry in decision.within:
+            if entry.block is not None:
+                entry.block.allowed(entry, None if before.original.is_shared else before.original.values)
+
+    @outside_modes()
+    def put_back(self, before: Before) -> None:
+        """Gives the layer the tensors and the values from before a forward. Past autograd: see the exit check."""
+        own = own_tensors(self.module, "_buffers")
+        for name, tensor in before.original.tensors.items():
+            if own.get(name) is not tensor:
+                put_tensor(self.module, "_buffers", name, tensor)
+            value = below_transforms(before.original.values[name])
+            target = below_transforms(tensor)
+            if target.shape != value.shape:
+                target.data = value
+            elif has_values(target) and not same_bits(target, value):
+                target.data.copy_(value)
+
+    @outside_modes()
+    def commit(self, after: dict[str, Tensor | None]) -> None:
+        """Gives the layer's own statistics what a forward has made of clones of them."""
+        own = own_tensors(self.module, "_buffers")
+        for name in self.names:
+            tensor, value = own.get(name), after.get(name)
+            if tensor is None or value is None:
+                continue
+            if tensor.shape != value.shape or tensor.dtype != value.dtype:
+                put_tensor(self.module, "_buffers", name, value)
+            elif has_values(tensor) and has_values(value):
+                tensor.data.copy_(value)
+
+    def _differ(self, one: dict[str, Any], other: dict[str, Any]) -> bool:
+        pairs = [(below_transforms(one.get(name)), below_transforms(other.get(name))) for name in one]
+        with outside_modes():
+            return not all(
+                [
+                    same_bits(left, right)
+                    for left, right in pairs
+                    if left is not None and right is not None and has_values(left) and has_values(right)
+                ]
+            )
+
+    @staticmethod
+    def apply(decision: Decision) -> None:
+        """Raises or records what was decided."""
+        decider = decision.decider
+        if decision.action == "stop" and decider is not None and decider.block is not None:
+            raise decider.block.stopped(decider)
+        for entry in decision.told:
+            if entry.block is not None:
+                entry.block.updated(entry)
+
+    def decide_and_count(self, entries: Entries) -> Decision:
+        """Decides about an update. While a CUDA graph is captured nothing runs: only an error is of use then."""
+        if not self.is_captured():
+            return decide_and_count(entries)
+        decision = decide(entries)
+        return decision if decision.action == "stop" else Decision("update")

@@ -1,0 +1,195 @@
+"""``on_change="rollback"``: statistics move inside the block as without a guard, and are put back afterwards."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import bnguard
+from tests.asserts import (
+    assert_clean,
+    assert_same_bits,
+    assert_same_gradients,
+    assert_untouched,
+    outcome,
+    state_of,
+    statistics,
+    values,
+)
+from tests.nets import NORMS, OwnForward, conv_net, images, warmed
+
+EVERY_NORM = pytest.mark.parametrize("norm", NORMS)
+
+
+def make_net(norm: str) -> nn.Sequential:
+    """A convolution and one layer with statistics."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(2, 2, 1), warmed(NORMS[norm]()))
+
+
+@EVERY_NORM
+def test_inside_everything_is_as_in_the_twin(norm: str) -> None:
+    """Outputs, gradients and statistics inside are bit for bit those of an unguarded twin; afterwards all is back."""
+    net = make_net(norm)
+    twin = copy.deepcopy(net)
+
+    def run() -> None:
+        with bnguard.frozen(net, "rollback") as guard:
+            for seed in range(3):
+                assert_same_bits(outcome(net, images(seed=seed)), outcome(twin, images(seed=seed)))
+                assert_same_bits(state_of(net), state_of(twin))
+            assert_same_bits(outcome(net.eval(), images()), outcome(twin.eval(), images()))
+            assert guard.report()
+        net.train()
+
+    assert_untouched(net, run)
+    assert_clean(net)
+
+
+@EVERY_NORM
+def test_backward_after_the_block_has_the_twins_gradients(norm: str) -> None:
+    """Test-time adaptation: what a forward has read of the statistics is not what the end of the block puts back."""
+    net = make_net(norm)
+    twin = copy.deepcopy(net)
+
+    def adapt(model: nn.Module, batch: Tensor) -> Tensor:
+        model.train()(batch.detach() * 3 + 5)
+        output: Tensor = model.eval()(batch)
+        return output
+
+    one, other = (images().requires_grad_() for _ in range(2))
+    with bnguard.frozen(net, "rollback"):
+        output = adapt(net, one)
+    output.square().sum().backward()
+    expected = adapt(twin, other)
+    expected.square().sum().backward()
+    assert_same_bits(output, expected)
+    assert_same_bits(one.grad, other.grad)
+    assert_same_gradients(net, twin)
+
+
+@pytest.mark.parametrize("write", ["forward", "load", "data", "assign", "reset", "error"])
+def test_whoever_writes_is_rolled_back_silently(write: str) -> None:
+    """Forwards, other writes and exceptions: no warning, no error of ours, and the original tensors afterwards."""
+    net = warmed(conv_net())
+    other = conv_net()
+
+    def run() -> None:
+        with bnguard.frozen(net, "rollback"):
+            if write == "forward":
+                net(images())
+            layer: Any = net.get_submodule(next(iter(statistics(net))).rpartition(".")[0])
+            if write == "load":
+                net.load_state_dict(other.state_dict())
+            elif write == "data":
+                layer.running_mean.data.fill_(7)
+            elif write == "assign":
+                layer.running_mean = layer.running_mean + 1
+            elif write == "reset":
+                layer.reset_running_stats()
+            elif write == "error":
+                raise ZeroDivisionError
+
+    before, objects = values(statistics(net)), statistics(net)
+    try:
+        run()
+    except ZeroDivisionError:
+        assert write == "error"
+    assert_same_bits(statistics(net), before)
+    assert all(tensor is objects[name] for name, tensor in statistics(net).items())
+    assert_clean(net)
+
+
+@pytest.mark.parametrize("outer", ["raise", "warn", "restore"])
+def test_inner_rollback_is_no_change_for_the_guard_around_it(outer: Any) -> None:
+    """Statistics move inside the inner block, and the outer one has nothing to say."""
+    net = warmed(conv_net())
+    before = values(statistics(net))
+    with bnguard.frozen(net, outer) as guard:
+        with bnguard.frozen(net, "rollback"):
+            net(images())
+            assert any(not torch.equal(before[name], tensor) for name, tensor in statistics(net).items())
+        assert_same_bits(statistics(net), before)
+    assert guard.changes == ()
+    assert_same_bits(statistics(net), before)
+
+
+def test_guard_inside_a_rollback_decides_for_itself() -> None:
+    """The innermost guard comes first: it stops the forward."""
+    net = warmed(conv_net())
+    with bnguard.frozen(net, "rollback"), pytest.raises(bnguard.StatsChangedError), bnguard.frozen(net):
+        net(images())
+
+
+def test_check_puts_nothing_back() -> None:
+    """``check()`` lists what has moved so far, and the statistics go on moving."""
+    net = warmed(conv_net())
+    twin = copy.deepcopy(net)
+    with bnguard.frozen(net, "rollback") as guard:
+        net(images())
+        guard.check()
+        assert guard.changes
+        assert_same_bits(outcome(net, images(seed=2)), (twin(images()), outcome(twin, images(seed=2)))[1])
+        assert_same_bits(state_of(net), state_of(twin))
+
+
+def test_recomputed_forward_inside_is_the_twins() -> None:
+    """Activation checkpointing inside the block works as without a guard."""
+    net = nn.Sequential(nn.Conv2d(2, 2, 1), warmed(OwnForward(2)), warmed(nn.BatchNorm2d(2)))
+    twin = copy.deepcopy(net)
+
+    def run(model: nn.Module) -> list[Tensor]:
+        batch = images().requires_grad_()
+        output = torch.utils.checkpoint.checkpoint(model, batch, use_reentrant=False)
+        output.square().sum().backward()
+        return [output, batch.grad]
+
+    before = values(statistics(net))
+    with bnguard.frozen(net, "rollback"):
+        assert_same_bits(run(net), run(twin))
+        assert_same_bits(state_of(net), state_of(twin))
+    assert_same_bits(statistics(net), before)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo looks
+@pytest.mark.parametrize("compiled", [False, True])
+def test_compiled_model_is_rolled_back(compiled: bool) -> None:
+    """A graph that was warm before the block updates inside, and the original statistics come back."""
+    net = make_net("BatchNorm")
+    twin = copy.deepcopy(net)
+    run: Callable[[Tensor], Tensor] = torch.compile(net, backend="eager") if compiled else net
+    run(images())
+    twin(images())
+    before = values(statistics(net))
+    with bnguard.frozen(net, "rollback"):
+        assert_same_bits(run(images(seed=2)), twin(images(seed=2)))
+        assert_same_bits(state_of(net), state_of(twin))
+    assert_same_bits(statistics(net), before)
+
+
+@pytest.mark.parametrize("option", [{"updates": 1}, {"use_running_stats": True}], ids=str)
+def test_options_that_contradict_it_are_refused(option: dict[str, Any]) -> None:
+    """Inside a rollback the statistics are free to move; the error names both options."""
+    with pytest.raises(ValueError, match=f"'rollback' contradicts {next(iter(option))}="):
+        bnguard.frozen(nn.BatchNorm1d(2), "rollback", **option)
+
+
+def test_strict_rolls_back_each_call() -> None:
+    """As the option of a decorator."""
+    net = warmed(conv_net())
+
+    @bnguard.strict(on_change="rollback")
+    def look(model: nn.Module) -> Tensor:
+        model(images())
+        output: Tensor = model.eval()(images())
+        model.train()
+        return output
+
+    twin = copy.deepcopy(net)
+    twin(images())
+    assert_same_bits(assert_untouched(net, lambda: look(net)), twin.eval()(images()))
