@@ -1,19 +1,20 @@
-"""Words and parts of sentences that every text is made of."""
+"""Words and parts of sentences that all messages share."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
 
-__all__ = [
-    "count_text",
-    "listing",
-    "ranks_text",
-    "sentence",
-    "short_repr",
-    "suggestion",
-    "times_text",
-]
+
+def name_text(name: str, model: str = "") -> str:
+    """The name of a layer: ``stem.bn``, or ``Generator: stem.bn`` where several models are watched."""
+    return f"{model}: {name or '(root)'}" if model else name or "(root)"
+
+
+def layer_text(names: Sequence[str], type_name: str, model: str = "") -> str:
+    """One layer with its type, as every message prints it: ``stem.bn (BatchNorm2d)``."""
+    shown = [name or "(root)" for name in names]
+    return f"{name_text(' = '.join(shown), model)} ({type_name})"
 
 
 def listing(words: Sequence[str]) -> str:
@@ -22,14 +23,14 @@ def listing(words: Sequence[str]) -> str:
 
 
 def ranks_text(ranks: Sequence[int]) -> str:
-    """``rank 1``, ``ranks 1, 2 and 5``; ``other ranks`` where they cannot be told."""
+    """``rank 1``, ``ranks 1, 2 and 5``; ``other ranks`` where they are unknown."""
     if not ranks:
         return "other ranks"
     return f"rank{'s' if len(ranks) > 1 else ''} {listing([str(rank) for rank in ranks])}"
 
 
 def suggestion(value: object, valid: Iterable[str]) -> str:
-    """What is valid, after the nearest one if there is a near one."""
+    """A hint that lists the valid values, the closest match first if there is one."""
     valid = list(valid)
     everything = f"valid are {listing([repr(name) for name in valid])}"
     nearest = difflib.get_close_matches(str(value), valid, n=1, cutoff=0.7)
@@ -37,7 +38,7 @@ def suggestion(value: object, valid: Iterable[str]) -> str:
 
 
 def short_repr(value: object) -> str:
-    """Its ``repr()``; of what is long or has several lines, as a module has, the beginning."""
+    """The ``repr()`` of a value, shortened if it is long or has several lines, as that of a module."""
     first, newline, _ = repr(value).partition("\n")
     return first if not newline and len(first) <= 60 else f"{first[:57]}..."
 
@@ -48,7 +49,7 @@ def count_text(number: int, noun: str) -> str:
 
 
 def sentence(text: str) -> str:
-    """A text as a sentence: with a capital, unless it begins with code."""
+    """The text as a sentence: with a full stop, and a capital unless it begins with code."""
     first = text.partition(" ")[0]
     return f"{text[0].upper()}{text[1:]}." if first.isalpha() else f"{text}."
 

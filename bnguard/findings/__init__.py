@@ -1,1 +1,1 @@
-"""What is wrong with running statistics, and how it shows."""
+"""What can be wrong with running statistics, one file for each finding, and how it is found."""

@@ -1,4 +1,4 @@
-"""Read the tensors of a checkpoint file, and execute nothing of it."""
+"""Read the tensors of a checkpoint file without executing anything in it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from torch import Tensor
 
 from bnguard.layers.kinds import is_statistic
 
-__all__ = ["find_state_dict", "load_checkpoint"]
-
-# Where training code keeps the state dict in a checkpoint; the first that is there.
+# Keys under which training code keeps the state dict in a checkpoint, in order of precedence.
 _KEYS: Final = (
     "state_dict",
     "model_state_dict",
@@ -33,13 +31,13 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Mapping[str, Any]:
     """Loads ``.pt``, ``.pth``, ``.ckpt`` (with ``weights_only=True``) and ``.safetensors``, onto the CPU.
 
     Raises:
-        ValueError: The file is no checkpoint, is truncated, or holds objects that only unpickling could bring back,
-            which could run any code.
-        ImportError: A ``.safetensors`` file, and that package is not installed.
+        ValueError: The file is no checkpoint, is truncated, or holds objects that would have to be unpickled, which
+            can run any code.
+        ImportError: The file is a ``.safetensors`` file, and that package is not installed.
         OSError: The file cannot be read.
     """
     name = os.fspath(path)
-    with open(name, "rb"):  # so that what fails later is not about reading
+    with open(name, "rb"):  # a later failure is not about reading
         pass
     if os.path.getsize(name) == 0:
         raise ValueError(f"{name} is empty")
@@ -53,25 +51,15 @@ def find_state_dict(checkpoint: Mapping[str, Any], key: str | None, source: str)
     """The mapping of names to tensors in a checkpoint.
 
     Args:
-        checkpoint: A state dict, or what holds one.
-        key: Under which key to look, dots between nested ones; None looks at the usual places, also below each other.
+        checkpoint: A state dict, or a mapping that holds one.
+        key: The key of the state dict, with dots between nested keys; None tries the usual keys, also nested ones.
         source: What to call the checkpoint in an error.
 
     Raises:
-        ValueError: There is none, or none under ``key``.
+        ValueError: There is no state dict, or none under ``key``.
     """
-    if key is not None:
-        candidates = [_under(checkpoint, key, source)]
-    else:
-        candidates = [checkpoint]
-        for parent in (checkpoint, *[checkpoint[name] for name in _KEYS if name in checkpoint]):
-            if isinstance(parent, Mapping):
-                candidates += [parent[name] for name in _KEYS if name in parent]
-    found = [
-        {str(name): value for name, value in candidate.items() if isinstance(value, Tensor)}
-        for candidate in candidates
-        if isinstance(candidate, Mapping)
-    ]
+    candidates = _usual_places(checkpoint) if key is None else [_under(checkpoint, key, source)]
+    found = [_tensors_of(candidate) for candidate in candidates]
     with_statistics = [tensors for tensors in found if any([is_statistic(name.rpartition(".")[2]) for name in tensors])]
     for tensors in (*with_statistics, *found):
         if tensors:
@@ -82,8 +70,22 @@ def find_state_dict(checkpoint: Mapping[str, Any], key: str | None, source: str)
     )
 
 
+def _usual_places(checkpoint: Mapping[str, Any]) -> list[Any]:
+    """The checkpoint, its values under the usual keys, and theirs."""
+    places = [checkpoint]
+    for parent in (checkpoint, *[checkpoint[name] for name in _KEYS if name in checkpoint]):
+        if isinstance(parent, Mapping):
+            places += [parent[name] for name in _KEYS if name in parent]
+    return places
+
+
+def _tensors_of(candidate: Any) -> dict[str, Tensor]:
+    items = candidate.items() if isinstance(candidate, Mapping) else ()
+    return {str(name): value for name, value in items if isinstance(value, Tensor)}
+
+
 def _under(checkpoint: Mapping[str, Any], key: str, source: str) -> Any:
-    """What a checkpoint has under a key, or under several with dots between them: ``"ema.module"``."""
+    """The value under a key of a checkpoint, or under nested keys with dots between them: ``"ema.module"``."""
     value: Any = checkpoint
     for part in [key] if key in checkpoint else key.split("."):
         if not isinstance(value, Mapping) or part not in value:
@@ -96,7 +98,7 @@ def _under(checkpoint: Mapping[str, Any], key: str, source: str) -> Any:
 def _load_torch(name: str) -> Any:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of another protocol of pickle: it is read, or refused below
+            warnings.simplefilter("ignore")  # about the pickle protocol: the file is read, or refused below
             return torch.load(name, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "Unsupported" in str(error) or "WeightsUnpickler" in str(error) or "weights_only" in str(error):
@@ -105,7 +107,7 @@ def _load_torch(name: str) -> Any:
                 "not. Save model.state_dict() instead"
             ) from None
         raise ValueError(_foreign(name)) from error
-    except Exception as error:  # whatever broken bytes make of it
+    except Exception as error:  # a broken file can raise anything
         raise ValueError(_foreign(name)) from error
 
 

@@ -4,60 +4,28 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 from torch import Tensor, nn
 
 from bnguard.findings.checkpoint_files import find_state_dict, load_checkpoint
-from bnguard.findings.soundness import has_broken
+from bnguard.findings.soundness import has_broken, statistics_of_layer
 from bnguard.layers.bits import has_values, same_bits
-from bnguard.layers.drift import Drift, drift_between, eps_of
+from bnguard.layers.drift import drift_between, eps_of
 from bnguard.layers.kinds import is_statistic
 from bnguard.layers.tree import find_layers
-from bnguard.report.document import as_text
-from bnguard.report.documents import diff_document
+from bnguard.records import Drift, StatsDiff
+from bnguard.report.document import Column, Document, Table, as_text
+from bnguard.report.json import drift_content
+from bnguard.report.tables import drift_table
 from bnguard.torch_internals.compile import outside_graphs
-from bnguard.torch_internals.tracing import aside
-
-__all__ = ["StatsDiff", "diff"]
+from bnguard.torch_internals.tracing import outside_modes
+from bnguard.words import count_text
 
 Source: TypeAlias = "nn.Module | Mapping[str, Any] | str | os.PathLike[str]"
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class StatsDiff:
-    """What moved between two states of a model.
-
-    Attributes:
-        moved: Layers with other statistics, in the order of the later state; how far, for those with a mean and a
-            variance of one shape.
-        changed: Names of all layers with other statistics.
-        unchanged: Names of layers with the same bits.
-        missing: Names of layers that only the earlier state has.
-        added: Names of layers that only the later state has.
-        broken_before: Names of layers with NaN, infinity or a negative variance in the earlier state.
-        broken_after: The same in the later state.
-    """
-
-    moved: tuple[Drift, ...]
-    changed: tuple[str, ...]
-    unchanged: tuple[str, ...]
-    missing: tuple[str, ...]
-    added: tuple[str, ...]
-    broken_before: tuple[str, ...]
-    broken_after: tuple[str, ...]
-
-    @property
-    def is_clean(self) -> bool:
-        """Whether nothing differs and nothing is broken."""
-        return not (self.changed or self.missing or self.added or self.broken_before or self.broken_after)
-
-    def report(self) -> str:
-        """All of it, as text: what moved most first."""
-        return as_text(diff_document(self))
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,60 +35,97 @@ class _Layer:
     statistics: dict[str, Tensor]
 
 
-_EPS: Final = 1e-5  # torch's own, where only tensors are known
+_EPS: Final = 1e-5  # torch's default, for states that have only tensors
+_SHOWN: Final = 20  # rows
 
 
 @outside_graphs
-@aside()
+@outside_modes()
 def diff(before: Source, after: Source, *, key: str | None = None) -> StatsDiff:
     """Compares the running statistics of two models, state dicts or checkpoint files.
 
     Files are read with ``torch.load(weights_only=True)``, or as safetensors: nothing in them is executed. A state dict
     is found at the top or under ``state_dict``, ``model``, ``ema`` and the like. Names are compared without the
-    prefixes of wrappers (``module.``, ``_orig_mod.``); where one state has all names under one more prefix, as
-    Lightning's checkpoints have, without that.
+    prefixes of wrappers (``module.``, ``_orig_mod.``), and without a further prefix that all names of one state have,
+    as in Lightning's checkpoints.
 
     Args:
         before: The earlier state: a model, a state dict, a checkpoint, or the path of a file.
-        after: The later one.
-        key: Where the state dict is in a checkpoint, ``"ema.module"`` for nested ones; None looks at the usual places.
+        after: The later state.
+        key: The key of the state dict in a checkpoint, ``"ema.module"`` if nested; None tries the usual keys.
 
     Returns:
-        What moved, what is missing, and what is broken. For a channel's drift ``eps`` is the layer's own where a model
-        is given, else torch's ``1e-5``.
+        What moved, what is missing, and what is broken. The drift of a channel is computed with the layer's ``eps`` if
+        a model is given, else with torch's ``1e-5``.
 
     Raises:
         TypeError: A state is none of those.
         ValueError: A file is no checkpoint, is truncated, or holds objects that would have to be unpickled; no state
             dict is found; or there are no running statistics.
         OSError: A file cannot be read.
-        ImportError: A ``.safetensors`` file, and that package is not installed.
+        ImportError: A file is a ``.safetensors`` file, and that package is not installed.
     """
     old, new = (_layers_of(state, key, name) for state, name in ((before, "before"), (after, "after")))
     if not old.keys() & new.keys():
         old, new = _aligned(old, new)
-    moved, changed, unchanged = [], [], []
-    for name, layer in new.items():
-        earlier = old.get(name)
-        if earlier is None:
-            continue
-        if _same(earlier.statistics, layer.statistics):
-            unchanged.append(name)
-            continue
-        changed.append(name)
-        eps = layer.eps if layer.eps != _EPS else earlier.eps
-        drift = drift_between((name,), layer.type or earlier.type, earlier.statistics, layer.statistics, eps)
-        if drift is not None:
-            moved.append(drift)
+    found = _compared(old, new)
+    return replace(found, _text=as_text(diff_document(found)))
+
+
+def _compared(old: Mapping[str, _Layer], new: Mapping[str, _Layer]) -> StatsDiff:
+    common = [name for name in new if name in old]
+    unchanged = [name for name in common if _same(old[name].statistics, new[name].statistics)]
+    changed = [name for name in common if name not in unchanged]
+    drifts = [_drift(name, old[name], new[name]) for name in changed]
     return StatsDiff(
-        tuple(moved),
+        tuple(filter(None, drifts)),
         tuple(changed),
         tuple(unchanged),
-        tuple([name for name in old if name not in new]),
-        tuple([name for name in new if name not in old]),
+        _only_in(old, new),
+        _only_in(new, old),
         _broken(old),
         _broken(new),
     )
+
+
+def _only_in(one: Mapping[str, _Layer], other: Mapping[str, _Layer]) -> tuple[str, ...]:
+    return tuple([name for name in one if name not in other])
+
+
+def _drift(name: str, earlier: _Layer, later: _Layer) -> Drift | None:
+    eps = later.eps if later.eps != _EPS else earlier.eps
+    return drift_between((name,), later.type or earlier.type, earlier.statistics, later.statistics, eps)
+
+
+def diff_document(found: StatsDiff) -> Document:
+    """The report of a comparison: what moved, what is missing, and what is broken."""
+    total = len(found.changed) + len(found.unchanged)
+    shown = {drift.names[0] for drift in found.moved if drift.has_moved}
+    others = [name for name in found.changed if name not in shown]
+    tables = (
+        drift_table("moved", found.moved, _SHOWN),
+        _names_table("other statistics than mean and variance moved", others),
+        _names_table("only before", found.missing),
+        _names_table("only after", found.added),
+        _names_table("broken before (NaN, infinite or negative)", found.broken_before),
+        _names_table("broken after (NaN, infinite or negative)", found.broken_after),
+    )
+    broken = len(found.broken_after)
+    what = f"{count_text(broken, 'layer')} of the later state {'is' if broken == 1 else 'are'} broken"
+    verdict = f"{what}: take an earlier checkpoint" if broken else ""
+    parts = [f"{len(found.changed)} of {count_text(total, 'layer')} moved"]
+    parts += [f"{len(found.missing)} missing"] * bool(found.missing) + [f"{len(found.added)} added"] * bool(found.added)
+    return Document(verdict, ", ".join(parts), (), tuple([table for table in tables if table.rows]))
+
+
+def _names_table(title: str, names: Sequence[str]) -> Table:
+    return Table(title, (Column("layer"),), tuple([(name or "(root)",) for name in names]), _SHOWN)
+
+
+def diff_content(found: StatsDiff) -> dict[str, Any]:
+    """A comparison for a JSON file, with the fields of ``StatsDiff``."""
+    names = ("changed", "unchanged", "missing", "added", "broken_before", "broken_after")
+    return {"moved": [drift_content(drift) for drift in found.moved], **{name: getattr(found, name) for name in names}}
 
 
 def _layers_of(state: Any, key: str | None, role: str) -> dict[str, _Layer]:
@@ -129,8 +134,7 @@ def _layers_of(state: Any, key: str | None, role: str) -> dict[str, _Layer]:
         layers = {}
         for layer in find_layers(state):
             module: Any = layer.module
-            buffers = dict(module.named_buffers(recurse=False))
-            statistics = {name: buffers[name] for name in layer.buffers if name in buffers}
+            statistics = statistics_of_layer(module, layer.buffers)
             layers[layer.names[0]] = _Layer(type(module).__name__, eps_of(module, _EPS), statistics)
         source = f"{role}, a {type(state).__name__},"
     else:
@@ -148,9 +152,9 @@ def _layers_of(state: Any, key: str | None, role: str) -> dict[str, _Layer]:
     return layers
 
 
-# Nobody calls a submodule of his own so.
+# No user's submodule has such a name.
 _WRAPPED: Final = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-_PARALLEL: Final = "module."  # but so: it counts where everything is in it
+_PARALLEL: Final = "module."  # a submodule may: it is a wrapper only if it contains everything
 
 
 def _layers_in(state_dict: Mapping[str, Tensor]) -> dict[str, _Layer]:
@@ -166,7 +170,7 @@ def _layers_in(state_dict: Mapping[str, Tensor]) -> dict[str, _Layer]:
 
 
 def _dense(tensor: Tensor) -> Tensor:
-    """A tensor in a form and a precision that can be computed with."""
+    """The tensor in a layout and a precision that arithmetic supports."""
     if tensor.is_sparse:
         tensor = tensor.to_dense()
     if tensor.is_quantized:
@@ -175,7 +179,7 @@ def _dense(tensor: Tensor) -> Tensor:
 
 
 def _aligned(old: dict[str, _Layer], new: dict[str, _Layer]) -> tuple[dict[str, _Layer], dict[str, _Layer]]:
-    """The same without the prefix that names of one of them have before those of the other; that of most."""
+    """Both states, without the prefix of one that makes most of its names equal to names of the other."""
     best: tuple[int, str, bool] = (0, "", False)
     for one, other, swap in ((old, new, False), (new, old, True)):
         prefixes = {name[: end + 1] for name in one for end, char in enumerate(name) if char == "."}

@@ -1,4 +1,4 @@
-"""Whether the statistics of one layer are sound: finite, learned, in a precision that keeps them."""
+"""What several rules ask about one layer: whether its statistics are sound, and whether it is frozen."""
 
 from __future__ import annotations
 
@@ -6,28 +6,37 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bnguard.layers.bits import has_values
-from bnguard.torch_internals.tracing import aside
-
-__all__ = ["half_precision_of", "has_broken", "is_initial", "is_of_another_convention"]
+from bnguard.torch_internals.tracing import outside_modes
 
 
-def is_of_another_convention(momentum: Any) -> bool:
-    """Whether a momentum is one of Keras', say, where most of the old statistics is kept."""
+def is_frozen(module: nn.Module) -> bool:
+    """Whether a layer has parameters of its own, none of which is trained."""
+    own = list(module.parameters(recurse=False))
+    return bool(own) and not any([parameter.requires_grad for parameter in own])
+
+
+def statistics_of_layer(module: nn.Module, names: tuple[str, ...]) -> dict[str, Tensor]:
+    """The buffers of a layer with these names, in the order of registration."""
+    return {name: tensor for name, tensor in module.named_buffers(recurse=False) if name in names}
+
+
+def has_inverted_momentum(momentum: Any) -> bool:
+    """Whether a momentum looks like one of Keras, where 0.9 keeps most of the old statistics."""
     return isinstance(momentum, float) and 0.5 < momentum < 1
 
 
 def half_precision_of(statistics: Mapping[str, Tensor]) -> str | None:
-    """The dtype of statistics in half precision; None where none are."""
+    """The dtype of statistics in half precision, such as ``"float16"``; None if there are none."""
     dtypes = {tensor.dtype for tensor in statistics.values()} & {torch.float16, torch.bfloat16}
-    return str(dtypes.pop()) if dtypes else None
+    return str(dtypes.pop()).removeprefix("torch.") if dtypes else None
 
 
-@aside()
+@outside_modes()
 def has_broken(statistics: Mapping[str, Tensor]) -> bool:
-    """Whether some of a layer's statistics hold NaN, infinity, or a variance below 0. Reads them."""
+    """Whether some of the statistics are NaN, infinite, or a negative variance. Waits for the device."""
     return any([has_values(tensor) and _is_broken(name, tensor) for name, tensor in statistics.items()])
 
 
@@ -40,9 +49,9 @@ def _is_broken(name: str, statistic: Tensor) -> bool:
     return bool(bad.any())
 
 
-@aside()
-def is_initial(statistics: dict[str, Tensor]) -> bool:
-    """Whether statistics are those that torch gives a new layer: mean 0, variance 1, no batch counted. Reads them."""
+@outside_modes()
+def is_initial(statistics: Mapping[str, Tensor]) -> bool:
+    """Whether the statistics are those of a new layer: mean 0, variance 1, no batch counted. Waits for the device."""
     mean, var, count = (statistics.get(name) for name in ("running_mean", "running_var", "num_batches_tracked"))
     if mean is None or var is None or not has_values(mean) or not has_values(var):
         return False

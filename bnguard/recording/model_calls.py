@@ -1,4 +1,4 @@
-"""Where the user's code called the models whose forwards are under way, and from where in them layers are called."""
+"""From which line the user's code called the models that are running, and from where in them layers are called."""
 
 from __future__ import annotations
 
@@ -12,41 +12,39 @@ from torch.optim.swa_utils import update_bn
 from bnguard.layers.tree import WRAPPERS
 from bnguard.torch_internals.callsite import CallSite, function_of, origin_of
 
-__all__ = ["ModelCall", "ModelCalls"]
-
-# torch calls each module through it, once.
+# Every call of a module runs this function once.
 _CALL: Final = nn.Module.__call__.__code__
-# Not of the decorator, whose code all functions under no_grad() share.
+# Unwrapped: all functions decorated with no_grad() share the code of the wrapper.
 _CALIBRATES: Final = inspect.unwrap(update_bn).__code__
 _MOST: Final = 4096
 
 
 class ModelCall(NamedTuple):
-    """How a forward has come about.
+    """How a module was called.
 
     Attributes:
-        site: The user's line that called the outermost module, wrappers such as ``DistributedDataParallel`` aside; of a
-            forward that backward recomputes, the line that called ``backward()`` where that is known.
-        place: The instruction that called this module, in whatever code.
-        calibrates: Whether that is a part of ``torch.optim.swa_utils.update_bn``.
+        site: The user's line that called the outermost module other than a wrapper such as
+            ``DistributedDataParallel``; for a forward that backward recomputes, the line that called ``backward()`` if
+            it is known.
+        calibrates: Whether the call is part of ``torch.optim.swa_utils.update_bn``.
         wraps: Whether the module is such a wrapper.
-        number: Of the outermost call, in the order in which those began.
+        number: The number of the outermost call, in the order in which they began.
     """
 
     site: str
-    place: tuple[CodeType, int] | None
     calibrates: bool
     wraps: bool
     number: int = 0
 
 
-_new_call: Final = tuple.__new__  # in half the time of the class itself
+_new_call: Final = tuple.__new__  # takes half the time of calling the class
 
 
 class ModelCalls:
-    """The calls of modules that are under way. To be told of each as it begins, so that a few frames tell its line.
+    """The calls of modules that are running.
 
-    A frame is known by its id: whoever has that later has told so before it runs anything.
+    Every call must be announced with ``begin``, so that only a few frames have to be searched for its line. A frame is
+    known by its id: a later frame with the same id is announced before it calls anything.
     """
 
     def __init__(self) -> None:
@@ -55,33 +53,31 @@ class ModelCalls:
         self._begun = 0
 
     def begin(self, module: nn.Module, frame: FrameType | None) -> ModelCall:
-        """Takes in the call of a module. ``frame`` is one that it runs, or that of torch's call itself."""
+        """Announces a call of a module. ``frame`` is a frame inside of the call, or that of the call itself."""
         frame = _call_at(frame)
         wraps = type(module).__name__ in WRAPPERS
         if frame is None:
-            return ModelCall("<unknown>", None, calibrates=False, wraps=wraps)
-        caller = frame.f_back
-        parent = _call_at(caller)
+            return ModelCall("<unknown>", calibrates=False, wraps=wraps)
+        parent = _call_at(frame.f_back)
         outer = None if parent is None else self._by_frame.get(id(parent))
-        place = None if caller is None else (caller.f_code, caller.f_lasti)
         if outer is None or outer.wraps:
             site, calibrates = self._user_line(frame) if parent is None or outer is not None else self._search(frame)
             self._begun += 1
-            call = ModelCall(site, place, calibrates, wraps, self._begun)
+            call = ModelCall(site, calibrates, wraps, self._begun)
         else:
-            call = _new_call(ModelCall, (outer.site, place, outer.calibrates, wraps, outer.number))
+            call = _new_call(ModelCall, (outer.site, outer.calibrates, wraps, outer.number))
         if len(self._by_frame) >= _MOST:
             self._by_frame.clear()
         self._by_frame[id(frame)] = call
         return call
 
     def under_way(self, frame: FrameType | None) -> ModelCall | None:
-        """The call that ``begin`` has taken in and whose end is near; None if there was none."""
+        """The innermost announced call that contains ``frame``; None if there is none."""
         frame = _call_at(frame)
         return None if frame is None else self._by_frame.get(id(frame))
 
     def _search(self, frame: FrameType) -> tuple[str, bool]:
-        """The same for a call inside calls that began before anybody was told."""
+        """The user's line of a call inside calls that began before the watch."""
         outermost, current = frame, _call_at(frame.f_back)
         while current is not None:
             if type(current.f_locals.get("self")).__name__ not in WRAPPERS:
@@ -90,7 +86,7 @@ class ModelCalls:
         return self._user_line(outermost)
 
     def _user_line(self, frame: FrameType) -> tuple[str, bool]:
-        """The innermost line of the user outside of a frame, else of a package; whether update_bn is on the way."""
+        """The innermost line of user code outside of a frame, else of a package; whether update_bn lies in between."""
         found: FrameType | None = None
         fallback: FrameType | None = None
         calibrates = False
@@ -113,7 +109,7 @@ class ModelCalls:
         key = (frame.f_code, frame.f_lasti)
         text = self._lines.get(key)
         if text is None:
-            if len(self._lines) >= _MOST:  # code that is made again and again
+            if len(self._lines) >= _MOST:  # code that is compiled again and again
                 self._lines.clear()
             self._lines[key] = text = str(
                 CallSite(frame.f_code.co_filename, frame.f_lineno, function_of(frame.f_code), 0)

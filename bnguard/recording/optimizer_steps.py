@@ -1,27 +1,24 @@
-"""Count the steps of optimizers: which step an update of a layer belongs to."""
+"""Count optimizer steps and backward passes: which step an update belongs to, and what lies between two forwards."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 from torch import nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from bnguard.torch_internals.turns import Turn
-
-__all__ = ["OptimizerSteps", "StepCounter"]
+from bnguard.torch_internals.patching import AttributePatch, Patch, backward_patch, step_hook_patch
 
 
 class OptimizerSteps:
     """The steps of one optimizer.
 
     Attributes:
-        count: How many there were; those that a ``GradScaler`` has skipped count as well.
-        parameters: The ids of its parameters; none once it is gone, for then other ones may have them.
+        count: How many there were, including those that a ``GradScaler`` skipped.
+        parameters: The ids of its parameters; empty once it is deleted, since other objects may then get these ids.
     """
 
     __slots__ = ("_optimizer", "count", "parameters")
@@ -32,7 +29,7 @@ class OptimizerSteps:
         self.parameters = frozenset[int]()
 
     def add_step(self) -> bool:
-        """Counts one; True where the optimizer has other parameters than at the last."""
+        """Counts one step; returns whether the number of the optimizer's parameters has changed since the last."""
         self.count += 1
         optimizer = self._optimizer()
         if optimizer is None:
@@ -44,11 +41,11 @@ class OptimizerSteps:
         return True
 
     def is_of(self, optimizer: Optimizer) -> bool:
-        """Whether these are the steps of an optimizer."""
+        """Whether these are the steps of this optimizer."""
         return self._optimizer() is optimizer
 
     def owns_any(self, module: nn.Module) -> bool:
-        """Whether one of the module's parameters, or of its children's, is the optimizer's."""
+        """Whether the optimizer has a parameter of the module or of its children."""
         return any([id(parameter) in self.parameters for parameter in module.parameters()])
 
     def _forget(self, _: object) -> None:
@@ -56,18 +53,19 @@ class OptimizerSteps:
 
 
 class StepCounter:
-    """The steps of every optimizer in this process, while it is open. Closing twice does nothing.
+    """The steps of every optimizer in this process, while it is open. Closing twice has no effect.
 
-    Of several optimizers the one with most steps counts: those of a GAN step in turns, one that wraps another, as SAM
-    does, steps with it.
+    Of several optimizers the one with the most steps counts: those of a GAN take turns, and one that wraps another, as
+    SAM does, steps with it.
 
     Args:
-        after_each: Called after each step with the number of steps so far, if that has grown.
+        after_each: Called after each step that increases ``count``, with the new value.
 
     Attributes:
-        optimizers: Those that have stepped.
-        count: Steps of the one that has made most.
-        changes: How often an optimizer, or parameters of one, came in: what was derived from them before is old.
+        optimizers: The optimizers that have made a step.
+        count: The steps of the optimizer that has made most.
+        changes: How often an optimizer or some of its parameters were added: what was derived from them before is
+            outdated then.
     """
 
     def __init__(self, after_each: Callable[[int], None] | None = None) -> None:
@@ -76,25 +74,22 @@ class StepCounter:
         self.count = 0
         self.changes = 0
         self._by_id: dict[int, OptimizerSteps] = {}
-        self._handle: Any = None
 
     def open(self) -> None:
         """Counts from now on."""
-        self._handle = register_optimizer_step_post_hook(self._stepped)
-        _scaled_steps.open(self)
+        _step_hook.add(self)
+        _scaler_step.add(self)
 
     def close(self) -> None:
-        """Counts no more."""
-        _scaled_steps.close(self)
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
+        """Stops counting."""
+        _scaler_step.remove(self)
+        _step_hook.remove(self)
 
     def of(self, layer: nn.Module, model: nn.Module) -> tuple[tuple[OptimizerSteps, ...], bool]:
-        """The optimizers whose steps a layer goes by, and whether they train it or its model.
+        """The optimizers by which the steps of a layer are counted, and whether they train it or its model.
 
-        Those that have its own parameters; a layer that has none there goes by those that train the rest of the model,
-        and a model that none trains, a teacher for one, by all.
+        They are the optimizers of its own parameters; if there are none, those of the rest of its model; for a model
+        that is not trained, such as a teacher, all optimizers.
         """
         for module in (layer, model):
             own = tuple([optimizer for optimizer in self.optimizers if optimizer.owns_any(module)])
@@ -111,9 +106,6 @@ class StepCounter:
             self.optimizers.append(steps)
         return steps
 
-    def _stepped(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.add_step_of(optimizer)
-
     def add_step_of(self, optimizer: Optimizer) -> None:
         """Counts one step."""
         steps = self.steps_of(optimizer)
@@ -125,40 +117,59 @@ class StepCounter:
                 self._after_each(self.count)
 
 
-class _ScaledSteps:
-    """Tells counters of the steps that a ``GradScaler`` skips because of infinite gradients: no optimizer sees them."""
+def _stepped(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    for counter in _step_hook.users:
+        counter.add_step_of(optimizer)
+
+
+_step_hook: Final[Patch[StepCounter]] = step_hook_patch(_stepped)
+
+
+def _count_scaled(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Also counts the steps that a ``GradScaler`` skips because of infinite gradients: no hook sees those."""
+
+    def counted(scaler: GradScaler, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        before = [(counter, counter.steps_of(optimizer).count) for counter in _scaler_step.users]
+        result = step(scaler, optimizer, *args, **kwargs)
+        for counter, count in before:
+            if counter.steps_of(optimizer).count == count:
+                counter.add_step_of(optimizer)
+        return result
+
+    return counted
+
+
+_scaler_step: Final[AttributePatch[StepCounter]] = AttributePatch(GradScaler, "step", _count_scaled)
+
+
+class BackwardCounter:
+    """The backward passes of this process while it is open. Opening or closing twice has no effect.
+
+    Attributes:
+        count: How many have begun.
+    """
+
+    __slots__ = ("count",)
 
     def __init__(self) -> None:
-        self._turn = Turn()
-        self._counters: tuple[StepCounter, ...] = ()
-        self._step: Any = None  # torch's own, while ours is in its place
-        self._ours: Any = None
+        self.count = 0
 
-    def open(self, counter: StepCounter) -> None:
-        with self._turn:
-            self._counters = (*self._counters, counter)
-            if self._step is None:
-                self._step = step = GradScaler.step
+    def open(self) -> None:
+        """Counts from now on."""
+        _engine_call.add(self)
 
-                def counted(scaler: GradScaler, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
-                    before = [(counter, counter.steps_of(optimizer).count) for counter in self._counters]
-                    result = step(scaler, optimizer, *args, **kwargs)
-                    for counter, count in before:
-                        if counter.steps_of(optimizer).count == count:
-                            counter.add_step_of(optimizer)
-                    return result
-
-                self._ours = counted
-                setattr(GradScaler, "step", counted)  # noqa: B010  # whose type knows no other
-
-    def close(self, counter: StepCounter) -> None:
-        self._turn.end(lambda: self._close(counter))
-
-    def _close(self, counter: StepCounter) -> None:
-        self._counters = tuple([other for other in self._counters if other is not counter])
-        if not self._counters and self._step is not None and GradScaler.step is self._ours:
-            setattr(GradScaler, "step", self._step)  # noqa: B010
-            self._step = self._ours = None
+    def close(self) -> None:
+        """Stops counting."""
+        _engine_call.remove(self)
 
 
-_scaled_steps = _ScaledSteps()
+def _count_backward(run: Callable[..., Any]) -> Callable[..., Any]:
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        for counter in _engine_call.users:
+            counter.count += 1
+        return run(*args, **kwargs)
+
+    return counted
+
+
+_engine_call: Final[AttributePatch[BackwardCounter]] = backward_patch(_count_backward)

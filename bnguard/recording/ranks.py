@@ -1,22 +1,40 @@
-"""What the ranks of a distributed run have recorded, put together on the first of them."""
+"""Put together what the ranks of a distributed run have recorded.
+
+Note [Ranks without a collective operation]
+~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
+When a watch stops, each rank posts what it has recorded to the store of the default process group, and goes on. Rank 0
+gathers the posts, waits ten seconds in all, and names the ranks that did not come. A collective operation could be
+paired with one of the training, would wait for the device, and would wait for a rank that has failed.
+
+1. The store is taken when the watch first meets a model, and kept: the script may destroy the process group before the
+   watch stops, and the server of the store may live in this process.
+2. Ranks find each other's posts by what is watched, and by how many watches of that have stopped before.
+3. A post is dated. What is older than this module in rank 0 was left by an earlier run in a store that is used again.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
-from collections.abc import Iterable, Mapping
+import os
+import time
+import weakref
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any, Final, TypeVar
 
-from bnguard.findings.grouping import Finding, Sighting, findings_of
-from bnguard.records import Mode, StatsUpdates
-from bnguard.torch_internals.ranks import Ranks
+import torch.distributed as dist
 
-__all__ = ["Merged", "Recorded", "merge"]
+from bnguard.findings.grouping import by_severity, group_evidence
+from bnguard.findings.rules import RULES
+from bnguard.records import Finding, Mode, StatsUpdates
+from bnguard.torch_internals.distributed import default_store, own_connection
 
-_PATIENCE: Final = timedelta(seconds=60)
-_SHORT_PATIENCE: Final = timedelta(seconds=2)  # after an exception, which may have come to all of them
+_PATIENCE: Final = 10.0  # seconds for which rank 0 waits in all
+_PAUSE: Final = 0.02
+_IMPORTED: Final = time.time()
 
 T = TypeVar("T", StatsUpdates, Finding)
 
@@ -26,38 +44,38 @@ class Recorded:
     """What one rank has recorded.
 
     Attributes:
-        updates: See ``watch``.
-        findings: See ``watch``.
-        own: Digests of the statistics at the end, by layer, where nobody makes them equal on all ranks.
+        updates: As in ``watch``.
+        findings: As in ``watch``.
+        digests: Digests of the final statistics by layer name, for layers that nothing keeps equal across ranks.
     """
 
     updates: tuple[StatsUpdates, ...]
     findings: tuple[Finding, ...]
-    own: Mapping[str, str]
+    digests: Mapping[str, str]
 
     def as_text(self) -> str:
-        """For another process."""
+        """As JSON, for another process."""
         return json.dumps(dataclasses.asdict(self))
 
     @classmethod
-    def of_text(cls, text: str) -> Recorded:
-        """What another process has sent."""
+    def from_text(cls, text: str) -> Recorded:
+        """The inverse of ``as_text``."""
         content: dict[str, Any] = json.loads(text)
         updates = [
             StatsUpdates(**{**_with_tuples(update), "mode": Mode(**update["mode"])}) for update in content["updates"]
         ]
         findings = [Finding(**_with_tuples(finding)) for finding in content["findings"]]
-        return cls(tuple(updates), tuple(findings), content["own"])
+        return cls(tuple(updates), tuple(findings), content["digests"])
 
 
 @dataclass(frozen=True, slots=True)
 class Merged:
-    """What all ranks have recorded, as far as they have told.
+    """What all ranks have recorded.
 
     Attributes:
-        updates: Equal ones of several ranks once, with the ranks.
-        findings: Likewise.
-        missing: Ranks that have not told.
+        updates: Equal records of several ranks once, with the ranks.
+        findings: Equal findings of several ranks once, with the ranks.
+        missing: Ranks that did not post in time.
     """
 
     updates: tuple[StatsUpdates, ...]
@@ -65,52 +83,87 @@ class Merged:
     missing: tuple[int, ...]
 
 
-def merge(ranks: Ranks, own: Recorded, place: str, *, waits: bool) -> Merged | None:
-    """Tells the first rank what this one has recorded; on the first rank, puts all of it together.
+# By store: for each watched thing, how many watches of it have stopped in this process.
+_numbers: Final[weakref.WeakKeyDictionary[Any, defaultdict[str, Iterator[int]]]] = weakref.WeakKeyDictionary()
 
-    Args:
-        ranks: The ranks.
-        own: What this one has recorded.
-        place: Where the watch began; the same in all of them.
-        waits: Whether the first one waits for the others, at most a minute; else at most two seconds.
 
-    Returns:
-        All of it on the first rank, None on the others.
+class Ranks:
+    """The ranks of the default process group. See Note [Ranks without a collective operation].
 
-    Raises:
-        torch.distributed.DistError: The other ranks cannot be reached.
+    Attributes:
+        rank: The rank of this process.
+        size: How many there are.
     """
-    if not ranks.speaks:
-        ranks.tell(place, own.as_text())
-        return None
-    heard = ranks.collect(place, min(_PATIENCE if waits else _SHORT_PATIENCE, ranks.timeout))
-    recorded = {ranks.me: own, **{rank: Recorded.of_text(text) for rank, text in heard.items()}}
-    missing = tuple([rank for rank in ranks.members if rank not in recorded])
-    findings = _together({rank: one.findings for rank, one in recorded.items()})
-    differing = findings_of(_differing({rank: one.own for rank, one in recorded.items()}))
-    severe = {"error": 0, "warning": 1, "note": 2}
-    both = sorted([*findings, *differing], key=lambda finding: (severe[finding.severity], finding.code))
-    return Merged(_together({rank: one.updates for rank, one in recorded.items()}), tuple(both), missing)
+
+    def __init__(self, store: Any) -> None:
+        self.rank = dist.get_rank()
+        self.size = dist.get_world_size()
+        self._store = store
+        self._process = os.getpid()
+
+    @classmethod
+    def here(cls) -> Ranks | None:
+        """The ranks of this process; None if it is alone."""
+        store = default_store()
+        return None if store is None else cls(store)
+
+    def exchange(self, own: Recorded, place: str) -> Merged | None:
+        """Posts what this rank has recorded; on rank 0, gathers the posts of the others.
+
+        Args:
+            own: What this rank has recorded.
+            place: What was watched, in words that are equal on all ranks.
+
+        Returns:
+            What all ranks have recorded on rank 0; None on the others.
+        """
+        if self._store is None or os.getpid() != self._process:  # stopped in a forked child
+            return None
+        number = next(_numbers.setdefault(self._store, defaultdict(itertools.count))[place])
+        key = f"bnguard/{place}/{number}"
+        posts = {0: own}
+        try:
+            store = own_connection(self._store)
+            if self.rank == 0:
+                self._gather(store, key, posts)
+            else:
+                store.set(f"{key}/{self.rank}", json.dumps([time.time(), own.as_text()]))
+        except (dist.DistError, RuntimeError):  # the server of the store has ended
+            pass
+        self._store = None
+        return None if self.rank else self._merged(posts)
+
+    def _gather(self, store: Any, key: str, posts: dict[int, Recorded]) -> None:
+        """Adds the posts of the other ranks as they come, as long as rank 0 waits."""
+        end, missing = time.monotonic() + _PATIENCE, set(range(1, self.size))
+        while missing:
+            for rank in sorted(missing):
+                if store.check([f"{key}/{rank}"]):
+                    at, text = json.loads(store.get(f"{key}/{rank}"))
+                    if at >= _IMPORTED:
+                        posts[rank] = Recorded.from_text(text)
+                        missing.discard(rank)
+                        store.delete_key(f"{key}/{rank}")
+            if time.monotonic() >= end:
+                break
+            time.sleep(_PAUSE)
+
+    def _merged(self, recorded: Mapping[int, Recorded]) -> Merged:
+        digests = {rank: one.digests for rank, one in sorted(recorded.items())}
+        across = group_evidence([evidence for rule in RULES.values() for evidence in rule.across_ranks(digests)])
+        findings = _together({rank: one.findings for rank, one in recorded.items()})
+        missing = tuple([rank for rank in range(self.size) if rank not in recorded])
+        updates = _together({rank: one.updates for rank, one in recorded.items()})
+        return Merged(updates, by_severity([*findings, *across]), missing)
 
 
 def _together(by_rank: Mapping[int, Iterable[T]]) -> tuple[T, ...]:
-    """Each once, with its ranks, in the order of the first rank that has it."""
+    """Equal items once, with their ranks, in the order of the lowest rank that has them."""
     ranks: dict[T, list[int]] = {}
-    for rank, items in by_rank.items():
+    for rank, items in sorted(by_rank.items(), key=lambda pair: pair[0]):
         for item in items:
             ranks.setdefault(item, []).append(rank)
-    return tuple([dataclasses.replace(item, ranks=tuple(sorted(having))) for item, having in ranks.items()])
-
-
-def _differing(by_rank: Mapping[int, Mapping[str, str]]) -> list[Sighting]:
-    """Layers with other statistics than on the first rank."""
-    first, *others = by_rank.items()
-    sightings = []
-    for name, digest in first[1].items():
-        ranks = tuple([rank for rank, own in others if own.get(name, digest) != digest])
-        if ranks:
-            sightings.append(Sighting("BN015", name, None, 0, (first[0], ranks)))
-    return sightings
+    return tuple([dataclasses.replace(item, ranks=tuple(having)) for item, having in ranks.items()])
 
 
 def _with_tuples(fields: dict[str, Any]) -> dict[str, Any]:

@@ -1,41 +1,35 @@
-"""``watch``: record who updates running statistics, without holding anything."""
+"""``watch``: record what updates running statistics, without changing anything."""
 
 from __future__ import annotations
 
-from collections import Counter
 from types import TracebackType
 from typing import Final, Literal, Self
 
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from bnguard.findings.grouping import Finding, findings_of
-from bnguard.findings.sightings import sightings_in
+from bnguard.findings.grouping import group_evidence
 from bnguard.layers.bits import digest_of, same_bits
-from bnguard.layers.drift import Drift, DriftSeries, drift_between, largest_mean_shift, series_of
-from bnguard.layers.kinds import INSTANCE_NORM
-from bnguard.recording.layer_log import Ledger, Line
-from bnguard.recording.ranks import Merged, Recorded, merge
+from bnguard.layers.drift import drift_between, largest_mean_shift, series_of
+from bnguard.recording.layer_log import LayerLog
+from bnguard.recording.ranks import Merged, Recorded
 from bnguard.recording.recorder import Recorder, copies_of
-from bnguard.recording.timeline import UpdateSeries, updates_over_steps
-from bnguard.records import Mode, StatsChange, StatsUpdates
+from bnguard.recording.summary import WatchSummary, watch_document
+from bnguard.recording.timeline import updates_over_steps
+from bnguard.records import Drift, DriftSeries, Finding, Mode, StatsChange, StatsUpdates, UpdateSeries
 from bnguard.report.document import as_text
-from bnguard.report.documents import watch_document
-from bnguard.torch_internals.compile import is_taken_in, outside_graphs
-from bnguard.torch_internals.distributed import keeping_their_own
-from bnguard.torch_internals.ranks import Group, Ranks, check_group
-from bnguard.torch_internals.tracing import aside
-
-__all__ = ["watch"]
+from bnguard.torch_internals.compile import outside_graphs, was_compiled
+from bnguard.torch_internals.distributed import modules_differing_per_rank
+from bnguard.torch_internals.tracing import outside_modes
 
 _COMPILED: Final = Mode(compiled=True)
 
 
 class watch:  # noqa: N801  # lower case, as torch.no_grad
-    """Records who updates running statistics: which layer, from which line, in which mode, how often.
+    """Records what updates running statistics: which layer, from which line, in which mode, how often.
 
-    Nothing is held and nothing raised: the statistics move as they would. Nothing is read from the device until the
-    end; a run of any length takes as much memory as it has layers and lines, and ``every=N`` as it has samples.
+    Nothing is held and nothing raised: the statistics move as they would without it. Nothing is read from the device
+    until the end. Memory grows with the number of layers and calling lines, and with ``every=N`` with the number of
+    samples, but not with the length of the run.
 
     ::
 
@@ -43,46 +37,40 @@ class watch:  # noqa: N801  # lower case, as torch.no_grad
             train(model)
         print(record.report())
 
-        record = bnguard.watch().start()         # every model in the process, also those that are made later
+        record = bnguard.watch().start()         # every model in the process, including those made later
         ...
         record.stop()
 
-    What a guard (``frozen``) prevents is no update. In a compiled graph no line can be seen: updates there are counted
-    by ``num_batches_tracked``. What no forward explains is in ``unexplained``.
+    An update that a guard (``frozen``) prevents is not recorded. In a compiled graph no line can be seen: updates there
+    are counted by ``num_batches_tracked``. Changes that no forward explains are in ``unexplained``.
 
-    In a distributed run the ranks put together what they have recorded when they stop, on the first of them, which
-    waits for the others at most a minute; they report what they have seen themselves.
+    In a distributed run each rank records for itself. When the watch stops, rank 0 gathers what the other ranks have
+    recorded, for ten seconds at most, and names those that did not report; the other ranks do not wait.
 
     Args:
         model: The model, or one layer; None for every model that runs in this process.
-        every: Measure the drift at every so-many-th optimizer step, for ``series``. ``"auto"`` measures at 128 to 256
-            steps of any run, evenly spaced, and at the end; None at the end only. One measurement reads and writes
-            twice the statistics on their device, and waits for nothing.
-        group: Of a distributed run, the process group whose ranks put their records together; None is the default
-            group, False none, for a watch that not all ranks have.
+        every: Measure the drift at every ``every``-th optimizer step, for ``series``. ``"auto"`` measures at 128 to 256
+            evenly spaced steps of any run, and at the end; None at the end only. One measurement reads and writes
+            the statistics twice on their device, without a sync.
 
     Raises:
-        TypeError: ``model`` is no module, ``every`` no whole number, ``group`` no process group.
-        ValueError: ``every`` is not positive, or another word than ``"auto"``.
+        TypeError: ``model`` is no module, or ``every`` is no integer.
+        ValueError: ``every`` is not positive, or a string other than ``"auto"``.
     """
 
-    def __init__(
-        self, model: nn.Module | None = None, *, every: int | Literal["auto"] | None = None, group: Group = None
-    ) -> None:
+    def __init__(self, model: nn.Module | None = None, *, every: int | Literal["auto"] | None = None) -> None:
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"watch() takes a torch.nn.Module, or nothing for every model, got {type(model).__name__}")
         _check_every(every)
-        check_group(group)
-        self._group = group
         self._model = model
         self._every = every
         self._forget_all()
 
     def _forget_all(self) -> None:
-        self._recorder = Recorder(self._model, self._every, self._group)
+        self._recorder = Recorder(self._model, self._every)
         self._is_open = False
         self._final: dict[int, dict[str, Tensor]] = {}  # by position: statistics at the end
-        self._merged: Merged | None = None  # what all ranks have recorded, on the first of them, at the end
+        self._merged: Merged | None = None  # on rank 0, at the end
 
     # Enter and leave.
 
@@ -94,38 +82,42 @@ class watch:  # noqa: N801  # lower case, as torch.no_grad
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.stop(wait=error is None)
+        self.stop()
 
     @outside_graphs
     def start(self) -> Self:
-        """Records from now on; returns the watch. What an earlier run has recorded is forgotten.
+        """Starts recording, and returns the watch. What it has recorded before is forgotten.
 
         Raises:
-            RuntimeError: It records already.
+            RuntimeError: It is recording already.
         """
         if self._is_open:
             raise RuntimeError("this watch records already: stop() it first, or make another one")
         self._forget_all()
-        self._recorder.open()
         self._is_open = True
+        try:
+            self._recorder.open()
+        except BaseException:
+            self._is_open = False
+            self._recorder.close()
+            raise
         return self
 
     @outside_graphs
-    def stop(self, *, wait: bool = True) -> None:
-        """Records no more, and compares the statistics with those of the beginning. Twice does nothing.
-
-        Args:
-            wait: In a distributed run: whether the first rank waits for what the others have recorded; else it takes
-                what comes within two seconds.
-        """
+    def stop(self) -> None:
+        """Stops recording, and compares the statistics with those of the beginning. Twice has no effect."""
         if not self._is_open:
             return
         self._is_open = False
         recorder = self._recorder
-        recorder.close()
-        self._final = {number: copies_of(ledger.now()) for number, ledger in enumerate(recorder.ledgers)}
+        try:
+            recorder.close()
+        except BaseException:  # Ctrl-C: closing may be repeated
+            self._is_open = True
+            raise
+        self._final = {number: copies_of(log.now()) for number, log in enumerate(recorder.logs)}
         if recorder.ranks is not None:
-            self._merge(recorder.ranks, wait)
+            self._merged = recorder.ranks.exchange(self._recorded(), recorder.place)
 
     # What was recorded.
 
@@ -136,11 +128,11 @@ class watch:  # noqa: N801  # lower case, as torch.no_grad
 
     @property
     def drift(self) -> tuple[Drift, ...]:
-        """How far each layer that keeps a mean and a variance has moved from the beginning to the end, or to now."""
+        """How far each layer with a mean and a variance has moved from the beginning to the end, or until now."""
         drifts = []
-        for number, ledger in enumerate(self._recorder.ledgers):
-            now, model = self._now(number, ledger), self._recorder.model_of(ledger)
-            drift = drift_between(ledger.names, ledger.type, ledger.before, now, ledger.eps, model)
+        for number, log in enumerate(self._recorder.logs):
+            now, model = self._now(number, log), self._recorder.model_of(log)
+            drift = drift_between(log.names, log.type, log.before, now, log.eps, model)
             if drift is not None:
                 drifts.append(drift)
         return tuple(drifts)
@@ -148,85 +140,68 @@ class watch:  # noqa: N801  # lower case, as torch.no_grad
     @property
     def series(self) -> DriftSeries:
         """How far each layer had moved from the beginning, at every ``every``-th optimizer step."""
-        return series_of(self._recorder.samples, [self._recorder.name_of(ledger) for ledger in self._recorder.ledgers])
+        return series_of(self._recorder.samples, [self._recorder.name_of(log) for log in self._recorder.logs])
 
     @property
     def update_series(self) -> UpdateSeries:
         """How many updates came from each line over the optimizer steps; compiled graphs have none."""
-        lines: dict[str, list[Line]] = {site: [] for site in self._recorder.timelines}
-        layers: Counter[str] = Counter()
-        for ledger in self._recorder.ledgers:
-            layers.update({line.site for line in ledger.lines})
-            for line in ledger.lines:
-                lines[line.site].append(line)
-        return updates_over_steps(
-            [
-                (site, layers[site], max([line.last_step for line in some]), self._recorder.timelines[site])
-                for site, some in lines.items()
-                if some
-            ]
-        )
+        return updates_over_steps(self._recorder.timelines, [log.sites for log in self._recorder.logs])
 
     @property
     def unexplained(self) -> tuple[StatsChange, ...]:
         """Layers whose statistics have changed although no forward was seen that did it."""
         changes = []
-        for number, ledger in enumerate(self._recorder.ledgers):
-            now = self._now(number, ledger)
-            differing = tuple(
-                [name for name in ledger.before if name not in now or not _same(ledger.before[name], now[name])]
-            )
-            if differing and not ledger.updates and not self._unseen(number, ledger):
-                shift = largest_mean_shift(ledger.before, now, ledger.eps)
-                changes.append(StatsChange(ledger.names, ledger.type, differing, 0, None, shift))
+        for number, log in enumerate(self._recorder.logs):
+            now, before = self._now(number, log), log.before
+            differing = tuple([name for name in before if name not in now or not _same(before[name], now[name])])
+            if differing and not log.updates and not self._unseen(number, log):
+                shift = largest_mean_shift(before, now, log.eps)
+                changes.append(StatsChange(log.names, log.type, differing, 0, None, shift))
         return tuple(changes)
 
     @property
     def counts(self) -> tuple[int, int, int]:
-        """How many optimizer steps, updates and layers there have been so far; reads nothing from a device."""
-        return (
-            self._recorder.steps.count,
-            sum([ledger.updates for ledger in self._recorder.ledgers]),
-            len(self._recorder.ledgers),
-        )
+        """How many optimizer steps, updates and layers there have been so far; no device sync."""
+        logs = self._recorder.logs
+        return self._recorder.steps.count, sum([log.updates for log in logs]), len(logs)
 
     @property
     def findings(self) -> tuple[Finding, ...]:
-        """What is wrong with what was recorded, the worst first."""
+        """What is wrong with what was recorded, the most severe first."""
         return self._own_findings() if self._merged is None else self._merged.findings
 
     @property
     def rank(self) -> int:
-        """The rank of this process in a distributed run; 0 where it is alone."""
-        return 0 if self._recorder.ranks is None else self._recorder.ranks.me
+        """The rank of this process in a distributed run; 0 for a single process."""
+        return 0 if self._recorder.ranks is None else self._recorder.ranks.rank
 
     @property
     def speaks(self) -> bool:
-        """Whether this process has the report of all ranks, or is alone."""
-        return self._recorder.ranks is None or self._recorder.ranks.speaks
+        """Whether this process makes the report: rank 0, or a single process."""
+        return self.rank == 0
 
     @property
     def missing_ranks(self) -> tuple[int, ...]:
-        """Ranks that have not told what they recorded; told to the first rank when it stops."""
+        """Ranks whose records did not come in time; known on rank 0 after the end."""
         return () if self._merged is None else self._merged.missing
 
-    def _own_updates(self) -> tuple[StatsUpdates, ...]:
-        return tuple(
-            [
-                update
-                for number, ledger in enumerate(self._recorder.ledgers)
-                for update in self._updates_of(number, ledger)
-            ]
+    def summary(self) -> WatchSummary:
+        """All that was recorded, for a report."""
+        return WatchSummary(
+            self.findings,
+            self.updates,
+            self.unexplained,
+            self.drift,
+            self.series,
+            self.update_series,
+            self.rank,
+            self.speaks,
+            self.missing_ranks,
         )
 
-    def _own_findings(self) -> tuple[Finding, ...]:
-        nows = [self._now(number, ledger) for number, ledger in enumerate(self._recorder.ledgers)]
-        labels = [self._recorder.name_of(ledger) for ledger in self._recorder.ledgers]
-        return findings_of(sightings_in(self._recorder.ledgers, labels, nows, self._recorder.steps.count > 0))
-
     def report(self) -> str:
-        """What was recorded, as text: what is wrong first, then the lines that updated, then what moved most."""
-        return as_text(watch_document(self))
+        """What was recorded, as text: findings first, then the lines that updated, then what moved most."""
+        return as_text(watch_document(self.summary()))
 
     def __repr__(self) -> str:
         what = "every model" if self._model is None else f"a {type(self._model).__name__}"
@@ -234,47 +209,51 @@ class watch:  # noqa: N801  # lower case, as torch.no_grad
 
     # Parts.
 
-    def _merge(self, ranks: Ranks, wait: bool) -> None:
-        recorded = self._recorded()
-        try:
-            self._merged = merge(ranks, recorded, self._recorder.place, waits=wait)
-        except (dist.DistError, RuntimeError):  # the others are gone: what this one has recorded is left
-            missing = tuple([rank for rank in ranks.members if rank != ranks.me])
-            self._merged = Merged(recorded.updates, recorded.findings, missing) if ranks.speaks else None
-        ranks.release()
+    def _own_updates(self) -> tuple[StatsUpdates, ...]:
+        updates: list[StatsUpdates] = []
+        for number, log in enumerate(self._recorder.logs):
+            model = self._recorder.model_of(log)
+            updates += log.records(model)
+            unseen = self._unseen(number, log)
+            if unseen:
+                updates.append(StatsUpdates(log.names, log.type, None, _COMPILED, unseen, model=model))
+        return tuple(updates)
+
+    def _own_findings(self) -> tuple[Finding, ...]:
+        recorder = self._recorder
+        has_stepped = recorder.steps.count > 0
+        return group_evidence(
+            [
+                evidence
+                for number, log in enumerate(recorder.logs)
+                for evidence in log.evidence(recorder.name_of(log), self._now(number, log), has_stepped=has_stepped)
+            ]
+        )
 
     def _recorded(self) -> Recorded:
         """For the other ranks."""
-        modules = [module for ledger in self._recorder.ledgers if (module := ledger.module) is not None]
-        ids = keeping_their_own(modules)
-        own = {
-            self._recorder.name_of(ledger): digest_of(self._final[number])
-            for number, ledger in enumerate(self._recorder.ledgers)
-            if ledger.keeps_its_own or id(ledger.module) in ids
+        logs = self._recorder.logs
+        ids = modules_differing_per_rank([module for log in logs if (module := log.module) is not None])
+        digests = {
+            self._recorder.name_of(log): digest_of(self._final[number])
+            for number, log in enumerate(logs)
+            if log.differs_per_rank or id(log.module) in ids
         }
-        return Recorded(self._own_updates(), self._own_findings(), own)
+        return Recorded(self._own_updates(), self._own_findings(), digests)
 
-    def _now(self, number: int, ledger: Ledger) -> dict[str, Tensor]:
-        return ledger.now() if self._is_open else self._final.get(number, {})
+    def _now(self, number: int, log: LayerLog) -> dict[str, Tensor]:
+        return log.now() if self._is_open else self._final.get(number, {})
 
-    def _updates_of(self, number: int, ledger: Ledger) -> list[StatsUpdates]:
-        model = self._recorder.model_of(ledger)
-        updates = [_as_record(ledger, line, model) for line in ledger.lines]
-        unseen = self._unseen(number, ledger)
-        if unseen:
-            updates.append(StatsUpdates(ledger.names, ledger.type, None, _COMPILED, unseen, model=model))
-        return updates
-
-    def _unseen(self, number: int, ledger: Ledger) -> int:
-        """Updates that a compiled graph has made, as far as the layer counts them."""
-        module = ledger.module
-        is_compiled = ledger.is_compiled or (module is not None and is_taken_in(module))
-        if not is_compiled or ledger.kind is INSTANCE_NORM:
+    def _unseen(self, number: int, log: LayerLog) -> int:
+        """Updates that a compiled graph has made, if the layer counts them."""
+        module = log.module
+        is_compiled = log.is_compiled or (module is not None and was_compiled(module))
+        if not is_compiled or not log.kind.counts:
             return 0
-        before, now = (values.get("num_batches_tracked") for values in (ledger.before, self._now(number, ledger)))
+        before, now = (values.get("num_batches_tracked") for values in (log.before, self._now(number, log)))
         if before is None or now is None:
             return 0
-        return max(0, int(now) - int(before) - ledger.updates)
+        return max(0, int(now) - int(before) - log.updates)
 
 
 def _check_every(every: object) -> None:
@@ -288,22 +267,6 @@ def _check_every(every: object) -> None:
         raise ValueError(f"every={every}: the number of optimizer steps must be positive")
 
 
-def _as_record(ledger: Ledger, line: Line, model: str) -> StatsUpdates:
-    return StatsUpdates(
-        ledger.names,
-        ledger.type,
-        line.site,
-        line.mode,
-        line.count,
-        line.first_step,
-        line.last_step,
-        line.batch_shape,
-        line.fewest_values,
-        line.small_batches,
-        model,
-    )
-
-
-@aside()
+@outside_modes()
 def _same(one: Tensor, other: Tensor) -> bool:
     return same_bits(one, other.to(one.device, one.dtype))

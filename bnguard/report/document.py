@@ -1,13 +1,11 @@
-"""A report before it has a form: a verdict, findings, tables; and the form of plain text."""
+"""A report independent of its output format, a verdict, findings and tables, and its plain text."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bnguard.findings.grouping import Finding
-
-__all__ = ["Column", "Document", "Table", "as_text"]
+from bnguard.records import Finding
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,8 +13,8 @@ class Column:
     """A column of a table.
 
     Attributes:
-        title: What it says, with the unit.
-        is_number: Whether its cells are numbers, and go to the right.
+        title: Its heading, with the unit.
+        is_number: Whether its cells are numbers, aligned to the right.
     """
 
     title: str
@@ -28,10 +26,10 @@ class Table:
     """A table.
 
     Attributes:
-        title: What it is about.
+        title: Its heading.
         columns: Its columns.
-        rows: A cell for each column; what matters most comes first.
-        shown: How many rows are shown where there is little space.
+        rows: One cell per column; the most important rows come first.
+        shown: How many rows are printed where space is limited.
     """
 
     title: str
@@ -40,7 +38,7 @@ class Table:
     shown: int
 
     def more(self) -> str | None:
-        """What is said of the rows that are not shown; None where all are."""
+        """The line about the rows that are left out; None if there are none."""
         return f"and {len(self.rows) - self.shown} more" if len(self.rows) > self.shown else None
 
 
@@ -49,13 +47,13 @@ class Document:
     """A report.
 
     Attributes:
-        verdict: What is worst, and what to do about it, in one line; empty where nothing is wrong.
-        summary: What there was, in one line.
-        findings: All that is wrong, the worst first.
-        tables: The figures.
-        more: Where more can be seen.
-        notes: What else there is to say, after the figures; of several lines each.
-        title: What was done, such as a command.
+        verdict: The most severe finding and its remedy, in one line; empty if nothing is wrong.
+        summary: What was recorded, in one line.
+        findings: All findings, the most severe first.
+        tables: The numbers.
+        more: Where to find more.
+        notes: Remarks printed after the tables, of one or more lines each.
+        title: What was run, such as a command.
     """
 
     verdict: str
@@ -68,7 +66,7 @@ class Document:
 
 
 def as_text(document: Document) -> str:
-    """Plain text: lines may be long, as those of ``grep``."""
+    """The report as plain text. Lines are not wrapped."""
     head = [line for line in (document.title, document.verdict, document.summary) if line]
     parts = ["\n".join(head), *[str(finding) for finding in document.findings]]
     parts += ["\n".join(_lines(table)) for table in document.tables]

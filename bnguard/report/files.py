@@ -1,35 +1,35 @@
-"""The files that a command writes: JSON, pictures, a page."""
+"""Print a report on the terminal, and write the files that were asked for: JSON, pictures, an HTML page."""
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from bnguard.report import html as page
 from bnguard.report import json as json_file
+from bnguard.report import terminal
 from bnguard.report.document import Document
 
 if TYPE_CHECKING:
     from bnguard.report.plots import Picture
 
-__all__ = ["Outputs", "no_pictures", "problem_with"]
-
 
 def no_pictures() -> list[Picture]:
-    """What there is to draw of something that has no pictures."""
+    """The pictures of a report that has none."""
     return []
 
 
 @dataclass(frozen=True, slots=True)
 class Outputs:
-    """Where to write what; None writes nothing.
+    """The files to write; None writes no file.
 
     Attributes:
-        json: Everything, for programs.
-        plot: The pictures, as one file.
+        json: Everything, for other programs.
+        plot: The pictures in one file.
         html: A page with the tables and the pictures.
     """
 
@@ -39,21 +39,21 @@ class Outputs:
 
     @property
     def paths(self) -> list[Path]:
-        """Those that are to be written."""
+        """The paths of the files to write."""
         return [path for field in fields(self) if (path := getattr(self, field.name)) is not None]
 
     def write(
         self, document: Document, content: Mapping[str, Any], pictures: Callable[[], list[Picture]] = no_pictures
     ) -> list[str]:
-        """Writes them, each as far as it can be.
+        """Writes all files. One that cannot be written does not keep the others from being written.
 
         Args:
-            document: For the page.
-            content: For the JSON file.
-            pictures: Gives the pictures; asked only where there are some to be drawn.
+            document: The content of the page.
+            content: The content of the JSON file.
+            pictures: Returns the pictures; called only if they are needed.
 
         Returns:
-            Why some could not be written.
+            One message for each file that could not be written.
         """
         drawn: list[Picture] = []
 
@@ -74,13 +74,13 @@ class Outputs:
             if path is not None:
                 try:
                     write()
-                except Exception as error:  # what a run has shown must not be lost to one of them
+                except Exception as error:  # the results of a run must not be lost because one file failed
                     problems.append(str(error) if isinstance(error, OSError) else f"{path}: {error}")
         return problems
 
 
 def problem_with(path: Path) -> str | None:
-    """Why nothing can be written to a path, or None."""
+    """Why a file cannot be written to ``path``; None if it can."""
     folder = path.absolute().parent
     if path.is_dir():
         return f"{path} is a folder"
@@ -89,3 +89,34 @@ def problem_with(path: Path) -> str | None:
     if not os.access(path if path.exists() else folder, os.W_OK):
         return f"{path} cannot be written"
     return None
+
+
+def publish(
+    document: Document,
+    content: Mapping[str, Any],
+    outputs: Outputs,
+    command: str,
+    pictures: Callable[[], list[Picture]] = no_pictures,
+) -> bool:
+    """Prints a report, and writes the files.
+
+    Args:
+        document: The report.
+        content: The content of the JSON file.
+        outputs: The files to write.
+        command: The command that made the report.
+        pictures: Returns the pictures; called only if they are needed.
+
+    Returns:
+        Whether all files could be written; problems are printed to stderr.
+    """
+    if outputs.paths:
+        more = "\n".join([f"Written: {path}" for path in outputs.paths])
+    else:
+        more = "More: --html FILE has all of it, --json FILE for programs."
+    shown = replace(document, more=more if document.tables or outputs.paths else "")
+    terminal.show(shown, apart=command == "run")  # from what the script has printed
+    problems = outputs.write(document, content, pictures)
+    for problem in problems:
+        print(f"bnguard {command}: {problem}", file=sys.stderr)
+    return not problems

@@ -1,4 +1,4 @@
-"""A report as one HTML page that needs nothing else: tables, findings and pictures."""
+"""A report as one self-contained HTML page: findings, pictures and tables."""
 
 from __future__ import annotations
 
@@ -9,18 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from bnguard import __version__
-from bnguard.findings.grouping import Finding
+from bnguard.records import Finding
 from bnguard.report.document import Document, Table
 from bnguard.words import sentence
 
 if TYPE_CHECKING:
     from bnguard.report.plots import Picture
 
-__all__ = ["page", "write"]
 
-_FOLDED: Final = 20  # rows; longer tables open on a click
+_FOLDED: Final = 20  # rows; longer tables are collapsed
 
-# The policy forbids a browser to load anything from anywhere else.
+# The content security policy keeps the browser from loading anything else.
 _HEAD: Final = """\
 <!DOCTYPE html>
 <html lang="en">
@@ -59,8 +58,8 @@ def page(document: Document, pictures: Sequence[Picture]) -> str:
     """The page as text.
 
     Args:
-        document: What to say.
-        pictures: What to show, drawn here.
+        document: The report.
+        pictures: The pictures to draw and embed.
     """
     parts = [_HEAD.format(title=escape(document.title)), f"<h1>{escape(document.title)}</h1>\n"]
     if document.verdict:

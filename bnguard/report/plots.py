@@ -1,4 +1,4 @@
-"""Pictures of drift and updates. Colours are told apart by people who are colour-blind, and in grey."""
+"""Pictures of drift and updates. The colours can be distinguished with colour blindness, and in grey."""
 
 from __future__ import annotations
 
@@ -20,30 +20,26 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure, FigureBase
 from matplotlib.ticker import MaxNLocator
 
-from bnguard.guard.messages import name_text
-from bnguard.layers.drift import Drift, DriftSeries
-from bnguard.recording.timeline import UpdateSeries
-from bnguard.words import count_text
-
-__all__ = ["Picture", "as_svg", "diff_pictures", "format_of", "problem_with_format", "save", "watch_pictures"]
+from bnguard.records import Drift, DriftSeries, UpdateSeries
+from bnguard.words import count_text, name_text
 
 _WIDTH: Final = 10.0  # inches
 _COLOURS: Final = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito's
 _STYLES: Final = ("-", "--", "-.", ":")
 _BEFORE, _AFTER = "#999999", "#0072b2"
 _SMALL: Final = 8.0  # points
-_SPAN: Final = 1e3  # what moved less than that part of the most has the colour of that part
+_SPAN: Final = 1e3  # smaller values than the largest divided by this share one colour
 _BROKEN: Final = "#d55e00"
 
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A picture that is still to be drawn.
+    """A picture and the function that draws it.
 
     Attributes:
         title: What it shows.
-        description: The same in a sentence with the numbers, for those who do not see it.
-        height: In inches; all have one width.
+        description: What it shows, in one sentence with the numbers: the alternative text.
+        height: In inches; all pictures have the same width.
         draw: Draws it onto a figure.
     """
 
@@ -348,5 +344,5 @@ def _wrapped(text: str) -> str:
 
 
 def _shortened(name: str, most: int) -> str:
-    """A name of at most so many characters: the end tells more than the beginning."""
+    """A name cut to ``most`` characters: the end says more than the beginning."""
     return name if len(name) <= most else f"…{name[1 - most :]}"

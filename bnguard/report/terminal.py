@@ -1,27 +1,25 @@
-"""Reports on a terminal: with rich where that is wanted and installed, else as plain text."""
+"""Print a report: with rich on a terminal if it is installed, else as plain text."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 import sys
-from typing import Any, Final
+from typing import Any, Final, Literal
 
-from bnguard.report.document import Document, as_text
-
-__all__ = ["show"]
+from bnguard.report.document import Document, Table, as_text
 
 _STYLES: Final = {"error": "bold red", "warning": "bold yellow", "note": "bold"}
 
 
 def show(document: Document, *, apart: bool = False) -> None:
-    """Prints a report on stdout; plain where that is no terminal, ``NO_COLOR`` is set, or rich is missing.
+    """Prints a report on stdout, as plain text if stdout is no terminal, ``NO_COLOR`` is set, or rich is missing.
 
-    Where a script has closed or replaced it, on what the process began with.
+    If a script has closed or replaced ``sys.stdout``, prints on the original one.
 
     Args:
         document: The report.
-        apart: Whether an empty line comes first.
+        apart: Whether to print an empty line first.
     """
     for stream in (sys.stdout, sys.__stdout__):
         try:
@@ -30,7 +28,11 @@ def show(document: Document, *, apart: bool = False) -> None:
             else:
                 print("\n" * apart, end="", file=stream)
                 _show_with_rich(document, stream)
-        except (AttributeError, ValueError, OSError):  # none, closed, or not quite a file
+        except (
+            AttributeError,
+            ValueError,
+            OSError,
+        ):  # no stream, a closed one, or no real file
             continue
         return
 
@@ -45,10 +47,8 @@ def _is_plain(stream: Any) -> bool:
 
 
 def _show_with_rich(document: Document, stream: Any) -> None:
-    from rich import box
     from rich.console import Console
     from rich.padding import Padding
-    from rich.table import Table
     from rich.text import Text
 
     console = Console(file=stream, highlight=False, markup=False, emoji=False)
@@ -64,18 +64,8 @@ def _show_with_rich(document: Document, stream: Any) -> None:
         for line in rest:
             console.print(Padding(line.strip(), (0, 0, 0, 2)))
     for table in document.tables:
-        drawn = Table(title=table.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-        for column in table.columns:
-            drawn.add_column(
-                column.title,
-                justify="right" if column.is_number else "left",
-                no_wrap=column.is_number,
-                overflow="fold",
-            )
-        for row in table.rows[: table.shown]:
-            drawn.add_row(*row)
         console.print()
-        console.print(drawn)
+        console.print(_rich_table(table))
         more = table.more()
         if more is not None:
             console.print(f"  {more}", style="dim")
@@ -83,3 +73,16 @@ def _show_with_rich(document: Document, stream: Any) -> None:
         console.print(f"\n{note}")
     if document.more:
         console.print(f"\n{document.more}", style="dim")
+
+
+def _rich_table(table: Table) -> Any:
+    from rich import box
+    from rich.table import Table as RichTable
+
+    drawn = RichTable(title=table.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in table.columns:
+        side: Literal["right", "left"] = "right" if column.is_number else "left"
+        drawn.add_column(column.title, justify=side, no_wrap=column.is_number, overflow="fold")
+    for row in table.rows[: table.shown]:
+        drawn.add_row(*row)
+    return drawn

@@ -4,7 +4,10 @@ import contextlib
 import copy
 import inspect
 import os
+import subprocess
+import sys
 import sysconfig
+from collections import Counter
 
 import pytest
 import torch
@@ -13,7 +16,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import bnguard
-from bnguard.findings.codes import CODES
+from bnguard.findings.codes import CODES, FindingSpec
+from bnguard.findings.rule import Evidence, Rule
+from bnguard.findings.rules import RULES
 from tests.asserts import assert_same_bits
 
 IMAGES = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -648,11 +653,77 @@ def test_many_updates_of_a_step_are_counted():
     assert found(run)["BN003"].what.startswith("2 layers (1, 4) updated up to 100 times in 2 optimizer steps")
 
 
-def test_every_code_is_described():
-    """There are fifteen, each with a title, a severity and a way out."""
-    assert list(CODES) == [f"BN{number:03}" for number in range(1, 16)]
-    for code in CODES.values():
-        assert code.title
-        assert code.severity in ("error", "warning", "note")
-        assert len(code.fix) > 20
-        assert 10 < len(code.cure) < 90
+def test_every_code_has_a_rule():
+    """There are fifteen: the torch-free table says the same of them as their rules, which say what to do."""
+    assert list(CODES) == list(RULES) == [f"BN{number:03}" for number in range(1, 16)]
+    for code, rule in RULES.items():
+        assert (rule.code, FindingSpec(rule.title, rule.severity)) == (code, CODES[code])
+        assert rule.title
+        assert len(rule.fix) > 20
+        assert 10 < len(rule.short_fix) < 90
+
+
+def test_codes_are_known_without_torch():
+    """The command line checks its options before it imports torch."""
+    code = "import sys, bnguard.findings.codes; sys.exit('torch' in sys.modules)"
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    )
+
+
+def test_a_rule_is_all_that_a_finding_needs(monkeypatch):
+    """A rule that is registered gets the events it listens to; watch and audit report what it finds."""
+
+    class Counting(Rule):
+        code = "BN999"
+        title = "counting"
+        fix = "nothing to be done about it"
+        short_fix = "go on"
+        in_run = "{g.of} had {g.detail}"
+        in_audit = "{g.of} {g.be} there"
+
+        def __init__(self):
+            self.events = Counter()
+
+        def on_update(self, update):
+            self.events[update.site.rpartition(" ")[2]] += 1
+
+        def on_held(self):
+            self.events["held"] += 1
+
+        def on_evaluation(self, evaluation):
+            self.events["evaluation"] += 1
+
+        def on_result(self, result):
+            self.events["result"] += result.output.shape == (16, 4, 6, 6)
+
+        def on_step_end(self, step):
+            self.events["steps"] += 1
+
+        def at_end(self, end):
+            return [Evidence(self.code, end.name, None, 0, str(dict(sorted(self.events.items()))))]
+
+        @classmethod
+        def audit(cls, audited):
+            return [Evidence(cls.code, layer.names[0]) for layer in audited.layers]
+
+    monkeypatch.setitem(RULES, "BN999", Counting)
+    net = classifier()[:2]
+    optimizer = sgd(net)
+
+    def run():
+        for _ in range(3):
+            net(IMAGES)
+            optimizer.step()
+        with bnguard.frozen(net, "restore"):
+            net(IMAGES)
+        net.eval()(IMAGES)
+        net(IMAGES)
+
+    finding = found(run)["BN999"]
+    # Results are asked for from the first eval-mode forward on.
+    events = {"evaluation": 2, "held": 1, "result": 2, "run": 3, "steps": 3}
+    assert finding.what == f"1 layer (1) had {events}"
+    assert finding.verdict == f"{finding.what}: go on"
+    (finding,) = [finding for finding in bnguard.audit(net) if finding.code == "BN999"]
+    assert (finding.what, finding.layers) == ("1 layer (1) is there", ("1",))

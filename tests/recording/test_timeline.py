@@ -2,6 +2,7 @@
 
 import itertools
 from collections import Counter
+from types import SimpleNamespace
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -30,13 +31,14 @@ def test_spans_hold_what_happened_in_them(steps):
 @given(st.lists(paths.filter(bool), min_size=1, max_size=4))
 def test_lines_share_their_spans(lines):
     """However far each has come: the counts of all add up, the last span ends with the last step."""
-    timelines = []
+    timelines, sites = {}, []
     for number, steps in enumerate(lines):
         timeline = Timeline()
         for step in steps:
             timeline.add(step)
-        timelines.append((f"line {number}", number + 1, max(steps), timeline))
-    series = updates_over_steps(timelines)
+        timelines[f"line {number}"] = timeline
+        sites += [[SimpleNamespace(site=f"line {number}", last_step=max(steps))]] * (number + 1)
+    series = updates_over_steps(timelines, sites)
     assert series.end == max(map(max, lines)) + 1
     assert series.counts.sum(dim=0).tolist() == [len(steps) for steps in lines]
     edges = [*series.steps, series.end]

@@ -139,8 +139,10 @@ def test_a_million_steps_take_no_memory():
     optimizer = torch.optim.SGD(net.parameters(), 0.1)
 
     def sizes(record):
-        ledger = record._recorder.ledgers[0]
-        return len(ledger.lines), len(ledger.several), len(ledger._forwards), len(record._recorder._pending)
+        log = record._recorder.logs[0]
+        counters = [value for rule in log._observer._rules for value in vars(rule).values()]
+        sizes = [len(value) for value in counters if hasattr(value, "__len__")]
+        return len(log.sites), sizes, len(log._forwards), len(record._recorder._pending)
 
     with bnguard.watch(net) as record:
         for number in range(300):

@@ -11,11 +11,11 @@ from matplotlib import image
 from torch import nn
 
 import bnguard
-from bnguard.findings.grouping import Finding
+from bnguard.recording.summary import watch_document
+from bnguard.records import Finding
 from bnguard.report import html as page
 from bnguard.report import plots as pictures
 from bnguard.report.document import Column, Document, Table
-from bnguard.report.documents import watch_document
 
 VOID = {"meta", "img"}
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -61,7 +61,7 @@ def watched_page():
             optimizer.step()
         with torch.no_grad():
             net(torch.randn(16, 4))
-    document = watch_document(record)
+    document = watch_document(record.summary())
     drawn = pictures.watch_pictures(record.drift, record.series, record.update_series)
     return record, page.page(document, drawn)
 

@@ -3,12 +3,13 @@
 import os
 import pty
 import re
-import subprocess
-import sys
+import threading
 
 import pytest
 
-import bnguard
+from tests import forks
+
+pytestmark = pytest.mark.usefixtures("interpreter")
 
 SCRIPT = """\
 import torch
@@ -43,37 +44,37 @@ def on_a_terminal(folder, *code, **variables):
     """What a command prints on a terminal of 80 columns."""
     master, slave = pty.openpty()
     environment = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "COLUMNS")}
-    environment |= {"TERM": "xterm-256color", "COLUMNS": "80", "PYTHONPATH": root(), **variables}
-    command = [sys.executable, *(code or ("-m", "bnguard", "run", "train_a_network_with_a_long_name.py"))]
-    with subprocess.Popen(command, cwd=folder, stdout=slave, stderr=subprocess.PIPE, env=environment) as process:
-        os.close(slave)
-        parts = []
-        while True:
-            try:
-                part = os.read(master, 65536)
-            except OSError:  # that is how a terminal ends
-                break
-            if not part:
-                break
-            parts.append(part)
-        errors = process.stderr.read().decode()
+    environment |= {"TERM": "xterm-256color", "COLUMNS": "80", **variables}
+    command = code or ("-m", "bnguard", "run", "train_a_network_with_a_long_name.py")
+    parts = []
+    reader = threading.Thread(target=read_all, args=(master, parts))
+    reader.start()
+    program = forks.start(*command, cwd=folder, environment=environment, terminal=os.ttyname(slave))
+    done = program.end()
+    os.close(slave)
+    reader.join()
     os.close(master)
-    assert process.returncode == 0, errors
+    assert done.returncode == 0, done.stderr
     return b"".join(parts).decode().replace("\r\n", "\n")
+
+
+def read_all(master, parts):
+    """Reads what a terminal gets until it is closed."""
+    while True:
+        try:
+            part = os.read(master, 65536)
+        except OSError:  # that is how a terminal ends
+            return
+        if not part:
+            return
+        parts.append(part)
 
 
 def piped(folder):
     """What the command prints into a pipe."""
-    command = [sys.executable, "-m", "bnguard", "run", "train_a_network_with_a_long_name.py"]
-    done = subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": root()}
-    )
+    done = forks.run("-m", "bnguard", "run", "train_a_network_with_a_long_name.py", cwd=folder)
+    assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-def root():
-    """Where the package lies."""
-    return os.path.dirname(os.path.dirname(bnguard.__file__))
 
 
 def words(text):

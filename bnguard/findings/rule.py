@@ -1,0 +1,158 @@
+"""What every finding consists of: its words, and the events from which it is found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from bnguard.findings.events import AuditedModel, Evaluation, LayerEnd, Result, StepEnd, Update
+from bnguard.records import Severity
+from bnguard.words import count_text, times_text
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """One layer's share in a finding.
+
+    Attributes:
+        code: The code of the finding.
+        layer: The layer's first name.
+        where: The user's line; None if the finding has no line.
+        number: How often it happened; what is counted depends on the rule.
+        detail: What else the sentence needs. Evidence with different details makes different findings.
+    """
+
+    code: str
+    layer: str
+    where: str | None = None
+    number: int = 0
+    detail: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class EvidenceGroup:
+    """The evidence of one finding, and words for it.
+
+    Attributes:
+        layers: First names of the layers.
+        numbers: For each piece of evidence, how often it happened.
+        detail: What else the sentence needs.
+        where: The user's line.
+    """
+
+    layers: tuple[str, ...]
+    numbers: tuple[int, ...]
+    detail: Any
+    where: str | None
+
+    @property
+    def count(self) -> str:
+        """``1 layer``, ``2 layers``."""
+        return count_text(len(self.layers), "layer")
+
+    @property
+    def of(self) -> str:
+        """``2 layers (stem.bn, head.bn)``."""
+        return f"{self.count} ({self.names})"
+
+    @property
+    def names(self) -> str:
+        """The first three names, and how many more there are."""
+        shown = ", ".join([name or "(root)" for name in self.layers[:3]])
+        return f"{shown} and {len(self.layers) - 3} more" if len(self.layers) > 3 else shown
+
+    @property
+    def be(self) -> str:
+        """``is`` or ``are``."""
+        return "are" if len(self.layers) > 1 else "is"
+
+    @property
+    def have(self) -> str:
+        """``has`` or ``have``."""
+        return "have" if len(self.layers) > 1 else "has"
+
+    @property
+    def updates(self) -> str:
+        """The largest of the numbers as updates: ``1 update``, ``3 updates each``."""
+        each = " each" if len(self.layers) > 1 else ""
+        return f"{count_text(max(self.numbers), 'update')}{each}"
+
+    @property
+    def steps(self) -> str:
+        """The largest of the numbers as ``3 optimizer steps``."""
+        return count_text(max(self.numbers), "optimizer step")
+
+    @property
+    def times(self) -> str:
+        """The largest of the numbers as ``once``, ``3 times``."""
+        return times_text(max(self.numbers))
+
+    @property
+    def parameters(self) -> str:
+        """``2 parameters (1.weight, 1.bias)``, if the layers are parameters."""
+        return f"{count_text(len(self.layers), 'parameter')} ({self.names})"
+
+
+class Rule:
+    """One kind of finding. An instance observes one layer during one run, and holds the counters that it needs.
+
+    A subclass overrides the events that it needs; only those are delivered. No event may read a tensor's values or
+    change anything, except ``at_end``, ``audit`` and ``across_ranks``, which are called outside of every mode.
+
+    Attributes:
+        code: ``"BN001"``, as in ``codes.py``.
+        title: What the finding is about, as in ``codes.py``.
+        severity: Its severity in a run, as in ``codes.py``.
+        audit_severity: Its severity in an audit; None if it is the same.
+        fix: What to do, with reasons and alternatives.
+        short_fix: What to do, in as few words as possible.
+        in_run: What happened in a run: a sentence without a full stop, with fields of an ``EvidenceGroup`` called
+            ``g``, as in ``"{g.of} {g.have} momentum {g.detail}"``.
+        in_brief: What happened in a run, in a few words; ``short_fix`` is appended. Empty if it is ``in_run``.
+        in_audit: What is wrong with a model as it is. Empty if it is ``in_run``.
+    """
+
+    code: ClassVar[str]
+    title: ClassVar[str]
+    severity: ClassVar[Severity] = "warning"
+    audit_severity: ClassVar[Severity | None] = None
+    fix: ClassVar[str]
+    short_fix: ClassVar[str]
+    in_run: ClassVar[str]
+    in_brief: ClassVar[str] = ""
+    in_audit: ClassVar[str] = ""
+
+    def on_update(self, update: Update) -> None:
+        """The layer is about to update, or has updated."""
+
+    def on_held(self) -> None:
+        """A guard has prevented an update of the layer."""
+
+    def on_evaluation(self, evaluation: Evaluation) -> None:
+        """A forward of the layer updates nothing."""
+
+    def on_result(self, result: Result) -> None:
+        """A forward of the layer in eval mode has returned, while autograd was recording."""
+
+    def on_step_end(self, step: StepEnd) -> None:
+        """A step of the layer's optimizer is over, in which the layer updated."""
+
+    def at_end(self, end: LayerEnd) -> Iterable[Evidence]:
+        """The evidence that the layer has given so far. May be called several times."""
+        return ()
+
+    @classmethod
+    def audit(cls, audited: AuditedModel) -> Iterable[Evidence]:
+        """The evidence in a model as it is."""
+        return ()
+
+    @classmethod
+    def across_ranks(cls, digests: Mapping[int, Mapping[str, str]]) -> Iterable[Evidence]:
+        """The evidence in a distributed run, when all ranks have ended.
+
+        Args:
+            digests: By rank and layer name, digests of the final statistics, for layers that nothing keeps equal
+                across ranks.
+        """
+        return ()

@@ -1,0 +1,43 @@
+"""BN011: track_running_stats off on a layer that has statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from bnguard.findings.events import AuditedModel, Evaluation, LayerEnd
+from bnguard.findings.rule import Evidence, Rule
+
+
+class BN011(Rule):
+    """track_running_stats was switched off, which is no freeze."""
+
+    code = "BN011"
+    title = "track_running_stats off on a layer that has statistics"
+    fix = (
+        "for a freeze, use frozen(model, use_running_stats=True): train mode now normalises with the batch, and "
+        "eval mode with the old statistics"
+    )
+    short_fix = "use frozen(model, use_running_stats=True)"
+    in_run = "{g.of} ran {g.times} in train mode with track_running_stats=False"
+    in_audit = "{g.of} {g.have} statistics, and track_running_stats=False"
+
+    def __init__(self) -> None:
+        self._forwards = 0
+
+    def on_evaluation(self, evaluation: Evaluation) -> None:
+        """Counts forwards in train mode that do not track."""
+        module = evaluation.module
+        if module.training and getattr(module, "track_running_stats", True) is False:
+            self._forwards += 1
+
+    def at_end(self, end: LayerEnd) -> Iterator[Evidence]:
+        """How often the layer ran so."""
+        if self._forwards:
+            yield Evidence(self.code, end.name, None, self._forwards)
+
+    @classmethod
+    def audit(cls, audited: AuditedModel) -> Iterator[Evidence]:
+        """Layers with the flag off."""
+        for layer in audited.layers:
+            if getattr(layer.module, "track_running_stats", True) is False:
+                yield Evidence(cls.code, layer.names[0])

@@ -1,0 +1,33 @@
+"""BN012: broken statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from bnguard.findings.events import AuditedModel, LayerEnd
+from bnguard.findings.rule import Evidence, Rule
+from bnguard.findings.soundness import has_broken, statistics_of_layer
+
+
+class BN012(Rule):
+    """The statistics are NaN, infinite, or a negative variance."""
+
+    code = "BN012"
+    title = "broken statistics"
+    severity = "error"
+    fix = "restore a checkpoint from before, or call reset_running_stats() and torch.optim.swa_utils.update_bn()"
+    short_fix = "restore a checkpoint from before"
+    in_run = "{g.of} {g.have} NaN, infinite or negative statistics, and had {g.detail} at the beginning"
+    in_brief = in_audit = "{g.of} {g.have} NaN, infinite or negative statistics"
+
+    def at_end(self, end: LayerEnd) -> Iterator[Evidence]:
+        """Whether the statistics are broken now, and were at the beginning."""
+        if has_broken(end.now):
+            yield Evidence(self.code, end.name, detail="them" if has_broken(end.before) else "none")
+
+    @classmethod
+    def audit(cls, audited: AuditedModel) -> Iterator[Evidence]:
+        """Layers with broken statistics."""
+        for layer in audited.layers:
+            if has_broken(statistics_of_layer(layer.module, layer.buffers)):
+                yield Evidence(cls.code, layer.names[0])
