@@ -1,7 +1,7 @@
 """For test suites: an assertion about running statistics, and Hypothesis strategies for layers and nets that have them.
 
 The strategies need the extra ``testing`` (``pip install 'bnguard[testing]'``). The fixture and the markers for pytest
-need no import: they come with the plugin.
+need no import: the plugin provides them.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
-from bnguard.guard import messages as _report
+from bnguard.guard import messages
+from bnguard.layers.bits import same_bits
 from bnguard.layers.drift import eps_of, largest_mean_shift
 from bnguard.layers.kinds import StatsLayer
 from bnguard.layers.tree import find_layers
@@ -35,7 +35,7 @@ _DTYPES: Final = (torch.float32, torch.float64)
 def assert_stats_unchanged(model: nn.Module, fn: Callable[[], T]) -> T:
     """Runs ``fn()`` and asserts that no running statistic of ``model`` has other bits afterwards.
 
-    A plain comparison, without a guard: what ``fn`` did stays done. NaN equals itself, and -0.0 is not 0.0.
+    Compares without a guard: a change is kept. NaN equals itself, and -0.0 is not 0.0.
 
     Args:
         model: The model, or one layer.
@@ -45,9 +45,9 @@ def assert_stats_unchanged(model: nn.Module, fn: Callable[[], T]) -> T:
         What ``fn`` returns.
 
     Raises:
-        AssertionError: Statistics changed; names the layers, and how far their means moved. Or a layer has gone.
-        TypeError: ``model`` is no module; ``fn`` cannot be called, or returns a coroutine, which has not run.
-        ValueError: The model has no layer with running statistics, so that the assertion could not fail.
+        AssertionError: Statistics changed, or were removed; names the layers, and the shifts of their means.
+        TypeError: ``model`` is not a module; ``fn`` cannot be called, or returns a coroutine, which has not run.
+        ValueError: The model has no layer with running statistics, so the assertion could not fail.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"assert_stats_unchanged() takes a torch.nn.Module first, got {type(model).__name__}")
@@ -63,7 +63,7 @@ def assert_stats_unchanged(model: nn.Module, fn: Callable[[], T]) -> T:
         raise TypeError("fn returned a coroutine, which has not run: pass lambda: asyncio.run(fn())")
     changes = [change for layer, then in zip(layers, before, strict=True) if (change := _change(layer, then))]
     if changes:
-        raise AssertionError(_report.assertion_text(changes, getattr(fn, "__name__", type(fn).__name__)))
+        raise AssertionError(messages.assertion_text(changes, getattr(fn, "__name__", type(fn).__name__)))
     return result
 
 
@@ -74,22 +74,19 @@ def _statistics(layer: StatsLayer) -> dict[str, Tensor]:
 
 def _change(layer: StatsLayer, before: dict[str, Tensor]) -> StatsChange | None:
     now = _statistics(layer)
-    differing = tuple([name for name in before if name not in now or not _same(before[name], now[name])])
+    differing = tuple([name for name in before if name not in now or not _is_same(before[name], now[name])])
     if not differing:
         return None
     shift = largest_mean_shift(before, now, eps_of(layer.module))
     return StatsChange(layer.names, type(layer.module).__name__, differing, 0, None, shift)
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
-    if one.dtype != other.dtype or one.shape != other.shape or one.device != other.device:
-        return False
-    pair = [torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in (one, other)]
-    return torch.equal(*[tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in pair])
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    return one.device == other.device and same_bits(one, other)
 
 
 def bn_layers(*, dims: Sequence[int] = (0, 1, 2, 3), channels: tuple[int, int] = (1, 4)) -> SearchStrategy[nn.Module]:
-    """Layers with running statistics that are not the initial ones, in train mode.
+    """Layers in train mode, whose running statistics do not have their initial values.
 
     Drawn from ``BatchNorm1d`` to ``3d``, ``SyncBatchNorm`` and ``InstanceNorm1d`` to ``3d`` with
     ``track_running_stats=True``, with several momenta (None included), with and without ``affine``, in float32 and
@@ -107,9 +104,9 @@ def bn_layers(*, dims: Sequence[int] = (0, 1, 2, 3), channels: tuple[int, int] =
 
 
 def bn_nets(*, dims: Sequence[int] = (0, 1, 2, 3), dropout: bool = False) -> SearchStrategy[nn.Sequential]:
-    """Small nets with one to three layers from ``bn_layers()``, in train mode: inputs are those of ``batches(net)``.
+    """Small nets with one to three layers from ``bn_layers()``, in train mode. ``batches(net)`` has inputs for them.
 
-    Each layer comes after a linear layer or a convolution, and before a ``Tanh``. Some nets use one of their layers
+    Each layer follows a linear layer or a convolution and is followed by a ``Tanh``. Some nets use one of their layers
     twice, under two names.
 
     Args:
@@ -131,12 +128,12 @@ def batches(
     Args:
         net: The net; one from ``bn_nets()``, or any other.
         sizes: Smallest and largest ``N``. One value per channel is too few for train mode.
-        shape: Of one input, without ``N``. If None, read off the first linear layer, convolution or BatchNorm of the
-            net in the order of registration; 8 points along each dimension of a convolution.
+        shape: The shape of one input, without ``N``. If None, it is that of an input of the first linear layer,
+            convolution or BatchNorm in the order of registration, with 8 points along each dimension of a convolution.
 
     Raises:
         ImportError: Hypothesis is not installed.
-        ValueError: ``shape`` is None, and no layer tells.
+        ValueError: ``shape`` is None, and the net has no such layer.
     """
     st = _hypothesis()
     example = _shape_of_input(net) if shape is None else tuple(shape)
@@ -165,7 +162,7 @@ def _shape_of_input(net: nn.Module) -> tuple[int, ...]:
                 return (channels,)
             return (channels, *[_SIDE] * dims)
     raise ValueError(
-        f"no layer of this {type(net).__name__} tells the shape of its input: say it, as in "
+        f"the shape of an input is not known from the layers of this {type(net).__name__}: pass it, as in "
         "batches(net, shape=(3, 32, 32))"
     )
 
@@ -176,7 +173,7 @@ def _layer(draw: DrawFn, dims: tuple[int, ...], channels: tuple[int, int], dtype
     # An InstanceNorm would take a batch of vectors for one input.
     family = draw(st.sampled_from(["BatchNorm", "SyncBatchNorm", *(["InstanceNorm"] if dim else [])]))
     name = family if family == "SyncBatchNorm" else f"{family}{max(dim, 1)}d"
-    layer: _NormBase = getattr(nn, name)(
+    layer: nn.Module = getattr(nn, name)(
         draw(st.integers(*channels)),
         momentum=draw(st.sampled_from(_MOMENTA)),
         affine=draw(st.booleans()),
@@ -185,8 +182,7 @@ def _layer(draw: DrawFn, dims: tuple[int, ...], channels: tuple[int, int], dtype
     )
     generator = torch.Generator().manual_seed(draw(_seeds()))
     with torch.no_grad():
-        for tensor in [*layer.parameters(), layer.running_mean, layer.running_var]:
-            assert tensor is not None
+        for tensor in [*layer.parameters(), layer.get_buffer("running_mean"), layer.get_buffer("running_var")]:
             tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.25)
     return layer
 
@@ -200,7 +196,7 @@ def _net(draw: DrawFn, dims: tuple[int, ...], dropout: bool) -> nn.Sequential:
     parts: OrderedDict[str, nn.Module] = OrderedDict()
     number = draw(st.integers(1, 3))
     for place in range(number):
-        with torch.random.fork_rng(devices=[]):  # what torch draws for the weights is not the user's
+        with torch.random.fork_rng(devices=[]):  # initial weights leave the generator of the user alone
             mixer = nn.Linear(channels, channels) if dim == 0 else _CONVS[dim](channels, channels, 1)
         parts[f"mix{place}"] = mixer
         with torch.no_grad():

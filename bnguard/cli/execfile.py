@@ -1,4 +1,4 @@
-"""Run somebody's script or module as Python itself does, and see how it ends."""
+"""Run a script or a module as Python itself does, and return how it ended."""
 
 from __future__ import annotations
 
@@ -16,16 +16,14 @@ from types import ModuleType, TracebackType
 from bnguard.errors import StatsChangedError
 from bnguard.torch_internals.callsite import end_in_users_line
 
-__all__ = ["Ending", "NotFoundError", "run_module", "run_script", "wait_for_threads"]
-
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """How a script has ended.
+    """How a script ended.
 
     Attributes:
-        exit_code: What Python would have exited with.
-        error: The exception that nobody caught; None also where the script has called ``sys.exit()``.
+        exit_code: The exit code that Python would have.
+        error: The uncaught exception; None if there is none, or if the script called ``sys.exit()``.
     """
 
     exit_code: int
@@ -33,11 +31,11 @@ class Ending:
 
     @property
     def is_interrupt(self) -> bool:
-        """Whether Ctrl-C has ended it."""
+        """Whether Ctrl-C ended it."""
         return isinstance(self.error, KeyboardInterrupt)
 
     def show(self) -> None:
-        """Has the exception printed as Python does, by the script's own hook: the script's own frames."""
+        """Prints the exception as Python does, with the script's ``sys.excepthook`` and the script's frames only."""
         if self.error is not None:
             error = self.error.with_traceback(_own_traceback(self.error.__traceback__))
             if isinstance(error, StatsChangedError):
@@ -50,13 +48,13 @@ class NotFoundError(ImportError):
 
 
 def run_script(path: str, args: Sequence[str]) -> Ending:
-    """Runs ``python path args...`` in this process, with ``__main__``, ``sys.argv`` and ``sys.path`` of its own.
+    """Runs ``python path args...`` in this process, with its own ``__main__``, ``sys.argv`` and ``sys.path``.
 
-    ``__main__`` stays the script's: threads, exit handlers and pickles look there for its classes.
+    ``__main__`` remains the script's afterwards: threads, exit handlers and pickles look for its classes there.
 
     Raises:
         OSError: The file cannot be read.
-        SyntaxError: It is no Python.
+        SyntaxError: The file is not valid Python.
     """
     full_path = os.path.abspath(path)
     with io.open_code(full_path) as file:
@@ -78,7 +76,7 @@ def run_module(name: str, args: Sequence[str]) -> Ending:
     """
     _set_up(["-m", *args], os.getcwd())
     try:
-        # Its packages are imported here, as Python does before it runs the module.
+        # This imports the packages that contain the module, as Python does before it runs the module.
         runpy._get_module_details(name, NotFoundError)  # type: ignore[attr-defined]
     except NotFoundError:
         raise
@@ -88,7 +86,7 @@ def run_module(name: str, args: Sequence[str]) -> Ending:
 
 
 def _run_as_main(name: str) -> None:
-    """As ``runpy.run_module()``, but ``__main__`` stays the module's."""
+    """Runs a module as ``runpy.run_module()`` does, but ``__main__`` remains the module's afterwards."""
     name, spec, code = runpy._get_module_details(name)  # type: ignore[attr-defined]
     main = ModuleType("__main__")
     sys.modules["__main__"] = main
@@ -108,25 +106,24 @@ def _ending_of(run: Callable[[], None]) -> Ending:
     try:
         run()
     except SystemExit as end:
-        ending = Ending(end.code or 0) if end.code is None or isinstance(end.code, int) else Ending(1)
-        if ending.exit_code == 1 and not isinstance(end.code, int):
-            print(end.code, file=sys.stderr)
+        if end.code is None or isinstance(end.code, int):
+            return Ending(end.code or 0)
+        print(end.code, file=sys.stderr)
+        return Ending(1)
     except KeyboardInterrupt as error:
-        ending = Ending(130, error)
+        return Ending(130, error)
     except BaseException as error:
-        ending = Ending(1, error)
-    else:
-        ending = Ending(0)
-    return ending
+        return Ending(1, error)
+    return Ending(0)
 
 
 def wait_for_threads(ending: Ending) -> Ending:
-    """Waits, as Python does at the end of its process, for pools, and for threads that are no daemons.
+    """Waits for pools and for threads that are not daemons, as Python does when the process ends.
 
     Returns:
-        How the script has ended: by Ctrl-C, where that comes meanwhile.
+        How the script ended: by Ctrl-C, if that interrupts the wait.
     """
-    # What concurrent.futures and joblib end the threads of their pools with, which would wait for work for ever.
+    # concurrent.futures and joblib use these to end the threads of their pools, which otherwise wait for work forever.
     last_calls: list[Callable[[], object]] = getattr(threading, "_threading_atexits", [])
     try:
         while last_calls:
@@ -138,7 +135,7 @@ def wait_for_threads(ending: Ending) -> Ending:
     except KeyboardInterrupt as error:
         return ending if ending.error is not None else Ending(130, error.with_traceback(None))
     except Exception:
-        return ending  # Python calls the one that fails again, tells it, and waits no more either
+        return ending  # Python calls the failing function again, reports it, and does not wait any longer either
     return ending
 
 
@@ -147,14 +144,14 @@ def _is_waited_for(thread: threading.Thread) -> bool:
 
 
 def _set_up(argv: list[str], folder: str) -> None:
-    """What the script finds in ``sys``."""
+    """Sets what the script finds in ``sys``."""
     sys.argv = argv
     if not sys.flags.safe_path:
         sys.path[0:1] = [folder]
 
 
 def _own_traceback(trace: TracebackType | None) -> TracebackType | None:
-    """A traceback without the frames that have started the script."""
+    """A traceback without the frames that started the script."""
     starters = (__file__, runpy.__file__, "<frozen runpy>")
     while trace is not None and trace.tb_frame.f_code.co_filename in starters:
         trace = trace.tb_next

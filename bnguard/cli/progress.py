@@ -1,4 +1,4 @@
-"""Say now and then on stderr how far a long run has come."""
+"""Print the progress of a long run to stderr."""
 
 from __future__ import annotations
 
@@ -9,37 +9,36 @@ from typing import Any, Final
 from torch import nn
 
 from bnguard.recording.watch import watch
-from bnguard.torch_internals import global_hook as _every_forward
+from bnguard.torch_internals import global_hook
 from bnguard.words import count_text
 
-__all__ = ["Progress"]
-
-_EVERY: Final = 64  # forwards of modules between two looks at the clock
+_EVERY: Final = 64  # forwards of modules between two readings of the clock
 
 
 class Progress:
-    """A line on stderr every so many seconds, as long as a watch records.
+    """Prints a line to stderr every ``seconds`` seconds while a watch records.
 
     Args:
         record: The watch.
-        seconds: How often.
+        seconds: The time between two lines.
     """
+
+    wants_results = False
 
     def __init__(self, record: watch, seconds: float) -> None:
         self._record = record
         self._seconds = seconds
         self._start = self._last = time.monotonic()
         self._forwards = 0
-        self.wants_results = False
 
     def __enter__(self) -> None:
-        _every_forward.listen(self)
+        global_hook.listen(self)
 
     def __exit__(self, *_: object) -> None:
-        _every_forward.unlisten(self)
+        global_hook.unlisten(self)
 
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Looks at the clock, now and then."""
+        """Prints a line if it is time."""
         self._forwards += 1
         if self._forwards % _EVERY == 0:
             now = time.monotonic()
@@ -48,15 +47,15 @@ class Progress:
                 print(self._line(now - self._start), file=sys.stderr, flush=True)
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Is not asked for."""
+        """Does nothing."""
 
     def traced(self, key: int) -> None:
-        """Does not matter."""
+        """Does nothing."""
 
     def _line(self, seconds: float) -> str:
         steps, updates, layers = self._record.counts
-        time_text = f"{int(seconds) // 60}:{int(seconds) % 60:02}"
+        minutes, rest = divmod(int(seconds), 60)
         return (
-            f"bnguard: {time_text}, {count_text(steps, 'optimizer step')}, {count_text(updates, 'update')} of "
+            f"bnguard: {minutes}:{rest:02}, {count_text(steps, 'optimizer step')}, {count_text(updates, 'update')} of "
             f"{count_text(layers, 'layer')}"
         )

@@ -1,7 +1,17 @@
-"""Do something before SIGTERM ends this process, as launchers and schedulers end it: ``torchrun``, Slurm, a container.
+"""Report before SIGTERM ends this process. Launchers and schedulers send it: ``torchrun``, Slurm, containers.
 
-By default that signal ends Python at once, whatever it does. So it stays: the script gets no exception, and where it
-has a handler of its own, or composes one with what it finds, that alone decides.
+Note [SIGTERM]
+
+By default SIGTERM ends Python at once, and a script sees no exception. That stays as it is, and a handler that the
+script installs replaces ours.
+
+1. The main thread reports, between two of its instructions. If it waits in C for a device or for another rank, no
+   handler of Python's runs. Python writes the number of each signal into the wakeup descriptor even then, so a thread
+   reads from there, and reports if the main thread does not begin to.
+2. A forked child must not have the handler, which would write into the pipe of its parent. The signal is blocked
+   around each fork, and the child installs the default handler before it unblocks the signal.
+3. Only the main thread may call ``signal.signal()``. To end the process by the signal from any thread,
+   ``PyOS_setsig()`` installs the default handler.
 """
 
 from __future__ import annotations
@@ -16,191 +26,141 @@ from contextlib import suppress
 from types import FrameType
 from typing import Final, Self
 
-__all__ = ["EXIT_CODE", "BeforeTermination"]
-
-EXIT_CODE: Final = 128 + signal.SIGTERM  # as a shell tells it
-_PATIENCE: Final = 20.0  # seconds; launchers send SIGKILL after 30, as a rule
-_IN_C: Final = 1.0  # seconds after which the main thread is not in Python
-_RESERVED: Final = 32  # of the numbers of descriptors, the last
-_NONE: Final = -1
-_DEFAULT: Final = None  # of C, a null pointer
-# What signal.signal() does, without the table that Python looks its handlers up in.
-_set_handler: Final = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)(
-    ("PyOS_setsig", ctypes.pythonapi)
-)
+EXIT_CODE: Final = 128 + signal.SIGTERM  # what a shell reports
+_PATIENCE: Final = 20.0  # seconds; most launchers send SIGKILL after 30
+_IN_C: Final = 1.0  # seconds after which the main thread is taken to wait in C
+_LOWEST: Final = 200  # of our descriptors: scripts close, or expect to get, the numbers after those that they know
+_CLOSED: Final = -1
 
 
 class BeforeTermination:
-    """Has SIGTERM do something before it ends the process, as long as its handler is the default one.
+    """Calls a function before SIGTERM ends the process, while SIGTERM has its default handler.
 
-    The main thread does it, between two of its instructions; or another thread, while that one waits for a device or
-    for another rank, where no handler of Python's can run. After 20 seconds the process ends in any case. Does nothing
-    in other threads than the main one, on systems without that signal, and where a library listens to signals already.
-    Children that are forked have the default handler. Where a library has listened to signals in the meantime, as
-    ``asyncio`` does for ``add_signal_handler()``, a main thread that waits in C is not noticed any more.
+    The process ends after 20 seconds in any case. Does nothing outside the main thread, on systems without this signal,
+    and if a library uses the wakeup descriptor already. If a library begins to use that later, as ``asyncio`` does in
+    ``add_signal_handler()``, the signal waits until the main thread returns from C.
 
     Args:
-        last: What to do.
+        report: The function.
     """
 
-    def __init__(self, last: Callable[[], None]) -> None:
-        self._last = last
-        self._reader = self._writer = _NONE
-        self._process = 0
-        self._forking = threading.RLock()
-        self._forks = 0  # that are under way
-        self._set_aside_handler: int | None = None
-        self._has_come = False
-        self._caller_does_it = False
+    def __init__(self, report: Callable[[], None]) -> None:
+        self._report = report
+        self._reader = self._writer = _CLOSED
+        self._is_left_to_caller = False
         self._turn = threading.Lock()
-        self._begins = threading.Event()
-        self._is_done = threading.Event()
+        self._begun = threading.Event()
+        self._done = threading.Event()
+        self._masks = threading.local()
 
     def leave_to_caller(self) -> None:
-        """From now on the caller does it, and the signal ends the process when this is left."""
-        self._caller_does_it = True
+        """Lets the caller report from now on; after a signal, the process ends when the block does."""
+        self._is_left_to_caller = True
 
     def __enter__(self) -> Self:
         is_main = threading.current_thread() is threading.main_thread()
-        if os.name != "posix" or not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        if os.name != "posix" or not is_main or _is_taken():
             return self
-        listening = signal.set_wakeup_fd(_NONE)
-        if listening != _NONE:
-            signal.set_wakeup_fd(listening)
-            return self
-        self._process = os.getpid()
-        self._reader, self._writer = map(_out_of_the_way, os.pipe())
-        self._pipe = os.fstat(self._writer).st_ino
-        os.set_blocking(self._writer, False)  # as set_wakeup_fd() demands
+        self._reader, self._writer = _high_pipe()
+        signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        signal.signal(signal.SIGTERM, self._handle)
         threading.Thread(target=self._wait, name="bnguard", daemon=True).start()
-        os.register_at_fork(
-            before=self._set_aside, after_in_parent=self._take_up_again, after_in_child=self._leave_child
-        )
-        self._install()
+        # Rule 2 of Note [SIGTERM]
+        os.register_at_fork(before=self._block, after_in_parent=self._unblock, after_in_child=self._leave_child)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._reader == _NONE or os.getpid() != self._process:
-            return
-        self._is_done.set()
-        while self._has_come:  # the thread ends the process
-            time.sleep(1)
-        self._uninstall()
-        writer, self._writer = self._writer, _NONE
-        if self._has_pipe(writer):
-            os.write(writer, b"\0")
-            os.close(writer)
-
-    def _install(self) -> None:
-        signal.signal(signal.SIGTERM, self._handle)
-        signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
-
-    def _uninstall(self) -> None:
-        """Leaves what the script has put there since."""
-        if self._is_ours():
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        listening = signal.set_wakeup_fd(_NONE)
-        if listening != self._writer:
-            with suppress(OSError):  # it has been closed
-                signal.set_wakeup_fd(listening)
-
-    def _has_pipe(self, number: int) -> bool:
-        """Whether a descriptor is still that of the pipe: the script may have closed all that it does not know."""
-        try:
-            return os.fstat(number).st_ino == self._pipe
-        except OSError:
-            return False
-
-    def _is_ours(self) -> bool:
-        return signal.getsignal(signal.SIGTERM) == self._handle
+        if self._writer != _CLOSED:
+            self._done.set()
+            if self._begun.is_set():
+                _die()
+            self._uninstall()
+            writer, self._writer = self._writer, _CLOSED
+            _close(writer)  # which ends the thread
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        """In the main thread, as soon as that is back in Python."""
-        # Once more; or called by the handler of somebody who has found this one.
-        if self._begins.is_set() or not self._is_ours():
-            return
-        self._has_come = True
-        self._begins.set()
-        if not self._caller_does_it:
-            self._do()
-            _die()
-        elif signal.set_wakeup_fd(_NONE) != self._writer or not self._has_pipe(self._writer):
-            threading.Thread(target=self._end, name="bnguard", daemon=True).start()  # nobody else has heard of it
+        """Runs in the main thread. A handler of the script's may call it: then the script decides."""
+        if self._is_installed() and not self._begun.is_set():
+            self._begun.set()
+            if not self._is_left_to_caller:
+                self._report_once()
+                _die()
 
     def _wait(self) -> None:
-        """In the thread: for the signal, or the end."""
-        try:
+        """Runs in the thread. Rule 1 of Note [SIGTERM]."""
+        with suppress(OSError):  # the script may have closed the descriptor
             while number := os.read(self._reader, 1):
-                if number == b"\0":
-                    break
-                if number[0] == signal.SIGTERM and self._is_ours():
-                    self._has_come = True
-                    self._end()
-        except OSError:  # the script has closed it
-            return
-        if self._has_pipe(self._reader):
-            os.close(self._reader)
+                if number[0] == signal.SIGTERM and self._is_installed():
+                    if not self._begun.wait(_IN_C) and not self._is_left_to_caller:
+                        threading.Thread(target=self._report_once, name="bnguard", daemon=True).start()
+                    self._done.wait(_PATIENCE)
+                    _die()
+        _close(self._reader)
 
-    def _end(self) -> None:
-        """In a thread: sees to it that the process ends."""
-        if not self._caller_does_it and not self._begins.wait(_IN_C):
-            threading.Thread(target=self._do, name="bnguard", daemon=True).start()
-        self._is_done.wait(_PATIENCE)
-        _die()
-
-    def _do(self) -> None:
-        """Once, in whichever thread is first; the other one waits."""
+    def _report_once(self) -> None:
         with self._turn:
-            if not self._is_done.is_set():
+            if not self._done.is_set():
                 try:
-                    self._last()
+                    self._report()
                 finally:
-                    self._is_done.set()
+                    self._done.set()
 
-    # A child that is forked must not have the handler for a moment: it would write into the pipe of its parent. Any
-    # thread may fork, and only the main one may call signal.signal().
+    def _is_installed(self) -> bool:
+        return signal.getsignal(signal.SIGTERM) == self._handle
 
-    def _set_aside(self) -> None:
-        with self._forking:
-            if self._forks == 0 and self._writer != _NONE and self._is_ours():
-                self._set_aside_handler = _set_handler(signal.SIGTERM, _DEFAULT)
-            self._forks += 1
+    def _uninstall(self) -> None:
+        """Leaves a handler and a wakeup descriptor that the script has installed."""
+        if self._is_installed():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        current = signal.set_wakeup_fd(_CLOSED)
+        if current != self._writer:
+            with suppress(OSError):  # the script may have closed its descriptor
+                signal.set_wakeup_fd(current)
 
-    def _take_up_again(self) -> None:
-        with self._forking:
-            self._forks -= 1
-            if self._forks == 0 and self._set_aside_handler is not None:
-                handler, self._set_aside_handler = self._set_aside_handler, None
-                if self._writer != _NONE and self._is_ours():
-                    _set_handler(signal.SIGTERM, handler)
+    def _block(self) -> None:
+        if self._writer != _CLOSED:
+            self._masks.before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+
+    def _unblock(self) -> None:
+        mask = self._masks.__dict__.pop("before", None)
+        if mask is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def _leave_child(self) -> None:
-        self._forking._at_fork_reinit()  # type: ignore[attr-defined]
-        self._forks, self._set_aside_handler = 0, None
-        if self._writer != _NONE:
+        if self._writer != _CLOSED:
             self._uninstall()
-            for number in (self._reader, self._writer):
-                if self._has_pipe(number):
-                    os.close(number)
-            self._writer = _NONE
+            _close(self._reader, self._writer)
+            self._writer = _CLOSED
+        self._unblock()
 
 
-def _out_of_the_way(number: int) -> int:
-    """The descriptor, with a number that a script will not count on: some close all that follow those they know."""
-    import fcntl  # neither is on every system
-    import resource
+def _is_taken() -> bool:
+    """Whether SIGTERM has a handler, or a library uses the wakeup descriptor."""
+    descriptor = signal.set_wakeup_fd(_CLOSED)
+    if descriptor != _CLOSED:
+        signal.set_wakeup_fd(descriptor)
+    return descriptor != _CLOSED or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
 
-    limit = min(1024, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-    try:
-        moved = fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, limit - _RESERVED)
-    except OSError:
-        return number
-    os.close(number)
-    return moved
+
+def _high_pipe() -> tuple[int, int]:
+    import fcntl  # not on every system
+
+    reader, writer = low = os.pipe()
+    with suppress(OSError):  # the limit of the process is lower
+        reader, writer = [fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, _LOWEST) for descriptor in low]
+        _close(*low)
+    os.set_blocking(writer, False)  # which set_wakeup_fd() demands
+    return reader, writer
+
+
+def _close(*descriptors: int) -> None:
+    for descriptor in descriptors:
+        with suppress(OSError):  # the script may have closed it
+            os.close(descriptor)
 
 
 def _die() -> None:
-    """Of the signal, by the default handler."""
-    _set_handler(signal.SIGTERM, _DEFAULT)
+    """Ends the process by the signal. Rule 3 of Note [SIGTERM]."""
+    ctypes.pythonapi.PyOS_setsig(int(signal.SIGTERM), None)
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(_PATIENCE)

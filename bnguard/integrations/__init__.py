@@ -1,1 +1,1 @@
-"""Guards for other people's training loops: one module for each library, imported only when asked for."""
+"""Guards for training frameworks: one module for each, which imports the framework."""

@@ -1,7 +1,7 @@
 """``BNGuardCallback``: ``frozen`` around the runs of Lightning's ``Trainer``.
 
 For ``lightning`` and for ``pytorch_lightning``: the callback derives from the ``Callback`` of each of the two that is
-installed (``lightning`` brings the other one along), so it does not matter which of them is imported, or when.
+installed (``lightning`` installs both), so it does not matter which of them is imported, or when.
 
 ::
 
@@ -16,7 +16,7 @@ installed (``lightning`` brings the other one along), so it does not matter whic
         def __init__(self):
             super().__init__()
             self.backbone = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten())
-            self.backbone.requires_grad_(False)  # which does not stop the running statistics
+            self.backbone.requires_grad_(False)  # which does not freeze the running statistics
             self.head = nn.Linear(8 * 6 * 6, 10)
 
         def training_step(self, batch, batch_idx):
@@ -35,32 +35,27 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, Final, Unpack
 
 from torch import nn
 
 from bnguard.errors import BNGuardError, BNGuardWarning, StatsChangedError
-from bnguard.guard import messages as _report
-from bnguard.guard.frozen import frozen
-from bnguard.guard.options import OnChange
+from bnguard.guard import messages
+from bnguard.guard.options import GuardOptions, OnChange
 from bnguard.guard.phrases import Phrases
-from bnguard.integrations._base import missing_text, settings_of
-from bnguard.integrations._checked_save import CheckedSave
-from bnguard.layers.select import Selector, is_within
+from bnguard.integrations._base import RunGuard, missing_text, phrases_of
+from bnguard.layers.select import is_within
 from bnguard.layers.tree import find_layers
-from bnguard.records import GuardedLayer, StatsChange
 from bnguard.torch_internals.callsite import call_site
-from bnguard.torch_internals.ranks import Group
 from bnguard.words import short_repr
 
 if TYPE_CHECKING:
     from lightning.pytorch.callbacks import Callback as _Lightning
     from pytorch_lightning.callbacks import Callback as _PytorchLightning
 
-    class _Callback(_Lightning, _PytorchLightning):  # type: ignore[misc]  # the same text, with a Trainer each
+    class _Callback(_Lightning, _PytorchLightning):  # type: ignore[misc]  # they differ in the type of Trainer
         pass
 
 else:
@@ -74,7 +69,7 @@ else:
             except ModuleNotFoundError as error:
                 if error.name not in (name, "lightning"):
                     broken = broken or error
-            except Exception as error:  # the other one may be whole
+            except Exception as error:  # the other one may work
                 broken = broken or error
         if found:
             return type("_Callback", tuple(found), {})
@@ -87,57 +82,51 @@ else:
 __all__ = ["BNGuardCallback"]
 
 _FIT: Final = "fit"
+_SAVE: Final = "save_checkpoint"
 
 
-class BNGuardCallback(_Callback):
-    """Holds the running statistics of a ``LightningModule``, or of parts of it, during each run of a ``Trainer``.
+class BNGuardCallback(RunGuard, _Callback):  # type: ignore[misc]  # as _Callback
+    """Guards the running statistics of a ``LightningModule``, or of parts of it, during each run of a ``Trainer``.
 
-    A ``frozen`` that begins at ``on_fit_start``, when a checkpoint to resume from has been loaded, and ends at
-    ``on_fit_end`` or ``on_exception``. In between it compares the statistics at the start of each validation and before
-    each checkpoint, a weights-only one too: under ``"raise"`` and ``"restore"`` no checkpoint holds other statistics
-    than those of the beginning, under ``"warn"`` a warning says that it does. ``Trainer.validate()``, ``test()`` and
-    ``predict()`` are guarded from their start to their end in the same way.
+    In ``Trainer.fit()`` the guard begins at ``on_fit_start``, after a checkpoint to resume from has been loaded, and
+    ends at ``on_fit_end`` or ``on_exception``. It compares the statistics at the start of each validation and before
+    each checkpoint, a weights-only one too: under ``"raise"`` and ``"restore"`` every checkpoint holds the original
+    statistics, under ``"warn"`` a warning reports one that does not. ``Trainer.validate()``, ``test()`` and
+    ``predict()`` are guarded from start to end.
 
-    What is found goes to the trainer's loggers at each of these comparisons, from the process of rank zero:
-    ``bnguard/changed_layers``, and for each layer that changed ``bnguard/<layer>/mean_shift`` (the largest shift of a
-    channel's mean since the beginning, in standard deviations) and ``bnguard/<layer>/updates``; of updates that
-    ``"raise"`` has stopped, ``bnguard/stopped_layers`` and ``bnguard/<layer>/stopped``. Between comparisons no tensor
-    is read.
+    Each comparison logs to the loggers of the trainer, on the process of rank zero: ``bnguard/changed_layers``, and for
+    each layer that changed ``bnguard/<layer>/mean_shift`` (the largest shift of a channel's mean since the beginning,
+    in standard deviations) and ``bnguard/<layer>/updates``; for updates that ``"raise"`` has stopped
+    ``bnguard/stopped_layers`` and ``bnguard/<layer>/stopped``. Between comparisons no tensor is read.
 
-    With ``use_running_stats=True`` this is the freeze that ``BaseFinetuning.freeze(train_bn=False)`` promises and does
-    not keep: under that one the layers normalise with each batch in training, and with the running statistics in
-    evaluation.
+    ``BaseFinetuning.freeze(train_bn=False)`` does not freeze running statistics: its layers normalise with each batch
+    in training, and with the running statistics in evaluation. With ``use_running_stats=True`` they are frozen.
 
-    Where strategies load the checkpoint after ``on_fit_start`` (FSDP, DeepSpeed, ``ModelParallelStrategy``), the guard
-    begins at ``on_sanity_check_start`` or ``on_train_start``, when it has been loaded. With several processes each
-    guards its own copy and that of rank zero warns; where a comparison under ``"raise"`` fails in one, all raise.
+    If the strategy loads the checkpoint after ``on_fit_start`` (FSDP, DeepSpeed, ``ModelParallelStrategy``), the guard
+    begins at ``on_sanity_check_start`` or ``on_train_start``. With several processes each guards its own copy of the
+    model, and raises or warns about that.
 
-    Not covered: an update that raises in one process only, as any other exception there. Callbacks that average weights
-    keep a model of their own, which is no part of the guarded one: with ``use_buffers=True`` their checkpoints hold its
-    statistics; what they copy back at the end of training is a change, and so is what
-    ``StochasticWeightAveraging`` does to statistics. If another callback's ``on_exception`` raises, Lightning calls
-    none after it: then the guard ends when the next run begins.
+    Not covered: callbacks that average weights have a model of their own: with ``use_buffers=True`` their checkpoints
+    hold its statistics. What they copy back at the end of training is a change, and so is what
+    ``StochasticWeightAveraging`` does to statistics. If ``on_exception`` of another callback raises, Lightning does not
+    call the callbacks after it: then the guard ends when the next run begins.
 
     Args:
         target: What to guard: the path of a submodule, such as ``"backbone"`` or ``"net.encoder"``, or a list of them;
             None for the whole ``LightningModule``.
-        on_change: See ``frozen``, as for the options that follow. Under ``"raise"`` the error ends the run.
-        use_running_stats: See ``frozen``.
-        affine: See ``frozen``.
-        updates: See ``frozen``; each layer may update so often in the whole run.
-        include: See ``frozen``. Names are those in the ``state_dict()`` of the ``LightningModule``, as in a checkpoint.
-        exclude: See ``frozen``; names as for ``include``.
-        group: See ``frozen``: the ranks whose processes agree at each comparison.
-        log_every: Compare, and log, at every so-many-th optimizer step as well; each waits for the device once. None
-            compares at validations and checkpoints only.
+        on_change: What to do about an update, as in ``bnguard.frozen``. Under ``"raise"`` the error ends the run.
+        log_every: Compare and log at every ``log_every``-th optimizer step as well; each comparison waits for the
+            device once. None compares at validations and checkpoints only.
+        **options: ``use_running_stats``, ``affine``, ``updates`` (per run), ``include`` and ``exclude``, as in
+            ``bnguard.frozen``. Names are those in the ``state_dict()`` of the ``LightningModule``, as in a checkpoint.
 
     Raises:
-        TypeError: An option has the wrong type.
+        TypeError: An option has the wrong type, or there is no such option.
         ValueError: As ``frozen``; an empty ``target``, a ``log_every`` that is not positive. When the run begins: the
             model has no such submodule, or ``include`` or ``exclude`` selects nothing.
 
     Warns:
-        BNGuardWarning: When the run begins: there is no layer with running statistics in what is to be guarded.
+        BNGuardWarning: When the run begins: there is no layer with running statistics in ``target``.
     """
 
     def __init__(
@@ -145,107 +134,63 @@ class BNGuardCallback(_Callback):
         target: str | Sequence[str] | None = None,
         on_change: OnChange = "raise",
         *,
-        use_running_stats: bool = False,
-        affine: bool = False,
-        updates: int = 0,
-        include: Selector | Iterable[Selector] | None = None,
-        exclude: Selector | Iterable[Selector] | None = None,
-        group: Group = None,
         log_every: int | None = None,
+        **options: Unpack[GuardOptions],
     ) -> None:
-        super().__init__()
         self._paths = _as_paths(target)
-        self._phrases = _phrases(target)
-        settings = settings_of(self._phrases, on_change, use_running_stats, affine, updates, include, exclude, group)
-        if log_every is not None and (isinstance(log_every, bool) or not isinstance(log_every, int)):
-            raise TypeError(f"log_every must be a whole number of optimizer steps, got {log_every!r}")
-        if log_every is not None and log_every < 1:
-            raise ValueError(f"log_every={log_every}: the number of optimizer steps must be positive")
-        self._settings = settings
+        phrases = phrases_of("BNGuardCallback", "callback", "" if target is None else f"{target!r}, ")
+        super().__init__(phrases, on_change, options)
+        if log_every is not None:
+            if isinstance(log_every, bool) or not isinstance(log_every, int):
+                raise TypeError(f"log_every must be an integer, got {log_every!r}")
+            if log_every < 1:
+                raise ValueError(f"log_every must be a positive integer, got {log_every}")
         self._log_every = log_every
         self._forget()
 
     def _forget(self) -> None:
-        self._guard: frozen | None = None  # of the current run, else of the last one
-        self._save: CheckedSave | None = None  # while a run is guarded
+        self._guard = None
+        self._save: _CheckedSave | None = None  # while a run is guarded
         self._awaits_checkpoint = False
         self._logged_step = 0
         self._warned_of_checkpoint = False
 
-    @property
-    def changes(self) -> tuple[StatsChange, ...]:
-        """What changed in the current or last run; see ``frozen``."""
-        return () if self._guard is None else self._guard.changes
-
-    @property
-    def layers(self) -> tuple[GuardedLayer, ...]:
-        """The layers that the current or last run guards, and how; see ``frozen``. Empty before the first."""
-        return () if self._guard is None else self._guard.layers
-
-    def report(self) -> str:
-        """What the current or last run guards, how, and what changed, as text."""
-        return _report.report_text(self.changes, self.layers, self._settings)
-
     def __getstate__(self) -> dict[str, Any]:
         # A copy, or the callback in a process that a launcher starts, guards nothing yet.
-        guards = ("_guard", "_save")
-        return {**self.__dict__, **dict.fromkeys(guards)}
+        return {**self.__dict__, "_guard": None, "_save": None}
 
-    # What Lightning calls when a run begins and ends.
+    # Hooks at the beginning and the end of a run.
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Ends what is left of an earlier run that broke off, before a checkpoint is loaded.
+        """Ends the guard of an earlier run that failed, before a checkpoint is loaded.
 
         Raises:
-            BNGuardError: The run of another trainer is under way.
+            BNGuardError: The run of another trainer has not ended.
         """
-        if (
-            self._save is not None
-            and self._save.trainer is not trainer
-            and self._save.trainer.state.status == "running"
-        ):
+        if self._save is None:
+            return
+        if not self._guards_run_of(trainer) and self._save.trainer.state.status == "running":
             raise BNGuardError("this BNGuardCallback guards the run of another Trainer: make one for each")
         try:
-            self._leave(None)
-        except StatsChangedError as error:  # of a run that is over
+            self._end_run(logs=False)
+        except StatsChangedError as error:
             warnings.warn(str(error), BNGuardWarning, stacklevel=call_site().stacklevel)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Begins the guard, unless a checkpoint is still to be loaded."""
+        """Begins the guard, unless a checkpoint will be loaded later."""
         self._awaits_checkpoint = bool(trainer.strategy.restore_checkpoint_after_setup)
         if not self._awaits_checkpoint:
             self._begin(trainer, pl_module)
 
-    def on_sanity_check_start(self, trainer: Any, pl_module: Any) -> None:
-        """Begins a guard that has waited for a checkpoint."""
-        self._begin_late(trainer, pl_module)
-
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Begins a guard that has waited for a checkpoint."""
-        self._begin_late(trainer, pl_module)
+        if self._awaits_checkpoint:
+            self._begin(trainer, pl_module)
 
-    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """Ends the guard."""
-        self._leave(trainer)
-
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Ends the guard. What is found is added to the exception as a note."""
-        told = len(getattr(exception, "__notes__", ()))
-        try:
-            self._leave(trainer, exception)
-        except Exception as failure:  # nothing must take the place of the exception on its way
-            exception.add_note(f"bnguard: {type(failure).__name__}: {failure}")
-        notes = getattr(exception, "__notes__", ())[told:]
-        if notes and isinstance(exception, KeyboardInterrupt) and self._settings.on_change == "raise":
-            with suppress(BNGuardWarning):  # Lightning shows no traceback of it, and so no note
-                warnings.warn("\n".join(notes), BNGuardWarning, stacklevel=call_site().stacklevel)
-
-    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Ends the guard of a run that has ended in a way of its own, as the tuner's does."""
-        self._leave(trainer)
+    on_sanity_check_start = on_train_start
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        """Compares; in ``Trainer.validate()`` begins the guard."""
+        """Compares; begins the guard in ``Trainer.validate()``."""
         if trainer.state.fn == _FIT:
             self._check(trainer)
         else:
@@ -254,115 +199,100 @@ class BNGuardCallback(_Callback):
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Ends the guard of ``Trainer.validate()``."""
         if trainer.state.fn != _FIT:
-            self._leave(trainer)
+            self.teardown(trainer, pl_module)
 
     def on_test_start(self, trainer: Any, pl_module: Any) -> None:
         """Begins the guard."""
         self._begin(trainer, pl_module)
 
-    def on_test_end(self, trainer: Any, pl_module: Any) -> None:
-        """Ends the guard."""
-        self._leave(trainer)
+    on_predict_start = on_test_start
 
-    def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
-        """Begins the guard."""
-        self._begin(trainer, pl_module)
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Ends the guard. What it found is added to the exception as a note."""
+        if self._guards_run_of(trainer):
+            notes = self._end_failed_run(exception)
+            if notes and isinstance(exception, KeyboardInterrupt) and self._settings.on_change == "raise":
+                with suppress(BNGuardWarning):  # Lightning shows no traceback of it, and so no note
+                    warnings.warn("\n".join(notes), BNGuardWarning, stacklevel=call_site().stacklevel)
 
-    def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
-        """Ends the guard."""
-        self._leave(trainer)
+    def teardown(self, trainer: Any, pl_module: Any, stage: str = "") -> None:
+        """Ends the guard, also of a run that ends without the hooks of its end, such as that of the tuner."""
+        if self._guards_run_of(trainer):
+            self._end_run()
 
-    # What it calls in between.
+    on_fit_end = on_test_end = on_predict_end = teardown
+
+    # Hooks in between.
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Compares at every ``log_every``-th optimizer step."""
         if self._log_every is not None:
-            step = trainer.global_step  # which a batch with several optimizers moves by more than one
+            step = trainer.global_step  # may increase by more than one per batch, with several optimizers
             if step // self._log_every > self._logged_step // self._log_every:
                 self._logged_step = step
                 self._check(trainer)
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Compares, also where something else than ``Trainer.save_checkpoint()`` makes a checkpoint."""
-        self.before_save(trainer)
+        """Compares before a checkpoint that is not made by ``Trainer.save_checkpoint()``."""
+        self._check_before_save(trainer)
 
-    def before_save(self, trainer: Any) -> None:
-        """Compares before a checkpoint is made; says so if it will hold changed statistics."""
+    def _check_before_save(self, trainer: Any) -> None:
+        """Compares before a checkpoint is made; warns if it will hold changed statistics."""
         self._check(trainer)
         changes = () if self._settings.on_change != "warn" or self._save is None else self.changes
         if changes and trainer.is_global_zero and not self._warned_of_checkpoint:
             self._warned_of_checkpoint = True
-            text = _report.checkpoint_text(changes, self._phrases)
+            text = messages.checkpoint_text(changes, self._settings.frontend.phrases)
             warnings.warn(text, BNGuardWarning, stacklevel=call_site().stacklevel)
 
-    # Parts.
-
-    def _begin_late(self, trainer: Any, pl_module: Any) -> None:
-        if self._awaits_checkpoint:
-            self._begin(trainer, pl_module)
+    def _guards_run_of(self, trainer: Any) -> bool:
+        return self._save is not None and self._save.trainer is trainer
 
     def _begin(self, trainer: Any, pl_module: nn.Module) -> None:
-        if self._save is not None:  # the same callback is in the list twice
+        if self._save is not None:  # the callback is in the list twice
             return
         self._forget()
+        phrases = self._settings.frontend.phrases
         for path in self._paths:
-            _check_path(pl_module, path, self._phrases)
+            _check_path(pl_module, path, phrases)
         if not any([is_within(layer, self._paths) for layer in find_layers(pl_module)]):
-            text = _report.unguarded_text(", ".join(self._paths) or type(pl_module).__name__, self._phrases)
+            text = messages.unguarded_text(", ".join(self._paths) or type(pl_module).__name__, phrases)
             warnings.warn(text, BNGuardWarning, stacklevel=call_site().stacklevel)
             return
-        self._guard = frozen._of(pl_module, replace(self._settings, within=self._paths)).start()
+        self._begin_run(pl_module, self._paths)
         self._logged_step = trainer.global_step
-        self._save = CheckedSave.on(trainer)
-        self._save.add(self)
+        self._save = _CheckedSave.on(trainer, self)
 
     def _check(self, trainer: Any) -> None:
-        if self._guard is None or self._save is None or self._save.trainer is not trainer:
-            return
+        if self._guards_run_of(trainer):
+            with self._logging(trainer):
+                self.check()
+
+    def _end_run(self, error: BaseException | None = None, *, logs: bool = True) -> None:
+        save, self._save = self._save, None
+        if save is not None:
+            with self._logging(save.trainer if logs else None):
+                try:
+                    super()._end_run(error)
+                finally:
+                    save.remove(self)
+
+    @contextmanager
+    def _logging(self, trainer: Any) -> Iterator[None]:
+        """Logs what the body finds, also if it raises. Without a trainer, logs nothing."""
         failure: StatsChangedError | None = None
         try:
-            self._guard.check()
+            yield
         except StatsChangedError as error:
             failure = error
-        self._conclude(trainer, failure)
-
-    def _leave(self, trainer: Any, error: BaseException | None = None) -> None:
-        """Ends the guard of the run, if one is open.
-
-        Args:
-            trainer: Whose run it is; None if that is over.
-            error: The exception with which the run ends.
-
-        Raises:
-            StatsChangedError: As at the end of a block.
-        """
-        guard, save = self._guard, self._save
-        if guard is None or save is None or trainer not in (None, save.trainer):
-            return
-        self._save = None
-        failure: StatsChangedError | None = None
         try:
-            guard.__exit__(type(error) if error else None, error, error.__traceback__ if error else None)
-        except StatsChangedError as found:
-            failure = found
-        finally:
-            save.remove(self)
-        if trainer is None and failure is not None:
-            raise failure
-        if trainer is not None:
-            self._conclude(trainer, failure)
-
-    def _conclude(self, trainer: Any, failure: StatsChangedError | None) -> None:
-        """Logs what was found, and raises it."""
-        try:
-            self._log(trainer)
+            if trainer is not None and trainer.is_global_zero and trainer.loggers and not trainer.sanity_checking:
+                self._log(trainer)
         finally:
             if failure is not None:
                 raise failure
 
     def _log(self, trainer: Any) -> None:
-        if not trainer.is_global_zero or not trainer.loggers or trainer.sanity_checking:
-            return
         changes = self.changes
         stopped = len([change for change in changes if change.prevented])
         metrics = {
@@ -374,11 +304,49 @@ class BNGuardCallback(_Callback):
             metrics[f"{name}/{'stopped' if change.prevented else 'updates'}"] = float(change.updates)
             if change.mean_shift is not None:
                 metrics[f"{name}/mean_shift"] = change.mean_shift
-        # Batches that ended with a step of an optimizer: the axis of what self.log() logs. trainer.global_step counts
-        # the steps of several optimizers one by one.
+        # The number of batches that ended with an optimizer step, which is the axis of what self.log() logs.
+        # trainer.global_step counts the steps of several optimizers one by one.
         step = trainer.fit_loop.epoch_loop._batches_that_stepped
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=step)
+
+
+class _CheckedSave:
+    """Replaces ``save_checkpoint`` of one trainer while callbacks guard its run, so that they compare before it.
+
+    ``Callback.on_save_checkpoint`` is not enough: it is not called for weights-only checkpoints, and when it is, the
+    state dict has already been taken.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self._had_own = _SAVE in vars(trainer)
+        self._save = trainer.save_checkpoint
+        self._callbacks: list[BNGuardCallback] = []
+
+    @classmethod
+    def on(cls, trainer: Any, callback: BNGuardCallback) -> _CheckedSave:
+        """Adds a callback to the object that a trainer has already, or to a new one."""
+        present = vars(trainer).get(_SAVE)
+        save = present if isinstance(present, cls) else cls(trainer)
+        save._callbacks.append(callback)
+        setattr(trainer, _SAVE, save)
+        return save
+
+    def remove(self, callback: BNGuardCallback) -> None:
+        """Removes a callback. Without any, restores the trainer, unless other code has replaced ``save_checkpoint``."""
+        self._callbacks = [other for other in self._callbacks if other is not callback]
+        if self._callbacks or vars(self.trainer).get(_SAVE) is not self:
+            return
+        if self._had_own:
+            setattr(self.trainer, _SAVE, self._save)
+        else:
+            delattr(self.trainer, _SAVE)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        for callback in tuple(self._callbacks):
+            callback._check_before_save(self.trainer)
+        return self._save(*args, **kwargs)
 
 
 def _as_paths(target: Any) -> tuple[str, ...]:
@@ -396,7 +364,7 @@ def _as_paths(target: Any) -> tuple[str, ...]:
 
 
 def _check_path(pl_module: nn.Module, path: str, phrases: Phrases) -> None:
-    """Looks for the submodule at a path.
+    """Checks that there is a submodule at a path.
 
     Raises:
         ValueError: There is none.
@@ -408,17 +376,5 @@ def _check_path(pl_module: nn.Module, path: str, phrases: Phrases) -> None:
         if child is None:
             there = ".".join(names[:position]) or type(pl_module).__name__
             children = [key for key, module in part._modules.items() if module is not None]
-            raise ValueError(_report.no_part_text(path, there, name, children, phrases))
+            raise ValueError(messages.no_part_text(path, there, name, children, phrases))
         part = child
-
-
-def _phrases(target: Any) -> Phrases:
-    # Its texts are formats.
-    first = "" if target is None else repr(target).replace("{", "{{").replace("}", "}}") + ", "
-    return Phrases(
-        place="BNGuardCallback()",
-        place_with_budget="BNGuardCallback(updates={})",
-        choice=f"BNGuardCallback({first}{{}})",
-        everything="callback.changes lists them all",
-        is_of_run=True,
-    )

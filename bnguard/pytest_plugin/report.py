@@ -1,4 +1,4 @@
-"""What tests did to running statistics, as text: for the summary of pytest, and for JUnit."""
+"""The report of what tests did to running statistics, for pytest's summary and JUnit; errors as pytest shows them."""
 
 from __future__ import annotations
 
@@ -10,32 +10,22 @@ from typing import Final, NoReturn
 
 import pytest
 
-from bnguard.guard.messages import layer_text
 from bnguard.records import StatsChange
-from bnguard.words import count_text
-
-__all__ = [
-    "Move",
-    "error_of_test_case",
-    "move_text",
-    "moves_of",
-    "raise_at_test",
-    "report_lines",
-]
+from bnguard.words import count_text, layer_text
 
 _SHOWN: Final = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """What one line of code did to running statistics in one test. Plain values only: it travels between processes.
+    """What one line of code did to running statistics in one test. Has plain values, as it is sent between processes.
 
     Attributes:
-        where: The line of the first update, ``"train.py:42 in train_step"``; None where no forward was seen.
+        where: The line of the first update, ``"train.py:42 in train_step"``; None if no forward was seen.
         layers: The layers, as messages print them.
-        updates: Updates of all of them together.
+        updates: The number of updates of all of them.
         prevented: Whether the updates were stopped.
-        reason: Why the test may update; None where it may not, ``""`` where it gives no reason.
+        reason: Why the test may update; None if it may not, ``""`` if it gives no reason.
     """
 
     where: str | None
@@ -46,7 +36,7 @@ class Move:
 
 
 def moves_of(changes: Iterable[StatsChange], reason: str | None) -> list[Move]:
-    """Puts together what comes from the same line."""
+    """Groups changes by line."""
     layers: dict[tuple[str | None, bool], dict[str, int]] = {}
     for change in changes:
         counts = layers.setdefault((change.where, change.prevented), {})
@@ -59,7 +49,7 @@ def moves_of(changes: Iterable[StatsChange], reason: str | None) -> list[Move]:
 
 
 def move_text(move: Move) -> str:
-    """One line of code, in one line."""
+    """What one line of code did, in one line."""
     names = ", ".join(move.layers[:_SHOWN])
     more = f" and {len(move.layers) - _SHOWN} more" if len(move.layers) > _SHOWN else ""
     if move.where is None:
@@ -70,7 +60,7 @@ def move_text(move: Move) -> str:
 
 
 def report_lines(moves: Mapping[str, Sequence[Move]]) -> list[str]:
-    """The section of the summary.
+    """The lines of the report.
 
     Args:
         moves: What each test did, by its node id.
@@ -100,19 +90,19 @@ def _what(tests: int, *, prevented: bool) -> str:
 
 
 def _updates(moves: Sequence[Move], *, prevented: bool) -> int | None:
-    """Updates of one test that were made, or stopped; None if there is no such move."""
+    """The number of updates of one test that were made, or that were stopped; None if there is no such move."""
     some = [move.updates for move in moves if move.prevented is prevented]
     return sum(some) if some else None
 
 
 def error_of_test_case(item: pytest.Item) -> BaseException | None:
-    """The first error of a ``unittest.TestCase``: its ``run()`` raises none."""
+    """The first error of a ``unittest.TestCase``, whose ``run()`` does not raise it."""
     errors = getattr(item, "_excinfo", None) or ()
     return next((error.value for error in errors), None)
 
 
 def raise_at_test(item: pytest.Item, error: BaseException) -> NoReturn:
-    """Raises an error from the line that defines the test: what pytest shows is the test, and not the plugin."""
+    """Raises an error from the line that defines the test, so that pytest shows the test instead of the plugin."""
     __tracebackhide__ = True
     place = _definition_of(item)
     if place is None:
@@ -125,7 +115,7 @@ def raise_at_test(item: pytest.Item, error: BaseException) -> NoReturn:
             node.col_offset, node.end_col_offset = 0, width
     names = {"error": error.with_traceback(None)}
     exec(compile(tree, filename, "exec"), names)
-    names["throw"]()  # type: ignore[operator]  # what exec has defined
+    names["throw"]()  # type: ignore[operator]  # which exec() has defined
     raise AssertionError
 
 

@@ -1,7 +1,7 @@
 """The command line on scripts, models and files that nobody edited."""
 
+import argparse
 import json
-import os
 import re
 import signal
 import subprocess
@@ -13,10 +13,12 @@ import pytest
 import torch
 from torch import nn
 
-import bnguard
 from bnguard.cli import main
+from tests import forks
 from tests.readme import README
 from tests.scripts import ended_by, started
+
+pytestmark = pytest.mark.usefixtures("interpreter")
 
 SCRIPT = """\
 import sys
@@ -60,24 +62,20 @@ def script(tmp_path):
     return write
 
 
-def bnguard_(*args, cwd, **options):
+def bnguard_(*args, cwd):
     """Runs a command."""
-    command = [sys.executable, "-m", "bnguard", *map(str, args)]
-    environment = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(bnguard.__file__))}
-    return subprocess.run(
-        command, cwd=cwd, capture_output=True, text=True, check=False, timeout=120, env=environment, **options
-    )
+    return forks.run("-m", "bnguard", *args, cwd=cwd)
 
 
 def test_clean_script(script, tmp_path):
     """A correct script: its own output, then the report, and 0."""
     script()
-    done = bnguard_("run", "train.py", "--lr", "0.1", cwd=tmp_path)
+    done = bnguard_("run", "train.py", "--lr", "0.1", "--p", cwd=tmp_path)  # no abbreviation of --plot or --progress
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     lines = done.stdout.splitlines()
     assert lines[:4] == [
-        "arguments ['train.py', '--lr', '0.1']",
+        "arguments ['train.py', '--lr', '0.1', '--p']",
         "",
         "bnguard run train.py",
         "no finding; 3 updates of 1 layer",
@@ -114,7 +112,7 @@ def test_findings_are_told_and_fail_only_if_asked(script, tmp_path):
 def test_script_that_fails_is_its_own(script, tmp_path):
     """Traceback and exit code are those of python, to the letter; the report comes all the same."""
     path = script("raise ValueError('mine')")
-    plain = subprocess.run([sys.executable, path.name], cwd=tmp_path, capture_output=True, text=True, check=False)
+    plain = forks.run(path.name, cwd=tmp_path)
     done = bnguard_("run", "--fail-on", "BN002", "train.py", cwd=tmp_path)
     assert done.returncode == plain.returncode == 1
     assert done.stderr == plain.stderr
@@ -125,7 +123,7 @@ def test_script_that_fails_is_its_own(script, tmp_path):
 def test_exit_codes_are_the_scripts(script, tmp_path, code):
     """sys.exit() with a number, a text, or nothing."""
     script(f"sys.exit({code})")
-    plain = subprocess.run([sys.executable, "train.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    plain = forks.run("train.py", cwd=tmp_path)
     done = bnguard_("run", "train.py", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (plain.returncode, plain.stderr)
     assert "3 updates of 1 layer" in done.stdout
@@ -200,14 +198,14 @@ def test_pattern_that_matches_nothing_is_told(script, tmp_path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["run"], "run needs a script, or -m and a module"),
+        (["run"], "bnguard run: needs a script, or -m and a module"),
         (["run", "nowhere.py"], "No such file or directory"),
         (["run", "-m", "nowhere.at.all"], "No module named"),
-        (["run", "--fail-on", "BN016", "x.py"], "'BN016' is no finding: they are BN001 to BN015"),
-        (["audit", "models"], "'models' names no callable: write module:callable, as in models:make_net"),
+        (["run", "--fail-on", "BN016", "x.py"], "unknown code 'BN016' (valid: BN001 to BN015)"),
+        (["audit", "models"], "'models' names no callable: write module:callable, such as models:make_net"),
         (["audit", "nowhere:make"], "'nowhere:make': No module named 'nowhere'"),
         (["audit", "json:dumps_"], "has no attribute 'dumps_'"),
-        (["audit", "os:getcwd"], "'os:getcwd' gives a str, no torch.nn.Module"),
+        (["audit", "os:getcwd"], "'os:getcwd' must return a torch.nn.Module, got str"),
         (["diff", "a.pt", "b.pt"], "No such file or directory"),
     ],
 )
@@ -217,6 +215,26 @@ def test_usage_errors_are_2(args, message, tmp_path):
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_importing_the_command_line_imports_no_torch():
+    """Usage and help appear at once."""
+    code = (
+        "import sys, bnguard.cli\ntry: bnguard.cli.main(['run', '--help'])\nfinally: assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("usage: bnguard run")
+
+
+def test_codes_of_the_command_line_are_those_of_the_findings():
+    """They come from the findings, without torch."""
+    from bnguard.cli.options import codes
+    from bnguard.findings.codes import CODES
+
+    assert codes(",".join(CODES).lower()) == set(CODES)
+    with pytest.raises(argparse.ArgumentTypeError, match=f"BN001 to {max(CODES)}"):
+        codes(f"BN{len(CODES) + 1:03}")
 
 
 def test_audit_of_a_callable(tmp_path):
@@ -298,9 +316,9 @@ def test_pages_of_audit_and_diff(tmp_path):
         ("--json", "missing/out.json", "argument --json: no folder"),
         ("--html", ".", "argument --html: . is a folder"),
         ("--plot", "out.xyz", "argument --plot: out.xyz: no format '.xyz'; there are "),
-        ("--every", "0", "'0' is no whole number from 1 on"),
-        ("--progress", "-1", "'-1' is no number of seconds above 0"),
-        ("--progress", "soon", "'soon' is no number of seconds above 0"),
+        ("--every", "0", "must be a positive integer, got '0'"),
+        ("--progress", "-1", "must be a positive number of seconds, got '-1'"),
+        ("--progress", "soon", "must be a positive number of seconds, got 'soon'"),
     ],
 )
 def test_bad_options_are_refused_before_the_script_runs(script, tmp_path, option, path, problem):
@@ -326,10 +344,7 @@ def test_missing_extra_is_told_before_the_script_runs(script, tmp_path):
     """One sentence with the install line."""
     script()
     code = "import sys; sys.modules['matplotlib'] = None; from bnguard.cli import main; sys.exit(main())"
-    done = subprocess.run(
-        [sys.executable, "-c", code, "run", "--html", "out.html", "train.py"],
-        cwd=tmp_path, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = forks.run("-c", code, "run", "--html", "out.html", "train.py", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "This command needs matplotlib: pip install 'bnguard[plot]'\n"
 
@@ -386,11 +401,7 @@ def plain_and_watched(tmp_path, code, *args, module=None):
         target = ["script.py"]
     else:
         target = ["-m", module]
-    environment = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(bnguard.__file__))}
-    plain = subprocess.run(
-        [sys.executable, *target, *args], cwd=tmp_path, capture_output=True, text=True, check=False, env=environment
-    )
-    return plain, bnguard_("run", *target, *args, cwd=tmp_path)
+    return forks.run(*target, *args, cwd=tmp_path), bnguard_("run", *target, *args, cwd=tmp_path)
 
 
 PREAMBLE = "import torch\nfrom torch import nn\nnet = nn.Sequential(nn.BatchNorm1d(2))\nx = torch.ones(4, 2)\n"
@@ -523,7 +534,7 @@ def test_module_takes_options(tmp_path):
         PREAMBLE + "import sys\nfrom . import other\nprint(sys.argv[1:], __spec__.name)\nnet(x)\n"
     )
     (package / "other.py").write_text("")
-    plain, watched = plain_and_watched(tmp_path, "", "--epochs", "3", "-m", "x", module="package.train")
+    plain, watched = plain_and_watched(tmp_path, "", "--epochs", "3", "-m", "x", "--p", module="package.train")
     assert plain.returncode == watched.returncode == 0, watched.stderr
     assert watched.stdout.startswith(plain.stdout)
     assert "1 update of 1 layer" in watched.stdout

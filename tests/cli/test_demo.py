@@ -11,7 +11,7 @@ import torch
 from matplotlib import image
 
 from bnguard import cli
-from bnguard.cli import demo
+from bnguard.cli.demo import finetune
 from bnguard.cli.demo import plot as _demo_plot
 
 QUICK = {"source_epochs": 3, "epochs": 2}
@@ -29,13 +29,13 @@ def one_thread():
 @pytest.fixture(scope="module")
 def result(one_thread):
     """A short run of the demo, for real."""
-    return demo.run(**QUICK)
+    return finetune.run(**QUICK)
 
 
 @pytest.fixture
 def quick(monkeypatch):
     """The command measures for real, with fewer epochs."""
-    monkeypatch.setattr(demo, "run", functools.partial(demo.run, **QUICK))
+    monkeypatch.setattr(finetune, "run", functools.partial(finetune.run, **QUICK))
     monkeypatch.setenv("COLUMNS", "80")
 
 
@@ -67,7 +67,7 @@ def test_guarded_run_leaves_the_source_network_alone(result, position):
 
 def test_drift_has_each_layer_and_step(result):
     """Each of the three layers is measured after every step."""
-    steps = QUICK["epochs"] * -(-result.train_images // demo._BATCH)
+    steps = QUICK["epochs"] * -(-result.train_images // finetune._BATCH)
     for run in result.runs:
         assert {layer: len(shifts) for layer, shifts in run.drift.items()} == dict.fromkeys(
             ("block1.bn", "block2.bn", "block3.bn"), steps
@@ -76,37 +76,40 @@ def test_drift_has_each_layer_and_step(result):
 
 def test_error_names_the_line_of_the_forward(result):
     """The error is the guard's own and points at the line in the training step that calls the backbone."""
-    lineno = re.search(r"demo/__init__\.py:(\d+) in train_step\n", str(result.error))
+    lineno = re.search(r"demo/finetune\.py:(\d+) in train_step\n", str(result.error))
     assert lineno is not None
-    assert "head(backbone(batch.images))" in linecache.getline(demo.__file__, int(lineno[1]))
+    assert "head(backbone(batch.images))" in linecache.getline(finetune.__file__, int(lineno[1]))
     assert [change.names for change in result.error.changes] == [("block1.bn",)]
 
 
+@pytest.mark.slow
 def test_same_seed_gives_the_same_numbers(result):
     """Everything but the time follows from the seed."""
-    again = demo.run(**QUICK)
+    again = finetune.run(**QUICK)
     for one, other in zip(result.runs, again.runs, strict=True):
         assert dataclasses.replace(one, step_time=0.0) == dataclasses.replace(other, step_time=0.0)
 
 
+@pytest.mark.slow
 def test_another_seed_gives_other_numbers(result):
     """The seed reaches the split and the networks."""
-    other = demo.run(seed=1, **QUICK)
+    other = finetune.run(seed=1, **QUICK)
     assert other.runs[0].drift != result.runs[0].drift
 
 
+@pytest.mark.slow
 def test_random_numbers_of_the_caller_are_untouched():
     """Running the demo does not move the caller's random state."""
     before = torch.get_rng_state()
-    demo.run(**QUICK)
+    finetune.run(**QUICK)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_command_prints_the_measured_table_and_the_error(quick, monkeypatch, capsys):
     """Each row of the table has the numbers of its run; the error is printed in full."""
     results = []
-    run = demo.run
-    monkeypatch.setattr(demo, "run", lambda **options: results.append(run(**options)) or results[0])
+    run = finetune.run
+    monkeypatch.setattr(finetune, "run", lambda **options: results.append(run(**options)) or results[0])
     assert cli.main(["demo", "--seed", "1"]) == 0
     printed = capsys.readouterr().out
     result = results[0]
@@ -183,7 +186,7 @@ def test_missing_extra_is_one_sentence(monkeypatch, capsys, absent, arguments, s
 )
 def test_plot_that_cannot_be_written_is_refused_first(monkeypatch, tmp_path, capsys, name, problem):
     """A path that nothing can be written to ends the command before it trains."""
-    monkeypatch.setattr(demo, "run", lambda **options: pytest.fail("trained"))
+    monkeypatch.setattr(finetune, "run", lambda **options: pytest.fail("trained"))
     with pytest.raises(SystemExit) as exit_:
         cli.main(["demo", "--plot", str(tmp_path / name)])
     assert exit_.value.code == 2

@@ -3,16 +3,19 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
 
 import pytest
 
-from tests.scripts import ENVIRONMENT, ended_by, started
+from tests import forks
+from tests.scripts import ended_by, started
 
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs signals")
+pytestmark = [
+    pytest.mark.skipif(os.name != "posix", reason="needs signals"),
+    pytest.mark.usefixtures("interpreter"),
+]
 
 SCRIPT = """\
 import ctypes, multiprocessing, os, signal, sys, threading, time
@@ -119,8 +122,7 @@ thread.join()
 def ended(folder, first):
     """The script with something before its training, and nothing after it."""
     (folder / "train.py").write_text(SCRIPT.replace("{first}", first).replace("{then}", "pass"))
-    command = [sys.executable, "-m", "bnguard", "run", "train.py"]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60, env=ENVIRONMENT, check=False)
+    return forks.run("-m", "bnguard", "run", "train.py", cwd=folder, timeout=60)
 
 
 @pytest.mark.parametrize("pause", [0, 0.2])
@@ -145,7 +147,7 @@ def test_report_also_after_a_fork(tmp_path):
 def test_signal_after_the_script_waits_for_the_report(tmp_path):
     """It does not cut the report short."""
     first = (
-        "import bnguard.cli.run as run\n"
+        "import bnguard.cli.watched_run as run\n"
         "publish = run.publish\n"
         "run.publish = lambda *call: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(1), publish(*call))[2]"
     )

@@ -47,6 +47,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import bnguard
 from bnguard.integrations import lightning as integration
 from bnguard.integrations.lightning import BNGuardCallback
+from tests import forks
 from tests.asserts import assert_clean, assert_same_bits, statistics, values
 
 pytestmark = [
@@ -1128,7 +1129,7 @@ for name, writer, options in json.loads(sys.argv[1]):
 
     class Write(pl.Callback):
         def on_train_batch_end(self, trainer, net, *rest):
-            # The last step: before each forward the other processes get the statistics of rank zero.
+            # The last step: before each forward DDP broadcasts the statistics of rank zero.
             if trainer.global_rank == writer and trainer.global_step == 3:
                 net.backbone[1].num_batches_tracked.data.add_(1)
 
@@ -1143,21 +1144,22 @@ for name, writer, options in json.loads(sys.argv[1]):
         warnings.simplefilter("always")
         try:
             trainer.fit(net, data, data)
-        except bnguard.StatsChangedError as error:
-            failure = str(error)
+        except Exception as error:  # of a rank that another one has left, that of torch
+            failure = f"{type(error).__name__}: {error}"
     ours = [str(record.message) for record in records if issubclass(record.category, bnguard.BNGuardWarning)]
     told = {"count": int(net.backbone[1].num_batches_tracked), "error": failure, "warnings": len(ours)}
     (folder / str(trainer.global_rank)).write_text(json.dumps(told))
 """
 
 
+@pytest.mark.slow
 def test_several_processes(tmp_path):
-    """Each is guarded, that of rank zero logs and warns; where one of them finds a change, all end, and say which."""
+    """Each is guarded, and warns or raises for itself; none waits for another. That of rank zero logs."""
     runs = [
         ("twin", None, None),
         ("restore", None, {"on_change": "restore"}),
         ("warn", None, {"on_change": "warn"}),
-        ("raise", 1, {"use_running_stats": True}),
+        ("raise", 0, {"use_running_stats": True}),
     ]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -1187,15 +1189,17 @@ def test_several_processes(tmp_path):
     assert [process["count"] for process in told["twin"]] == [4, 4]
     assert told["restore"] == [{"count": 1, "error": None, "warnings": 0}] * 2
     assert [process["count"] for process in told["warn"]] == [4, 4]
-    assert [process["warnings"] for process in told["warn"]] == [2, 0]
+    assert [process["warnings"] for process in told["warn"]] == [2, 1]  # that of the checkpoint is of rank zero
     rows = logged(tmp_path / "warn")
     assert rows
     assert {row["bnguard/backbone.1/updates"] for row in rows} == {"3.0"}
     zero, one = told["raise"]
     assert zero["count"] == one["count"] == 1
-    own = "running statistics of 1 layer changed inside BNGuardCallback():\n  backbone.1 (BatchNorm2d)"
-    assert one["error"].startswith(own)
-    assert zero["error"].startswith("on rank 1:\n  running statistics of 1 layer changed inside BNGuardCallback():\n")
+    assert zero["error"].startswith("StatsChangedError: ")
+    assert (
+        "running statistics of 1 layer changed inside BNGuardCallback():\n  backbone.1 (BatchNorm2d)" in zero["error"]
+    )
+    assert "StatsChangedError" not in (one["error"] or "")
 
 
 # What is refused, and what is told.
@@ -1213,9 +1217,9 @@ def test_several_processes(tmp_path):
         ((), {"updates": -1}, ValueError, "updates=-1"),
         ((), {"use_running_stats": 1}, TypeError, "use_running_stats must be True or False, got 1"),
         ((), {"include": []}, ValueError, "include is an empty list"),
-        ((), {"log_every": 0}, ValueError, "log_every=0: the number of optimizer steps must be positive"),
-        ((), {"log_every": 2.0}, TypeError, "log_every must be a whole number of optimizer steps, got 2.0"),
-        ((), {"log_every": True}, TypeError, "log_every must be a whole number of optimizer steps, got True"),
+        ((), {"log_every": 0}, ValueError, "log_every must be a positive integer, got 0"),
+        ((), {"log_every": 2.0}, TypeError, "log_every must be an integer, got 2.0"),
+        ((), {"log_every": True}, TypeError, "log_every must be an integer, got True"),
     ],
 )
 def test_bad_options_are_refused_at_construction(arguments, options, error, text):
@@ -1360,7 +1364,7 @@ def test_messages_call_the_guard_by_its_name(tmp_path):
     assert text.startswith("affine parameters of 2 layers changed inside BNGuardCallback():\n")
     assert "unless requires_grad_(True) is called again" in text
     assert "F.batch_norm" not in text
-    assert text.endswith("The parameters of entry are back.")
+    assert text.endswith("The original parameters have been restored.")
     assert guard.report().startswith(
         "BNGuardCallback('backbone', on_change=\"raise\", use_running_stats=True, affine=True) guards 2 layers.\n"
     )
@@ -1382,7 +1386,7 @@ sys.meta_path.insert(0, Blocker())
 def test_missing_library_is_one_sentence(tmp_path):
     """With the command that installs it."""
     code = MISSING.format(names=["lightning", "pytorch_lightning"], then="import bnguard.integrations.lightning")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = forks.run("-c", code)
     assert done.returncode == 1
     expected = "ImportError: bnguard.integrations.lightning needs lightning: pip install 'bnguard[lightning]'\n"
     assert done.stderr.endswith(expected)
@@ -1390,7 +1394,10 @@ def test_missing_library_is_one_sentence(tmp_path):
     assert "lightning" in fields.get_all("Provides-Extra")
 
 
-@pytest.mark.parametrize(("missing", "left"), [("lightning", "pytorch_lightning"), ("pytorch_lightning", "lightning")])
+@pytest.mark.parametrize(
+    ("missing", "left"),
+    [("lightning", "pytorch_lightning"), pytest.param("pytorch_lightning", "lightning", marks=pytest.mark.slow)],
+)
 def test_either_library_is_enough(missing, left):
     """Whichever is installed."""
     then = (
@@ -1398,7 +1405,7 @@ def test_either_library_is_enough(missing, left):
         "print([base.__module__.partition('.')[0] for base in BNGuardCallback.__mro__ if base.__name__ == 'Callback'])"
     )
     code = MISSING.format(names=[missing], then=then)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = forks.run("-c", code)
     assert done.stdout == f"['{left}']\n"
 
 
@@ -1419,6 +1426,7 @@ sys.meta_path.insert(0, Broken())
 FAILS = "raise AttributeError('module numpy has no attribute Inf')"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("does", [FAILS, "raise ImportError('no symbol')", "pass"])
 def test_broken_library_does_not_hide_the_other(does):
     """One that cannot be imported, or is an empty folder."""
@@ -1427,14 +1435,14 @@ def test_broken_library_does_not_hide_the_other(does):
         "print([base.__module__.partition('.')[0] for base in BNGuardCallback.__mro__ if base.__name__ == 'Callback'])"
     )
     code = BROKEN.format(name="pytorch_lightning", does=does, then=then)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = forks.run("-c", code)
     assert done.stdout == "['lightning']\n"
 
 
 def test_library_that_is_there_and_broken_is_not_said_to_be_missing():
     """Its own error says what is wrong."""
     code = MISSING.format(names=["torchmetrics"], then="import bnguard.integrations.lightning")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = forks.run("-c", code)
     assert done.stderr.endswith("ModuleNotFoundError: No module named 'torchmetrics'\n")
 
 

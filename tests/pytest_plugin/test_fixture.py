@@ -360,7 +360,9 @@ def test_it(late):
         passed=1,
         errors=1,
     )
-    result.stdout.fnmatch_lines(["E*BNGuardError: bn_frozen() guards a model until its test ends, and this one has:*"])
+    result.stdout.fnmatch_lines(
+        ["E*BNGuardError: bn_frozen() guards a model until its test ends, and this test has ended:*"]
+    )
 
 
 def test_setup_only_leaves_nothing(suite: Suite):
@@ -456,6 +458,7 @@ class Test(unittest.TestCase):
     assert text.count("E   bnguard.errors.StatsChangedError: running statistics of 1 layer changed") == 2
 
 
+@pytest.mark.slow
 def test_errors_cross_processes(suite: Suite):
     """Under pytest-xdist errors, warnings and notes arrive."""
     result = suite.run(
@@ -506,3 +509,17 @@ def test_strict_suite_without_the_fixture(suite: Suite):
     """The plugin brings no warning and no unknown marker into a strict suite."""
     source = "@pytest.mark.bn_updates\ndef test_it(model):\n    model(IMAGES)"
     suite.run(source, "--strict-markers", "--strict-config", "-W", "error", *_OWN_CASE, passed=1)
+
+
+def test_guard_that_is_stopped_twice_is_reported_once(suite: Suite):
+    """The second ``stop()`` ends no block, and adds nothing to the report."""
+    source = """
+def test_it(model, bn_frozen):
+    guard = bn_frozen(model, "warn")
+    with pytest.warns(bnguard.BNGuardWarning):
+        model(IMAGES)
+    guard.stop()
+    guard.stop()
+"""
+    result = suite.run(source, "--bn-report", passed=1)
+    result.stdout.fnmatch_lines(["1 test moved running statistics: 1 update."])

@@ -37,7 +37,7 @@ def test_it(model, value):
         "No forward that bnguard can see explains it: look for load_state_dict(), reset_running_stats(), assignments,\n"
         "F.batch_norm() or forward() called directly, a forward that failed, another thread or process, or a\n"
         "compiled or scripted model.\n"
-        "The statistics of entry are back."
+        "The original statistics have been restored."
     )
     result.stdout.fnmatch_lines([">   def test_it(model, value):"])
 
@@ -223,9 +223,9 @@ def test_it(model, named):
 
 
 NO_MODEL = (
-    "@pytest.mark.bn_frozen guards the models that a test's fixtures and parameters bring, and none came: no "
-    "torch.nn.Module among them, in their lists, tuples and dicts, or in their attributes. Inside the test, call the "
-    "fixture: bn_frozen(model)"
+    "@pytest.mark.bn_frozen guards the models that a test gets from its fixtures and parameters, and this test gets "
+    "none: there is no torch.nn.Module among them, in their lists, tuples and dicts, or in their attributes. Inside "
+    "the test, call the fixture: bn_frozen(model)"
 )
 
 
@@ -256,7 +256,10 @@ def test_it(net):
     [
         ("'rais'", "@pytest.mark.bn_frozen: on_change='rais': did you mean 'raise'? *"),
         ("updates=-1", "@pytest.mark.bn_frozen: updates=-1: the number of updates *"),
-        ("use_runing_stats=True", "@pytest.mark.bn_frozen: *unexpected keyword argument 'use_runing_stats'*"),
+        (
+            "use_runing_stats=True",
+            "@pytest.mark.bn_frozen: unknown option 'use_runing_stats': did you mean 'use_running_stats'? *",
+        ),
         ("include='backbone'", "@pytest.mark.bn_frozen: include='backbone' matches none of the 1 layer *"),
     ],
 )

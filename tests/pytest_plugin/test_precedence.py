@@ -1,7 +1,7 @@
-"""Who decides about a layer: the fixture before the marker, the marker before the command line, that before the file.
+"""Precedence, highest first: the fixture, the marker, the command line, the configuration file.
 
-Each policy shows in what a train-mode forward does: ``raise`` stops it, ``warn`` lets it stand and says so, ``restore``
-keeps the statistics in silence, ``off`` lets it stand in silence.
+Each policy shows in what a train-mode forward does: ``raise`` stops it, ``warn`` keeps the update and warns,
+``restore`` keeps the statistics without a warning, ``off`` keeps the update without a warning.
 """
 
 import pytest

@@ -1,4 +1,4 @@
-"""The drift that the demo measured, per layer and step, as a picture."""
+"""Plot the drift that the demo measured, per layer and step."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from bnguard.cli.demo import DemoResult
+from bnguard.cli.demo.finetune import DemoResult
 from bnguard.report.plots import format_of
-
-__all__ = ["draw"]
 
 
 def draw(result: DemoResult, path: Path) -> None:
-    """Draws one panel a run, one line a layer, and writes the picture to ``path``."""
+    """Draws one panel per run with one line per layer, and writes the figure to ``path``."""
     figure = Figure(figsize=(11, 4), layout="constrained")
     panels = figure.subplots(1, len(result.runs), sharex=True, sharey=True)
     for axes, run in zip(panels, result.runs, strict=True):

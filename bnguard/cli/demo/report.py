@@ -1,4 +1,4 @@
-"""What the demo measured, as a table, and the error."""
+"""Print what the demo measured: a table, and the error of the guard that raises."""
 
 from __future__ import annotations
 
@@ -9,16 +9,14 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bnguard.cli.demo import DemoResult
-
-__all__ = ["as_json", "show"]
+from bnguard.cli.demo.finetune import DemoResult
 
 _NOTES = """\
-source: this backbone with the head it was trained with, in eval mode
+source: the backbone with the head that it was trained with, in eval mode
 largest shift: of a channel's running mean, in standard deviations
-same bits: the source's output for one fixed test batch, before and after
-new head: accuracy on shifted images in eval mode, on the frozen statistics;
-  use_running_stats has trained it on these, restore on those of each batch
+same bits: the output of the source for one fixed test batch, before and after
+new head: accuracy on shifted images in eval mode, with the frozen statistics;
+  use_running_stats trains the head with these, restore with those of each batch
 step time: relative to unguarded, the median over all steps
 """
 
@@ -27,20 +25,20 @@ def show(result: DemoResult) -> None:
     """Prints the table, and the error of the guard that raises."""
     console = Console(highlight=False, markup=False)
     console.print(
-        f"A Conv-BN network learned scikit-learn's digits ({result.train_images} images for training, "
+        f"A Conv-BN network was trained on scikit-learn's digits ({result.train_images} images for training, "
         f"{result.test_images} for testing). Then its backbone was frozen with requires_grad_(False), and a new head "
-        "fine-tuned on shifted images in train mode. No optimizer touched the backbone: is the source network still "
-        "what it was?\n"
+        "was fine-tuned on shifted images in train mode. No optimizer has updated the backbone. Is the source network "
+        "unchanged?\n"
     )
     console.print(_table(result))
     # print, because the console would wrap the lines.
     print(_NOTES)
-    print('The same under on_change="raise", the default, ends at the first forward:\n')
+    print('With on_change="raise", the default, the run ends at the first forward:\n')
     print(f"{type(result.error).__name__}: {result.error}")
 
 
 def as_json(result: DemoResult) -> dict[str, Any]:
-    """The numbers, for programs."""
+    """The numbers, for the JSON file."""
     names = ("train_images", "test_images")
     return {
         **{name: getattr(result, name) for name in names},

@@ -1,0 +1,105 @@
+"""Options that several commands share, and the types of arguments."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+from bnguard.findings.codes import CODES
+
+if TYPE_CHECKING:
+    from bnguard.report.files import Outputs
+
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+_OUTPUTS: Final = {
+    "json": "write everything as JSON; README.md has the schema",
+    "plot": "write the figures: .png, .svg, .pdf (extra 'plot')",
+    "html": "write one self-contained page with tables and figures (extra 'plot')",
+}
+# The packages that each extra installs, by import name.
+_EXTRAS: Final = {
+    "demo": {"sklearn": "scikit-learn", "rich": "rich"},
+    "plot": {"matplotlib": "matplotlib"},
+}
+
+
+def add_outputs(command: argparse.ArgumentParser, *names: str) -> None:
+    """Adds the options for output files. The result has an attribute for each of the three, None without the option."""
+    for name, text in _OUTPUTS.items():
+        if name in names:
+            command.add_argument(f"--{name}", type=Path, metavar="FILE", help=text)
+        else:
+            command.set_defaults(**{name: None})
+    command.set_defaults(has_figures="plot" in names, extras=())
+
+
+def checked_outputs(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Outputs:
+    """The output files. Ends the process with a usage error if one cannot be written.
+
+    Paths are absolute: a script may change its working directory.
+    """
+    from bnguard.report.files import Outputs, problem_with
+
+    paths: dict[str, Any] = {name: getattr(options, name) for name in _OUTPUTS}
+    for name, path in paths.items():
+        problem = None if path is None else problem_with(path)
+        if problem is None and name == "plot" and path is not None:
+            from bnguard.report.plots import problem_with_format
+
+            problem = problem_with_format(path)
+        if problem is not None:
+            parser.error(f"argument --{name}: {problem}")
+    return Outputs(**{name: None if path is None else path.absolute() for name, path in paths.items()})
+
+
+def missing_packages(options: argparse.Namespace) -> str | None:
+    """One sentence that names the packages that a command needs and that are not installed, or None."""
+    draws = options.plot is not None or (options.html is not None and options.has_figures)
+    absent = {
+        extra: [title for name, title in _EXTRAS[extra].items() if importlib.util.find_spec(name) is None]
+        for extra in [*options.extras, *["plot"] * draws]
+    }
+    wanted = [extra for extra, titles in absent.items() if titles]
+    if not wanted:
+        return None
+    packages = " and ".join(title for extra in wanted for title in absent[extra])
+    return f"This command needs {packages}: pip install 'bnguard[{','.join(wanted)}]'"
+
+
+def positive_integer(text: str) -> int:
+    """An integer from 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
+    return int(text)
+
+
+def seconds(text: str) -> float:
+    """A positive, finite number."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a positive number of seconds, got {text!r}")
+    return number
+
+
+def seed(text: str) -> int:
+    """A seed of torch and NumPy."""
+    number = int(text) if text.isdecimal() else -1
+    if not 0 <= number < 2**32:
+        raise argparse.ArgumentTypeError(f"must be an integer from 0 to {2**32 - 1}, got {text!r}")
+    return number
+
+
+def codes(text: str) -> frozenset[str]:
+    """Codes of findings, separated by commas."""
+    named = [code.strip().upper() for code in text.split(",")]
+    unknown = [code for code in named if code not in CODES]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"unknown code {unknown[0]!r} (valid: {min(CODES)} to {max(CODES)})")
+    return frozenset(named)

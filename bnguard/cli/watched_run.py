@@ -1,0 +1,192 @@
+"""A script or a module under ``watch``, with a report however it ends."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from bnguard.cli.execfile import Ending, NotFoundError, run_module, run_script, wait_for_threads
+from bnguard.cli.exit_codes import USAGE, UsageError, exit_code_of
+from bnguard.cli.progress import Progress
+from bnguard.cli.sigterm import EXIT_CODE, BeforeTermination
+from bnguard.errors import StatsChangedError
+from bnguard.guard.auto_guard import AutoGuard
+from bnguard.guard.options import Frontend, OnChange, Settings
+from bnguard.guard.phrases import Phrases
+from bnguard.guard.requests import GuardRequests
+from bnguard.recording.summary import watch_content, watch_document
+from bnguard.recording.watch import watch
+from bnguard.report.files import Outputs, publish
+
+if TYPE_CHECKING:
+    from bnguard.report.plots import Picture
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """What to run, and what to record.
+
+    Attributes:
+        target: Path of the script, or name of the module.
+        args: Its arguments.
+        is_module: Whether ``target`` is a module.
+        ends_process: Whether the process ends with the run, which then waits for the threads of the script.
+        fail_on: Codes of findings with which a run fails that would otherwise exit with 0.
+        frozen: Pattern of the layers to guard; None guards none.
+        on_change: What to do about an update of a guarded layer.
+        every: At which optimizer steps to measure the drift, as in ``watch``.
+        progress: Seconds between two lines of progress on stderr; None prints none.
+        outputs: The files to write.
+    """
+
+    target: str
+    args: Sequence[str]
+    is_module: bool
+    ends_process: bool
+    fail_on: frozenset[str]
+    frozen: str | None
+    on_change: OnChange
+    every: int | Literal["auto"] | None
+    progress: float | None
+    outputs: Outputs
+
+
+class WatchedRun:
+    """A script or a module that is run under ``watch``. Can be run once."""
+
+    def __init__(self, options: RunOptions) -> None:
+        self._options = options
+        self._record = watch(every=options.every)
+        self._requests = GuardRequests()
+        self._auto_guard: AutoGuard | None = None
+        if options.frozen is not None:
+            self._auto_guard = AutoGuard(self._requests, _settings(options.frozen, options.on_change))
+
+    def run(self) -> int:
+        """Runs it, and prints the report, however it ends.
+
+        Returns:
+            The exit code of the script. If that is 0: 1 if there is a finding of ``fail_on`` or a guarded layer
+            changed, 2 if ``frozen`` matched no layer or a file could not be written.
+
+        Raises:
+            UsageError: There is no such script or module.
+        """
+        process = os.getpid()
+        with self._record, BeforeTermination(self._report_early) as termination:
+            with ExitStack() as undo:
+                if self._options.progress is not None:
+                    undo.enter_context(Progress(self._record, self._options.progress))
+                if self._auto_guard is not None:
+                    undo.callback(self._auto_guard.end, for_good=True)
+                    self._auto_guard.begin()
+                ending = self._run_target()
+                if os.getpid() != process:  # a child that the script has forked: its parent reports
+                    ending.show()
+                    return ending.exit_code
+                if self._options.ends_process:
+                    ending = wait_for_threads(ending)
+            termination.leave_to_caller()  # the code below reports
+            failure = self._end_guards(ending)
+            self._record.stop()
+            ending.show()
+            _flush()
+            notes = [] if failure is None else [str(failure)]
+            if self._has_matched_nothing:
+                notes.append(f"--frozen {self._options.frozen} matched no layer of the models that ran.")
+            is_written = self._report(ending.exit_code, notes)
+        if ending.is_interrupt:
+            _die_of_interrupt()
+        if ending.exit_code:
+            return ending.exit_code
+        if self._has_matched_nothing:
+            print(f"bnguard run: {notes[-1]}", file=sys.stderr)
+            return USAGE
+        codes = [finding.code for finding in self._record.findings]
+        return exit_code_of(failure is not None or not self._options.fail_on.isdisjoint(codes), is_written)
+
+    @property
+    def _has_matched_nothing(self) -> bool:
+        return self._auto_guard is not None and not self._auto_guard.has_guarded
+
+    def _run_target(self) -> Ending:
+        try:
+            run = run_module if self._options.is_module else run_script
+            return run(self._options.target, self._options.args)
+        except (OSError, NotFoundError) as error:
+            raise UsageError(str(error)) from error
+        except SyntaxError as error:
+            return Ending(1, error.with_traceback(None))
+
+    def _end_guards(self, ending: Ending) -> StatsChangedError | None:
+        """Ends the guards. Returns what they found, unless that is a note on the exception of the script."""
+        try:
+            for text in self._requests.end(ending.error):
+                print(f"bnguard: {text}", file=sys.stderr)
+        except StatsChangedError as failure:
+            return failure
+        return None
+
+    def _report_early(self) -> None:
+        """Reports a run that SIGTERM ends."""
+        self._record.stop()
+        if self._record.speaks:
+            self._report(EXIT_CODE, ["SIGTERM has ended the run; this is what was recorded until then."])
+            _flush()
+
+    def _report(self, exit_code: int, notes: Sequence[str]) -> bool:
+        """Prints the report, and writes the files. In a distributed run, one rank does so for all.
+
+        Returns:
+            Whether all files could be written.
+        """
+        if not self._record.speaks:
+            for note in notes:
+                print(note, file=sys.stderr)
+            return True
+        options = self._options
+        summary = self._record.summary()
+        document = watch_document(summary)
+        title = f"bnguard run {'-m ' if options.is_module else ''}{options.target}"
+        document = dataclasses.replace(document, title=title, notes=(*document.notes, *notes))
+        content = {"target": options.target, "exit_code": exit_code, **watch_content(summary)}
+        return publish(document, content, options.outputs, "run", self._pictures)
+
+    def _pictures(self) -> list[Picture]:
+        from bnguard.report.plots import watch_pictures  # needs an extra
+
+        return watch_pictures(self._record.drift, self._record.series, self._record.update_series)
+
+
+def _settings(pattern: str, on_change: OnChange) -> Settings:
+    place = f"bnguard run --frozen {pattern}"
+    phrases = Phrases(
+        place,
+        place_with_budget=place,
+        choice="{}",
+        everything="the report lists them all",
+        expected="use --on-change restore",
+        renamed=(('on_change="restore"', "--on-change restore"), ("use_running_stats=True", "")),
+    )
+    frontend = Frontend(phrases, has_coverage_warnings=False, is_outermost=True)
+    return Settings(on_change, include=(pattern,), frontend=frontend)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, ValueError, OSError):  # a script may have closed or replaced it
+            stream.flush()
+
+
+def _die_of_interrupt() -> None:
+    """Ends the process by SIGINT, as Python does after Ctrl-C: a shell script around it then stops as well."""
+    _flush()
+    if os.name == "posix":
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)

@@ -1,0 +1,147 @@
+"""The base of the integrations, with one for a trainer of a few lines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from torch import nn
+
+import bnguard
+from bnguard.integrations._base import RunGuard, phrases_of
+from tests.asserts import assert_clean, assert_same_bits, statistics, values
+from tests.nets import images
+
+
+class Loop:
+    """A trainer that calls one callback."""
+
+    def __init__(self, model: nn.Module, callback: Callback, act: Callable[[], None] = lambda: None) -> None:
+        self.model, self.callback, self.act = model, callback, act
+        self.validations = 0
+
+    def run(self, steps: int = 2) -> None:
+        self.callback.on_begin(self.model)
+        try:
+            for _ in range(steps):
+                self.model.train()(images()).sum().backward()
+                self.act()
+                self.callback.on_validate()
+                self.validations += 1
+        except BaseException as error:
+            self.callback.on_error(error)
+            raise
+        self.callback.on_end()
+
+
+class Callback(RunGuard):
+    """All that an integration of ``Loop`` needs."""
+
+    def __init__(self, on_change: Any = "raise", **options: Any) -> None:
+        super().__init__(phrases_of("Callback", "callback"), on_change, options)  # type: ignore[arg-type]
+
+    def on_begin(self, model: nn.Module) -> None:
+        self._begin_run(model)
+
+    def on_validate(self) -> None:
+        self.check()
+
+    def on_end(self) -> None:
+        self._end_run()
+
+    def on_error(self, error: BaseException) -> None:
+        self._end_failed_run(error)
+
+
+@pytest.fixture
+def model() -> nn.Sequential:
+    """A net with one guarded layer, named ``1``."""
+    return nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3))
+
+
+@pytest.mark.parametrize("options", [{"on_change": "restore"}, {"use_running_stats": True}])
+def test_statistics_are_kept_during_a_run(model, options):
+    """All of them are those of before, for as many runs as there are."""
+    before, callback = values(statistics(model)), Callback(**options)
+    for _ in range(2):
+        Loop(model, callback).run()
+        assert_same_bits(statistics(model), before)
+    assert callback.changes == ()
+    assert [layer.names for layer in callback.layers] == [("1",)]
+    assert "Callback(" in callback.report()
+    assert_clean(model)
+
+
+def test_an_update_ends_the_run(model):
+    """The error calls the guard by its name, and the guard has ended."""
+    loop = Loop(model, Callback())
+    with pytest.raises(bnguard.StatsChangedError, match=r"is in train mode inside Callback\(\):"):
+        loop.run()
+    assert loop.validations == 0
+    assert_clean(model)
+
+
+def test_a_write_is_found_before_the_validation(model):
+    """No validation sees changed statistics."""
+    before = values(statistics(model))
+    loop = Loop(model, Callback(use_running_stats=True), lambda: model[1].running_mean.data.add_(1))
+    with pytest.raises(bnguard.StatsChangedError, match=r"changed inside Callback\(\):"):
+        loop.run()
+    assert loop.validations == 0
+    assert_same_bits(statistics(model), before)
+
+
+def test_an_exception_is_not_replaced_by_a_finding(model):
+    """What the guard finds at the end is a note of it."""
+
+    def fail() -> None:
+        model[1].running_mean.data.add_(1)
+        raise ValueError("mine")
+
+    with pytest.raises(ValueError, match="mine") as raised:
+        Loop(model, Callback(use_running_stats=True), fail).run()
+    assert [note for note in raised.value.__notes__ if "changed inside Callback()" in note]
+    assert_clean(model)
+
+
+def test_a_guard_that_fails_to_end_does_not_replace_an_exception(model, monkeypatch):
+    """Its own failure is a note as well."""
+    callback = Callback("restore")
+    callback.on_begin(model)
+    monkeypatch.setattr(callback, "_end_run", lambda error: 1 / 0)
+    error = ValueError("mine")
+    assert callback._end_failed_run(error) == error.__notes__ == ["bnguard: ZeroDivisionError: division by zero"]
+    monkeypatch.undo()
+    callback.on_end()
+
+
+def test_the_budget_is_that_of_one_run(model):
+    """Each run may update as often."""
+    callback = Callback("restore", updates=3)
+    for runs in (1, 2):
+        Loop(model, callback).run(steps=5)
+        assert int(model[1].num_batches_tracked) == 3 * runs
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "text"),
+    [
+        ({"update": 1}, TypeError, "unknown option 'update': did you mean 'updates'?"),
+        ({"group": None}, TypeError, "unknown option 'group'"),
+        ({"on_change": "rase"}, ValueError, "on_change='rase': did you mean 'raise'?"),
+    ],
+)
+def test_bad_options_are_refused(options, kind, text):
+    """With the nearest valid one."""
+    with pytest.raises(kind) as refused:
+        Callback(**options)
+    assert str(refused.value).startswith(text)
+
+
+def test_a_run_that_never_began(model):
+    """Has no changes and no layers, and nothing to end."""
+    callback = Callback()
+    callback.check()
+    callback.on_end()
+    assert (callback.changes, callback.layers) == ((), ())
