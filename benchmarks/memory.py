@@ -15,6 +15,7 @@ from benchmarks.models import NETS, bn_chain, sample
 from benchmarks.race import spread
 from benchmarks.results import Benchmark, Row
 from benchmarks.rivals import batch_norms
+from bnguard.layers.bits import has_values
 
 __all__ = ["BENCHMARKS"]
 
@@ -22,7 +23,7 @@ __all__ = ["BENCHMARKS"]
 def _storages() -> dict[int, int]:
     """Bytes of every storage that a Python tensor refers to, by its address."""
     gc.collect()
-    tensors = [item for item in gc.get_objects() if issubclass(type(item), torch.Tensor)]
+    tensors = [item for item in gc.get_objects() if issubclass(type(item), torch.Tensor) and has_values(item)]
     return {storage.data_ptr(): storage.nbytes() for storage in (tensor.untyped_storage() for tensor in tensors)}
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.benchmark import timer
 
-__all__ = ["Contender", "Race", "Spread", "race"]
+__all__ = ["Contender", "Race", "Spread", "race", "race_of_steps"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,23 @@ def spread(figures: Sequence[float]) -> Spread:
     return Spread(middle, low, high)
 
 
-def race(contenders: Sequence[Contender], *, rounds: int, steps: int, threads: int = 1, garbage: bool = False) -> Race:
+def race_of_steps(contenders: Sequence[Contender], *, rounds: int, threads: int = 1) -> Race:
+    """Times single steps of the contenders in turn: on a busy machine they spread, and cost as much as on an idle one.
+
+    An untimed step comes before each, so that no step pays for what the one of another contender has left in caches.
+    """
+    return race(contenders, rounds=rounds, steps=1, untimed=1, threads=threads)
+
+
+def race(
+    contenders: Sequence[Contender],
+    *,
+    rounds: int,
+    steps: int,
+    untimed: int = 0,
+    threads: int = 1,
+    garbage: bool = False,
+) -> Race:
     """Times the contenders in turn, forwards in one round and backwards in the next.
 
     So a machine that becomes slower or faster does so for all of them. Two rounds come before the first that counts.
@@ -68,7 +84,8 @@ def race(contenders: Sequence[Contender], *, rounds: int, steps: int, threads: i
     Args:
         contenders: What to time; names are unique.
         rounds: How often each has its turn.
-        steps: Steps of one turn.
+        steps: Steps of one turn that are timed together.
+        untimed: Steps of one turn that come before those.
         threads: Of torch.
         garbage: Whether the garbage collector stays on, as in a program; ``timeit`` turns it off.
     """
@@ -83,6 +100,8 @@ def race(contenders: Sequence[Contender], *, rounds: int, steps: int, threads: i
                 if garbage:
                     gc.collect()  # each pays for its own
                 with contender.around():
+                    for _ in range(untimed):
+                        contender.step()
                     measured = timers[contender.name].timeit(steps) / steps
                 if number >= 0:
                     seconds[contender.name].append(measured)

@@ -101,8 +101,8 @@ def write(device: str, rows: Sequence[Row], skipped: Iterable[str]) -> tuple[Pat
         f"# What bnguard costs: {device}",
         "",
         "Written by `python -m benchmarks`. Each figure is a ratio of two things that took turns in one process, or",
-        "how much more one takes, where the title says so: the median of the rounds, and their quartiles. A target is",
-        "met by the median, or within the noise by the lower quartile.",
+        "how much more one takes, where the title says so: the median of the rounds, and their quartiles. A round of",
+        "whole nets is one step of each. A target is met by the median, or within the noise by the lower quartile.",
         "",
         ", ".join(f"{key} {value}" for key, value in about.items()) + ".",
     ]

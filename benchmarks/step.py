@@ -15,15 +15,13 @@ import bnguard
 from benchmarks import rivals
 from benchmarks.floors import least_around
 from benchmarks.models import NETS, make_step, sample
-from benchmarks.race import Contender, race
+from benchmarks.race import Contender, race_of_steps
 from benchmarks.results import Benchmark, Row, compared
 
 __all__ = ["BENCHMARKS", "entered_each_step"]
 
-# Rounds, and steps of one turn: about as long for each net.
-_EFFORT: Final = {
-    "resnet50": (17, 1), "mobilenet_v2": (31, 2), "densenet121": (21, 1), "small_cnn": (30, 4), "bn_mlp": (40, 50),
-}  # fmt: skip
+# How many steps of each contender are timed, each alone: about as long for each net.
+_STEPS: Final = {"resnet50": 15, "mobilenet_v2": 40, "densenet121": 15, "small_cnn": 100, "bn_mlp": 1000}
 # At most, by net: restore around each step; use_running_stats around the loop.
 _EACH: Final = {"resnet50": 1.01, "mobilenet_v2": 1.01, "densenet121": 1.01, "small_cnn": 1.03, "bn_mlp": 1.08}
 _RUNNING: Final = {"bn_mlp": 1.03}
@@ -82,20 +80,18 @@ def train(name: str) -> list[Row]:
     """A training step in one thread, of every contender."""
     net, x, y = sample(name)
     step = make_step(net, net, x, y)
-    rounds, steps = _EFFORT[name]
     contenders = [*_restore_contenders(net, step), *_rival_contenders(net, step)]
-    result = race(contenders, rounds=rounds, steps=steps)
+    result = race_of_steps(contenders, rounds=_STEPS[name])
     key, title = f"step/{name}", f"Training step, {name}, batch {tuple(x.shape)}"
     running = Row(key, title, RUNNING, BY_HAND, result.ratio(RUNNING, BY_HAND), _RUNNING.get(name, 1.0))
     return [running, *compared(key, title, result, PLAIN, {RESTORE: 1.0, RESTORE_EACH: _EACH[name]})]
 
 
 def train_in_two_threads(name: str) -> list[Row]:
-    """The same in two threads, guarded and unguarded."""
+    """A training step in two threads, guarded and unguarded."""
     net, x, y = sample(name)
-    rounds, steps = _EFFORT[name]
     contenders = _restore_contenders(net, make_step(net, net, x, y))
-    result = race(contenders, rounds=rounds, steps=steps, threads=2)
+    result = race_of_steps(contenders, rounds=_STEPS[name], threads=2)
     targets = {RESTORE: 1.0, RESTORE_EACH: _EACH[name]}
     return compared(f"threads/{name}", f"Training step in two threads, {name}", result, PLAIN, targets)
 
@@ -117,7 +113,6 @@ def _guarded_eval_mode(net: nn.Module) -> Iterator[None]:
 def validate(name: str) -> list[Row]:
     """A validation batch in eval mode, where the guard only watches."""
     net, x, _ = sample(name)
-    rounds, steps = _EFFORT[name]
 
     def batch() -> None:
         net(x)
@@ -131,7 +126,7 @@ def validate(name: str) -> list[Row]:
         Contender("frozen(net) around the loop", batch, partial(_guarded_eval_mode, net)),
         Contender("frozen(net) around each batch", guarded, partial(_in_eval_mode, net)),
     ]
-    result = race(contenders, rounds=2 * rounds, steps=2 * steps)
+    result = race_of_steps(contenders, rounds=4 * _STEPS[name])
     return compared(f"validation/{name}", f"Validation batch, {name}, eval mode, no_grad", result, PLAIN)
 
 
@@ -151,7 +146,7 @@ def test_of_a_step() -> list[Row]:
         assert_frozen(net, x, lambda scores: F.cross_entropy(scores, y), ["*running*", "*tracked"], steps=1)
 
     ours, theirs = "frozen(net) around the step itself", "assert_frozen of pytest-torch: a step of a deep copy"
-    result = race([Contender(ours, with_guard), Contender(theirs, with_rival)], rounds=25, steps=2)
+    result = race_of_steps([Contender(ours, with_guard), Contender(theirs, with_rival)], rounds=50)
     title = "A test that one training step moves no statistics, small_cnn"
     return [Row("test/small_cnn", title, ours, theirs, result.ratio(ours, theirs))]
 

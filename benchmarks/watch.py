@@ -10,7 +10,7 @@ from torch import nn
 
 import bnguard
 from benchmarks.models import make_step, sample
-from benchmarks.race import Contender, race, spread
+from benchmarks.race import Contender, race, race_of_steps, spread
 from benchmarks.results import Benchmark, Row, compared
 
 __all__ = ["BENCHMARKS"]
@@ -18,7 +18,7 @@ __all__ = ["BENCHMARKS"]
 PLAIN, WATCHED, ALL = "unguarded", "watch(net) around the loop", "watch() of everything around the loop"
 
 
-def step(name: str, rounds: int, steps: int, target: float | None) -> list[Row]:
+def step(name: str, steps: int, target: float | None) -> list[Row]:
     """A training step."""
     net, x, y = sample(name)
     train = make_step(net, net, x, y)
@@ -27,7 +27,7 @@ def step(name: str, rounds: int, steps: int, target: float | None) -> list[Row]:
         Contender(WATCHED, train, partial(bnguard.watch, net)),
         Contender(ALL, train, bnguard.watch),
     ]
-    result = race(contenders, rounds=rounds, steps=steps)
+    result = race_of_steps(contenders, rounds=steps)
     targets = {} if target is None else {WATCHED: target, ALL: target}
     return compared(f"watch/{name}", f"Training step under watch, {name}", result, PLAIN, targets)
 
@@ -48,7 +48,7 @@ def forward() -> list[Row]:
 
 
 BENCHMARKS: Final[dict[str, Benchmark]] = {
-    "watch/resnet50": partial(step, "resnet50", 17, 1, 1.05),
-    "watch/bn_mlp": partial(step, "bn_mlp", 30, 50, None),
+    "watch/resnet50": partial(step, "resnet50", 17, 1.05),
+    "watch/bn_mlp": partial(step, "bn_mlp", 1000, None),
     "watch/forward": forward,
 }

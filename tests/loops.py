@@ -5,8 +5,6 @@ from __future__ import annotations
 import gc
 import inspect
 import re
-import subprocess
-import sys
 import textwrap
 import warnings
 from collections import OrderedDict
@@ -20,6 +18,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
+from tests import forks
 from tests.nets import warmed
 
 __all__ = [
@@ -124,5 +123,4 @@ sys.meta_path.insert(0, Missing())
 import bnguard.integrations
 import {module}
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    return done.stderr.splitlines()[-1]
+    return forks.run("-c", code).stderr.splitlines()[-1]

@@ -10,10 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from tests.rank_partings import PARTINGS
 from tests.rank_scenarios import SCENARIOS
-
-ALL = {**SCENARIOS, **PARTINGS}
 
 
 def run(folder, names):
@@ -26,7 +23,7 @@ def run(folder, names):
     results, rank = {}, dist.get_rank()
     try:
         for name in names:
-            results[name] = ALL[name]()
+            results[name] = SCENARIOS[name]()
             if dist.is_initialized():
                 dist.barrier()
     except BaseException:

@@ -2,12 +2,9 @@
 
 import copy
 import os
-import tempfile
-import threading
 import time
 import warnings
-from contextlib import contextmanager, nullcontext
-from datetime import timedelta
+from contextlib import contextmanager, nullcontext, suppress
 
 import torch
 import torch.distributed as dist
@@ -15,23 +12,17 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import bnguard
+from bnguard.recording import ranks
 
-__all__ = ["SCENARIOS", "taking_into"]
+__all__ = ["SCENARIOS"]
 
 SCENARIOS = {}
 
 
-def taking_into(scenarios):
-    """A decorator that takes in a scenario under its name."""
-
-    def scenario(function):
-        scenarios[function.__name__] = function
-        return function
-
-    return scenario
-
-
-scenario = taking_into(SCENARIOS)
+def scenario(function):
+    """Registers a scenario under its name."""
+    SCENARIOS[function.__name__] = function
+    return function
 
 
 def device():
@@ -89,16 +80,6 @@ def outcome(function):
     }
 
 
-@contextmanager
-def patience(seconds):
-    """A shorter timeout of the process group."""
-    store = dist.distributed_c10d._get_default_store()
-    before = store.timeout
-    store.set_timeout(timedelta(seconds=seconds))
-    yield
-    store.set_timeout(before)
-
-
 def guarded(net, inside, on_change="raise", **options):
     """One block."""
 
@@ -112,6 +93,12 @@ def guarded(net, inside, on_change="raise", **options):
 def move(net):
     """A change that no forward explains."""
     net[1].running_mean.data += 1
+
+
+def timed(function):
+    """The outcome, and how long it took."""
+    start = time.monotonic()
+    return {**outcome(function), "seconds": time.monotonic() - start}
 
 
 @scenario
@@ -131,26 +118,8 @@ def change_on_one():
 
 
 @scenario
-def same_change_on_all():
-    """All of them do."""
-    net = make().eval()
-    return outcome(guarded(net, lambda: move(net)))
-
-
-@scenario
-def other_change_on_another():
-    """Two ranks, two layers."""
-    net = nn.Sequential(*[nn.BatchNorm1d(2) for _ in range(4)])
-
-    def write():
-        net[dist.get_rank()].running_var.data += 1
-
-    return outcome(guarded(net, write))
-
-
-@scenario
 def forward_stopped_on_one():
-    """Rank 1 is in train mode: it raises at once, and waits for nobody; the others raise at the end."""
+    """Rank 1 is in train mode."""
     net = make().train(dist.get_rank() == 1)
     return outcome(guarded(net, lambda: net(batch())))
 
@@ -164,73 +133,12 @@ def own_error_on_one():
         if dist.get_rank() == 1:
             raise RuntimeError("out of memory, say\nand more")
 
-    result = outcome(guarded(net, fail))
-    dist.barrier()  # all of them come here
-    return result
-
-
-@scenario
-def own_error_after_a_change():
-    """Rank 1 changes, and fails for another reason."""
-    net = make().eval()
-
-    def fail():
-        if dist.get_rank() == 1:
-            move(net)
-            raise KeyError("label")
-
     return outcome(guarded(net, fail))
 
 
 @scenario
-def absent_rank():
-    """Rank 1 never enters the block."""
-    net = make().eval()
-
-    def run():
-        with bnguard.frozen(net):  # ranks meet by line: at another one they are as many times as the others
-            net(batch())
-
-    with patience(2):
-        result = outcome(run) if dist.get_rank() != 1 else {}
-    dist.barrier()
-    return result
-
-
-@scenario
-def absent_rank_and_a_change():
-    """Rank 0 has something to say of its own."""
-    net = make().eval()
-
-    def run():
-        with bnguard.frozen(net):
-            move(net)
-
-    with patience(1):
-        result = outcome(run) if dist.get_rank() == 0 else {}
-    dist.barrier()
-    return result
-
-
-@scenario
-def absent_rank_without_group():
-    """With group=False nobody waits."""
-    net = make().eval()
-    result = outcome(guarded(net, lambda: net(batch()), group=False)) if dist.get_rank() == 0 else {}
-    dist.barrier()
-    return result
-
-
-@scenario
-def change_on_one_without_group():
-    """With group=False one raises alone."""
-    net = make().eval()
-    return outcome(guarded(net, lambda: move(net) if dist.get_rank() == 1 else None, group=False))
-
-
-@scenario
 def warn_in_train_mode():
-    """All update: one of them warns, once."""
+    """All update."""
     net = make()
     twin = copy.deepcopy(net)
 
@@ -242,131 +150,6 @@ def warn_in_train_mode():
     twin(batch())
     twin(batch())
     return {**result, "twin": same(statistics(twin), statistics(net))}
-
-
-@scenario
-def warn_of_another():
-    """Only the last rank changes: the first one warns."""
-    net = make().eval()
-    is_last = dist.get_rank() == dist.get_world_size() - 1
-    return outcome(guarded(net, lambda: move(net) if is_last else None, "warn"))
-
-
-@scenario
-def restore_of_another():
-    """The same under restore."""
-    net = make().eval()
-    before = statistics(net)
-    is_last = dist.get_rank() == dist.get_world_size() - 1
-    result = outcome(guarded(net, lambda: move(net) if is_last else None, "restore"))
-    return {**result, "restored": same(before, statistics(net))}
-
-
-@scenario
-def check_on_one():
-    """check() agrees as well; what comes after it is not lost."""
-    net = make().eval()
-
-    def run():
-        with bnguard.frozen(net) as guard:
-            guard.check()
-            if dist.get_rank() == 1:
-                move(net)
-            guard.check()
-
-    return outcome(run)
-
-
-@scenario
-def many_blocks():
-    """One after the other, nested, and as a decorator; the store keeps nothing of those that are over."""
-    net = make()
-
-    @bnguard.strict(on_change="restore")
-    def step(net):
-        with bnguard.frozen(net[1], "restore"):
-            net(batch())
-
-    def run():
-        for _ in range(30):
-            step(net)
-
-    store = dist.distributed_c10d._get_default_store()
-    step(net)  # the first time, ranks agree on a number
-    dist.barrier()
-    before = store.num_keys()
-    dist.barrier()
-    result = outcome(run)
-    dist.barrier()
-    more = store.num_keys() - before
-    dist.barrier()
-    return {**result, "more_keys": more}
-
-
-@scenario
-def generator():
-    """Each resumption is a block; its end is none of the others' business."""
-    net = make().eval()
-
-    @bnguard.frozen(net)
-    def batches():
-        yield net(batch())
-        yield net(batch())
-
-    return outcome(lambda: list(batches()))
-
-
-def timed(function):
-    """The outcome, and how long it took."""
-    start = time.monotonic()
-    return {**outcome(function), "seconds": time.monotonic() - start}
-
-
-@scenario
-def other_folders():
-    """Each rank works in a folder of its own: the line is another one in messages, not for the ranks."""
-    net = make().eval()
-    before = os.getcwd()
-    with tempfile.TemporaryDirectory() as folder:
-        if dist.get_rank() == 1:
-            os.chdir(folder)
-        result = timed(guarded(net, lambda: net(batch())))
-        os.chdir(before)
-    return result
-
-
-@scenario
-def threads():
-    """Two threads at one line, and two at different lines that come in another order on each rank."""
-    failures = []
-
-    def work(net, order):
-        try:
-            for _ in range(20):
-                with bnguard.frozen(net):
-                    net(batch())
-            for first in (order, not order):
-                if first:
-                    with bnguard.frozen(net):
-                        net(batch())
-                else:
-                    with bnguard.frozen(net):
-                        net(batch())
-        except Exception as error:
-            failures.append(error)
-
-    def run():
-        workers = [
-            threading.Thread(target=work, args=(make().eval(), bool(number) ^ dist.get_rank())) for number in (0, 1)
-        ]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-        if failures:
-            raise failures[0]
-
-    return timed(run)
 
 
 @scenario
@@ -392,34 +175,6 @@ def forked_worker():
 
 
 @scenario
-def copied_guard():
-    """A copy shares the group."""
-    net = make().eval()
-    guard = copy.deepcopy(bnguard.frozen(net, group=dist.group.WORLD))
-
-    def run():
-        with guard:
-            net(batch())
-
-    return timed(run)
-
-
-@scenario
-def timeout_of_a_group():
-    """A group of its own, with a short timeout."""
-    group = dist.new_group(timeout=timedelta(seconds=2))
-    net = make().eval()
-
-    def run():
-        with bnguard.frozen(net, group=group):
-            net(batch())
-
-    result = timed(run) if dist.get_rank() == 0 else {}
-    dist.barrier()
-    return result
-
-
-@scenario
 def two_ddp_groups():
     """Ranks 0 and 1 train one model, 2 and 3 another; the guard is of all."""
     groups = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3])]
@@ -427,25 +182,6 @@ def two_ddp_groups():
     model = DistributedDataParallel(net, process_group=groups[dist.get_rank() // 2])
     net[1].running_mean.data += dist.get_rank()
     return outcome(guarded(net, lambda: model(batch())))
-
-
-@scenario
-def subgroup():
-    """Ranks 0 and 1 agree among themselves; the others are not asked."""
-    pair = dist.new_group([0, 1])
-    net = make().eval()
-    result = {}
-    if dist.get_rank() < 2:
-        result = outcome(guarded(net, lambda: move(net) if dist.get_rank() == 1 else None, group=pair))
-    alone = outcome(guarded(net, lambda: None, group=pair)) if dist.get_rank() > 1 else {}
-    dist.barrier()
-    return {**result, "alone": alone}
-
-
-@scenario
-def wrong_group():
-    """Refused, with what it must be."""
-    return outcome(lambda: bnguard.frozen(make(), group=[0, 1]))
 
 
 def train_ddp(guard, broadcast=True, accumulate=False, steps=3, sync=False):
@@ -578,6 +314,97 @@ def ddp_write():
 
 
 @scenario
+def validation_on_rank_0():
+    """Rank 0 validates the module inside DDP under a guard, in eval mode and then in train mode; rank 1 does not."""
+    net = make()
+    model = DistributedDataParallel(net)
+    results = {}
+    for mode in ("eval", "train"):
+
+        def run(mode=mode):
+            with bnguard.frozen(model.module):
+                model.module.train(mode == "train")
+                model.module(batch())
+
+        if dist.get_rank() == 0:
+            results[mode] = timed(run)
+        else:
+            time.sleep(0.5)  # something else
+    dist.barrier()
+    return results
+
+
+def trained_under_ddp(guard, broadcast, steps):
+    """What a net has after some steps under DDP, in a block each, and what was said."""
+    net = make()
+    model = DistributedDataParallel(net, broadcast_buffers=broadcast)
+
+    def run():
+        for step in range(steps):
+            with guard(net):
+                model(batch(10 * dist.get_rank() + step)).sum().backward()
+
+    return statistics(net), timed(run)
+
+
+@scenario
+def budget_under_ddp():
+    """Each step updates once; DDP's broadcast before it is no update."""
+    results = {}
+    for broadcast in (True, False):
+        twin, _ = trained_under_ddp(lambda net: nullcontext(), broadcast, 4)
+        for policy in ("raise", "restore", "warn"):
+            state, said = trained_under_ddp(
+                lambda net, policy=policy: bnguard.frozen(net, policy, updates=1), broadcast, 4
+            )
+            results[f"{policy} {broadcast}"] = {**said, "twin": same(twin, state)}
+    return results
+
+
+@scenario
+def budget_in_join():
+    """Rank 0 has fewer batches, and gets what rank 1 has."""
+    net = make()
+    model = DistributedDataParallel(net)
+
+    def run():
+        with bnguard.frozen(net, updates=5), model.join():
+            for step in range(2 + dist.get_rank()):
+                model(batch(step)).sum().backward()
+
+    return timed(run)
+
+
+@scenario
+def budget_is_kept_under_ddp():
+    """Two forwards in a step are one too many."""
+    net = make()
+    model = DistributedDataParallel(net, broadcast_buffers=True)
+
+    def run():
+        with bnguard.frozen(net, updates=1):
+            model(batch())
+            model(batch())
+
+    return timed(run)
+
+
+@scenario
+def guards_and_the_store():
+    """Guards leave the store of the process group alone."""
+    net = make()
+    store = dist.distributed_c10d._get_default_store()
+    dist.barrier()
+    before = store.num_keys()
+    dist.barrier()
+    result = outcome(guarded(net, lambda: net(batch()), "restore"))
+    dist.barrier()
+    more = store.num_keys() - before
+    dist.barrier()
+    return {**result, "more_keys": more}
+
+
+@scenario
 def ddp_join():
     """Ranks with other numbers of batches, in join(): nothing hangs, nothing moves."""
     net = make()
@@ -632,30 +459,62 @@ def watch_own_buffers():
 
 @scenario
 def watch_failure():
-    """Rank 1 fails: the first rank does not wait for it for ever."""
+    """Rank 1 fails inside the watch."""
     net = make()
     record = bnguard.watch(net)
-    try:
-        with record:
-            net(batch())
-            if dist.get_rank() == 1:
-                raise RuntimeError("mine")
-    except RuntimeError:
-        pass
+    with suppress(RuntimeError), record:
+        net(batch())
+        if dist.get_rank() == 1:
+            raise RuntimeError("mine")
     return {"updates": len(record.updates), "missing": record.missing_ranks}
 
 
 @scenario
-def watch_alone():
-    """Only rank 0 watches."""
+def watch_on_rank_0():
+    """Only rank 0 watches, and has less patience than usual."""
     net = make()
     result = {}
     if dist.get_rank() == 0:
-        with bnguard.watch(net, group=False) as record:
-            net(batch())
-        result = {"report": record.report(), "ranks": record.updates[0].ranks}
+        patience, ranks._PATIENCE = ranks._PATIENCE, 1.0
+        record = bnguard.watch(net).start()
+        net(batch())
+        result = timed(record.stop)
+        ranks._PATIENCE = patience
+        result |= {"patience": patience, "missing": record.missing_ranks, "report": record.report()}
     dist.barrier()
     return result
+
+
+@scenario
+def watch_on_rank_1():
+    """Only rank 1 watches: it waits for nobody."""
+    net = make()
+    result = {}
+    if dist.get_rank() == 1:
+        record = bnguard.watch(net).start()
+        net(batch())
+        result = timed(record.stop)
+    dist.barrier()
+    return result
+
+
+@scenario
+def watch_again():
+    """Several watches one after the other, and one in a forked process: none gets the records of another."""
+    net = make()
+    counts = []
+    for number in range(1, 4):
+        with bnguard.watch(net) as record:
+            if dist.get_rank() == number % 2 and hasattr(os, "fork"):
+                child = os.fork()
+                if not child:
+                    record.stop()
+                    os._exit(0)
+                os.waitpid(child, 0)
+            for _ in range(number):
+                net(batch())
+        counts.append([(update.count, update.ranks) for update in record.updates])
+    return counts
 
 
 @scenario

@@ -2,12 +2,14 @@
 
 Profiles, chosen with the environment variable ``HYPOTHESIS_PROFILE``:
 
-``ci`` (the default)
+``quick`` (the default)
+    Derandomised; 20 programs of the state machine, 20 examples of each property.
+``ci`` (where slow tests are selected)
     Derandomised; 200 programs of the state machine, 100 examples of each property.
 ``long``
     20,000 random programs of the state machine and 5,000 examples of each property::
 
-        HYPOTHESIS_PROFILE=long pytest -n 2 tests/guard/test_state_machine.py tests/guard/test_properties.py
+        HYPOTHESIS_PROFILE=long pytest tests/guard/test_state_machine.py tests/guard/test_properties.py
 """
 
 from __future__ import annotations
@@ -52,7 +54,7 @@ __all__ = [
     "set_random_state",
 ]
 
-PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "ci")
+PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "quick")
 _IS_LONG = PROFILE == "long"
 _COMMON: dict[str, Any] = {
     "deadline": None,
@@ -66,11 +68,12 @@ _COMMON: dict[str, Any] = {
         HealthCheck.function_scoped_fixture,
     ],
 }
+_PROPERTIES, _PROGRAMS = {"quick": (20, 20), "ci": (100, 200), "long": (5_000, 20_000)}[PROFILE]
 _EXAMPLES = os.environ.get("BNGUARD_EXAMPLES")  # any other number, for a run in between
 
-property_settings = settings(max_examples=int(_EXAMPLES or (5_000 if _IS_LONG else 100)), **_COMMON)
+property_settings = settings(max_examples=int(_EXAMPLES or _PROPERTIES), **_COMMON)
 machine_settings = settings(
-    max_examples=int(_EXAMPLES or (20_000 if _IS_LONG else 200)),
+    max_examples=int(_EXAMPLES or _PROGRAMS),
     stateful_step_count=40 if _IS_LONG else 30,
     # Explaining a failed program costs more than it tells.
     phases=[phase for phase in Phase if phase is not Phase.explain],

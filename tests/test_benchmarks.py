@@ -14,10 +14,11 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import race, results, rivals
+from benchmarks import race, results, rivals, transcript
 from benchmarks.__main__ import _ALL
 from benchmarks.models import NETS, bn_chain, make_step, sample
 from tests.asserts import assert_same_bits, state_of
+from tests.readme import README
 
 
 @pytest.mark.parametrize(
@@ -125,6 +126,14 @@ def test_race_runs_every_contender_equally_often_and_in_turn() -> None:
     assert once.index("a") != once.index("b")
 
 
+def test_steps_are_timed_alone_and_in_turn() -> None:
+    """Each contender takes an untimed step and a timed one, then it is the turn of the next."""
+    calls: list[str] = []
+    result = race.race_of_steps([race.Contender(name, partial(calls.append, name)) for name in "ab"], rounds=3)
+    assert {name: len(seconds) for name, seconds in result.seconds.items()} == {"a": 3, "b": 3}
+    assert "".join(calls) == "bbaaaabbbbaaaabbbbaa"
+
+
 def test_ratio_is_that_of_each_round() -> None:
     """A round that was slow for all leaves no trace."""
     measured = race.Race({"ours": [1.0, 20.0, 3.0], "theirs": [2.0, 40.0, 6.0]})
@@ -175,3 +184,9 @@ def test_committed_results_come_from_benchmarks_that_exist() -> None:
     for path in (Path(results.__file__).parent / "results").glob("*.json"):
         for item in json.loads(path.read_text())["rows"]:
             assert results.from_json(item).benchmark in _ALL
+
+
+def test_readme_shows_the_committed_transcript() -> None:
+    """To the letter, with its picture."""
+    assert f"```text\n{transcript.TRANSCRIPT.read_text()}```" in README
+    assert "](benchmarks/results/digits.png)" in README

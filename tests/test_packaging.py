@@ -134,11 +134,11 @@ def test_constraints_are_exact():
 
 
 def test_ci_runs_the_commands_of_the_readme():
-    """CI runs the README's test command, and stops where a step fails."""
+    """CI runs the README's test command, then the slow tests, and stops where a step fails."""
     script = (ROOT / ".ci" / "run").read_text()
     command = re.search(
         r"^(pip install -e '\.\[test\]'.*) && (pytest)$", (ROOT / "README.md").read_text(), re.MULTILINE
     )
     assert command is not None
     assert "set -euo pipefail" in script
-    assert script.endswith(f"\n{command[1]}\n{command[2]}\n")
+    assert script.endswith(f"\n{command[1]}\n{command[2]}\n{command[2]} -m slow\n")

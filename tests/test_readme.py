@@ -2,8 +2,6 @@
 
 import inspect
 import re
-import subprocess
-import sys
 import warnings
 from itertools import chain
 from pathlib import Path
@@ -15,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import bnguard
 from bnguard.findings.codes import CODES
+from tests import forks
 from tests.readme import IMPORTS, LOOPS, PASTED, README, RECIPES, SECTIONS, code
 from tests.suites import suite
 
@@ -38,7 +37,7 @@ def run_example(example, names):
 def test_error_is_the_one_that_the_script_gives(tmp_path):
     """The first block, run as a file, ends with the error that the README shows, to the letter."""
     (tmp_path / "finetune.py").write_text(SCRIPT)
-    done = subprocess.run([sys.executable, "finetune.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = forks.run("finetune.py", cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr.endswith(ERROR)
     lineno = next(number for number, line in enumerate(SCRIPT.splitlines(), 1) if "head(backbone(" in line)

@@ -5,7 +5,6 @@ import re
 from matplotlib import image
 
 from benchmarks import transcript
-from tests.readme import README
 
 NUMBER = re.compile(r"\d+\.\d+(e[-+]\d+)?%?")
 
@@ -14,12 +13,6 @@ def normalised(text):
     """Without what another processor computes in the last digits, or ranks otherwise by that."""
     head, _, drift = text.partition("moved most:")
     return [line.split() for line in NUMBER.sub("0.0", head).splitlines()], len(drift.splitlines())
-
-
-def test_readme_shows_what_the_script_made():
-    """To the letter."""
-    assert f"```text\n{transcript.TRANSCRIPT.read_text()}```" in README
-    assert "](benchmarks/results/digits.png)" in README
 
 
 def test_script_makes_it_again(tmp_path):
