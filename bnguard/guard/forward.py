@@ -51,13 +51,23 @@ class HeldLayer(WatchedLayer):
 
     def __init__(self, layer: StatsLayer) -> None:
         super().__init__(layer)
-        self._turn = threading.RLock() if self.kind.predict is None else None
+        self._turn = None if self.kind is BATCH_NORM else threading.RLock()
         self.action: Action | None = None
         self.graph_action: Action | None = None
         self._scratch: tuple[Tensor | None, Tensor | None] = (None, None)  # of the last forward
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The layer's forward, as the guards around it want it."""
+        """The layer's forward, as the guards around it want it.
+
+        Where that depends on a budget, one thread at a time: a forward that may update runs on the statistics
+        themselves, and must not find them swapped out by one that may not.
+        """
+        if self._turn is None or self.action is not None or torch.compiler.is_compiling():
+            return self._run(args, kwargs)
+        with self._turn:
+            return self._run(args, kwargs)
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         module, entries, kind = self.module, self.entries, self.kind  # entries of the moment at which it begins
         if torch.compiler.is_exporting():
             return self._exported(args, kwargs)
@@ -117,16 +127,7 @@ class HeldLayer(WatchedLayer):
             self.forget(before)
 
     def _run_watched(self, entries: Entries, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Runs the layer, then decides about what it did to its statistics.
-
-        One thread at a time: if forwards overlap and only some are within a budget, it is unknown what the others have
-        written.
-        """
-        assert self._turn is not None
-        with self._turn:
-            return self._run_in_turn(entries, args, kwargs)
-
-    def _run_in_turn(self, entries: Entries, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs the layer, then decides about what it did to its statistics."""
         before = self.look(entries)
         try:
             result = self.original(*args, **kwargs)
