@@ -184,7 +184,8 @@ class LayerGuard(HeldLayer):
         """Copies what a forward may change, until the forward hook is called for the same call of the layer."""
         thread = threading.get_ident()
         if self._before is None:
-            self._before = {}
+            with _lock:  # another thread may be about to do so
+                self._before = self._before or {}
         if self._before.get(thread):
             self._drop_finished(thread, call)
         before = self.look(entries)

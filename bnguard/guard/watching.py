@@ -32,12 +32,14 @@ class _Original:
         values: Copies of them.
         has_changed: Whether one of those forwards was found to have changed them.
         is_shared: Whether there was more than one.
+        is_awaited: Whether it is to be put back by the last of them: not while another one is reading.
     """
 
     tensors: dict[str, Tensor]
     values: dict[str, Tensor]
     has_changed: bool = False
     is_shared: bool = False
+    is_awaited: bool = False
 
 
 @dataclass(slots=True)
@@ -96,6 +98,8 @@ class WatchedLayer(Surroundings):
             self.under_way -= 1
             if not self.under_way:
                 self._original = None
+                if before.original.is_awaited:
+                    self.put_back(before)
 
     def restored(self) -> None:
         """The end of a block has restored the layer: forwards that go on after it are to leave it like this."""
@@ -116,7 +120,7 @@ class WatchedLayer(Surroundings):
             original.has_changed = True
             decision = decide_and_count(before.entries)
             if decision.action != "update":
-                self.put_back(before)
+                original.is_awaited = True
             if not has_failed:
                 self.apply(decision)
             elif decision.decider is not None and decision.decider.block is not None and decision.action == "stop":
