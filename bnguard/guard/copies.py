@@ -88,8 +88,7 @@ class InstancePatch:
 
     def put_forward(self) -> None:
         """Puts a ``forward`` on the layer. Once there, it is not put again: the user may have wrapped it."""
-        if not self._has_copying:
-            self._put_copying()
+        self._put_copying()
         if self.has_hooks and not self.is_watching():
             self._remove_hooks()
         if not self._has_forward:
