@@ -20,10 +20,11 @@ from bnguard.guard.coverage import (
     warn_about_programs,
 )
 from bnguard.guard.exit_check import ExitCheck, compiled_layers
-from bnguard.guard.hooks import LayerGuard, add_entries, drop_entries, is_any_held
+from bnguard.guard.hooks import LayerGuard, add_entry, drop_entry, is_any_held
 from bnguard.guard.options import Settings
 from bnguard.guard.outcome import Outcome
-from bnguard.guard.policy import PolicyEntry, UpdateCount, count_update
+from bnguard.guard.policy import Counts, PolicyEntry, count_update
+from bnguard.layers.kinds import StatsLayer
 from bnguard.layers.select import select_layers
 from bnguard.layers.swaps import own_tensors
 from bnguard.layers.tree import Tree
@@ -47,8 +48,8 @@ class Block:
     """
 
     __slots__ = (
-        "_affine", "_check", "_counts", "_entries", "_found", "_guards", "_has_warned_of_program", "_layers", "_model",
-        "_on_cuda", "_outcome", "_process", "_regions", "_settings", "_tree", "_verified", "_without_values",
+        "_affine", "_check", "_counts", "_entry", "_found", "_guards", "_has_warned_of_program", "_layers", "_model",
+        "_on_cuda", "_outcome", "_owners", "_process", "_regions", "_settings", "_tree", "_verified", "_without_values",
     )  # fmt: skip
 
     def __init__(self, model: nn.Module, settings: Settings, earlier: Block | None = None) -> None:
@@ -63,13 +64,14 @@ class Block:
         else:
             self._tree = Tree(model)
         self._layers = select_layers(model, self._tree.layers, settings.include, settings.exclude, settings.within)
-        self._counts: list[UpdateCount] = []
-        self._entries: list[PolicyEntry] = []  # while the block is open
+        self._owners: dict[int, int] | None = None
+        self._counts = Counts()
+        self._entry: PolicyEntry | None = None  # while the block is open
         self._affine: AffineHold | None = None
         self._check: ExitCheck | None = None
         self._without_values: frozenset[int] = frozenset()  # owners
         self._found: Mapping[int, StatsChange] = _NONE  # by owner: what a comparison found
-        self._verified: Mapping[int, int] = {}  # by owner: updates when it was last compared
+        self._verified: Mapping[int, int] = {}  # by layer: updates when it was last compared
         self._outcome = Outcome(settings)
         self._has_warned_of_program = False
         self._regions: dict[int, Region] = {}  # checkpointed, held, and not recomputed so far
@@ -88,17 +90,14 @@ class Block:
             ]
         )
         self._refuse_capture()
-        policy, budget, is_outermost = settings.policy, settings.updates, settings.frontend.is_outermost
-        self._counts = counts = [UpdateCount() for _ in layers]
-        self._entries = [
-            PolicyEntry(self, owner, policy, budget, count, outermost=is_outermost)
-            for owner, count in enumerate(counts)
-        ]
+        is_outermost = settings.frontend.is_outermost
+        self._counts = Counts()
+        self._entry = PolicyEntry(self, settings.policy, settings.updates, self._counts, outermost=is_outermost)
         earlier, self._guards = self._guards, []
         try:
-            # The entries first: what other threads run meanwhile is then held already.
+            # The entry first: what other threads run meanwhile is then held already.
             if not settings.frontend.compares_only:
-                add_entries(layers, self._entries, self._guards, earlier)
+                add_entry(layers, self._entry, self._guards, earlier)
             self._check = check = ExitCheck(layers, settings)
             self._without_values = check.statistics.without_values()
             if check.parameters is not None:
@@ -128,7 +127,7 @@ class Block:
         if os.getpid() != self._process:
             self._let_go()  # a forked child: what the shared statistics are to be is up to the parent
             return
-        # While the entries are still there: what other threads run meanwhile is held.
+        # While the entry is still there: what other threads run meanwhile is held.
         try:
             found = self._verify(restores=self._settings.policy.puts_back)
         finally:
@@ -143,15 +142,17 @@ class Block:
     @property
     def changes(self) -> tuple[StatsChange, ...]:
         """What changed, or was about to, in the order of the layers."""
-        if not self._found and not any([count.beyond for count in self._counts]):
+        counts = dict(self._counts)
+        if not self._found and not any([count.beyond for count in counts.values()]):
             return ()
         changes = []
         stops = self._settings.policy.stops
-        for owner, count in enumerate(self._counts):
+        for owner, layer in enumerate(self._layers):
+            layer_id = id(layer.module)
             if owner in self._found:
                 changes.append(self._found[owner])
-            elif count.beyond > (0 if stops else self._verified.get(owner, 0)):
-                changes.append(self._change(owner))
+            elif layer_id in counts and counts[layer_id].beyond > (0 if stops else self._verified.get(layer_id, 0)):
+                changes.append(self._change(layer))
         return tuple(changes)
 
     @property
@@ -173,33 +174,35 @@ class Block:
 
     # What a forward calls.
 
-    def stopped(self, entry: PolicyEntry) -> StatsChangedError:
-        """Records an update that is stopped; returns the error to raise."""
-        count_update(entry.count, str(call_site()))
-        return self._outcome.stopped(self._change(entry.owner), self._mode(entry.owner), entry.budget)
+    def stopped(self, layer: int) -> StatsChangedError:
+        """Records an update that is stopped of the layer with this id; returns the error to raise."""
+        count_update(self._counts[layer], str(call_site()))
+        found = self._layer(layer)
+        return self._outcome.stopped(self._change(found), _mode(found), self._settings.updates)
 
-    def updated(self, entry: PolicyEntry) -> None:
+    def updated(self, layer: int) -> None:
         """Records an update that is let through; the first one of the block is warned about, at the user's line."""
-        count = entry.count
+        count = self._counts[layer]
         if count.where is not None:
             count_update(count, count.where)
             return
         site = call_site()
         count_update(count, str(site))
-        self._outcome.updated(self._change(entry.owner), self._mode(entry.owner), entry.budget, site)
+        found = self._layer(layer)
+        self._outcome.updated(self._change(found), _mode(found), self._settings.updates, site)
 
-    def allowed(self, entry: PolicyEntry, before: Mapping[str, Tensor] | None) -> None:
+    def allowed(self, layer: int, before: Mapping[str, Tensor] | None) -> None:
         """Takes what an update within the budget has written as the state to protect."""
         check = self._check
         if check is not None:
-            check.allowed(entry.owner, before)
+            check.allowed(self._owner(layer), before)
 
-    def recorded(self, entry: PolicyEntry) -> None:
+    def recorded(self, layer: int) -> None:
         """Warns, once a block, that a layer in train mode is traced or exported although it is held in eval mode."""
         if not self._has_warned_of_program:
             self._has_warned_of_program = True
-            layer = self._layers[entry.owner]
-            text = messages.recorded_text(layer.names, type(layer.module).__name__, self._settings.frontend.phrases)
+            found = self._layer(layer)
+            text = messages.recorded_text(found.names, type(found.module).__name__, self._settings.frontend.phrases)
             warnings.warn(text, BNGuardWarning, stacklevel=call_site().stacklevel)
 
     def checkpointed(self, region: Region) -> None:
@@ -230,7 +233,7 @@ class Block:
             self._found = {**self._found, **changes}
         else:
             self._found = changes  # what changed before has been found again
-        self._verified = {owner: count.beyond for owner, count in enumerate(self._counts) if count.beyond}
+        self._verified = {layer: count.beyond for layer, count in dict(self._counts).items() if count.beyond}
         return [changes[owner] for owner in sorted(changes)]
 
     def _act(self, found: list[StatsChange], error: BaseException | None) -> None:
@@ -247,7 +250,7 @@ class Block:
                 _run_to_its_end(undo)
             except BaseException as error:
                 failure = failure or error
-        self._entries = []
+        self._entry = None
         if failure is not None:
             raise failure
 
@@ -256,7 +259,8 @@ class Block:
             self._affine.release()
 
     def _detach(self) -> None:
-        drop_entries(self._guards, self._entries, self._model)
+        if self._entry is not None:
+            drop_entry(self._guards, self._entry, self._model)
 
     def _warn_of_gaps(self) -> None:
         if self._check is not None and self._layers:
@@ -268,13 +272,23 @@ class Block:
         if self._on_cuda and torch.cuda.is_current_stream_capturing():
             raise BNGuardError(messages.capture_text(self._settings.frontend.phrases))
 
-    def _change(self, owner: int) -> StatsChange:
-        layer, count = self._layers[owner], self._counts[owner]
-        type_name, is_prevented = type(layer.module).__name__, self._settings.policy.stops
+    def _owner(self, layer: int) -> int:
+        """The index of the layer with this id."""
+        if self._owners is None:
+            self._owners = {id(found.module): owner for owner, found in enumerate(self._layers)}
+        return self._owners[layer]
+
+    def _layer(self, layer: int) -> StatsLayer:
+        return self._layers[self._owner(layer)]
+
+    def _change(self, layer: StatsLayer) -> StatsChange:
+        count, type_name = self._counts[id(layer.module)], type(layer.module).__name__
+        is_prevented = self._settings.policy.stops
         return StatsChange(layer.names, type_name, layer.buffers, count.beyond, count.where, None, is_prevented)
 
-    def _mode(self, owner: int) -> str:
-        return "train" if self._layers[owner].module.training else "eval"
+
+def _mode(layer: StatsLayer) -> str:
+    return "train" if layer.module.training else "eval"
 
 
 def _run_to_its_end(undo: Callable[[], None]) -> None:

@@ -11,13 +11,11 @@ from typing import Any, Final
 from torch import nn
 
 from bnguard.guard.affine import unheld
-from bnguard.guard.hold import GuardedForward
 from bnguard.layers.swaps import is_swapped, own_mode, own_tensors
 
 # In the layer's __dict__, where Python finds them before those of the class.
 _HOLDING: Final = ("forward", "_replicate_for_data_parallel")
-_COPYING: Final = ("__getstate__", "__deepcopy__", "__prepare_scriptable__")
-_ATTRIBUTES: Final = (*_HOLDING, *_COPYING)
+_ATTRIBUTES: Final = (*_HOLDING, "__getstate__", "__prepare_scriptable__", "__deepcopy__")
 
 # Of hooks. Torch's own keys are numbers from a counter, which need not move for a hook that has no handle; and graphs
 # are compiled anew for another key.
@@ -45,37 +43,36 @@ class InstancePatch:
 
     Attributes:
         module: The layer.
+        copies_itself: Whether its class defines ``__deepcopy__``.
         previous: A ``forward`` that the user's code had put on the instance; None as a rule.
         has_hooks: Whether the hooks are on the layer.
+        has_forward: Whether a ``forward`` of ours is on it.
+        has_copying: Whether the attributes that keep copies free of us are on it.
         is_hook_elsewhere: Whether a hook was no longer on the layer when it was to be removed: fusing moves hooks to
             another module.
     """
 
-    __slots__ = ("_has_copying", "_has_forward", "has_hooks", "is_hook_elsewhere", "module", "previous")
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module: Any = module
-        self.previous = module.__dict__.get("forward")
-        self._has_copying = self._has_forward = self.has_hooks = self.is_hook_elsewhere = False
+    has_hooks = has_forward = is_hook_elsewhere = has_copying = False
+    module: Any
+    previous: Any
+    copies_itself: bool
 
     def has_foreign_hooks(self) -> bool:
         """Whether the user has forward hooks on the layer.
 
         Their handles know the layer's dictionary of hooks, so that copies of a handle would find ours.
         """
-        attributes = self.module.__dict__
-        for table in _TABLES[:2]:
-            hooks = attributes.get(table)
-            if hooks and len(hooks) > (_KEY in hooks):
-                return True
-        return False
+        module = self.module
+        hooks, others = module._forward_pre_hooks, module._forward_hooks
+        return (hooks or others) and len(hooks) + len(others) > (_KEY in hooks) + (_KEY in others)
 
     def put_hooks(self, before: LayerHook, after: LayerHook | None) -> None:
         """Puts a forward pre-hook on the layer, and a forward hook that runs before those of the user."""
-        self._put_copying()
-        if self._has_forward:
+        if not self.has_copying:
+            self.put_copying()
+        if self.has_forward:
             self._take_off(_HOLDING)
-            self._has_forward = False
+            self.has_forward = False
         if self.has_hooks:
             return
         self.has_hooks = True
@@ -86,33 +83,20 @@ class InstancePatch:
             module._forward_hooks[_KEY] = after
             module._forward_hooks.move_to_end(_KEY, last=False)
 
-    def put_forward(self) -> None:
-        """Puts a ``forward`` on the layer. Once there, it is not put again: the user may have wrapped it."""
-        self._put_copying()
-        if self.has_hooks and not self.is_watching():
-            self._remove_hooks()
-        if not self._has_forward:
-            self._has_forward = True
-            attributes = self.module.__dict__
-            attributes["_replicate_for_data_parallel"] = self.replicate
-            attributes["forward"] = self.make_forward().bound()
-
     def remove(self) -> None:
         """Takes everything off. May be done again."""
-        self._remove_hooks()
+        if self.has_hooks:
+            self.remove_hooks()
         self._take_off(_ATTRIBUTES)
-        self._has_copying = self._has_forward = False
+        self.has_copying = self.has_forward = False
 
-    def unhook(self, module: nn.Module) -> bool:
-        """Removes the hooks from a module, if they are there."""
-        found = False
+    def unhook(self, module: nn.Module) -> None:
+        """Removes the hooks from a module to which they were moved, if they are there."""
         for table in _TABLES[:2]:
             hooks: dict[Any, Any] = module.__dict__.get(table) or {}
             for key in [key for key, hook in hooks.items() if self._is_hook(hook)]:
                 del hooks[key]
                 module._forward_hooks_always_called.pop(key, None)
-                found = True
-        return found
 
     def strip(self, module: nn.Module) -> None:
         """Takes the attributes off a module that has copied the layer's ``__dict__``."""
@@ -125,10 +109,6 @@ class InstancePatch:
     def is_watching(self) -> bool:
         """Whether the hooks watch a forward that is running."""
         return False
-
-    def make_forward(self) -> GuardedForward:
-        """Makes the forward for the layer's ``__dict__``."""
-        raise NotImplementedError
 
     def replicate(self) -> nn.Module:
         """Makes a replica of the layer for ``nn.DataParallel``."""
@@ -145,12 +125,8 @@ class InstancePatch:
         return self._without_ours(state) if isinstance(state, dict) else state
 
     def deepcopy(self, memo: dict[int, Any]) -> Any:
-        """A deep copy of the layer, without anything of bnguard."""
-        module = self.module
-        if not hasattr(type(module), "__deepcopy__"):
-            return copy._reconstruct(module, memo, *module.__reduce_ex__(4))  # type: ignore[attr-defined]  # asks getstate
-        # A class that copies __dict__ by itself, as that of a parametrized layer does: it gets a layer without ours.
-        memo[id(module)] = copied = copy.deepcopy(self.without_ours(), memo)
+        """A deep copy of a layer whose class makes them itself, as that of a parametrized one: without ours."""
+        memo[id(self.module)] = copied = copy.deepcopy(self.without_ours(), memo)
         return copied
 
     def without_ours(self) -> Any:
@@ -160,33 +136,35 @@ class InstancePatch:
         plain.__dict__.update(self._without_ours(self.module.__dict__))
         return plain
 
-    def _put_copying(self) -> None:
-        if not self._has_copying:
-            self._has_copying = True
-            attributes = self.module.__dict__
-            attributes["__getstate__"] = self.getstate
+    def put_copying(self) -> None:
+        """Puts on the layer what keeps copies of it free of us."""
+        self.has_copying = True
+        attributes = self.module.__dict__
+        attributes["__getstate__"] = self.getstate
+        attributes["__prepare_scriptable__"] = self.refuse_script
+        if self.copies_itself:  # else Python asks __getstate__
             attributes["__deepcopy__"] = self.deepcopy
-            attributes["__prepare_scriptable__"] = self.refuse_script
 
-    def _remove_hooks(self) -> None:
-        if self.has_hooks:
-            if not self.unhook(self.module):
-                self.is_hook_elsewhere = True
-            self.has_hooks = False
-            self.module._forward_hooks_always_called.pop(_KEY, None)
+    def remove_hooks(self) -> None:
+        """Removes the hooks from the layer."""
+        module = self.module
+        is_elsewhere = True
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            if hooks and self._is_hook(hooks.get(_KEY)):
+                del hooks[_KEY]
+                is_elsewhere = False
+        module._forward_hooks_always_called.pop(_KEY, None)
+        self.is_hook_elsewhere = self.is_hook_elsewhere or is_elsewhere
+        self.has_hooks = False
 
     def _take_off(self, names: Iterable[str]) -> None:
         """Takes attributes off where they are still ours: code that has wrapped one goes on calling it."""
         attributes = self.module.__dict__
         for name in names:
-            owner = getattr(attributes.get(name), "__self__", None)
-            if owner is self or (owner is not None and getattr(owner, "guard", None) is self):
-                if isinstance(owner, GuardedForward):
-                    owner.method = None  # which is bound to it
-                if name == "forward" and self.previous is not None:
+            if name in attributes and getattr(attributes[name], "__self__", None) is self:
+                del attributes[name]
+                if self.previous is not None and name == "forward":
                     attributes[name] = self.previous
-                else:
-                    del attributes[name]
 
     def _without_ours(self, state: dict[str, Any]) -> dict[str, Any]:
         had_forward = self._is_ours(state.get("forward"))
@@ -210,5 +188,4 @@ class InstancePatch:
         return isinstance(hook, LayerHook) and hook.guard is self
 
     def _is_ours(self, value: Any) -> bool:
-        owner = getattr(value, "__self__", None)
-        return owner is self or getattr(owner, "guard", None) is self
+        return getattr(value, "__self__", None) is self

@@ -29,7 +29,7 @@ from bnguard.guard.affine import affine_parameters
 from bnguard.guard.hooks import LayerGuard
 from bnguard.guard.messages import Cause
 from bnguard.guard.options import Settings
-from bnguard.guard.policy import UpdateCount, spend
+from bnguard.guard.policy import Counts, UpdateCount, spend
 from bnguard.layers.bits import has_values
 from bnguard.layers.drift import eps_of, largest_mean_shift
 from bnguard.layers.kinds import StatsLayer
@@ -97,11 +97,11 @@ class ExitCheck:
                 pairs.clear()
         self.statistics.accept(owner)
 
-    def compare(self, counts: Sequence[UpdateCount], guards: Sequence[LayerGuard]) -> dict[int, StatsChange]:
+    def compare(self, counts: Counts, guards: Sequence[LayerGuard]) -> dict[int, StatsChange]:
         """Lists what changed, by owner.
 
         Args:
-            counts: The observed updates of each layer.
+            counts: The observed updates.
             guards: The guard of each layer; empty if forwards were not observed.
         """
         changes: dict[int, StatsChange] = {}
@@ -117,7 +117,7 @@ class ExitCheck:
             paid = self._within_budget(differences, counts, guards) if is_of_statistics else frozenset()
             for difference in differences:
                 if difference.owner not in paid:
-                    change = self._change(snapshot, difference, counts[difference.owner])
+                    change = self._change(snapshot, difference, counts[self._layer_id(difference.owner)])
                     earlier = changes.get(difference.owner)
                     changes[difference.owner] = _joined(earlier, change) if earlier else change
             if is_of_statistics:
@@ -153,7 +153,7 @@ class ExitCheck:
         return False
 
     def _within_budget(
-        self, differences: Sequence[Difference], counts: Sequence[UpdateCount], guards: Sequence[LayerGuard]
+        self, differences: Sequence[Difference], counts: Counts, guards: Sequence[LayerGuard]
     ) -> frozenset[int]:
         """Owners of differences that are updates within the budget. Their current values are captured.
 
@@ -164,14 +164,14 @@ class ExitCheck:
             return frozenset()
         owners = [difference.owner for difference in differences]
         modules = {owner: self._layers[owner].module for owner in owners}
-        spent = [modules[owner] for owner in owners if counts[owner].within]
+        spent = [modules[owner] for owner in owners if counts[self._layer_id(owner)].within]
         overwritten = overwritten_by_ddp(spent, after_join=True) if spent else {}
         paid = []
         for owner, module in modules.items():
             if (
                 id(module) in overwritten
                 or (guards and guards[owner].under_way)
-                or (was_compiled(module) and self._has_counted(owner, counts[owner]))
+                or (was_compiled(module) and self._has_counted(owner, counts[id(module)]))
             ):
                 self.statistics.accept(owner)
                 paid.append(owner)
@@ -186,6 +186,9 @@ class ExitCheck:
         with outside_modes():
             updates = int(now) - int(before)
         return spend(count, self._budget, updates)
+
+    def _layer_id(self, owner: int) -> int:
+        return id(self._layers[owner].module)
 
     def _overwritten(self, changes: Mapping[int, StatsChange]) -> dict[str, int]:
         """Layers whose change a broadcast of DDP explains: no forward updated them, and another rank decides."""

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
+import operator
 import os
 import threading
+from contextlib import suppress
+from sys import getrefcount
+from types import FunctionType, MethodType
 from typing import Any, Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bnguard.guard.hold import (
     copies,
@@ -16,14 +22,16 @@ from bnguard.guard.hold import (
     normalise_with_batch,
     normalise_with_batch_in_graph,
     normalise_with_running_stats,
-    run_with,
+    run_in_graph,
+    run_stand_in,
     scratch_like,
 )
-from bnguard.guard.policy import Action, decide
-from bnguard.guard.surroundings import Entries, recorded, traced
+from bnguard.guard.policy import Action, Entries, Ruling, decide
+from bnguard.guard.surroundings import recorded, traced
 from bnguard.guard.watching import WatchedLayer
-from bnguard.layers.kinds import BATCH_NORM, StatsLayer
+from bnguard.layers.kinds import BATCH_NORM
 from bnguard.layers.swaps import is_swapped, swapped
+from bnguard.torch_internals.functional_call import calling_module
 from bnguard.torch_internals.tracing import is_symbolic
 
 _OF_BATCH_NORM: Final = {"running_mean", "running_var"}
@@ -40,21 +48,65 @@ if hasattr(os, "register_at_fork"):
 
 
 class HeldLayer(WatchedLayer):
-    """A guarded layer whose forward can run otherwise than without a guard.
+    """A guarded layer whose forward can run otherwise than without a guard."""
 
-    Attributes:
-        action: What happens to every update as long as the entries stay; None where it depends on the forward.
-        graph_action: What happens to every update in a compiled graph.
-    """
+    _method: MethodType | None = None  # while it is on the layer
+    _scratch: tuple[Tensor | None, Tensor | None] = (None, None)  # of the last forward
 
-    __slots__ = ("_scratch", "_turn", "action", "graph_action")
+    # The ``forward`` on the instance: a bound method of this object.
 
-    def __init__(self, layer: StatsLayer) -> None:
-        super().__init__(layer)
-        self._turn = None if self.kind is BATCH_NORM else threading.RLock()
-        self.action: Action | None = None
-        self.graph_action: Action | None = None
-        self._scratch: tuple[Tensor | None, Tensor | None] = (None, None)  # of the last forward
+    def put_forward(self) -> None:
+        """Puts a ``forward`` on the layer. Once there, it is not put again: the user may have wrapped it.
+
+        It is a method, not an object with ``__call__``: for each of those graphs are compiled anew. It has the
+        signature and name of the forward that it stands for. A reference that is kept after the block, and copies of
+        it, run the layer's own forward.
+        """
+        if not self.has_copying:
+            self.put_copying()
+        if self.has_hooks and not self.is_watching():
+            self.remove_hooks()
+        if not self.has_forward:
+            self.has_forward = True
+            function = forward_of_batch_norm if self.kind is BATCH_NORM else self._forward_like_own()
+            self._method = method = MethodType(function, self)
+            attributes = self.module.__dict__
+            attributes["_replicate_for_data_parallel"] = self.replicate
+            attributes["forward"] = method
+
+    def _forward_like_own(self) -> FunctionType:
+        """A copy of ``forward`` that has the signature of the layer's own."""
+        function = FunctionType(forward.__code__, globals(), "forward")
+        if self.is_plain:
+            function.__wrapped__ = type(self.module).forward  # type: ignore[attr-defined]
+            return function
+        with suppress(ValueError, TypeError):  # a builtin function has none
+            own = inspect.signature(self.own_forward())
+            owner = inspect.Parameter("_guard", inspect.Parameter.POSITIONAL_ONLY)
+            function.__signature__ = own.replace(parameters=[owner, *own.parameters.values()])  # type: ignore[attr-defined]
+        return function
+
+    def may_be_copied(self) -> bool:
+        """Whether another module may have the method: after the block only such a one has it."""
+        return not self.ruling.entries or getrefcount(self._method) > _REFERENCES
+
+    def clone_that_calls(self) -> Any:
+        """The module that runs, if it is a copy of the layer's ``__dict__``; it is then rid of what is ours."""
+        caller = calling_module()
+        if caller is None or caller is self.module:
+            return None
+        if getattr(caller.__dict__.get("forward"), "__self__", None) is not self:
+            return None
+        self.strip(caller)
+        return caller
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self.module, memo)  # the method is then bound to the copy of the layer
+
+    def __reduce__(self) -> Any:
+        return operator.getitem, ((self.module,), 0)  # of which a pickled method is an attribute
+
+    # What it does.
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The layer's forward, as the guards around it want it.
@@ -62,22 +114,23 @@ class HeldLayer(WatchedLayer):
         Where that depends on a budget, one thread at a time: a forward that may update runs on the statistics
         themselves, and must not find them swapped out by one that may not.
         """
-        if self._turn is None or self.action is not None or torch.compiler.is_compiling():
+        if self._turn is None or self.ruling.action is not None or torch.compiler.is_compiling():
             return self._run(args, kwargs)
         with self._turn:
             return self._run(args, kwargs)
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        module, entries, kind = self.module, self.entries, self.kind  # entries of the moment at which it begins
+        module, ruling, kind = self.module, self.ruling, self.kind  # the ruling of the moment at which it begins
         if torch.compiler.is_exporting():
             return self._exported(args, kwargs)
         has_moved = kind is BATCH_NORM and not module._buffers.keys() >= _OF_BATCH_NORM  # deleted, or plain attributes
         if has_moved or self.is_foreign(module):
             return self.original(*args, **kwargs)
-        action = self._action_now(entries)
+        entries = ruling.entries
+        action = self._action_now(ruling)
         would_update = kind.predict is None or kind.predict(module)
         if action == "running" and (would_update or module.training or is_swapped(module)):
-            return self._run_in_eval_mode(args, kwargs)
+            return self.run_in_eval_mode(args, kwargs)
         if not would_update:
             return self._run_reading(entries, args, kwargs)
         if action == "hold":
@@ -91,21 +144,23 @@ class HeldLayer(WatchedLayer):
             return self._run_reading(entries, args, kwargs)
         return self._run_watched(entries, args, kwargs)
 
-    def holds_as_usual(self) -> bool:
-        """Whether a forward now is held with its batch: a quick answer for torch's BatchNorm outside of graphs."""
+    def usual_action(self) -> Action | None:
+        """What happens to an update now: a quick answer for torch's BatchNorm outside of graphs; None: not known."""
         module = self.module
-        if self.action != "hold" or not (module.training and module.track_running_stats):
-            return False
+        if not (module.training and module.track_running_stats):
+            return None
         own, known = module._buffers, self._known
-        return own.get("running_mean") is known[0] and own.get("running_var") is known[1]
+        if own.get("running_mean") is not known[0] or own.get("running_var") is not known[1]:
+            return None
+        return self.ruling.action
 
-    def _action_now(self, entries: Entries) -> Action:
+    def _action_now(self, ruling: Ruling) -> Action:
         """What would happen to an update now; nothing is spent yet. A graph cannot count."""
-        if self.action is not None:
-            return self.action
+        if ruling.action is not None:
+            return ruling.action
         if torch.compiler.is_compiling():
-            return self.graph_action or "update"
-        return decide(entries).action
+            return ruling.in_graphs or "update"
+        return decide(ruling.entries, self.layer_id).action
 
     def _run_decided(self, entries: Entries, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Decides about an update that is known to come, then runs the layer accordingly."""
@@ -116,7 +171,7 @@ class HeldLayer(WatchedLayer):
         if decision.action == "hold":
             return self.run_held(args, kwargs)
         if decision.action == "running":
-            return self._run_in_eval_mode(args, kwargs)
+            return self.run_in_eval_mode(args, kwargs)
         if not decision.within:
             return self.original(*args, **kwargs)
         before = self.look(entries)
@@ -174,12 +229,12 @@ class HeldLayer(WatchedLayer):
         if surroundings == "record":
             return self._run_and_put_back(args, kwargs)
         if self.kind is not BATCH_NORM:
-            return run_with(self, copies(self.module, self.names), None, args, kwargs)
+            return self._run_with(copies(self.module, self.names), None, args, kwargs)
         if surroundings == "graph":
             return normalise_with_batch_in_graph(self.module, *args)
         return normalise_with_batch(self.module, args[0], *self._scratch_pair())
 
-    def _run_in_eval_mode(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run_in_eval_mode(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs the layer with its running statistics."""
         module, kind = self.module, self.kind
         surroundings = self.surroundings(args, kwargs)
@@ -191,7 +246,20 @@ class HeldLayer(WatchedLayer):
             return normalise_with_running_stats(module, *args)
         training = False
         statistics = {} if kind.reads_in_eval(module) else copies(module, self.names)
-        return run_with(self, statistics, training, args, kwargs)
+        return self._run_with(statistics, training, args, kwargs)
+
+    def _run_with(
+        self, statistics: dict[str, Tensor], training: bool | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Runs the layer's own forward with ``statistics`` for its own, in another mode if one is given."""
+        module = self.module
+        if not torch.compiler.is_compiling():
+            with swapped(module, statistics, training):
+                return self.original(*args, **kwargs)
+        cls: Any = type(module)
+        if self.is_plain and not module._modules and cls.__new__ is object.__new__:
+            return run_stand_in(module, statistics, training, args, kwargs)
+        return run_in_graph(module, self.original, statistics, training, args, kwargs)
 
     def _run_and_put_back(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs the layer itself, which becomes part of a program, then puts its statistics back."""
@@ -204,7 +272,7 @@ class HeldLayer(WatchedLayer):
 
     def _exported(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The layer's own forward, for a program that is to hold no guard: nothing runs, and nothing updates."""
-        if self.action == "running" and self.module.training:
+        if self.ruling.action == "running" and self.module.training:
             recorded(id(self.module))
         return self.original(*args, **kwargs)
 
@@ -214,3 +282,65 @@ class HeldLayer(WatchedLayer):
         if not (is_scratch_for(mean, own["running_mean"]) and is_scratch_for(var, own["running_var"])):
             self._scratch = mean, var = scratch_like(own["running_mean"], 0), scratch_like(own["running_var"], 1)
         return mean, var
+
+
+def forward(guard: HeldLayer, /, *args: Any, **kwargs: Any) -> Any:
+    """The forward of a guarded layer."""
+    if isinstance(guard, nn.Module):
+        return _forward_bound_to(guard, *args, **kwargs)
+    if not torch.compiler.is_compiling() and guard.may_be_copied():
+        clone = guard.clone_that_calls()
+        if clone is not None:
+            return clone.forward(*args, **kwargs)
+    return guard.run(args, kwargs)
+
+
+def forward_of_batch_norm(guard: HeldLayer, input: Tensor) -> Any:
+    """The forward of a guarded layer that runs torch's ``_BatchNorm.forward``."""
+    if isinstance(guard, nn.Module):
+        return _forward_bound_to(guard, input)
+    if not torch.compiler.is_compiling():
+        if guard.may_be_copied():
+            clone = guard.clone_that_calls()
+            if clone is not None:
+                return clone.forward(input)
+        action = guard.usual_action()
+        if action == "hold":
+            return guard.run_held((input,), {})
+        if action == "running":
+            return guard.run_in_eval_mode((input,), {})
+    return guard.run((input,), {})
+
+
+# Errors about the arguments are worded as the layer's own; a pickle finds the layer's own forward by the name.
+forward_of_batch_norm.__name__ = "forward"
+forward_of_batch_norm.__qualname__ = nn.BatchNorm2d.forward.__qualname__
+
+
+def _forward_bound_to(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+    """The forward of a module to which the function of a guarded forward was bound anew.
+
+    accelerate does, under mixed precision: it keeps ``model.forward.__func__``, and goes on calling it after the block.
+    """
+    guard = guards.get(id(module))
+    if guard is None or guard.module is not module:
+        return type(module).forward(module, *args, **kwargs)
+    return guard.run(args, kwargs)
+
+
+class _Probe:
+    """Counts the references to a method while its module runs."""
+
+    def __init__(self) -> None:
+        self.references = 0
+        self.method = self.count
+        module = nn.Module()
+        module.__dict__["forward"] = self.method
+        module()
+
+    def count(self) -> None:
+        self.references = getrefcount(self.method)
+
+
+# To a method that is in one __dict__ only. A copy of the __dict__ has another one; then it matters which module runs.
+_REFERENCES: Final = _Probe().references

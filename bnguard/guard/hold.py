@@ -1,4 +1,4 @@
-"""Run one forward of a layer so that its running statistics stay as they are.
+"""The means to run one forward of a layer so that its running statistics stay as they are.
 
 Note [Holding]
 ~~~~~~~~~~~~~~
@@ -13,14 +13,8 @@ forward with other statistics in ``_buffers``; see Note [Swapped statistics].
 
 from __future__ import annotations
 
-import copy
-import inspect
-import operator
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
-from sys import getrefcount
-from types import FunctionType, MethodType
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
@@ -28,8 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from bnguard.layers.bits import PLAIN
-from bnguard.layers.swaps import own_tensors, swapped
-from bnguard.torch_internals.functional_call import calling_module
+from bnguard.layers.swaps import own_tensors
 from bnguard.torch_internals.tracing import outside_modes
 from bnguard.torch_internals.transforms import is_wrapped
 
@@ -37,173 +30,18 @@ from bnguard.torch_internals.transforms import is_wrapped
 guards: Final[dict[int, Any]] = {}
 
 
-class Guarded(Protocol):
-    """What guards one layer, as far as its forward needs it.
-
-    Attributes:
-        module: The layer.
-        is_plain: Whether its forward is an ordinary method of its class.
-        entries: What the blocks around it want; empty after the last one.
-    """
-
-    module: Any
-    is_plain: bool
-    entries: Any
-
-    def own_forward(self) -> Callable[..., Any]:
-        """The forward that the module has without a guard."""
-
-    def original(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs that forward."""
-
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The layer's forward, as the guards around it want it."""
-
-    def holds_as_usual(self) -> bool:
-        """Whether a forward now is held with its batch, for a layer that runs torch's ``_BatchNorm.forward``."""
-
-    def run_held(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Runs the layer with its batch, so that its update goes nowhere."""
-
-    def strip(self, module: nn.Module) -> None:
-        """Takes what is ours off a module that copied the layer's ``__dict__``."""
-
-
-class GuardedForward:
-    """The ``forward`` of a guarded layer: a bound method of this object is an entry in the layer's ``__dict__``.
-
-    It has the signature and name of the forward that it stands for. A reference that is kept after the block, and
-    copies of it, run the layer's own forward. Where the caller is another module, made by copying ``__dict__``, that
-    module loses the entry and runs by itself.
-    """
-
-    __slots__ = ("guard", "method")
-
-    def __init__(self, guard: Guarded) -> None:
-        self.guard = guard
-        self.method: MethodType | None = None  # the entry, while it is there
-
-    def bound(self) -> MethodType:
-        """The entry.
-
-        A method of an object, not an object with ``__call__``: for each of those graphs are compiled anew.
-        """
-        own = type(self.guard.module).__dict__.get("forward", getattr(type(self.guard.module), "forward", None))
-        function = FunctionType(GuardedForward.forward.__code__, globals(), "forward")
-        if self.guard.is_plain:
-            function.__wrapped__ = own  # type: ignore[attr-defined]  # its signature
-        else:
-            with suppress(ValueError, TypeError):  # a builtin function has none
-                own_signature = inspect.signature(self.guard.own_forward())
-                owner = inspect.Parameter("_guarded", inspect.Parameter.POSITIONAL_ONLY)
-                function.__signature__ = own_signature.replace(  # type: ignore[attr-defined]
-                    parameters=[owner, *own_signature.parameters.values()]
-                )
-        self.method = method = MethodType(function, self)
-        return method
-
-    def forward(self, /, *args: Any, **kwargs: Any) -> Any:
-        """Runs the layer."""
-        if isinstance(self, nn.Module):
-            return _forward_bound_to(self, *args, **kwargs)
-        if not torch.compiler.is_compiling() and self.may_be_copied():
-            clone = self.clone_that_calls()
-            if clone is not None:
-                return clone.forward(*args, **kwargs)
-        return self.guard.run(args, kwargs)
-
-    def may_be_copied(self) -> bool:
-        """Whether another module may have the entry: after the block only such a one has it."""
-        return not self.guard.entries or getrefcount(self.method) > _REFERENCES
-
-    def clone_that_calls(self) -> Any:
-        """The module that runs, if it is another one than the layer; it is then rid of what is ours."""
-        caller = calling_module()
-        if caller is None or caller is self.guard.module:
-            return None
-        if getattr(caller.__dict__.get("forward"), "__self__", None) is not self:
-            return None
-        self.guard.strip(caller)
-        return caller
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return copy.deepcopy(self.guard.module, memo)  # the method is then bound to the copy of the layer
-
-    def __reduce__(self) -> Any:
-        return operator.getitem, ((self.guard.module,), 0)  # of which a pickled method is an attribute
-
-
-class _Probe:
-    """Counts the references to an entry while its module runs."""
-
-    def __init__(self) -> None:
-        self.references = 0
-        self.method = self.count
-        module = nn.Module()
-        module.__dict__["forward"] = self.method
-        module()
-
-    def count(self) -> None:
-        self.references = getrefcount(self.method)
-
-
-# To an entry that is in one __dict__ only. A copy of the __dict__ has another one; then it matters which module runs.
-_REFERENCES: Final = _Probe().references
-
-
-class BatchNormForward(GuardedForward):
-    """The ``forward`` of a guarded layer that runs torch's ``_BatchNorm.forward``."""
-
-    __slots__ = ()
-
-    def bound(self) -> MethodType:
-        """The entry."""
-        self.method = method = MethodType(BatchNormForward.forward, self)
-        return method
-
-    def forward(self, input: Tensor) -> Any:
-        """Runs the layer."""
-        if isinstance(self, nn.Module):
-            return _forward_bound_to(self, input)
-        if not torch.compiler.is_compiling():
-            if self.may_be_copied():
-                clone = self.clone_that_calls()
-                if clone is not None:
-                    return clone.forward(input)
-            if self.guard.holds_as_usual():
-                return self.guard.run_held((input,), {})
-        return self.guard.run((input,), {})
-
-    # Errors about the arguments are worded as the layer's own.
-    forward.__qualname__ = nn.BatchNorm2d.forward.__qualname__
-
-
-def _forward_bound_to(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
-    """The forward of a module to which the function of a guarded forward was bound anew.
-
-    accelerate does, under mixed precision: it keeps ``model.forward.__func__``, and goes on calling it after the block.
-    """
-    guard = guards.get(id(module))
-    if guard is None or guard.module is not module:
-        return type(module).forward(module, *args, **kwargs)
-    return guard.run(args, kwargs)
-
-
-def run_with(
-    guard: Guarded,
+def run_in_graph(
+    module: Any,
+    forward: Callable[..., Any],
     statistics: dict[str, Tensor],
     training: bool | None,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    """Runs a layer's own forward with ``statistics`` in place of its own, in another mode if one is given."""
-    if not torch.compiler.is_compiling():
-        with swapped(guard.module, statistics, training):
-            return guard.original(*args, **kwargs)
-    if guard.is_plain and not guard.module._modules and _is_made_plainly(type(guard.module)):
-        return _run_stand_in(guard.module, statistics, training, args, kwargs)
-    # No lock and no record can be traced, and a graph is traced by one thread.
-    module = guard.module
+    """Runs a layer's own forward with ``statistics`` in place of its own, in another mode if one is given.
+
+    No lock and no record of a swap can be traced, and a graph is traced by one thread.
+    """
     buffers, mode = module._buffers, module.training
     own = {name: buffers[name] for name in statistics}
     try:
@@ -211,7 +49,7 @@ def run_with(
             buffers[name] = tensor
         if training is not None:
             module.training = training
-        return guard.original(*args, **kwargs)
+        return forward(*args, **kwargs)
     finally:
         for name, tensor in own.items():
             buffers[name] = tensor
@@ -219,11 +57,7 @@ def run_with(
             module.training = mode
 
 
-def _is_made_plainly(cls: Any) -> bool:
-    return cls.__new__ is object.__new__
-
-
-def _run_stand_in(
+def run_stand_in(
     module: Any, statistics: dict[str, Tensor], training: bool | None, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """Runs the forward of a layer without children on an object that is made in the graph.

@@ -30,7 +30,8 @@ import sys
 import threading
 from collections.abc import Sequence
 from functools import partial
-from operator import attrgetter
+from itertools import chain, repeat
+from operator import is_
 from types import FrameType
 from typing import Any, Final
 
@@ -40,10 +41,10 @@ from torch import nn
 from bnguard.errors import BNGuardError
 from bnguard.guard.copies import LayerHook
 from bnguard.guard.forward import HeldLayer
-from bnguard.guard.hold import BatchNormForward, GuardedForward, guards
+from bnguard.guard.hold import guards
 from bnguard.guard.messages import script_text
-from bnguard.guard.policy import PolicyEntry, in_graphs, standing
-from bnguard.guard.surroundings import Entries, traced
+from bnguard.guard.policy import Entries, PolicyEntry, Rulings
+from bnguard.guard.surroundings import traced
 from bnguard.guard.watching import Before
 from bnguard.layers.kinds import BATCH_NORM, StatsLayer
 from bnguard.torch_internals.fork import renew_after_fork
@@ -74,18 +75,9 @@ class _AfterForward(LayerHook):
 
 
 class LayerGuard(HeldLayer):
-    """Guards one layer while at least one block is around it.
+    """Guards one layer while at least one block is around it."""
 
-    Attributes:
-        members: What the blocks around it want, as the keys of a dictionary. See Note [Interruption].
-    """
-
-    __slots__ = ("_before", "members")
-
-    def __init__(self, layer: StatsLayer) -> None:
-        super().__init__(layer)
-        self.members: dict[PolicyEntry, None] = {}
-        self._before: dict[int, list[Before]] | None = None  # by thread, once there are some
+    _before: dict[int, list[Before]] | None = None  # by thread, once there are some
 
     def serves_again(self, layer: StatsLayer) -> bool:
         """Whether this guard, which has no entries any more, can be used again as if it were new."""
@@ -94,39 +86,33 @@ class LayerGuard(HeldLayer):
             return False
         if layer.buffers != self.names:
             return False
-        self.remember()
+        if not all(map(is_, map(module._buffers.get, self.names), self._known)):
+            self.remember()
         return True
 
     # Entries.
 
-    def sync(self) -> None:
-        """Makes the layer conform to ``members``. May be run at any time; starts over if they have changed."""
-        with _lock:
-            while True:
-                members = tuple(self.members)
-                self._take_over(members)
-                if not members and not self.is_watching():
-                    if guards.get(id(self.module)) is self:
-                        del guards[id(self.module)]
-                    self.remove()
-                if tuple(self.members) == members:
-                    return
+    def sync(self, rulings: Rulings) -> None:
+        """Makes the layer conform to ``members``. The caller holds the lock; starts over if they have changed."""
+        while True:
+            members = tuple(self.members)
+            self.ruling = ruling = rulings[members]
+            if members:
+                if guards.setdefault(self.layer_id, self) is self and self.kind.hold != "none":
+                    if ruling.needs_forward or self.has_foreign_hooks():
+                        self.put_forward()
+                    else:
+                        self._put_hooks()
+            elif not self._before or not self.is_watching():
+                if guards.get(self.layer_id) is self:
+                    del guards[self.layer_id]
+                self.remove()
+                self._method = None  # which is bound to this object
+            if tuple(self.members) == members:
+                return
 
-    def _take_over(self, members: Entries) -> None:
-        """Decides by these entries from now on."""
-        self.entries = entries = members if len(members) < 2 else tuple(sorted(members, key=_INNERMOST_FIRST))
-        self.action = action = standing(entries)
-        self.graph_action = in_graphs(entries) if action is None else action
-        if entries and guards.setdefault(id(self.module), self) is self and self.kind.hold != "none":
-            decides = any([entry.budget or entry.policy.holds or entry.policy.hides for entry in entries])
-            if decides or self.has_foreign_hooks():
-                self.put_forward()
-            else:
-                self.put_hooks(_BeforeForward(self), None if self.kind.predict is not None else _AfterForward(self))
-
-    def make_forward(self) -> GuardedForward:
-        """The forward for the layer's ``__dict__``."""
-        return BatchNormForward(self) if self.kind is BATCH_NORM else GuardedForward(self)
+    def _put_hooks(self) -> None:
+        self.put_hooks(_BeforeForward(self), None if self.kind.predict is not None else _AfterForward(self))
 
     def is_watching(self) -> bool:
         """Whether a forward that the hooks watch is still running, and may outlast the block.
@@ -157,7 +143,7 @@ class LayerGuard(HeldLayer):
 
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """The forward pre-hook: decides about a forward that would update, or copies what it may change."""
-        if self._has_forward:
+        if self.has_forward:
             return  # the forward sees to it; the hooks are there for forwards that began before it was put
         if type(module) is not type(self.module):
             self.unhook(module)  # fusing has moved the hook to another module
@@ -171,7 +157,7 @@ class LayerGuard(HeldLayer):
         if torch.compiler.is_compiling():
             traced(id(self.module))
             return
-        entries = self.entries  # of the moment at which the forward begins
+        entries = self.ruling.entries  # of the moment at which the forward begins
         if is_symbolic(args, {}) or self.is_foreign(module):
             return
         if predict is not None:
@@ -211,11 +197,12 @@ class LayerGuard(HeldLayer):
         finally:
             # The forward has outlasted the last block. After an exception torch is iterating over the hooks.
             if not self.members and not has_failed:
-                self.sync()
+                with _lock:
+                    self.sync(Rulings())
 
     def refuse_script(self) -> nn.Module:
         """Called first by ``torch.jit.script``, which would compile the guard along with the source of the layer."""
-        if all([entry.block is not None and entry.block.guards_every_model for entry in self.entries]):
+        if all([entry.block is not None and entry.block.guards_every_model for entry in self.ruling.entries]):
             plain: nn.Module = self.without_ours()
             return plain  # a ScriptModule runs no hooks: compared at the end
         raise BNGuardError(script_text(type(self.module).__name__))
@@ -233,37 +220,30 @@ class LayerGuard(HeldLayer):
         """The forward of a replica."""
         guard = LayerGuard(StatsLayer(replica, (), self.names, self.kind))
         guard.kind, guard.previous, guard._turn = self.kind, self.previous, self._turn
-        guard.entries, guard.action, guard.graph_action = self.entries, self.action, self.graph_action
+        guard.ruling, guard.layer_id = self.ruling, self.layer_id
         if self.kind is BATCH_NORM and "input" in kwargs:
             args, kwargs = (kwargs["input"],), {}
         # The first replica shares the layer's statistics. What the others update is dropped with them.
-        if self.entries and (self.action == "running" or self.shares_statistics(replica)):
+        if self.ruling.entries and (self.ruling.action == "running" or self.shares_statistics(replica)):
             return guard.run(args, kwargs)
         return guard.original(*args, **kwargs)
 
 
-_INNERMOST_FIRST: Final = attrgetter("order")
-
-
-def add_entries(
-    layers: Sequence[StatsLayer],
-    entries: Sequence[PolicyEntry],
-    into: list[LayerGuard],
-    earlier: Sequence[LayerGuard] = (),
+def add_entry(
+    layers: Sequence[StatsLayer], entry: PolicyEntry, into: list[LayerGuard], earlier: Sequence[LayerGuard] = ()
 ) -> None:
-    """Puts one entry on each layer.
+    """Puts an entry on each layer.
 
     Args:
         layers: The layers.
-        entries: An entry for each.
-        into: Receives the guard of each layer before its entry is added, for ``drop_entries``.
+        entry: The entry.
+        into: Receives the guard of each layer before the entry is added to it, for ``drop_entry``.
         earlier: The guards of an earlier call on the same layers, to be used again.
     """
-    again = {id(guard.module): guard for guard in earlier}
-    for layer, entry in zip(layers, entries, strict=True):
-        key = id(layer.module)
-        candidate = again.get(key)
-        with _lock:
+    rulings = Rulings()
+    with _lock:
+        for layer, candidate in zip(layers, chain(earlier, repeat(None)), strict=False):
+            key = id(layer.module)
             while True:
                 guard = guards.get(key)
                 if guard is None:
@@ -271,39 +251,40 @@ def add_entries(
                     guard = LayerGuard(layer) if is_new or candidate is None else candidate
                 into.append(guard)
                 guard.members[entry] = None
-                guard.sync()
+                guard.sync(rulings)
                 if guards.get(key) is guard:
                     break
-                drop_entries([into.pop()], [entry], layer.module)  # interrupted: another one guards the layer now
+                drop_entry([into.pop()], entry, layer.module)  # interrupted: another one guards the layer now
 
 
-def drop_entries(guards: Sequence[LayerGuard], entries: Sequence[PolicyEntry], model: nn.Module) -> None:
-    """Takes the entries off again; the last one takes everything else along. May be done any number of times.
+def drop_entry(guards: Sequence[LayerGuard], entry: PolicyEntry, model: nn.Module) -> None:
+    """Takes an entry off again; the last one of a layer takes everything else along. May be done any number of times.
 
     Raises:
         BaseException: The first of what went wrong, after everything that could be taken off is.
     """
     failure: BaseException | None = None
-    for guard, entry in zip(guards, entries, strict=False):
-        try:
-            _drop(guard, entry, model)
-        except BaseException as error:
-            failure = failure or error
+    rulings = Rulings()
+    with _lock:
+        for guard in guards:
+            try:
+                _drop(guard, entry, model, rulings)
+            except BaseException as error:
+                failure = failure or error
     if failure is not None:
         raise failure
 
 
-def _drop(guard: LayerGuard, entry: PolicyEntry, model: nn.Module) -> None:
-    with _lock:
-        guard.members.pop(entry, None)
-        guard.sync()
-        if guard.is_hook_elsewhere and not guard.members:
-            for part in model.modules():
-                guard.unhook(part)
-            guard.is_hook_elsewhere = False
+def _drop(guard: LayerGuard, entry: PolicyEntry, model: nn.Module, rulings: Rulings) -> None:
+    guard.members.pop(entry, None)
+    guard.sync(rulings)
+    if guard.is_hook_elsewhere and not guard.members:
+        for part in model.modules():
+            guard.unhook(part)
+        guard.is_hook_elsewhere = False
 
 
 def is_any_held(layers: Sequence[StatsLayer]) -> bool:
     """Whether some guard still keeps forwards of one of the layers from updating."""
     found = [guard for layer in layers if (guard := guards.get(id(layer.module))) is not None]
-    return any([entry.policy.holds for guard in found for entry in guard.entries])
+    return any([entry.policy.holds for guard in found for entry in guard.ruling.entries])

@@ -9,8 +9,8 @@ A forward of a layer asks the guards around it from the innermost one outwards. 
 around it. The first guard that stops the forward, or that keeps the update away from the statistics, decides. A guard
 that puts everything back at its end ("rollback") hides what happens inside it, so the guards around it are not asked.
 
-While a graph is traced nothing is counted: a graph runs many times and is traced once. ``in_graphs`` is then the
-answer.
+While a graph is traced nothing is counted: a graph runs many times and is traced once. ``Ruling.in_graphs`` is then
+the answer.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import itertools
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from typing import Final, Literal, Protocol
 
 from torch import Tensor
@@ -92,20 +93,20 @@ class Reporter(Protocol):
     def guards_every_model(self) -> bool:
         """See above."""
 
-    def stopped(self, entry: PolicyEntry) -> StatsChangedError:
-        """Records an update that was stopped; returns the error to raise."""
+    def stopped(self, layer: int) -> StatsChangedError:
+        """Records an update that was stopped of the layer with this id; returns the error to raise."""
 
-    def updated(self, entry: PolicyEntry) -> None:
+    def updated(self, layer: int) -> None:
         """Records an update that was let through, and warns about the first one of the block."""
 
-    def allowed(self, entry: PolicyEntry, before: Mapping[str, Tensor] | None) -> None:
+    def allowed(self, layer: int, before: Mapping[str, Tensor] | None) -> None:
         """Takes what an update within the budget has written as the state to protect.
 
         ``before`` has copies of the statistics from right before the update, by buffer name; None where another update
         of the layer was under way.
         """
 
-    def recorded(self, entry: PolicyEntry) -> None:
+    def recorded(self, layer: int) -> None:
         """Warns, once a block, that a layer in train mode is traced or exported although it is held in eval mode."""
 
     def checkpointed(self, region: Region) -> None:
@@ -130,39 +131,48 @@ class UpdateCount:
     where: str | None = None
 
 
-class PolicyEntry:
-    """What one block wants of one layer.
+class Counts(dict[int, UpdateCount]):
+    """The updates that one block has seen, by the id of the layer."""
 
-    A block keeps its entries only while it is open, so that no cycle of references outlives it. A forward that began
+    __slots__ = ()
+
+    def __missing__(self, layer: int) -> UpdateCount:
+        return self.setdefault(layer, UpdateCount())
+
+
+class PolicyEntry:
+    """What one block wants of its layers.
+
+    A block keeps its entry only while it is open, so that no cycle of references outlives it. A forward that began
     inside keeps its own.
 
     Attributes:
         block: The block; None where nothing is reported.
-        owner: The layer's index in the block.
         policy: What becomes of an update beyond the budget.
-        budget: Updates that the block allows the layer.
-        count: The updates so far.
+        budget: Updates that the block allows each layer.
+        counts: The updates so far.
         order: Of the entries of one layer the innermost has the smallest.
     """
 
-    __slots__ = ("block", "budget", "count", "order", "owner", "policy")
+    __slots__ = ("block", "budget", "counts", "order", "policy")
 
     def __init__(
         self,
         block: Reporter | None,
-        owner: int,
         policy: Policy,
         budget: int = 0,
-        count: UpdateCount | None = None,
+        counts: Counts | None = None,
         *,
         outermost: bool = False,
     ) -> None:
         self.block = block
-        self.owner = owner
         self.policy = policy
         self.budget = budget
-        self.count = UpdateCount() if count is None else count
+        self.counts = Counts() if counts is None else counts
         self.order = next(_numbers) if outermost else -next(_numbers)
+
+
+Entries = tuple[PolicyEntry, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,8 +196,40 @@ class Decision:
 UPDATE: Final = Decision("update")
 
 
-def standing(entries: Sequence[PolicyEntry]) -> Action | None:
-    """What happens to every update as long as these are the entries; None where that depends on the forward."""
+class Ruling:
+    """What follows for a layer from the entries of the blocks around it.
+
+    Attributes:
+        entries: The entries, the innermost first.
+        action: What happens to every update as long as these are the entries; None where it depends on the forward.
+        in_graphs: What happens to every update in a compiled graph, where a recomputed forward is not a forward of its
+            own; None where it depends on the forward.
+        needs_forward: Whether forwards are held or counted, which takes a ``forward`` on the instance.
+    """
+
+    __slots__ = ("action", "entries", "in_graphs", "needs_forward")
+
+    def __init__(self, entries: Entries) -> None:
+        self.entries = entries if len(entries) < 2 else tuple(sorted(entries, key=_INNERMOST_FIRST))
+        self.action = _standing(self.entries)
+        self.in_graphs = _standing([entry for entry in self.entries if not entry.policy.only_in_backward])
+        self.needs_forward = any([entry.budget or entry.policy.holds or entry.policy.hides for entry in entries])
+
+
+_INNERMOST_FIRST: Final = attrgetter("order")
+
+
+class Rulings(dict[Entries, Ruling]):
+    """The rulings for some sets of entries: the layers of a block mostly share one."""
+
+    __slots__ = ()
+
+    def __missing__(self, entries: Entries) -> Ruling:
+        self[entries] = ruling = Ruling(entries)
+        return ruling
+
+
+def _standing(entries: Sequence[PolicyEntry]) -> Action | None:
     for entry in entries:
         policy = entry.policy
         if entry.budget or policy.only_in_backward:
@@ -197,13 +239,11 @@ def standing(entries: Sequence[PolicyEntry]) -> Action | None:
     return "update"
 
 
-def in_graphs(entries: Sequence[PolicyEntry]) -> Action | None:
-    """What happens to updates in a compiled graph, where a recomputed forward is not a forward of its own."""
-    return standing([entry for entry in entries if not entry.policy.only_in_backward])
+NO_RULING: Final = Ruling(())
 
 
-def decide(entries: Sequence[PolicyEntry]) -> Decision:
-    """Decides about an update, the innermost entry first. See Note [Policies].
+def decide(entries: Sequence[PolicyEntry], layer: int) -> Decision:
+    """Decides about an update of the layer with this id, the innermost entry first. See Note [Policies].
 
     An update that an entry further out prevents never happens: nothing is recorded or spent for it.
     """
@@ -211,7 +251,7 @@ def decide(entries: Sequence[PolicyEntry]) -> Decision:
     within: list[PolicyEntry] = []
     for entry in entries:
         policy = entry.policy
-        if entry.count.within < entry.budget:
+        if entry.budget and entry.counts[layer].within < entry.budget:
             within.append(entry)
         elif policy.only_in_backward:
             if is_in_backward():
@@ -229,12 +269,12 @@ _lock: Final = threading.RLock()
 renew_after_fork(_lock)
 
 
-def decide_and_count(entries: Sequence[PolicyEntry]) -> Decision:
+def decide_and_count(entries: Sequence[PolicyEntry], layer: int) -> Decision:
     """Decides about an update and spends the budgets in one step, so that two threads never share one update."""
     with _lock:
-        decision = decide(entries)
+        decision = decide(entries, layer)
         for entry in decision.within:
-            entry.count.within += 1
+            entry.counts[layer].within += 1
         return decision
 
 

@@ -7,7 +7,7 @@ from types import TracebackType
 
 from torch import nn
 
-from bnguard.guard.hooks import LayerGuard, add_entries, drop_entries
+from bnguard.guard.hooks import LayerGuard, add_entry, drop_entry
 from bnguard.guard.policy import IN_BACKWARD, POLICIES, Policy, PolicyEntry
 from bnguard.layers.tree import find_layers
 from bnguard.torch_internals.checkpointing import recomputed_held
@@ -82,11 +82,11 @@ class _Holding:
     @outside_graphs
     def __enter__(self) -> None:
         layers = find_layers(self._model)
-        entries = [PolicyEntry(None, owner, self._policy) for owner in range(len(layers))]
+        entry = PolicyEntry(None, self._policy)
         guards: list[LayerGuard] = []
         with ExitStack() as undo:
-            undo.callback(drop_entries, guards, entries, self._model)
-            add_entries(layers, entries, guards)
+            undo.callback(drop_entry, guards, entry, self._model)
+            add_entry(layers, entry, guards)
             self._undo = undo.pop_all()
 
     @outside_graphs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any, Literal
@@ -11,15 +12,13 @@ from torch import nn
 
 from bnguard.guard.copies import InstancePatch
 from bnguard.guard.hold import guards
-from bnguard.guard.policy import PolicyEntry
-from bnguard.layers.kinds import OWN_FORWARD, StatsLayer
+from bnguard.guard.policy import NO_RULING, PolicyEntry
+from bnguard.layers.kinds import BATCH_NORM, OWN_FORWARD, StatsLayer
 from bnguard.layers.swaps import own_tensors, own_values
 from bnguard.torch_internals.checkpointing import current_region
 from bnguard.torch_internals.compile import at_compile_time, record_compiled
 from bnguard.torch_internals.functional_call import in_functional_call
 from bnguard.torch_internals.tracing import is_recorded
-
-Entries = tuple[PolicyEntry, ...]
 
 
 @at_compile_time
@@ -34,9 +33,9 @@ def traced(key: int) -> None:
 def recorded(key: int) -> None:
     """Makes the blocks warn that the layer with this id, which they run in eval mode, is traced or exported."""
     guard = guards.get(key)
-    for entry in () if guard is None else guard.entries:
+    for entry in () if guard is None else guard.ruling.entries:
         if entry.block is not None and entry.policy.action == "running":
-            entry.block.recorded(entry)
+            entry.block.recorded(key)
 
 
 @at_compile_time
@@ -55,27 +54,37 @@ class Surroundings(InstancePatch):
     Attributes:
         names: The buffers that are guarded.
         kind: The family of the layer.
-        entries: The entries of the blocks around it, the innermost first.
+        layer_id: The id of the layer; for a replica, of the layer that it is one of.
+        ruling: What follows from the blocks around it.
+        members: What the blocks around it want, as the keys of a dictionary: see Note [Interruption].
         is_plain: Whether its forward is an ordinary method of its class.
     """
 
-    __slots__ = ("_known", "_on_cuda", "entries", "is_plain", "kind", "names")
+    ruling = NO_RULING
+    _on_cuda: bool | None = None  # not known yet
+    _turn: threading.RLock | None = None
 
     def __init__(self, layer: StatsLayer) -> None:
-        super().__init__(layer.module)
+        # The whole object, in one go: of each layer one is made at every step.
+        self.module = module = layer.module
+        cls = type(module)
+        self.layer_id = id(module)
+        self.members: dict[PolicyEntry, None] = {}
         self.names = layer.buffers
-        self.kind = layer.kind
-        if self.previous is not None and layer.kind.hold != "none":
-            self.kind = OWN_FORWARD
-        self.entries: Entries = ()
-        cls: type[nn.Module] = type(self.module)
-        self.is_plain = self.previous is None and _is_plain(cls)
-        self.remember()
+        self.kind = kind = layer.kind
+        self.previous = previous = module.__dict__.get("forward")
+        if previous is not None and kind.hold != "none":
+            self.kind = kind = OWN_FORWARD
+        self.is_plain = kind is BATCH_NORM or (previous is None and _is_plain(cls))
+        self.copies_itself = hasattr(cls, "__deepcopy__")
+        if kind is not BATCH_NORM:
+            self._turn = threading.RLock()
+        self._known = own_values(module, self.names)
 
     def remember(self) -> None:
         """Remembers the current statistics as the layer's own."""
         self._known = own_values(self.module, self.names)
-        self._on_cuda: bool | None = None  # not known yet
+        self._on_cuda = None
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's own forward, bound as Python binds it."""
@@ -107,7 +116,7 @@ class Surroundings(InstancePatch):
             return "graph"
         region = current_region()
         if region is not None:
-            for entry in self.entries:
+            for entry in self.ruling.entries:
                 if entry.block is not None and entry.policy.holds:
                     entry.block.checkpointed(region)
         if self.is_captured():

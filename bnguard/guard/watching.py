@@ -10,10 +10,9 @@ from typing import Any, Final
 from torch import Tensor
 
 from bnguard.guard.hold import copies_outside_modes
-from bnguard.guard.policy import Decision, decide, decide_and_count
-from bnguard.guard.surroundings import Entries, Surroundings
+from bnguard.guard.policy import Decision, Entries, decide, decide_and_count
+from bnguard.guard.surroundings import Surroundings
 from bnguard.layers.bits import has_values, same_bits
-from bnguard.layers.kinds import StatsLayer
 from bnguard.layers.swaps import own_tensors, put_tensor
 from bnguard.torch_internals.fork import renew_after_fork
 from bnguard.torch_internals.tracing import outside_modes
@@ -66,16 +65,12 @@ class WatchedLayer(Surroundings):
         under_way: Forwards that are watched at the moment.
     """
 
-    __slots__ = ("_original", "under_way")
-
-    def __init__(self, layer: StatsLayer) -> None:
-        super().__init__(layer)
-        self.under_way = 0
-        self._original: _Original | None = None
+    under_way = 0
+    _original: _Original | None = None
 
     def is_watched(self, entries: Entries) -> bool:
         """Whether anything comes of an update."""
-        decision = decide(entries)
+        decision = decide(entries, self.layer_id)
         return decision.action != "update" or bool(decision.told or decision.within)
 
     def look(self, entries: Entries) -> Before:
@@ -118,13 +113,13 @@ class WatchedLayer(Surroundings):
             if not self._differ(original.values, own_tensors(self.module, "_buffers")) and not original.has_changed:
                 return
             original.has_changed = True
-            decision = decide_and_count(before.entries)
+            decision = decide_and_count(before.entries, self.layer_id)
             if decision.action != "update":
                 original.is_awaited = True
             if not has_failed:
                 self.apply(decision)
             elif decision.decider is not None and decision.decider.block is not None and decision.action == "stop":
-                decision.decider.block.stopped(decision.decider)
+                decision.decider.block.stopped(self.layer_id)
             self.allow(decision, before)
         finally:
             self.forget(before)
@@ -133,7 +128,7 @@ class WatchedLayer(Surroundings):
         """Has the blocks whose budgets allowed an update take over what it has written."""
         for entry in decision.within:
             if entry.block is not None:
-                entry.block.allowed(entry, None if before.original.is_shared else before.original.values)
+                entry.block.allowed(self.layer_id, None if before.original.is_shared else before.original.values)
 
     @outside_modes()
     def put_back(self, before: Before) -> None:
@@ -173,19 +168,18 @@ class WatchedLayer(Surroundings):
                 ]
             )
 
-    @staticmethod
-    def apply(decision: Decision) -> None:
+    def apply(self, decision: Decision) -> None:
         """Raises or records what was decided."""
         decider = decision.decider
         if decision.action == "stop" and decider is not None and decider.block is not None:
-            raise decider.block.stopped(decider)
+            raise decider.block.stopped(self.layer_id)
         for entry in decision.told:
             if entry.block is not None:
-                entry.block.updated(entry)
+                entry.block.updated(self.layer_id)
 
     def decide_and_count(self, entries: Entries) -> Decision:
         """Decides about an update. While a CUDA graph is captured nothing runs: only an error is of use then."""
         if not self.is_captured():
-            return decide_and_count(entries)
-        decision = decide(entries)
+            return decide_and_count(entries, self.layer_id)
+        decision = decide(entries, self.layer_id)
         return decision if decision.action == "stop" else Decision("update")

@@ -116,7 +116,7 @@ def own_tensors(module: nn.Module, table: Table) -> dict[str, Tensor | None]:
 def own_values(module: nn.Module, names: Iterable[str]) -> tuple[Tensor | None, ...]:
     """The module's own buffers with these names, even while statistics are swapped; None for a missing one."""
     with swap_lock:
-        own = module._buffers if not swaps and not isinstance(module, _ScriptModule) else _own(module, "_buffers")
+        own = module._buffers if not swaps and _ScriptModule not in type(module).__mro__ else _own(module, "_buffers")
         return tuple(map(own.get, names))
 
 

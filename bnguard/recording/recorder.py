@@ -267,7 +267,7 @@ class Recorder:
 def _is_prevented(module: nn.Module) -> bool:
     """Whether a guard keeps the update of a forward from happening."""
     guard = guard_of(module)
-    return guard is not None and decide(guard.entries).action != "update"
+    return guard is not None and decide(guard.ruling.entries, id(module)).action != "update"
 
 
 def _versions(log: LayerLog, module: nn.Module) -> list[tuple[int, int]]:

@@ -376,9 +376,9 @@ def test_update_whose_budget_is_gone_by_then_is_held(
     with bnguard.frozen(layer, "restore", updates=1):
         guard = _hooks.guard_of(layer)
         assert guard is not None
-        entry = guard.entries[0]
+        entry = guard.ruling.entries[0]
         with monkeypatch.context() as patch:
-            patch.setattr(_watching, "decide_and_count", lambda _: _policy.Decision(action, entry))
+            patch.setattr(_watching, "decide_and_count", lambda *_: _policy.Decision(action, entry))
             assert_same_bits(layer(x), twin(x))
     assert layer.num_batches_tracked == 0
 
@@ -386,9 +386,9 @@ def test_update_whose_budget_is_gone_by_then_is_held(
 def test_dropping_entries_that_were_never_added_does_nothing() -> None:
     """An undo may be run although its acquisition never got anywhere."""
     norm = nn.BatchNorm2d(3)
-    entries = [_policy.PolicyEntry(None, 0, _policy.POLICIES["restore"])]
-    _hooks.drop_entries([], entries, norm)
-    _hooks.drop_entries([_hooks.LayerGuard(_tree.find_layers(norm)[0])], entries, norm)
+    entry = _policy.PolicyEntry(None, _policy.POLICIES["restore"])
+    _hooks.drop_entry([], entry, norm)
+    _hooks.drop_entry([_hooks.LayerGuard(_tree.find_layers(norm)[0])], entry, norm)
     assert_clean(norm)
 
 

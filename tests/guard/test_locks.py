@@ -66,9 +66,9 @@ def test_budget_is_never_spent_twice() -> None:
             meeting.wait()
             return value
 
-    entry = _policy.PolicyEntry(None, 0, _policy.POLICIES["restore"], 1, SlowCount())
+    entry = _policy.PolicyEntry(None, _policy.POLICIES["restore"], 1, _policy.Counts({0: SlowCount()}))
     actions: list[str] = []
-    run_both(*[lambda: actions.append(_policy.decide_and_count([entry]).action)] * 2)
+    run_both(*[lambda: actions.append(_policy.decide_and_count([entry], 0).action)] * 2)
     assert sorted(actions) == ["hold", "update"]
 
 
@@ -76,22 +76,22 @@ def test_no_entry_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two blocks that open on one layer at the same moment both have their entry on it; both gone, it is clean."""
     meeting, sync = Meeting(), _hooks.LayerGuard.sync
 
-    def slow(guard: _hooks.LayerGuard) -> None:
+    def slow(guard: _hooks.LayerGuard, rulings: _policy.Rulings) -> None:
         meeting.wait()
-        sync(guard)
+        sync(guard, rulings)
 
     norm = nn.BatchNorm2d(3)
     layer = _tree.find_layers(norm)[0]
-    entries = [_policy.PolicyEntry(None, 0, _policy.POLICIES["restore"]) for _ in range(2)]
+    entries = [_policy.PolicyEntry(None, _policy.POLICIES["restore"]) for _ in range(2)]
     guards: list[list[_hooks.LayerGuard]] = [[], []]
     with monkeypatch.context() as patch:
         patch.setattr(_hooks.LayerGuard, "sync", slow)
-        run_both(*[lambda i=i: _hooks.add_entries([layer], [entries[i]], guards[i]) for i in range(2)])
+        run_both(*[lambda i=i: _hooks.add_entry([layer], entries[i], guards[i]) for i in range(2)])
         guard = _hooks.guard_of(norm)
         assert guard is not None
-        assert set(guard.entries) == set(entries)
+        assert set(guard.ruling.entries) == set(entries)
         meeting = Meeting()
-        run_both(*[lambda i=i: _hooks.drop_entries(guards[i], [entries[i]], norm) for i in range(2)])
+        run_both(*[lambda i=i: _hooks.drop_entry(guards[i], entries[i], norm) for i in range(2)])
     assert _hooks.guard_of(norm) is None
     assert_clean(norm)
 
