@@ -6,8 +6,9 @@ Nothing in here knows bnguard. It says what the documentation promises about gua
   ``"warn"``, let it stand, and the next one out is asked. What one further out prevents was never seen further in.
 - ``"raise"`` stops the forward before the layer; ``"restore"`` gives the output of the update, without it;
   ``use_running_stats`` gives the output of eval mode.
+- Under ``"rollback"`` updates stand until its end, and no guard further out is asked.
 - A layer with a forward of its own runs on copies of its statistics, unless all guards around it merely warn.
-- At the end, ``"raise"`` and ``"restore"`` put back the objects and bits of entry, or those of the last update within
+- At the end, ``"raise"``, ``"restore"`` and ``"rollback"`` put back the objects and bits of entry, or those of the last update within
   the budget, past autograd; a converted buffer gets them converted.
 """
 
@@ -113,6 +114,8 @@ class Twin:
                 within.append(guard)
             elif guard.stance == "warn":
                 warned.append(guard)
+            elif guard.stance == "rollback":
+                break
             else:
                 return guard.stance, guard, [], []
         return "stand", None, warned, within
@@ -146,12 +149,12 @@ class Twin:
     def _own_forward(self, layer: nn.Module, input: Tensor) -> Tensor:
         around = self.around(layer)
         budgets = any(guard.budget for guard in around)
-        stance = self.verdict(layer)[0]
+        stance, _, warned, _ = self.verdict(layer)
         if stance == "stand" and not budgets:
             before = statistics(layer, clone=True)
             output = layer(input)
             if changed(before, statistics(layer)):
-                self._warn(around)
+                self._warn(warned)
             return output
         if stance == "running":
             return self._eval_mode(layer, input)
@@ -235,16 +238,17 @@ class Twin:
                 parameter.grad = None
         self.guards.append(guard)
 
-    def check(self, guard: Guard) -> Outcome:
+    def check(self, guard: Guard, *, is_end: bool = False) -> Outcome:
         """Compares, puts back, and says what to tell."""
         found = {key[1] for key, saved in guard.saved.items() if self._differs(key, saved)}
         if guard.policy == "warn":
             guard.found = found
         else:
             guard.found |= found
-            for key, saved in guard.saved.items():
-                self._put_back(key, saved)
-        told = found and not (guard.policy == "warn" and guard.has_warned)
+            if is_end or guard.stance != "rollback":
+                for key, saved in guard.saved.items():
+                    self._put_back(key, saved)
+        told = found and guard.policy != "rollback" and not (guard.policy == "warn" and guard.has_warned)
         warns = bool(told) and guard.policy != "raise"
         if guard.policy == "warn":
             guard.has_warned = guard.has_warned or warns
@@ -255,7 +259,7 @@ class Twin:
 
     def leave(self, guard: Guard) -> Outcome:
         """Takes a guard off; it need not be the innermost."""
-        outcome = self.check(guard)
+        outcome = self.check(guard, is_end=True)
         self.guards.remove(guard)
         for parameter, held in list(self._held.items()):
             if guard in held.holders:

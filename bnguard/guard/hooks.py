@@ -8,7 +8,7 @@ As long as the guards around a layer only raise or warn, forward hooks do the wo
    (``LayerKind.predict``). It raises before the forward, reads no tensor and does not wait for the GPU.
 2. For a layer with a forward of its own, this cannot be predicted. The pre-hook copies its statistics, the layer runs,
    and a forward hook compares them, then restores them and raises, or records the update. If the forward itself raised,
-   the hook restores and records but does not raise, because torch would turn its error into a warning.
+   the hook only restores: its own error takes precedence.
 
 As soon as one of the guards holds statistics or counts updates, a ``forward`` on the instance does so; see Note
 [Holding]. Neither reads a tensor while a graph is traced or a CUDA graph captured, under ``torch.fx``, or if

@@ -118,8 +118,6 @@ class WatchedLayer(Surroundings):
                 original.is_awaited = True
             if not has_failed:
                 self.apply(decision)
-            elif decision.decider is not None and decision.decider.block is not None and decision.action == "stop":
-                decision.decider.block.stopped(self.layer_id)
             self.allow(decision, before)
         finally:
             self.forget(before)

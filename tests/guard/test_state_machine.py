@@ -45,7 +45,7 @@ from tests.strategies import (
 )
 from tests.twin import Guard, Outcome, Stopped, Twin, may_update
 
-POLICIES = ("raise", "warn", "restore")
+POLICIES = ("raise", "warn", "restore", "rollback")
 WRITES = ("data", "in place", "reset", "assign", "same bits", "negative zero", "functional", "move")
 GRAD_MODES: dict[str, Callable[[], Any]] = {
     "grad": nullcontext,
@@ -374,10 +374,11 @@ class GuardMachine(RuleBasedStateMachine):
         if not any(layer in self.norms for layer in part.modules()):
             where, part = "", self.net
         guarded = [layer for layer in part.modules() if layer in self.norms]
+        running = running and policy != "rollback"
         options = {
             "on_change": policy,
             "use_running_stats": running,
-            "updates": 0 if running else updates,
+            "updates": 0 if running or policy == "rollback" else updates,
             "affine": affine,
         }
         target = part
