@@ -7,9 +7,9 @@ Nothing in here knows bnguard. It says what the documentation promises about gua
 - ``"raise"`` stops the forward before the layer; ``"restore"`` gives the output of the update, without it;
   ``use_running_stats`` gives the output of eval mode.
 - Under ``"rollback"`` updates stand until its end, and no guard further out is asked.
-- A layer with a forward of its own runs on copies of its statistics, unless all guards around it merely warn.
-- At the end, ``"raise"``, ``"restore"`` and ``"rollback"`` put back the objects and bits of entry, or those of the last update within
-  the budget, past autograd; a converted buffer gets them converted.
+- Where autograd may record a forward inside a guard that rolls back, the forward reads copies of the statistics.
+- At the end, ``"raise"``, ``"restore"`` and ``"rollback"`` put back the objects and bits of entry, or those of the last
+  update within the budget, past autograd; a converted buffer gets them converted.
 """
 
 from __future__ import annotations
@@ -129,7 +129,9 @@ class Twin:
             return layer(input)
         if has_own_forward(layer):
             return self._own_forward(layer, input)
-        if not would_update(layer) or is_rejected(layer, input):
+        if not would_update(layer):
+            return self._reading(layer, input)
+        if is_rejected(layer, input):
             return layer(input)
         stance, decider, warned, within = self.verdict(layer)
         if stance == "raise":
@@ -140,6 +142,7 @@ class Twin:
         if stance == "running":
             return self._eval_mode(layer, input)
         self._warn(warned)
+        self._look(layer, within)
         self._pay(layer, within)
         try:
             return layer(input)
@@ -147,37 +150,46 @@ class Twin:
             self._refresh(layer, within)
 
     def _own_forward(self, layer: nn.Module, input: Tensor) -> Tensor:
-        around = self.around(layer)
-        budgets = any(guard.budget for guard in around)
-        stance, _, warned, _ = self.verdict(layer)
-        if stance == "stand" and not budgets:
-            before = statistics(layer, clone=True)
-            output = layer(input)
-            if changed(before, statistics(layer)):
-                self._warn(warned)
-            return output
+        stance, decider, warned, within = self.verdict(layer)
         if stance == "running":
             return self._eval_mode(layer, input)
+        if stance == "restore":
+            with on_copies(layer):
+                return layer(input)
+        before = {name: Saved(tensor, tensor.detach().clone()) for name, tensor in statistics(layer).items()}
+        self._look(layer, within)
         failure = output = None
-        with on_copies(layer) as after:
-            try:
-                output = layer(input)
-            except Exception as error:
-                failure = error
-        if changed(statistics(layer), after()):
-            stance, decider, warned, within = self.verdict(layer)
-            if stance == "raise" and failure is None:
-                self._stop(decider, layer)
-            if stance == "stand":
+        try:
+            output = self._reading(layer, input)
+        except Exception as error:
+            failure = error
+        if changed({name: saved.value for name, saved in before.items()}, statistics(layer)):
+            if stance == "raise":
+                for name, saved in before.items():
+                    saved.tensor.data.copy_(saved.value)
+                    layer._buffers[name] = saved.tensor
+                if failure is None:
+                    self._stop(decider, layer)
+            else:
                 if failure is None:
                     self._warn(warned)
                 self._pay(layer, within)
-                for name, tensor in after().items():
-                    layer._buffers[name].data.copy_(tensor)
                 self._refresh(layer, within)
         if failure is not None:
             raise failure
         return output
+
+    def _reading(self, layer: nn.Module, input: Tensor) -> Tensor:
+        """Where the statistics will be put back before a backward pass, autograd must not have saved them."""
+        if not torch.is_grad_enabled() or all(guard.stance != "rollback" for guard in self.around(layer)):
+            return layer(input)
+        after: Callable[[], dict[str, Tensor]] = dict
+        try:
+            with on_copies(layer) as after:
+                return layer(input)
+        finally:
+            for name, tensor in after().items():
+                layer._buffers[name].data.copy_(tensor)
 
     def _eval_mode(self, layer: nn.Module, input: Tensor) -> Tensor:
         mode = layer.training
@@ -200,9 +212,13 @@ class Twin:
             self.warnings += not guard.has_warned
             guard.has_warned = True
 
-    def _pay(self, layer: nn.Module, within: list[Guard]) -> None:
+    @staticmethod
+    def _pay(layer: nn.Module, within: list[Guard]) -> None:
         for guard in within:
             guard.spent[layer] = guard.spent.get(layer, 0) + 1
+
+    def _look(self, layer: nn.Module, within: list[Guard]) -> None:
+        for guard in within:
             guard.untouched = not any(
                 key[0] == "_buffers" and key[1] is layer and self._differs(key, saved)
                 for key, saved in guard.saved.items()

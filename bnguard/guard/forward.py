@@ -185,7 +185,7 @@ class HeldLayer(WatchedLayer):
         """Runs the layer, then decides about what it did to its statistics."""
         before = self.look(entries)
         try:
-            result = self.original(*args, **kwargs)
+            result = self._run_reading(entries, args, kwargs)
         except Exception:
             # A forward can fail after it has counted the batch. Its own error takes precedence.
             self.conclude(before, has_failed=True)
@@ -197,7 +197,7 @@ class HeldLayer(WatchedLayer):
         return result
 
     def _run_reading(self, entries: Entries, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Runs a forward that does not update the statistics.
+        """Runs a forward that may read the statistics.
 
         It gets clones if the statistics will be restored while a backward pass may still need the values that this
         forward has read.

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 import re
 import threading
@@ -338,7 +339,8 @@ class GuardMachine(RuleBasedStateMachine):
         for layer in self.twin.net.modules():
             if layer._buffers.get("running_mean") is None or not may_update(layer):
                 continue
-            around = self.twin.around(layer)
+            # Guards around one that rolls back are not asked.
+            around = list(itertools.takewhile(lambda guard: guard.stance != "rollback", self.twin.around(layer)))
             left = [max(guard.budget - guard.spent.get(layer, 0), 0) for guard in around]
             holders = [(rest, guard) for rest, guard in zip(left, around, strict=True) if guard.stance != "warn"]
             # What is left once the budgets are spent: the smallest budget of those that hold decides.
