@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import operator
-import os
 import threading
 from contextlib import suppress
 from sys import getrefcount
@@ -31,6 +30,7 @@ from bnguard.guard.surroundings import recorded, traced
 from bnguard.guard.watching import WatchedLayer
 from bnguard.layers.kinds import BATCH_NORM
 from bnguard.layers.swaps import is_swapped, swapped
+from bnguard.torch_internals.fork import call_in_children
 from bnguard.torch_internals.functional_call import calling_module
 from bnguard.torch_internals.tracing import is_symbolic
 
@@ -43,8 +43,7 @@ def _renew_turns() -> None:
         guard._turn = guard._turn and threading.RLock()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_turns)
+call_in_children(_renew_turns)
 
 
 class HeldLayer(WatchedLayer):

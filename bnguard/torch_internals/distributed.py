@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import weakref
 from collections.abc import Iterable
 from typing import Any
@@ -11,6 +10,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+from bnguard.torch_internals.fork import call_in_children
 
 _SHARDED = ("FullyShardedDataParallel", "FSDPModule")
 
@@ -115,5 +116,4 @@ def _after_fork() -> None:
         _inherited.add(dist.distributed_c10d._get_default_store())
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+call_in_children(_after_fork)

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Final
+
+# Windows has no fork.
+_register: Final[Callable[..., None]] = getattr(os, "register_at_fork", lambda **_: None)
 
 
-def renew_after_fork(*locks: Any) -> None:
-    """Reinitialises process-wide locks in every forked child, where they are then free."""
-    if hasattr(os, "register_at_fork"):
-        for lock in locks:
-            os.register_at_fork(after_in_child=lock._at_fork_reinit)  # as the standard library does
+def call_in_children(function: Callable[[], object]) -> None:
+    """Calls a function in every forked child."""
+    _register(after_in_child=function)
+
+
+def renew_after_fork(lock: Any) -> None:
+    """Reinitialises a process-wide ``RLock`` in every forked child, unless the thread that forks holds it itself."""
+    call_in_children(lambda: lock._is_owned() or lock._at_fork_reinit())

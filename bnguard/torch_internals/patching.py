@@ -12,20 +12,20 @@ process forks. A lock is not enough: the garbage collector and signal handlers r
    number of times, by any thread, and again after an interruption.
 3. At its end, ``sync`` reads the tuple again. If a block has ended in the meantime, it starts over.
 4. Whether the patch is in place is read from torch itself. A separate flag could be wrong after an interruption.
-5. The lock is reentrant, and is never held while user code runs. A forked child gets a new one, because another thread
+5. The lock is reentrant, and is never held while user code runs. It is free in a forked child, although another thread
    of the parent may have held it; but not if the thread that forked holds it itself.
 """
 
 from __future__ import annotations
 
-import os
 import threading
-import weakref
 from collections.abc import Callable
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from torch import autograd
 from torch.optim import optimizer as torch_optimizer
+
+from bnguard.torch_internals.fork import renew_after_fork
 
 U = TypeVar("U")
 
@@ -45,7 +45,7 @@ class Patch(Generic[U]):
         self.users: tuple[U, ...] = ()
         self._conform = conform
         self._lock = threading.RLock()
-        _patches.add(self)
+        renew_after_fork(self._lock)  # rule 5
 
     def add(self, user: U) -> None:
         """Adds a user. Has no effect if it has been added already."""
@@ -79,22 +79,6 @@ class Patch(Generic[U]):
                 self._conform(users)
                 if self.users is users:  # rule 3
                     return
-
-    def _renew_lock(self) -> None:
-        if not self._lock._is_owned():  # type: ignore[attr-defined]  # rule 5; missing in the stub
-            self._lock = threading.RLock()
-
-
-_patches: Final[weakref.WeakSet[Patch[Any]]] = weakref.WeakSet()
-
-
-def _after_fork() -> None:
-    for patch in _patches:
-        patch._renew_lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
 
 
 class AttributePatch(Patch[U]):

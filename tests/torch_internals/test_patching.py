@@ -121,6 +121,31 @@ def test_another_change_may_come_between_any_lines(adds: bool, other_adds: bool)
         run(target)
 
 
+def test_a_user_may_come_while_another_is_added() -> None:
+    """Neither is lost."""
+    patched = Patched()
+
+    def changed(users: tuple[str, ...]) -> tuple[str, ...]:
+        patched.patch.add("second")
+        return (*users, "first")
+
+    patched.patch.swap(changed)
+    assert patched.called() == ["second", "first", "original"]
+
+
+def test_the_last_user_may_go_while_the_patch_is_applied() -> None:
+    """The function is then the original one."""
+    patched = Patched()
+
+    def wrap(function: Callable[[], None]) -> Callable[[], None]:
+        patched.patch.remove("user")
+        return patched.wrap(function)
+
+    patched.patch._wrap = wrap
+    patched.patch.add("user")
+    assert patched.owner.function == patched.function
+
+
 @pytest.mark.parametrize("adds", [True, False])
 def test_an_exception_may_come_between_any_lines(adds: bool) -> None:
     """As Ctrl-C's: when the user is removed after all, nothing is left, and the lock is free."""
@@ -193,6 +218,27 @@ def test_a_forked_child_has_free_locks() -> None:
     go.set()
     thread.join()
     assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of a fork in a process with threads
+def test_a_child_that_is_forked_in_the_middle_of_a_change_completes_it() -> None:
+    """The thread that forks holds the lock, and still does in the child."""
+    patched, children = Patched(), []
+
+    def forks(users: tuple[str, ...]) -> tuple[str, ...]:
+        children.append(os.fork())
+        return (*users, "user")
+
+    has_failed = True
+    try:
+        patched.patch.swap(forks)
+        has_failed = patched.called() != ["user", "original"]
+    finally:
+        if not children[0]:
+            os._exit(has_failed)
+    assert not has_failed
+    assert os.waitpid(children[0], 0)[1] == 0
 
 
 def test_threads_lose_no_change() -> None:
