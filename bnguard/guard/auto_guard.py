@@ -53,10 +53,8 @@ class AutoGuard:
     def begin(self) -> None:
         """Guards models that run from now on."""
         with self._lock:
-            for reference in list(_in_graphs.values()):
-                model = reference()
-                if model is not None:
-                    self._compare(model)
+            for model in _models_in_graphs():
+                self._compare(model)
         global_hook.listen(self)
 
     def end(self, *, for_good: bool = False) -> None:
@@ -140,5 +138,8 @@ class AutoGuard:
 
 def _is_in_graphs(key: int) -> bool:
     """Whether the module with this id belongs to a model that a graph has been seen to run."""
-    models = [model for reference in list(_in_graphs.values()) if (model := reference()) is not None]
-    return any([id(part) == key for model in models for part in model.modules()])
+    return any([id(part) == key for model in _models_in_graphs() for part in model.modules()])
+
+
+def _models_in_graphs() -> list[nn.Module]:
+    return [model for reference in list(_in_graphs.values()) if (model := reference()) is not None]

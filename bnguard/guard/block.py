@@ -227,7 +227,7 @@ class Block:
             # Also if comparing fails: the promise is about the statistics, not about the report.
             if restores:
                 _run_to_its_end(check.restore)
-                for guard in [guard for guard in self._guards if guard.under_way]:
+                for guard in self._guards:
                     guard.restored()
         if self._settings.policy.puts_back:
             self._found = {**self._found, **changes}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any, Final
 
@@ -50,12 +50,18 @@ class InstancePatch:
         has_copying: Whether the attributes that keep copies free of us are on it.
         is_hook_elsewhere: Whether a hook was no longer on the layer when it was to be removed: fusing moves hooks to
             another module.
+        replicate: Makes a replica of the layer for ``nn.DataParallel``. These three are methods of a subclass.
+        refuse_script: Refuses to be compiled by ``torch.jit.script``.
+        is_watching: Whether the hooks watch a forward that is running.
     """
 
     has_hooks = has_forward = is_hook_elsewhere = has_copying = False
     module: Any
     previous: Any
     copies_itself: bool
+    replicate: Callable[[], nn.Module]
+    refuse_script: Callable[[], nn.Module]
+    is_watching: Callable[[], bool]
 
     def has_foreign_hooks(self) -> bool:
         """Whether the user has forward hooks on the layer.
@@ -105,18 +111,6 @@ class InstancePatch:
                 del module.__dict__[name]
         if self.previous is not None:
             module.__dict__.setdefault("forward", self.previous)
-
-    def is_watching(self) -> bool:
-        """Whether the hooks watch a forward that is running."""
-        return False
-
-    def replicate(self) -> nn.Module:
-        """Makes a replica of the layer for ``nn.DataParallel``."""
-        raise NotImplementedError
-
-    def refuse_script(self) -> nn.Module:
-        """Refuses to be compiled by ``torch.jit.script``."""
-        raise NotImplementedError
 
     def getstate(self) -> Any:
         """The layer's state for a copy or a pickle, without anything of bnguard."""

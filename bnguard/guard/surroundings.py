@@ -167,19 +167,18 @@ class Surroundings(InstancePatch):
 
 def _is_plain(cls: type) -> bool:
     """Whether ``forward`` is an ordinary method of the class."""
-    for base in cls.__mro__:
-        if "forward" in base.__dict__:
-            return type(base.__dict__["forward"]) is FunctionType
-    return False
+    return type(_unbound_forward(cls)) is FunctionType
 
 
 def _bound_forward(module: nn.Module) -> Callable[..., Any]:
     """The class's forward, bound as Python binds it: descriptors, static and class methods too."""
     cls = type(module)
-    for base in cls.__mro__:
-        if "forward" in base.__dict__:
-            found: Any = base.__dict__["forward"]
-            bind = getattr(type(found), "__get__", None)
-            bound: Callable[..., Any] = found if bind is None else bind(found, module, cls)
-            return bound
-    raise AttributeError(f"{cls.__name__} has no forward")
+    found = _unbound_forward(cls)
+    bind = getattr(type(found), "__get__", None)
+    bound: Callable[..., Any] = found if bind is None else bind(found, module, cls)
+    return bound
+
+
+def _unbound_forward(cls: type) -> Any:
+    """``forward`` as it is in the class, or in the first of its bases that has one: ``nn.Module`` does."""
+    return next(base.__dict__["forward"] for base in cls.__mro__ if "forward" in base.__dict__)

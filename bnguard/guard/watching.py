@@ -98,11 +98,12 @@ class WatchedLayer(Surroundings):
 
     def restored(self) -> None:
         """The end of a block has restored the layer: forwards that go on after it are to leave it like this."""
-        with _lock:
-            if self._original is not None:
+        original = self._original
+        if original is not None:
+            with _lock:
                 own = own_tensors(self.module, "_buffers")
-                self._original.tensors = {
-                    name: old if (now := own.get(name)) is None else now for name, old in self._original.tensors.items()
+                original.tensors = {
+                    name: old if (now := own.get(name)) is None else now for name, old in original.tensors.items()
                 }
 
     def conclude(self, before: Before, has_failed: bool) -> None:
