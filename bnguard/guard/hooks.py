@@ -102,10 +102,10 @@ class LayerGuard(HeldLayer):
                     else:
                         self._put_hooks()
             elif not self._before or not self.is_watching():
-                if guards.get(self.layer_id) is self:
-                    del guards[self.layer_id]
                 self.remove()
                 self._method = None  # which is bound to this object
+                if guards.get(self.layer_id) is self:  # not before: another guard would take ours for the user's
+                    del guards[self.layer_id]
             if tuple(self.members) == members:
                 return
 

@@ -20,6 +20,7 @@ from torch.nn.modules import module as torch_module
 
 import bnguard
 from bnguard.guard import affine as _affine
+from bnguard.guard import hooks as _hooks
 from tests.asserts import assert_clean, assert_same_bits, join_threads, start_threads, state_of
 
 PACKAGE = str(Path(bnguard.__file__).parent)
@@ -179,3 +180,162 @@ def test_another_block_of_the_same_guard_may_end_between_any_lines(name: str) ->
             assert_sound(net, is_held=name in HOLDING)
 
     join_threads(start_threads(every_line), 100)
+
+
+# Places in the middle of a line, which need no trace function.
+
+
+class Watched(nn.Parameter):
+    """A parameter that has something run whenever its flag is read or set, once."""
+
+    action: Callable[[], None] | None = None
+
+    def run(self) -> None:
+        action, self.action = self.action, None
+        if action is not None:
+            action()
+
+    @property
+    def requires_grad(self) -> bool:
+        self.run()
+        return bool(super().requires_grad)
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        self.run()
+        torch.Tensor.requires_grad.__set__(self, value)
+
+
+@pytest.mark.parametrize("is_short", [False, True])
+def test_parameter_may_be_frozen_while_its_flag_is_read(is_short: bool) -> None:
+    """By another block, which ends first, or in the middle as well: the last release restores flag and gradient."""
+    parameter, holds = Watched(torch.ones(2)), [_affine.AffineHold() for _ in range(2)]
+    parameter.grad = gradient = torch.ones(2)
+
+    def take() -> None:
+        holds[1].take([parameter])
+        parameter.action = holds[1].release if is_short else None
+
+    parameter.action = take
+    holds[0].take([parameter])
+    for hold in reversed(holds):
+        assert (parameter.requires_grad, parameter.grad) == (False, None)
+        hold.release()
+    assert parameter.requires_grad
+    assert parameter.grad is gradient
+    assert not _affine._held
+
+
+def test_parameter_may_be_frozen_while_it_is_released() -> None:
+    """By another block: it stays frozen, and gets flag and gradient back from that one."""
+    parameter, holds = Watched(torch.ones(2)), [_affine.AffineHold() for _ in range(2)]
+    parameter.grad = gradient = torch.ones(2)
+    holds[0].take([parameter])
+    parameter.action = lambda: holds[1].take([parameter])
+    holds[0].release()
+    assert (parameter.requires_grad, parameter.grad) == (False, None)
+    holds[1].release()
+    assert parameter.requires_grad
+    assert parameter.grad is gradient
+    assert not _affine._held
+
+
+def once(action: Callable[[], Any], function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``; before its first call ``action`` runs."""
+    actions = [action]
+
+    def wrapped(*args: Any) -> Any:
+        if actions:
+            actions.pop()()
+        return function(*args)
+
+    return wrapped
+
+
+@pytest.mark.parametrize("action", ["begins", "ends"])
+@pytest.mark.parametrize("method", ["sync", "put_forward"])
+def test_another_block_may_begin_or_end_while_layers_get_an_entry(
+    action: str, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The layers are held until both have ended."""
+    net = make_net()
+    before, other = state_of(net), bnguard.frozen(net, "restore")
+    if action == "ends":
+        other.start()
+    function = getattr(_hooks.LayerGuard, method)
+    monkeypatch.setattr(
+        _hooks.LayerGuard, method, once(getattr(other, {"begins": "start", "ends": "stop"}[action]), function)
+    )
+    with bnguard.frozen(net, "restore"):
+        other.stop()
+        net(IMAGES)
+    assert_same_bits(state_of(net), before)
+    assert_clean(net)
+
+
+def test_another_block_may_begin_while_a_layer_is_let_go_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layers are held until it ends."""
+    net = make_net()
+    before, other = state_of(net), bnguard.frozen(net, "restore")
+    monkeypatch.setattr(_hooks.LayerGuard, "remove", once(other.start, _hooks.LayerGuard.remove))
+    with bnguard.frozen(net, "restore"):
+        pass
+    net(IMAGES)
+    other.stop()
+    assert_same_bits(state_of(net), before)
+    assert_clean(net)
+
+
+def test_layer_that_cannot_be_let_go_of_keeps_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error comes out; the other layers are free."""
+    net, sync = make_net(), _hooks.LayerGuard.sync
+    guard = bnguard.frozen(net, "restore").start()
+
+    def fails(guard: _hooks.LayerGuard, rulings: Any) -> None:
+        if guard.module is net[0]:
+            raise ZeroDivisionError
+        sync(guard, rulings)
+
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(_hooks.LayerGuard, "sync", fails)
+        guard.stop()
+    for layer in net[1:]:
+        assert_clean(layer)
+    with bnguard.frozen(net):
+        pass
+    assert_clean(net)
+
+
+@pytest.mark.parametrize("place", [(_hooks.LayerGuard, "sync"), (_affine.AffineHold, "release")], ids=str)
+def test_interrupt_at_the_end_of_a_block_leaves_nothing(place: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while a layer is let go of: the others are let go of too, then that one, and the interrupt comes out."""
+    net, (owner, name) = make_net(), place
+    before = state_of(net)
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), bnguard.frozen(net, "restore", affine=True):
+        net(IMAGES)
+        monkeypatch.setattr(owner, name, once(interrupt, getattr(owner, name)))
+    assert_sound(net, is_held=True)
+    assert_same_bits(state_of(net), before)
+
+
+@pytest.mark.parametrize("how", ["stop", "check"])
+def test_block_may_be_ended_by_another_thread_meanwhile(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``stop()`` and ``check()`` of a block that ends while they look for it do nothing."""
+    net = make_net()
+    before, guard = state_of(net), bnguard.frozen(net, "restore").start()
+    innermost, ends = bnguard.frozen._innermost, [guard.stop]
+
+    def looks_before(guard: bnguard.frozen) -> Any:
+        block = innermost(guard)
+        if ends:
+            ends.pop()()
+        return block
+
+    monkeypatch.setattr(bnguard.frozen, "_innermost", looks_before)
+    getattr(guard, how)()
+    assert_clean(net)
+    assert_same_bits(state_of(net), before)
