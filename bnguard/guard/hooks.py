@@ -161,7 +161,7 @@ class LayerGuard(HeldLayer):
         if predict is not None:
             if not self.rejects(args):
                 self.apply(self.decide_and_count(entries))
-        elif not self.is_captured() and self.is_watched(entries):
+        elif entries and not self.is_captured():
             self._watch(entries, sys._getframe(3))
 
     def _watch(self, entries: Entries, call: FrameType) -> None:

@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 import bnguard
@@ -84,6 +85,15 @@ def test_frozen_refuses_what_is_no_model(model: Any, text: str) -> None:
     """The error says what was given, shortly, and what to do."""
     with expect(TypeError, text):
         bnguard.frozen(model)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.*is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.*is deprecated:FutureWarning")  # from torch 2.14 on
+def test_frozen_refuses_a_traced_function() -> None:
+    """It has no modules; the error says where they are."""
+    function = torch.jit.trace(torch.relu, torch.ones(1))
+    with pytest.raises(TypeError, match=r"got ScriptFunction: .*; guard the model that it calls$"):
+        bnguard.frozen(function)
 
 
 @pytest.mark.parametrize("option", ["include", "exclude"])

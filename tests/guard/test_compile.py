@@ -694,3 +694,64 @@ def test_traced_forward_without_statistics(monkeypatch: pytest.MonkeyPatch) -> N
             patch.setattr(torch.compiler, "is_compiling", lambda compiling=compiling: compiling)
             assert_same_bits(layer(x), expected)
     assert layer.num_batches_tracked == 0
+
+
+class Storing(nn.BatchNorm2d):
+    """A layer that stores things on itself as it runs."""
+
+    def __init__(self) -> None:
+        super().__init__(3)
+        self.register_buffer("last", torch.zeros(()))
+        self.calls = 0
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.calls += 1
+        self.last = input.sum()
+        return super().forward(input)
+
+
+def test_traced_forward_keeps_what_the_layer_stores_on_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attributes and other buffers are the twin's; the statistics stay."""
+    layer, twin, x = Storing(), Storing(), torch.randn(4, 3, 2, 2)
+    before = state_of(layer)
+    with monkeypatch.context() as patch, bnguard.frozen(layer, "restore"):
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert_same_bits(layer(x), twin(x))
+    assert layer.calls == twin.calls == 1
+    assert_same_bits(state_of(layer), {**before, "last": twin.last})
+    assert_clean(layer)
+
+
+def test_traced_forward_of_a_rollback_is_the_layers_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph reads the statistics themselves: what keeps a backward pass right outside of graphs cannot be traced."""
+    layer, seen, x = nn.SyncBatchNorm(3).eval(), [], torch.randn(4, 3, 2, 2)
+    with monkeypatch.context() as patch, bnguard.frozen(layer, "rollback"):
+        patch.setattr(F, "batch_norm", lambda input, mean, *_: seen.append(mean) or input)
+        layer(x)
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        layer(x)
+    assert [mean is layer.running_mean for mean in seen] == [False, True]
+
+
+def test_traced_forward_with_replaced_statistics_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are the layer's own from then on."""
+    layer, x = nn.BatchNorm2d(3), torch.randn(4, 3, 2, 2)
+    with bnguard.frozen(layer, "restore"):
+        mean = layer.running_mean
+        layer.running_mean = mean.clone()
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.compiler, "is_compiling", lambda: True)
+            layer(x)
+        assert_same_bits(layer.running_mean, mean)
+        assert layer.num_batches_tracked == 0
+
+
+def test_budget_without_a_counter_covers_no_update_of_a_graph() -> None:
+    """Nothing says how many updates there were: what a graph has changed is a finding, and is restored."""
+    net, twin = (nn.InstanceNorm2d(3, track_running_stats=True) for _ in range(2))
+    del net.num_batches_tracked, twin.num_batches_tracked
+    compiled = torch.compile(net, backend="eager", fullgraph=True)
+    before = state_of(net)
+    with pytest.raises(bnguard.StatsChangedError), bnguard.frozen(net, updates=1):
+        assert_same_bits(compiled(make_input()), twin(make_input()))
+    assert_same_bits(state_of(net), before)

@@ -13,7 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bnguard
-from tests.asserts import assert_clean, assert_same_bits, assert_same_gradients, assert_untouched, state_of, warns
+from tests.asserts import (
+    assert_clean,
+    assert_same_bits,
+    assert_same_gradients,
+    assert_untouched,
+    state_of,
+    told,
+    warns,
+)
 
 
 def make_net() -> nn.Sequential:
@@ -447,3 +455,34 @@ def test_write_to_statistics_and_parameters_is_one_change() -> None:
         net[1].weight.data.add_(1)
     assert [change.buffers for change in guard.changes] == [("running_mean", "weight")]
     assert_clean(net)
+
+
+def test_many_updates_within_the_budget_hide_no_write() -> None:
+    """More than are remembered at once: they stand as the twin's, and a write between two of them is found."""
+    for writes in (False, True):
+        net = make_net()
+        twin, before = copy.deepcopy(net), state_of(net)
+        with told() as said, bnguard.frozen(net, updates=40):
+            for number in range(40):
+                net(make_input(number))
+                twin(make_input(number))
+                if writes and number == 20:
+                    net[1].running_mean.data.add_(1)
+        assert (said.error is not None) == writes
+        if writes:
+            assert_same_bits(net[4].running_mean, twin[4].running_mean)
+            assert_same_bits(net[1].num_batches_tracked, before["1.num_batches_tracked"] + 21)
+        else:
+            assert_same_bits(state_of(net), state_of(twin))
+
+
+def test_tensor_with_another_number_of_dimensions_is_restored() -> None:
+    """It cannot be compared along with the others, and is a change like any other."""
+    net = make_net()
+
+    def run() -> None:
+        with pytest.raises(bnguard.StatsChangedError), bnguard.frozen(net) as guard:
+            net[1].running_mean.data = torch.zeros(3, 1)
+        assert [change.buffers for change in guard.changes] == [("running_mean",)]
+
+    assert_untouched(net, run)

@@ -429,3 +429,21 @@ def test_forward_that_somebody_binds_anew_is_the_same(make: Callable[[], nn.Modu
         twin(images())
     assert_same_bits(layer(images(seed=2)), twin(images(seed=2)))
     assert_same_bits(state_of(layer), state_of(twin))
+
+
+@pytest.mark.parametrize("make", [lambda: nn.BatchNorm2d(3), Remembering], ids=["stock", "own-forward"])
+@pytest.mark.parametrize("policy", ["warn", "restore"])
+def test_entry_without_a_block_reports_nothing(make: Callable[[], nn.Module], policy: str) -> None:
+    """It counts and decides: a second update stands or is held, in silence."""
+    layer, x = make(), make_input()
+    twin, guards = copy.deepcopy(layer), []
+    entry = _policy.PolicyEntry(None, _policy.POLICIES[policy], 1)
+    _hooks.add_entry(_tree.find_layers(layer), entry, guards)
+    for _ in range(2):
+        layer(x)
+    _hooks.drop_entry(guards, entry, layer)
+    for _ in range(2 if policy == "warn" else 1):
+        twin(x)
+    assert_same_bits(layer.running_mean, twin.running_mean)
+    assert entry.counts[id(layer)].within == 1
+    assert_clean(layer)

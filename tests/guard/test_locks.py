@@ -150,16 +150,18 @@ def test_swap_is_undone_by_the_last_one() -> None:
     assert not any(tensor is mean for tensor in seen)
 
 
-def test_interrupted_swap_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C in the middle of putting back does not leave other statistics in the layer."""
+@pytest.mark.parametrize("is_late", [False, True])
+def test_interrupted_swap_is_undone(is_late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C before or after putting back does not leave other statistics in the layer."""
     layer = nn.BatchNorm2d(3)
     mean, leave = layer.running_mean, _swaps._leave
     interrupts = [KeyboardInterrupt()]
 
     def interrupted(module: nn.Module, user: object) -> None:
+        if is_late or not interrupts:
+            leave(module, user)
         if interrupts:
             raise interrupts.pop()
-        leave(module, user)
 
     monkeypatch.setattr(_swaps, "_leave", interrupted)
     with pytest.raises(KeyboardInterrupt), _swaps.swapped(layer, {"running_mean": torch.ones(3)}, False):

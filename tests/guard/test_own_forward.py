@@ -15,9 +15,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 import bnguard
+from bnguard.guard.hooks import guard_of
 from tests.asserts import assert_clean, assert_same_bits, state_of, told
+from tests.nets import images
 
 GUARDS: dict[str, dict[str, Any]] = {
     "raise": {},
@@ -542,3 +545,89 @@ def test_default_device_of_the_user_does_not_matter() -> None:
     with torch.device("meta"), bnguard.frozen(norm, updates=1):
         norm(input)
     assert_same_bits(norm.running_mean, other.running_mean)
+
+
+class Nested(nn.BatchNorm2d):
+    """A layer that runs itself in its forward, inside a block of its own."""
+
+    guard: Callable[[nn.Module], Any] | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        guard, self.guard = self.guard, None
+        if guard is not None:
+            with guard(self):
+                input = self(input)
+        return super().forward(input)
+
+
+@pytest.mark.parametrize("updates", [0, 1])
+def test_block_inside_the_forward_of_its_own_layer_holds_what_runs_in_it(updates: int) -> None:
+    """The outer guard goes on to watch the forward around it, and judges what that does afterwards."""
+    layer, twin = Nested(2), nn.BatchNorm2d(2)
+    first = twin if updates else nn.BatchNorm2d(2)
+    before, objects = state_of(layer), dict(layer.named_buffers())
+    layer.guard = lambda layer: bnguard.frozen(layer, "restore", updates=updates)
+    with bnguard.frozen(layer, "warn") as guard, told() as said:
+        assert_same_bits(layer(images()), twin(first(images())))
+    assert len(said.warnings) == 1
+    assert guard.changes[0].updates == 1 + updates
+    assert_same_bits(state_of(layer), state_of(twin))
+    layer.load_state_dict(before)
+    layer.guard = lambda layer: bnguard.frozen(layer, "restore")
+    with pytest.raises(bnguard.StatsChangedError), bnguard.frozen(layer):
+        layer(images())
+    assert_same_bits(state_of(layer), before)
+    assert all(tensor is objects[name] for name, tensor in layer.named_buffers())
+    assert_clean(layer)
+
+
+def test_block_that_ends_right_before_a_forward_does_not_see_it() -> None:
+    """A hook on all modules runs before those of the layer, and may end the block: the layer updates as its twin."""
+    layer, twin = Nested(2), Nested(2)
+    guard = bnguard.frozen(layer).start()
+    its_guard = guard_of(layer)
+    handle = register_module_forward_pre_hook(lambda *_: guard.stop())
+    try:
+        assert_same_bits(layer(images()), twin(images()))
+    finally:
+        handle.remove()
+    assert_same_bits(state_of(layer), state_of(twin))
+    assert guard.changes == ()
+    assert its_guard is not None
+    assert not its_guard.under_way
+    assert_clean(layer)
+
+
+def test_budget_of_a_block_that_its_forward_ends_is_spent() -> None:
+    """The update was within it, and stands."""
+
+    class Ending(nn.BatchNorm2d):
+        def forward(self, input: Tensor) -> Tensor:
+            output = super().forward(input)
+            guard.stop()
+            return output
+
+    layer, twin = Ending(2), nn.BatchNorm2d(2)
+    guard = bnguard.frozen(layer, "restore", updates=1).start()
+    assert_same_bits(layer(images()), twin(images()))
+    assert_same_bits(state_of(layer), state_of(twin))
+    assert_clean(layer)
+
+
+def test_statistics_that_a_stopped_forward_gave_another_shape_come_back() -> None:
+    """The same tensors with the same bits, although their data was exchanged."""
+
+    class Reshaping(nn.BatchNorm2d):
+        def forward(self, input: Tensor) -> Tensor:
+            self.running_mean.data = torch.zeros(5)
+            return input
+
+    layer = Reshaping(2)
+    before, objects = state_of(layer), dict(layer.named_buffers())
+    guard = bnguard.frozen(layer).start()
+    with pytest.raises(bnguard.StatsChangedError):
+        layer(images())
+    assert_same_bits(state_of(layer), before)
+    assert all(tensor is objects[name] for name, tensor in layer.named_buffers())
+    with pytest.raises(bnguard.StatsChangedError, match="was caught"):
+        guard.stop()

@@ -193,3 +193,39 @@ def test_strict_rolls_back_each_call() -> None:
     twin = copy.deepcopy(net)
     twin(images())
     assert_same_bits(assert_untouched(net, lambda: look(net)), twin.eval()(images()))
+
+
+class Changing(OwnForward):
+    """A layer whose forward does something else to its statistics."""
+
+    def __init__(self, change: Callable[[Any], None]) -> None:
+        super().__init__(2)
+        self.change = change
+
+    def forward(self, input: Tensor) -> Tensor:
+        output = super().forward(input)
+        self.change(self)
+        return output
+
+
+CHANGES: dict[str, Callable[[Any], None]] = {
+    "removed": lambda layer: layer._buffers.pop("running_var"),
+    "shape": lambda layer: setattr(layer, "running_var", layer.running_var[:, None]),
+    "dtype": lambda layer: setattr(layer, "running_var", layer.running_var.double()),
+    "meta": lambda layer: setattr(layer, "running_var", layer.running_var.to("meta")),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_whatever_a_forward_makes_of_its_statistics_is_rolled_back(change: str) -> None:
+    """Inside, output and statistics are the twin's; afterwards the values of before are back, in the dtype of now."""
+    net, twin = (warmed(Changing(CHANGES[change])) for _ in range(2))
+    before = values(statistics(net))
+    with bnguard.frozen(net, "rollback"):
+        assert_same_bits(net(images()), twin(images()))
+        assert_same_bits(net.running_mean, twin.running_mean)
+        if change in ("shape", "dtype"):
+            assert_same_bits(net.running_var, twin.running_var)
+    dtype = torch.float64 if change == "dtype" else torch.float32
+    assert_same_bits(statistics(net), {**before, "running_var": before["running_var"].to(dtype)})
+    assert_clean(net)

@@ -720,3 +720,16 @@ def test_statistics_that_apply_replaced_come_back(norm: str) -> None:
     assert all(tensor is objects[name] for name, tensor in statistics(net).items())
     assert_same_bits(statistics(net), before)
     assert_clean(net)
+
+
+@pytest.mark.parametrize("make", [nn.BatchNorm2d, OwnForward])
+def test_replica_takes_its_input_by_keyword(make: Callable[[int], nn.Module]) -> None:
+    """As DataParallel passes it on: it is held, with the twin's output."""
+    layer = warmed(make(2))
+    before, twin = state_of(layer), copy.deepcopy(layer)
+    with bnguard.frozen(layer, "restore"):
+        replica = layer._replicate_for_data_parallel()
+        replica._buffers = dict(layer._buffers)
+        replica.weight, replica.bias = layer.weight, layer.bias
+        assert_same_bits(replica(input=images()), twin(images()))
+        assert_same_bits(state_of(layer), before)

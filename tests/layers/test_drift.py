@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributions import Normal, kl_divergence
 
-from bnguard.layers.drift import drift_between
+from bnguard.layers.drift import drift_between, sample_of, series_of
 from tests.strategies import property_settings
 
 numbers = st.floats(-100, 100)
@@ -86,3 +86,18 @@ def test_no_drift_where_it_cannot_be_told(after):
     """Statistics that are gone, or have other shapes, give none; neither does a layer without a mean and a variance."""
     assert drift_between(("",), "X", statistics([1.0, 2.0], [3.0, 4.0]), after, 1e-5) is None
     assert drift_between(("",), "X", {"num_batches_tracked": torch.tensor(1)}, {}, 1e-5) is None
+
+
+def test_series_has_no_value_where_drift_cannot_be_told():
+    """A layer without a variance, or whose shape has changed, is NaN; the others are as measured one by one."""
+    before = statistics([0.0, 1.0], [1.0, 4.0])
+    after = statistics([3.0, 1.0], [1.0, 2.0])
+    without = {"running_mean": torch.zeros(2)}
+    layers = [(0, before, after, 0.1), (1, without, without, 0.1), (2, before, statistics([1.0], [1.0]), 0.1)]
+    series = series_of([sample_of(5, layers), sample_of(6, layers[1:])], ["a", "b", "c"])
+    drift = drift_between(("a",), "BatchNorm1d", before, after, 0.1)
+    assert series.steps == (5, 6)
+    assert series.layers == ("a", "b", "c")
+    for table, expected in ((series.mean_shift, drift.mean_shift), (series.divergence, drift.divergence)):
+        torch.testing.assert_close(table[0, 0], expected.max())
+        assert table.isnan().sum() == 5

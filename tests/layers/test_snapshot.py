@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from bnguard.layers import flat_copy
-from bnguard.layers.bits import as_bytes, from_bytes, same_bits
+from bnguard.layers.bits import as_bytes, digest_of, from_bytes, same_bits
 from bnguard.layers.drift import largest_mean_shift
 from bnguard.layers.snapshot import Snapshot
 from tests.asserts import assert_same_bits
@@ -235,3 +235,25 @@ def test_accepted_snapshot_is_intact() -> None:
     assert not snapshot.is_intact()
     snapshot.restore()
     assert layer.num_batches_tracked == 1
+
+
+def test_values_of_counters_are_handed_out_as_one() -> None:
+    """Who writes to what ``views()`` gave, once or again, changes what is compared with."""
+    counter = torch.tensor(3)
+    counts = flat_copy.Counts([counter])
+    first, second = (counts.views()[id(counter)] for _ in range(2))
+    counter.fill_(5)
+    assert not counts.is_unchanged()
+    first.fill_(5)
+    assert second == 5
+    assert counts.is_unchanged()
+
+
+def test_digest_passes_over_what_has_no_values() -> None:
+    """Absent, meta and uninitialised tensors do not count; a name, a dtype, a shape or a bit does."""
+    ones = torch.ones(2)
+    digest = digest_of({"a": ones})
+    nothing = {"b": None, "c": torch.ones(2, device="meta"), "d": nn.UninitializedBuffer()}
+    assert digest_of({"a": ones, **nothing}) == digest
+    others = [{"b": ones}, {"a": ones.double()}, {"a": ones[None]}, {"a": ones * -1}]
+    assert digest not in map(digest_of, others)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import bnguard
-from bnguard.torch_internals.callsite import CallSite, call_site
+from bnguard.torch_internals.callsite import CallSite, call_site, end_in_users_line
 from tests.asserts import GuardedThread, warns
 from tests.nets import conv_net, images
 
@@ -192,3 +192,17 @@ def test_constructor_points_at_its_line_through_a_package() -> None:
     make = run_as("def make(net):\n    return bnguard.frozen(net)", filename, bnguard=bnguard)["make"]
     with warns(at="make(nn.ReLU())"):
         make(nn.ReLU())
+
+
+def test_error_without_a_users_line_keeps_its_traceback() -> None:
+    """One that was not raised has none; one that only torch's code has led to keeps it."""
+    error = bnguard.StatsChangedError("not raised")
+    end_in_users_line(error)
+    assert error.__traceback__ is None
+    with pytest.raises(NotImplementedError) as caught:
+        nn.Module()(1)
+    error = caught.value.with_traceback(caught.value.__traceback__.tb_next)
+    trace = error.__traceback__
+    end_in_users_line(error)
+    assert error.__traceback__ is trace
+    assert trace.tb_next is not None
