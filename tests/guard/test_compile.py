@@ -723,7 +723,7 @@ def test_traced_forward_keeps_what_the_layer_stores_on_itself(monkeypatch: pytes
 
 
 def test_traced_forward_of_a_rollback_is_the_layers_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The graph reads the statistics themselves: what keeps a backward pass right outside of graphs cannot be traced."""
+    """The graph reads the statistics themselves; elsewhere a forward reads clones, for a later backward pass."""
     layer, seen, x = nn.SyncBatchNorm(3).eval(), [], torch.randn(4, 3, 2, 2)
     with monkeypatch.context() as patch, bnguard.frozen(layer, "rollback"):
         patch.setattr(F, "batch_norm", lambda input, mean, *_: seen.append(mean) or input)
