@@ -117,7 +117,7 @@ def bn_nets(*, dims: Sequence[int] = (0, 1, 2, 3), dropout: bool = False) -> Sea
         ImportError: Hypothesis is not installed.
     """
     st = _hypothesis()
-    return st.composite(_net)(tuple(dims), dropout)  # type: ignore[no-any-return]
+    return st.composite(_net)(tuple(dims), dropout)  # type: ignore[no-any-return]  # imported late
 
 
 def batches(
@@ -145,7 +145,7 @@ def batches(
         values = torch.randn((size, *example), generator=torch.Generator().manual_seed(seed))
         return values.to(like.device, like.dtype)
 
-    return st.builds(batch, st.integers(*sizes), _seeds())  # type: ignore[no-any-return]
+    return st.builds(batch, st.integers(*sizes), _seeds())  # type: ignore[no-any-return]  # imported late
 
 
 _SIDE: Final = 8

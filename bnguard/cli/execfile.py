@@ -77,7 +77,7 @@ def run_module(name: str, args: Sequence[str]) -> Ending:
     _set_up(["-m", *args], os.getcwd())
     try:
         # This imports the packages that contain the module, as Python does before it runs the module.
-        runpy._get_module_details(name, NotFoundError)  # type: ignore[attr-defined]
+        runpy._get_module_details(name, NotFoundError)  # type: ignore[attr-defined]  # private
     except NotFoundError:
         raise
     except BaseException as error:
@@ -87,7 +87,7 @@ def run_module(name: str, args: Sequence[str]) -> Ending:
 
 def _run_as_main(name: str) -> None:
     """Runs a module as ``runpy.run_module()`` does, but ``__main__`` remains the module's afterwards."""
-    name, spec, code = runpy._get_module_details(name)  # type: ignore[attr-defined]
+    name, spec, code = runpy._get_module_details(name)  # type: ignore[attr-defined]  # private
     main = ModuleType("__main__")
     sys.modules["__main__"] = main
     sys.argv[0] = spec.origin

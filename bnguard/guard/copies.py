@@ -47,7 +47,6 @@ class InstancePatch:
         previous: A ``forward`` that the user's code had put on the instance; None as a rule.
         has_hooks: Whether the hooks are on the layer.
         has_forward: Whether a ``forward`` of ours is on it.
-        has_copying: Whether the attributes that keep copies free of us are on it.
         is_hook_elsewhere: Whether a hook was no longer on the layer when it was to be removed: fusing moves hooks to
             another module.
         replicate: Makes a replica of the layer for ``nn.DataParallel``. These three are methods of a subclass.
@@ -55,7 +54,7 @@ class InstancePatch:
         is_watching: Whether the hooks watch a forward that is running.
     """
 
-    has_hooks = has_forward = is_hook_elsewhere = has_copying = False
+    has_hooks = has_forward = is_hook_elsewhere = _has_copying = False
     module: Any
     previous: Any
     copies_itself: bool
@@ -70,12 +69,11 @@ class InstancePatch:
         """
         module = self.module
         hooks, others = module._forward_pre_hooks, module._forward_hooks
-        return (hooks or others) and len(hooks) + len(others) > (_KEY in hooks) + (_KEY in others)
+        return len(hooks) + len(others) > (_KEY in hooks) + (_KEY in others)
 
     def put_hooks(self, before: LayerHook, after: LayerHook | None) -> None:
         """Puts a forward pre-hook on the layer, and a forward hook that runs before those of the user."""
-        if not self.has_copying:
-            self.put_copying()
+        self.put_copying()
         if self.has_forward:
             self._take_off(_HOLDING)
             self.has_forward = False
@@ -94,7 +92,7 @@ class InstancePatch:
         if self.has_hooks:
             self.remove_hooks()
         self._take_off(_ATTRIBUTES)
-        self.has_copying = self.has_forward = False
+        self._has_copying = self.has_forward = False
 
     def unhook(self, module: nn.Module) -> None:
         """Removes the hooks from a module to which they were moved, if they are there."""
@@ -131,8 +129,10 @@ class InstancePatch:
         return plain
 
     def put_copying(self) -> None:
-        """Puts on the layer what keeps copies of it free of us."""
-        self.has_copying = True
+        """Puts on the layer what keeps copies of it free of us, unless it is there."""
+        if self._has_copying:
+            return
+        self._has_copying = True
         attributes = self.module.__dict__
         attributes["__getstate__"] = self.getstate
         attributes["__prepare_scriptable__"] = self.refuse_script

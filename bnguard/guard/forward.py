@@ -61,8 +61,7 @@ class HeldLayer(WatchedLayer):
         signature and name of the forward that it stands for. A reference that is kept after the block, and copies of
         it, run the layer's own forward.
         """
-        if not self.has_copying:
-            self.put_copying()
+        self.put_copying()
         if self.has_hooks and not self.is_watching():
             self.remove_hooks()
         if not self.has_forward:
@@ -77,12 +76,13 @@ class HeldLayer(WatchedLayer):
         """A copy of ``forward`` that has the signature of the layer's own."""
         function = FunctionType(forward.__code__, globals(), "forward")
         if self.is_plain:
-            function.__wrapped__ = type(self.module).forward  # type: ignore[attr-defined]
+            function.__wrapped__ = type(self.module).forward  # type: ignore[attr-defined]  # functions take any
             return function
         with suppress(ValueError, TypeError):  # a builtin function has none
             own = inspect.signature(self.own_forward())
             owner = inspect.Parameter("_guard", inspect.Parameter.POSITIONAL_ONLY)
-            function.__signature__ = own.replace(parameters=[owner, *own.parameters.values()])  # type: ignore[attr-defined]
+            signature = own.replace(parameters=[owner, *own.parameters.values()])
+            function.__signature__ = signature  # type: ignore[attr-defined]  # functions take any
         return function
 
     def may_be_copied(self) -> bool:

@@ -245,8 +245,7 @@ def add_entry(
             while True:
                 guard = guards.get(key)
                 if guard is None:
-                    is_new = candidate is None or not candidate.serves_again(layer)
-                    guard = LayerGuard(layer) if is_new or candidate is None else candidate
+                    guard = candidate if candidate is not None and candidate.serves_again(layer) else LayerGuard(layer)
                 into.append(guard)
                 guard.members[entry] = None
                 guard.sync(rulings)

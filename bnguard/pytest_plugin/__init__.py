@@ -292,7 +292,8 @@ def pytest_runtest_makereport(
     report = yield
     if _MOVES in item.stash and call.when != "teardown" and _switches(item).reports:
         # Plain values, so that it reaches the main process of pytest-xdist.
-        report._bnguard_moves = [dataclasses.asdict(move) for move in item.stash[_MOVES]]  # type: ignore[attr-defined]
+        moves = [dataclasses.asdict(move) for move in item.stash[_MOVES]]
+        report._bnguard_moves = moves  # type: ignore[attr-defined]  # reports take any, and xdist sends them along
     return report
 
 
