@@ -93,8 +93,8 @@ class ExitCheck:
         if before is not None:
             pairs = self._pairs.setdefault(owner, [])
             pairs.append((self.statistics.captured(owner), before))
-            if len(pairs) >= _PAIRS and not self._revert(owner):
-                pairs.clear()
+            if len(pairs) >= _PAIRS and self._revert(owner):
+                return
         self.statistics.accept(owner)
 
     def compare(self, counts: Counts, guards: Sequence[LayerGuard]) -> dict[int, StatsChange]:
@@ -142,15 +142,19 @@ class ExitCheck:
 
     @outside_modes()
     def _revert(self, owner: int) -> bool:
-        """Whether a layer was written to before an update within its budget; if so, recaptures its earlier values."""
-        for then, before in self._pairs.get(owner, ()):
-            known = [
-                (before[name], value) for name, value in then.items() if name in before and has_values(before[name])
-            ]
-            if not all([holds(tensor, value) for tensor, value in known]):
-                self.statistics.recapture(owner, then)
-                return True
-        return False
+        """Whether a layer was written to before an update within its budget; if so, recaptures its earlier values.
+
+        Either way the copies have served: an update after this builds on what is captured now, or differs from it.
+        """
+        with self._lock:
+            for then, before in self._pairs.pop(owner, ()):
+                known = [
+                    (before[name], value) for name, value in then.items() if name in before and has_values(before[name])
+                ]
+                if not all([holds(tensor, value) for tensor, value in known]):
+                    self.statistics.recapture(owner, then)
+                    return True
+            return False
 
     def _within_budget(
         self, differences: Sequence[Difference], counts: Counts, guards: Sequence[LayerGuard]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -322,6 +323,25 @@ def test_write_before_an_allowed_update_is_found(on_change: Any) -> None:
 
     assert_untouched(net, run)
     assert [change.names for change in guard.changes] == [("1",)]
+
+
+@pytest.mark.parametrize("on_change", ["raise", "restore"])
+def test_update_after_a_check_is_kept_whatever_that_found(on_change: Any) -> None:
+    """What ``check()`` has restored once is over: a later update within the budget is not undone along with it."""
+    net, twin = make_net(), make_net()
+    guard = bnguard.frozen(net, on_change, updates=2)
+    tells = pytest.raises(bnguard.StatsChangedError) if on_change == "raise" else nullcontext()  # once more, at the end
+    with tells, guard:
+        net[1].running_mean.add_(1)
+        net[:2](make_input(1))
+        with pytest.raises(bnguard.StatsChangedError) if on_change == "raise" else warns():
+            guard.check()
+        assert_same_bits(state_of(net), state_of(twin))
+        net[:2](make_input(2))
+        twin[:2](make_input(2))
+        guard.check()
+        assert_same_bits(state_of(net), state_of(twin))
+    assert_same_bits(state_of(net), state_of(twin))
 
 
 def test_check_under_restore_warns_each_time() -> None:
