@@ -29,7 +29,7 @@ from bnguard.guard.policy import Action, Entries, Ruling, decide
 from bnguard.guard.surroundings import recorded, traced
 from bnguard.guard.watching import WatchedLayer
 from bnguard.layers.kinds import BATCH_NORM
-from bnguard.layers.swaps import is_swapped, swapped
+from bnguard.layers.swaps import is_swapped, own_mode, swap_lock, swapped
 from bnguard.torch_internals.fork import call_in_children
 from bnguard.torch_internals.functional_call import calling_module
 from bnguard.torch_internals.tracing import is_symbolic
@@ -127,8 +127,8 @@ class HeldLayer(WatchedLayer):
             return self.original(*args, **kwargs)
         entries = ruling.entries
         action = self._action_now(ruling)
-        would_update = kind.predict is None or kind.predict(module)
-        if action == "running" and (would_update or module.training or is_swapped(module)):
+        would_update, is_training = self._flags()
+        if action == "running" and (would_update or is_training):
             return self.run_in_eval_mode(args, kwargs)
         if not would_update:
             return self._run_reading(entries, args, kwargs)
@@ -152,6 +152,16 @@ class HeldLayer(WatchedLayer):
         if own.get("running_mean") is not known[0] or own.get("running_var") is not known[1]:
             return None
         return self.ruling.action
+
+    def _flags(self) -> tuple[bool, bool]:
+        """Whether a forward would update, and whether the layer is in train mode, whatever another thread's runs in."""
+        module, kind = self.module, self.kind
+        if kind is BATCH_NORM or torch.compiler.is_compiling():  # none runs in another mode
+            return kind.predict is None or kind.predict(module), module.training
+        with swap_lock:
+            is_training = own_mode(module)
+            would_update = kind.predict is None or kind.predict(module) or (is_training and is_swapped(module))
+            return would_update, is_training
 
     def _action_now(self, ruling: Ruling) -> Action:
         """What would happen to an update now; nothing is spent yet. A graph cannot count."""

@@ -6,9 +6,10 @@ The garbage collector closes it whenever it runs; a signal handler may do the sa
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,7 +22,7 @@ from torch.nn.modules import module as torch_module
 import bnguard
 from bnguard.guard import affine as _affine
 from bnguard.guard import hooks as _hooks
-from tests.asserts import assert_clean, assert_same_bits, join_threads, start_threads, state_of
+from tests.asserts import GuardedThread, assert_clean, assert_same_bits, join_threads, start_threads, state_of
 
 PACKAGE = str(Path(bnguard.__file__).parent)
 IMAGES = torch.arange(72.0).reshape(4, 2, 3, 3)
@@ -55,11 +56,14 @@ def make_net() -> Branches:
 
 
 class Between:
-    """Calls something before the ``target``-th line of bnguard, of those that run for the first time; counts them."""
+    """Calls something before the n-th line of bnguard, of those that run for the first time; counts them.
 
-    def __init__(self, action: Callable[[], None], target: int | None) -> None:
-        self._action = action
-        self._target = target
+    Args:
+        actions: What to call, by n.
+    """
+
+    def __init__(self, actions: Mapping[int, Callable[[], object]]) -> None:
+        self._actions = actions
         self._seen: set[tuple[str, int]] = set()
 
     def __enter__(self) -> set[tuple[str, int]]:
@@ -75,9 +79,10 @@ class Between:
     def _line(self, frame: FrameType, event: str, argument: Any) -> Any:
         place = (frame.f_code.co_filename, frame.f_lineno)
         if event == "line" and place not in self._seen:
-            if len(self._seen) == self._target:
+            if (action := self._actions.get(len(self._seen))) is not None:
                 sys.settrace(None)
-                self._action()
+                action()
+                sys.settrace(self._enters)
             self._seen.add(place)
         return self._line
 
@@ -118,7 +123,7 @@ def run(name: str, other: str, target: int | None, *, is_same: bool = False) -> 
     guard = GUARDS[name](net)
     abandoned = batches(guard if is_same else GUARDS[other](net))
     next(abandoned)
-    between = Between(abandoned.close, target)
+    between = Between({} if target is None else {target: abandoned.close})
     with between as seen, guard:
         net(IMAGES.clone().requires_grad_()).sum().backward()
     abandoned.close()
@@ -167,6 +172,52 @@ def test_another_block_may_end_between_any_lines(name: str, other: str) -> None:
             assert_sound(net, is_held=name in HOLDING)
 
     join_threads(start_threads(every_line), 100)
+
+
+def overlap(layer: nn.Module, begins: int | None, ends: int | None) -> int:
+    """Runs a forward of a layer, and another one from one of its lines to a later one; how many lines there were."""
+    inside, may_end = threading.Event(), threading.Event()
+    other = GuardedThread(lambda: layer(IMAGES))
+    waits = 0.01  # the first forward may hold a lock that the other one needs
+
+    def check(_: torch.Tensor) -> None:
+        if threading.current_thread() is other:
+            inside.set()
+            may_end.wait()
+
+    def begin() -> None:
+        other.start()
+        inside.wait(waits)
+
+    def end() -> None:
+        may_end.set()
+        other.join(waits)
+
+    layer._check_input_dim = check  # type: ignore[assignment]  # of this layer: the other forward waits in it
+    if begins is None:
+        begin()
+    places = {} if ends is None else {ends: end}
+    with Between(places if begins is None else {begins: begin, **places}) as seen:
+        layer(IMAGES)
+    may_end.set()
+    join_threads([other])
+    return len(seen)
+
+
+@pytest.mark.parametrize("begins", ["before", pytest.param("anywhere", marks=SLOW)])
+@pytest.mark.parametrize("kind", [nn.SyncBatchNorm, partial(nn.InstanceNorm2d, track_running_stats=True)])
+def test_overlapping_forward_may_begin_and_end_between_any_lines(kind: Callable[[int], nn.Module], begins: str) -> None:
+    """Two forwards that normalise with the running statistics take turns as they like: neither updates."""
+    layer = kind(2)
+    before = state_of(layer)
+    with bnguard.frozen(layer, use_running_stats=True):
+        lines = overlap(layer, None, None)
+        assert lines > 10
+        for first in (None, *range(lines)) if begins == "anywhere" else (None,):
+            for last in range(0 if first is None else first + 1, lines):
+                overlap(layer, first, last)
+                assert_same_bits(state_of(layer), before)
+    assert_clean(layer)
 
 
 @pytest.mark.parametrize("name", ["affine", *[pytest.param(name, marks=SLOW) for name in ("restore", "budget")]])
