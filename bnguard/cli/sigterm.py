@@ -59,7 +59,7 @@ class BeforeTermination:
 
     def __enter__(self) -> Self:
         is_main = threading.current_thread() is threading.main_thread()
-        if os.name != "posix" or not is_main or _is_taken():
+        if not hasattr(os, "register_at_fork") or not is_main or _is_taken():  # not on every system
             return self
         self._reader, self._writer = _high_pipe()
         signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)

