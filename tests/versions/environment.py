@@ -46,8 +46,12 @@ class Environment:
         self.folder = folder
         self.python = folder / "bin" / "python"
 
+    def create(self, python: str) -> None:
+        """Makes it, with pip alone."""
+        subprocess.run([python, "-m", "venv", self.folder], check=True)
+
     def make(self, python: str, torch: str, packages: Packages, *, is_full: bool, find_links: Sequence[str]) -> None:
-        """Makes it.
+        """Makes it, with torch and what the tests need.
 
         Args:
             python: The interpreter, as a command.
@@ -58,7 +62,7 @@ class Environment:
                 packages are, because pip is to choose what goes with them.
             find_links: Folders and pages in which pip looks for archives, too.
         """
-        subprocess.run([python, "-m", "venv", self.folder], check=True)
+        self.create(python)
         which = f"torch=={torch}" if torch else "torch"
         links = [f"--find-links={link}" for link in find_links]
         if packages != "pinned":
