@@ -141,4 +141,4 @@ def test_ci_runs_the_commands_of_the_readme():
     )
     assert command is not None
     assert "set -euo pipefail" in script
-    assert script.endswith(f"\n{command[1]}\n{command[2]}\n{command[2]} -m slow\n")
+    assert f"\n{command[1]}\n{command[2]}\n{command[2]} -m slow\n" in script

