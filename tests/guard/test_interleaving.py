@@ -55,7 +55,10 @@ def make_net() -> Branches:
 
 
 class Between:
-    """Calls something before the ``target``-th line of bnguard, of those that run for the first time; counts them."""
+    """Calls something before the ``target``-th line of bnguard, of those that run for the first time; counts them.
+
+    Then whatever traced before goes on, as a debugger or the measurement of coverage does.
+    """
 
     def __init__(self, action: Callable[[], None], target: int | None) -> None:
         self._action = action
@@ -63,11 +66,12 @@ class Between:
         self._seen: set[tuple[str, int]] = set()
 
     def __enter__(self) -> set[tuple[str, int]]:
+        self._previous = sys.gettrace()
         sys.settrace(self._enters)
         return self._seen
 
     def __exit__(self, *_: object) -> None:
-        sys.settrace(None)
+        sys.settrace(self._previous)
 
     def _enters(self, frame: FrameType, event: str, argument: Any) -> Any:
         return self._line if frame.f_code.co_filename.startswith(PACKAGE) else None
