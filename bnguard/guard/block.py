@@ -66,7 +66,7 @@ class Block:
         self._layers = select_layers(model, self._tree.layers, settings.include, settings.exclude, settings.within)
         self._owners: dict[int, int] | None = None
         self._counts = Counts()
-        self._entry: PolicyEntry | None = None  # while the block is open
+        self._entry: PolicyEntry  # while the block is open
         self._affine: AffineHold | None = None
         self._check: ExitCheck | None = None
         self._without_values: frozenset[int] = frozenset()  # owners
@@ -250,7 +250,7 @@ class Block:
                 _run_to_its_end(undo)
             except BaseException as error:
                 failure = failure or error
-        self._entry = None
+        del self._entry
         if failure is not None:
             raise failure
 
@@ -259,8 +259,7 @@ class Block:
             self._affine.release()
 
     def _detach(self) -> None:
-        if self._entry is not None:
-            drop_entry(self._guards, self._entry, self._model)
+        drop_entry(self._guards, self._entry, self._model)
 
     def _warn_of_gaps(self) -> None:
         if self._check is not None and self._layers:

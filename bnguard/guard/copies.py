@@ -75,7 +75,7 @@ class InstancePatch:
         """Puts a forward pre-hook on the layer, and a forward hook that runs before those of the user."""
         self.put_copying()
         if self.has_forward:
-            self._take_off(_HOLDING)
+            self.strip(self.module, _HOLDING)
             self.has_forward = False
         if self.has_hooks:
             return
@@ -91,7 +91,7 @@ class InstancePatch:
         """Takes everything off. May be done again."""
         if self.has_hooks:
             self.remove_hooks()
-        self._take_off(_ATTRIBUTES)
+        self.strip(self.module)
         self._has_copying = self.has_forward = False
 
     def unhook(self, module: nn.Module) -> None:
@@ -102,13 +102,21 @@ class InstancePatch:
                 del hooks[key]
                 module._forward_hooks_always_called.pop(key, None)
 
-    def strip(self, module: nn.Module) -> None:
-        """Takes the attributes off a module that has copied the layer's ``__dict__``."""
-        for name in _ATTRIBUTES:
-            if self._is_ours(module.__dict__.get(name)):
-                del module.__dict__[name]
-        if self.previous is not None:
-            module.__dict__.setdefault("forward", self.previous)
+    def is_copied_to(self, module: nn.Module) -> bool:
+        """Whether a module has copied the layer's ``__dict__``, and was not just given the layer's forward."""
+        return self._is_ours(module.__dict__.get("__getstate__"))
+
+    def strip(self, module: nn.Module, names: Iterable[str] = _ATTRIBUTES) -> None:
+        """Takes attributes off the layer, or off a module that has copied its ``__dict__``.
+
+        Only those that are still ours: code that has wrapped one goes on calling it.
+        """
+        attributes = module.__dict__
+        for name in names:
+            if self._is_ours(attributes.get(name)):
+                del attributes[name]
+                if self.previous is not None and name == "forward":
+                    attributes[name] = self.previous
 
     def getstate(self) -> Any:
         """The layer's state for a copy or a pickle, without anything of bnguard."""
@@ -150,15 +158,6 @@ class InstancePatch:
         module._forward_hooks_always_called.pop(_KEY, None)
         self.is_hook_elsewhere = self.is_hook_elsewhere or is_elsewhere
         self.has_hooks = False
-
-    def _take_off(self, names: Iterable[str]) -> None:
-        """Takes attributes off where they are still ours: code that has wrapped one goes on calling it."""
-        attributes = self.module.__dict__
-        for name in names:
-            if name in attributes and getattr(attributes[name], "__self__", None) is self:
-                del attributes[name]
-                if self.previous is not None and name == "forward":
-                    attributes[name] = self.previous
 
     def _without_ours(self, state: dict[str, Any]) -> dict[str, Any]:
         had_forward = self._is_ours(state.get("forward"))

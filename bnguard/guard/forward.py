@@ -90,11 +90,9 @@ class HeldLayer(WatchedLayer):
         return not self.ruling.entries or getrefcount(self._method) > _REFERENCES
 
     def clone_that_calls(self) -> Any:
-        """The module that runs, if it is a copy of the layer's ``__dict__``; it is then rid of what is ours."""
+        """The module that runs, if it has copied the layer's ``__dict__``; it is then rid of what is ours."""
         caller = calling_module()
-        if caller is None or caller is self.module:
-            return None
-        if getattr(caller.__dict__.get("forward"), "__self__", None) is not self:
+        if caller is None or caller is self.module or not self.is_copied_to(caller):
             return None
         self.strip(caller)
         return caller

@@ -84,9 +84,7 @@ class LayerGuard(HeldLayer):
         module = layer.module
         if module is not self.module or layer.kind is not self.kind or self.members or "forward" in module.__dict__:
             return False
-        if not all(map(is_, map(module._buffers.get, self.names), self._known)):
-            self.remember()
-        return True
+        return all(map(is_, map(module._buffers.get, self.names), self._known))
 
     # Entries.
 

@@ -206,6 +206,21 @@ def test_statistics_that_the_user_replaced_are_held_too() -> None:
         assert_same_bits(replaced, torch.zeros(3, dtype=torch.float64))
 
 
+def test_functional_call_after_statistics_were_replaced_between_blocks_is_held() -> None:
+    """Statistics that were converted between two blocks of one guard are the layer's own: a parameter alone is lent."""
+    layer, x = nn.BatchNorm2d(3), make_input().double()
+    guard = bnguard.frozen(layer, "restore")
+    with guard:
+        pass
+    layer.double()
+    twin, before = copy.deepcopy(layer), state_of(layer)
+    lent = {"weight": torch.full((3,), 2.0, dtype=torch.float64)}
+    with guard:
+        output = torch.func.functional_call(layer, lent, (x,))
+        assert_same_bits(layer.state_dict(), before)
+    assert_same_bits(output, torch.func.functional_call(twin, lent, (x,)))
+
+
 def test_kept_forward_is_inert_after_the_block() -> None:
     """Whoever keeps the layer's forward of inside a block gets the layer's own behaviour from it afterwards."""
     layer, x = nn.BatchNorm2d(3), make_input()

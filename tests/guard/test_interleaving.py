@@ -58,6 +58,8 @@ def make_net() -> Branches:
 class Between:
     """Calls something before the n-th line of bnguard, of those that run for the first time; counts them.
 
+    Then whatever traced before goes on, as a debugger or the measurement of coverage does.
+
     Args:
         actions: What to call, by n.
     """
@@ -67,11 +69,12 @@ class Between:
         self._seen: set[tuple[str, int]] = set()
 
     def __enter__(self) -> set[tuple[str, int]]:
+        self._previous = sys.gettrace()
         sys.settrace(self._enters)
         return self._seen
 
     def __exit__(self, *_: object) -> None:
-        sys.settrace(None)
+        sys.settrace(self._previous)
 
     def _enters(self, frame: FrameType, event: str, argument: Any) -> Any:
         return self._line if frame.f_code.co_filename.startswith(PACKAGE) else None

@@ -499,6 +499,38 @@ def test_clone_by_dict_that_first_runs_after_the_block_runs_by_itself() -> None:
     assert_same_bits(net[0].running_mean, torch.zeros(3))
 
 
+@EVERY_GUARD
+def test_clone_by_dict_of_a_layer_with_a_forward_on_it_runs_that_forward(guard: str) -> None:
+    """What the user has put on the instance goes with the clone, as it does without a guard."""
+    net = nn.Sequential(nn.BatchNorm1d(3))
+    net[0].forward = torch.tanh  # type: ignore[method-assign]
+    with bnguard.frozen(net, **GUARDS[guard]):
+        task = cloned_by_dict(net)
+        assert_same_bits(task(batch()), batch().tanh())
+    assert_same_bits(task(batch()), batch().tanh())
+    assert net[0].forward is torch.tanh
+
+
+@HOLDING
+@pytest.mark.parametrize("make", [nn.BatchNorm1d, Norm])
+@pytest.mark.parametrize("other", [nn.Module, None], ids=["another-class", "same-class"])
+def test_module_that_is_given_the_forward_of_a_layer_runs_the_layer(guard: str, make: Any, other: Any) -> None:
+    """With ``other.forward = layer.forward`` inside a block, the layer runs: held inside, as the twin afterwards."""
+    layer, module = make(3), (other or functools.partial(make, 3))()
+    layer(batch())
+    twin, before, unused = copy.deepcopy(layer), state_of(layer), state_of(module)
+    with bnguard.frozen(layer, **GUARDS[guard]):
+        module.forward = layer.forward
+        output = module(batch(1))
+    assert_same_bits(layer.state_dict(), before)
+    with torch.no_grad():
+        expected = copy.deepcopy(twin).train(guard == "restore")(batch(1))
+    assert_same_bits(output, expected)
+    assert_same_bits(module(batch(2)), twin(batch(2)))
+    assert_same_bits(layer.state_dict(), twin.state_dict())
+    assert_same_bits(module.state_dict(), unused)
+
+
 def test_model_goes_with_its_last_reference() -> None:
     """A guard leaves no cycle of references behind, whatever its policy."""
     gc.collect()

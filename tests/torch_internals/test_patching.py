@@ -43,7 +43,10 @@ class Patched:
 
 
 class AtLine:
-    """Calls ``action`` before the ``target``-th line of the module that runs; counts the lines."""
+    """Calls ``action`` before the ``target``-th line of the module that runs; counts the lines.
+
+    Then whatever traced before goes on, as a debugger or the measurement of coverage does.
+    """
 
     def __init__(self, action: Callable[[], None], target: int | None) -> None:
         self.action = action
@@ -52,11 +55,12 @@ class AtLine:
         self._inside: set[int] = set()  # frames in a ``with``
 
     def __enter__(self) -> AtLine:
+        self._previous = sys.gettrace()
         sys.settrace(self._enters)
         return self
 
     def __exit__(self, *_: object) -> None:
-        sys.settrace(None)
+        sys.settrace(self._previous)
 
     def _enters(self, frame: FrameType, event: str, argument: Any) -> Any:
         return self._line if frame.f_code.co_filename == patching.__file__ else None
