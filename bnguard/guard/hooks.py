@@ -160,9 +160,10 @@ class LayerGuard(HeldLayer):
         if predict is not None and not predict(module):
             return
         if torch.compiler.is_compiling():
-            if not GUARDS_GRAPHS and module.training and not is_exporting():
+            if GUARDS_GRAPHS:
+                traced(id(self.module))
+            elif module.training and not is_exporting():
                 refuse_graph()
-            traced(id(self.module))
             return
         entries = self.ruling.entries  # of the moment at which the forward begins
         if is_symbolic(args, {}) or self.is_foreign(module):
@@ -193,7 +194,8 @@ class LayerGuard(HeldLayer):
         if not waiting:
             return
         frame = sys._getframe(2)
-        calls = {_identity(frame), _identity(frame.f_back)}  # after an exception torch calls the hook from one frame further out
+        # After an exception torch calls the hook from one frame further out.
+        calls = {_identity(frame), _identity(frame.f_back)}
         before = next((before for before in reversed(waiting) if before.call in calls), None)
         if before is None:
             return

@@ -16,12 +16,12 @@ from typing import Any, Final
 _KNOWN: Final = frozenset(
     {
         "20dfafe31cecb686",  # _BatchNorm.forward, torch 2.4 to 2.15
-        "e9cfcb8598bcbfc4",  # SyncBatchNorm.forward, torch 2.4 to 2.6
-        "a5ab2e155886cabd",  # torch 2.8: for XPU too
-        "3ff095b2e29fd947",  # torch 2.10: for HPU too
-        "a076188effba1b6e",  # torch 2.11 to 2.15: raises AssertionError instead of using assert
-        "4575ee96e4253794",  # _InstanceNorm.forward, torch 2.4 to 2.8
-        "a023a90505e5389a",  # torch 2.10 to 2.15: a warning with a stacklevel
+        "ae9efd6aeb168fbb",  # SyncBatchNorm.forward, torch 2.4 to 2.6
+        "4b9236714668dc61",  # torch 2.8: for XPU too
+        "32fa46050227feb8",  # torch 2.10: for HPU too
+        "87b9d607412c83e7",  # torch 2.11 to 2.15: raises AssertionError instead of using assert
+        "4132f8696bf9fbbe",  # _InstanceNorm.forward, torch 2.4 to 2.8
+        "cd06d533f40149b0",  # torch 2.10 to 2.15: a warning with a stacklevel
         "f37973f71c7d765a",  # _InstanceNorm._apply_instance_norm, torch 2.4 to 2.15
     }
 )
@@ -49,6 +49,8 @@ def digest_of(source: str) -> str:
 def _plain(node: Any) -> Any:
     if isinstance(node, list):
         return [_plain(item) for item in node if not _is_text(item)]
+    if isinstance(node, ast.JoinedStr):  # Python 3.12 adds empty strings
+        return ["f", *[_plain(part) for part in node.values if getattr(part, "value", None) != ""]]
     if not isinstance(node, ast.AST):
         return node
     fields = [(name, _plain(value)) for name, value in ast.iter_fields(node) if name not in _LEFT_OUT]
