@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
@@ -21,6 +22,7 @@ from torch.nn.modules import module as torch_module
 
 from tests import forks
 from tests.families import KEPT
+from tests.old_torch import OLD_AUTOCAST, RELEASE
 from tests.suites import Keeper
 
 # The module-level tables in which bnguard notes open guards. They are empty between tests; a name that is not there
@@ -38,6 +40,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """Chooses how many random examples to run, and names failures at once."""
     is_quick = config.option.markexpr == DEFAULT
     os.environ.setdefault("HYPOTHESIS_PROFILE", "quick" if is_quick else "ci")  # read by tests/strategies.py
+    if RELEASE < (2, 5):  # torch's own checkpoint() uses it
+        config.addinivalue_line("filterwarnings", f"ignore:{re.escape(OLD_AUTOCAST)}:FutureWarning")
     if not hasattr(config, "workerinput") and config.option.verbose <= 0:
         config.pluginmanager.register(_Failures(config))
 

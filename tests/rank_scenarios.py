@@ -520,7 +520,10 @@ def watch_again():
 @scenario
 def fsdp2():
     """fully_shard, with mixed precision: held, and bit for bit the twin."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    try:
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    except ImportError:  # before torch 2.6
+        from torch.distributed._composable.fsdp import MixedPrecisionPolicy, fully_shard
 
     def train(guard, precision):
         net = make()

@@ -29,6 +29,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from tests.old_torch import RELEASE
+
 __all__ = [
     "DTYPES",
     "ODD",
@@ -309,6 +311,8 @@ def nets(
     dim = draw(st.integers(0, 3))
     if dim == 0:  # an InstanceNorm takes (N, C) for one unbatched input
         kinds = tuple(kind for kind in kinds if not kind.startswith("instance"))
+    if RELEASE < (2, 11):  # torch rounds its statistics in eval mode: an unguarded twin moves where a guard holds
+        kinds = tuple(kind for kind in kinds if kind != "instance")
     tracked = tuple(kind for kind in kinds if kind != "untracked")
     first = draw(_norms(tracked))
     stem = draw(st.lists(_norms(kinds), max_size=1))

@@ -8,6 +8,7 @@ from importlib import metadata, resources
 from pathlib import Path
 
 import pytest
+import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
@@ -69,9 +70,10 @@ def test_version_is_the_installed_one():
     ids=["module", "script"],
 )
 def test_command_is_installed(command):
-    """``bnguard`` and ``python -m bnguard`` are the same command, and ask for no extra to say their version."""
+    """``bnguard`` and ``python -m bnguard`` are the same command, and ask for no extra to say the versions."""
     done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
-    assert done.stdout == f"bnguard {bnguard.__version__}\n"
+    torchs = f"torch {torch.__version__} (its normalisation layers are known)"
+    assert done.stdout == f"bnguard {bnguard.__version__}, {torchs}\n"
 
 
 def test_types_and_licence_ship():

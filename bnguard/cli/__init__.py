@@ -6,10 +6,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from bnguard import __version__
 from bnguard.cli import audit, demo, diff, run
 from bnguard.cli.exit_codes import USAGE, UsageError
 from bnguard.cli.options import checked_outputs, missing_packages
+from bnguard.cli.version import ShowVersion
 
 __all__ = ["main"]
 
@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="bnguard", description="Protects the running statistics of PyTorch's BatchNorm and of similar layers."
     )
-    parser.add_argument("--version", action="version", version=f"bnguard {__version__}")
+    parser.add_argument("--version", action=ShowVersion, nargs=0, help="print the versions of bnguard and torch")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in (run, audit, diff, demo):
         command.add_parser(commands)

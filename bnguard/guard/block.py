@@ -31,6 +31,7 @@ from bnguard.layers.tree import Tree
 from bnguard.records import GuardedLayer, StatsChange
 from bnguard.torch_internals.callsite import call_site
 from bnguard.torch_internals.checkpointing import Region
+from bnguard.torch_internals.compile import GUARDS_GRAPHS, explain_break, forget_graphs
 
 _NONE: Final[Mapping[int, StatsChange]] = {}
 
@@ -98,6 +99,8 @@ class Block:
             # The entry first: what other threads run meanwhile is then held already.
             if not settings.frontend.compares_only:
                 add_entry(layers, self._entry, self._guards, earlier)
+            if not GUARDS_GRAPHS and any([guard.has_forward for guard in self._guards]):
+                forget_graphs()
             self._check = check = ExitCheck(layers, settings)
             self._without_values = check.statistics.without_values()
             if check.parameters is not None:
@@ -124,6 +127,8 @@ class Block:
         Raises:
             StatsChangedError: As the policy says, unless an exception is on its way.
         """
+        if error is not None and not GUARDS_GRAPHS:
+            explain_break(error)
         if os.getpid() != self._process:
             self._let_go()  # a forked child: what the shared statistics are to be is up to the parent
             return

@@ -26,10 +26,11 @@ from bnguard.guard.hold import (
     scratch_like,
 )
 from bnguard.guard.policy import Action, Entries, Ruling, decide
-from bnguard.guard.surroundings import recorded, traced
+from bnguard.guard.surroundings import recorded, refuse_graph, traced
 from bnguard.guard.watching import WatchedLayer
 from bnguard.layers.kinds import BATCH_NORM
 from bnguard.layers.swaps import is_swapped, own_mode, swap_lock, swapped
+from bnguard.torch_internals.compile import is_called_by_graph, is_exporting, refused_in_graphs
 from bnguard.torch_internals.fork import call_in_children
 from bnguard.torch_internals.functional_call import calling_module
 from bnguard.torch_internals.tracing import is_symbolic
@@ -74,7 +75,7 @@ class HeldLayer(WatchedLayer):
 
     def _forward_like_own(self) -> FunctionType:
         """A copy of ``forward`` that has the signature of the layer's own."""
-        function = FunctionType(forward.__code__, globals(), "forward")
+        function = refused_in_graphs(FunctionType(forward.__code__, globals(), "forward"))
         if self.is_plain:
             function.__wrapped__ = type(self.module).forward  # type: ignore[attr-defined]  # functions take any
             return function
@@ -118,7 +119,7 @@ class HeldLayer(WatchedLayer):
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         module, ruling, kind = self.module, self.ruling, self.kind  # the ruling of the moment at which it begins
-        if torch.compiler.is_exporting():
+        if is_exporting():
             return self._exported(args, kwargs)
         has_moved = kind is BATCH_NORM and not module._buffers.keys() >= _OF_BATCH_NORM  # deleted, or plain attributes
         if has_moved or self.is_foreign(module):
@@ -129,6 +130,8 @@ class HeldLayer(WatchedLayer):
         if action == "running" and (would_update or is_training):
             return self.run_in_eval_mode(args, kwargs)
         if not would_update:
+            if kind.rounds_in_eval and (action != "update" or any([entry.budget for entry in entries])):
+                return self.run_held(args, kwargs)
             return self._run_reading(entries, args, kwargs)
         if action == "hold":
             return self.run_held(args, kwargs)
@@ -291,8 +294,11 @@ class HeldLayer(WatchedLayer):
         return mean, var
 
 
+@refused_in_graphs
 def forward(guard: HeldLayer, /, *args: Any, **kwargs: Any) -> Any:
     """The forward of a guarded layer."""
+    if is_called_by_graph():
+        refuse_graph()
     if isinstance(guard, nn.Module):
         return _forward_bound_to(guard, *args, **kwargs)
     if not torch.compiler.is_compiling() and guard.may_be_copied():
@@ -302,8 +308,11 @@ def forward(guard: HeldLayer, /, *args: Any, **kwargs: Any) -> Any:
     return guard.run(args, kwargs)
 
 
+@refused_in_graphs
 def forward_of_batch_norm(guard: HeldLayer, input: Tensor) -> Any:
     """The forward of a guarded layer that runs torch's ``_BatchNorm.forward``."""
+    if is_called_by_graph():
+        refuse_graph()
     if isinstance(guard, nn.Module):
         return _forward_bound_to(guard, input)
     if not torch.compiler.is_compiling():

@@ -44,9 +44,10 @@ from bnguard.guard.forward import HeldLayer
 from bnguard.guard.hold import guards
 from bnguard.guard.messages import script_text
 from bnguard.guard.policy import Entries, PolicyEntry, Rulings
-from bnguard.guard.surroundings import traced
+from bnguard.guard.surroundings import refuse_graph, traced
 from bnguard.guard.watching import Before
 from bnguard.layers.kinds import BATCH_NORM, StatsLayer
+from bnguard.torch_internals.compile import GUARDS_GRAPHS, is_exporting
 from bnguard.torch_internals.fork import renew_after_fork
 from bnguard.torch_internals.tracing import is_symbolic
 
@@ -58,6 +59,11 @@ def guard_of(module: nn.Module) -> LayerGuard | None:
     """The guard that is currently on a layer; None if there is none."""
     guard: LayerGuard | None = guards.get(id(module))
     return guard
+
+
+def _identity(frame: FrameType | None) -> object:
+    """Identifies a frame without keeping it alive; its address alone may be that of another one after it has ended."""
+    return frame and (id(frame), frame.f_code)
 
 
 class _BeforeForward(LayerHook):
@@ -95,7 +101,8 @@ class LayerGuard(HeldLayer):
             self.ruling = ruling = rulings[members]
             if members:
                 if guards.setdefault(self.layer_id, self) is self and self.kind.hold != "none":
-                    if ruling.needs_forward or self.has_foreign_hooks():
+                    rounds = self.kind.rounds_in_eval and ruling.action == "stop"
+                    if ruling.needs_forward or rounds or self.has_foreign_hooks():
                         self.put_forward()
                     else:
                         self._put_hooks()
@@ -128,7 +135,7 @@ class LayerGuard(HeldLayer):
         """Forgets the forwards of a thread that are not on its stack."""
         calls = set()
         while frame is not None:
-            calls.add(id(frame))
+            calls.add(_identity(frame))
             frame = frame.f_back
         waiting = (self._before or {}).get(thread, [])
         for before in [before for before in waiting if before.call not in calls]:
@@ -151,7 +158,10 @@ class LayerGuard(HeldLayer):
         if predict is not None and not predict(module):
             return
         if torch.compiler.is_compiling():
-            traced(id(self.module))
+            if GUARDS_GRAPHS:
+                traced(id(self.module))
+            elif module.training and not is_exporting():
+                refuse_graph()
             return
         entries = self.ruling.entries  # of the moment at which the forward begins
         if is_symbolic(args, {}) or self.is_foreign(module):
@@ -171,7 +181,7 @@ class LayerGuard(HeldLayer):
         if self._before.get(thread):
             self._drop_finished(thread, call)
         before = self.look(entries)
-        before.call = id(call)
+        before.call = _identity(call)
         self._before.setdefault(thread, []).append(before)
 
     def after(self, module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -182,7 +192,8 @@ class LayerGuard(HeldLayer):
         if not waiting:
             return
         frame = sys._getframe(2)
-        calls = {id(frame), id(frame.f_back)}  # after an exception torch calls the hook from one frame further out
+        # After an exception torch calls the hook from one frame further out.
+        calls = {_identity(frame), _identity(frame.f_back)}
         before = next((before for before in reversed(waiting) if before.call in calls), None)
         if before is None:
             return

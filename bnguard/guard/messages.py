@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from bnguard.guard.phrases import FROZEN, Phrases
 from bnguard.records import GuardedLayer, StatsChange
+from bnguard.torch_internals.compile import GUARDS_GRAPHS
 from bnguard.words import count_text, layer_text, listing, ranks_text, suggestion, times_text
 
 if TYPE_CHECKING:
@@ -259,13 +260,15 @@ def protection_text(layer: StatsLayer, policy: Policy, budget: int, is_compiled:
     kind = layer.kind
     if kind.exit_only:
         return _exit_only(kind.exit_only, has_values)
-    if is_compiled and budget:
+    if is_compiled and not GUARDS_GRAPHS and (budget or policy.holds or policy.hides):
+        how = "refused in a compiled graph, which takes torch 2.12"
+    elif is_compiled and budget:
         counts = "num_batches_tracked" in layer.buffers and kind.counts
         how = "updates are counted by num_batches_tracked" if counts else "updates are not counted"
         return _exit_only(f"{_GRAPH}; {how}", has_values)
-    if is_compiled and not policy.holds:
+    elif is_compiled and not policy.holds:
         return _exit_only(_GRAPH, has_values)
-    if policy.holds:
+    elif policy.holds:
         how = "held in its forward, in a compiled graph too" if is_compiled else "held in its forward"
         if kind.keeps_mode and policy.normalises_with == "running":
             how += ", which normalises as it was exported"

@@ -10,13 +10,20 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from bnguard.errors import BNGuardError
 from bnguard.guard.copies import InstancePatch
 from bnguard.guard.hold import guards
 from bnguard.guard.policy import NO_RULING, PolicyEntry
 from bnguard.layers.kinds import BATCH_NORM, OWN_FORWARD, StatsLayer
 from bnguard.layers.swaps import own_tensors, own_values
 from bnguard.torch_internals.checkpointing import current_region
-from bnguard.torch_internals.compile import at_compile_time, record_compiled
+from bnguard.torch_internals.compile import (
+    GRAPHS_REFUSED,
+    at_compile_time,
+    is_exporting,
+    record_compiled,
+    refused_in_graphs,
+)
 from bnguard.torch_internals.functional_call import in_functional_call
 from bnguard.torch_internals.tracing import is_recorded
 
@@ -25,8 +32,14 @@ from bnguard.torch_internals.tracing import is_recorded
 def traced(key: int) -> None:
     """Records that a graph is traced through the layer with this id."""
     guard = guards.get(key)
-    if guard is not None and not torch.compiler.is_exporting():
+    if guard is not None and not is_exporting():
         record_compiled(guard.module)
+
+
+@refused_in_graphs
+def refuse_graph() -> None:
+    """Raises the error about a guard in a graph; for torch before 2.12."""
+    raise BNGuardError(GRAPHS_REFUSED)
 
 
 @at_compile_time

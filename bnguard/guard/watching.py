@@ -49,13 +49,13 @@ class Before:
         entries: The entries at its beginning.
         original: The statistics of the layer. Overlapping forwards share it: which one wrote what is unknown.
         error: The exception that was being handled.
-        call: The frame in which torch calls the layer, as an id; 0 where the end of the forward is known otherwise.
+        call: Identifies the frame in which torch calls the layer; None where the end of the forward is known otherwise.
     """
 
     entries: Entries
     original: _Original
     error: BaseException | None
-    call: int = 0
+    call: object = None
 
 
 class WatchedLayer(Surroundings):

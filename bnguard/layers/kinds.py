@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import inspect
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +13,9 @@ from torch import nn
 from torch.jit import ScriptModule as _ScriptModule
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
+
+from bnguard.torch_internals.known_forwards import is_known
+from bnguard.torch_internals.release import INSTANCE_NORM_ROUNDS
 
 _STATISTIC: Final = re.compile(
     r"(?:running|moving)_(?:\w+_)?(?:mean|var|variance|std|cov|covar|covariance|wm|projection)(?:_\w+)?"
@@ -38,6 +39,7 @@ class LayerKind:
             ``"none"``: not possible, because the layer's forward is not run in Python.
         counts: Whether ``num_batches_tracked`` counts the updates.
         reads_in_eval: Given the layer, returns whether its forward in eval mode only reads the statistics.
+        rounds_in_eval: Whether its forward in eval mode may change the last bits of the statistics nevertheless.
         keeps_mode: Whether the layer ignores ``eval()``.
         exit_only: Why the layer is protected only by the comparison at the end of a block; empty otherwise.
     """
@@ -46,6 +48,7 @@ class LayerKind:
     hold: Literal["scratch", "swap", "none"] = "swap"
     counts: bool = True
     reads_in_eval: Callable[[Any], bool] = _never
+    rounds_in_eval: bool = False
     keeps_mode: bool = False
     exit_only: str = ""
 
@@ -141,7 +144,7 @@ def statistics_of(module: nn.Module) -> tuple[tuple[str, ...], LayerKind]:
     cls = type(module)
     if cls in _BATCH_NORMS and cls.forward is _BATCH_NORM_FORWARD and tuple(buffers) == _BATCH_NORM_STATISTICS:
         mean, var, count = buffers.values()  # the most common case
-        if mean is not None and var is not None and count is not None and is_torch_source_known(_BATCH_NORM_FORWARD):
+        if mean is not None and var is not None and count is not None and is_known(_BATCH_NORM_FORWARD):
             return _BATCH_NORM_STATISTICS, BATCH_NORM
     names = _statistics_among(tuple([name for name, tensor in buffers.items() if tensor is not None]))
     return names, _kind(module) if names else OWN_FORWARD
@@ -168,11 +171,11 @@ def _kind(module: nn.Module) -> LayerKind:
     cls = type(module)
     forward = cls.forward
     kind = _STOCK.get(forward)
-    if kind is not None and is_torch_source_known(forward):
+    if kind is not None and is_known(forward):
         if kind is not INSTANCE_NORM:
             return kind
         apply = getattr(cls, "_apply_instance_norm", None)
-        return kind if apply is _APPLY_INSTANCE_NORM and is_torch_source_known(apply) else OWN_FORWARD
+        return kind if apply is _APPLY_INSTANCE_NORM and is_known(apply) else OWN_FORWARD
     if forward is nn.Module.forward and "forward" not in module.__dict__:
         return NO_FORWARD
     unflatten = sys.modules.get("torch.export.unflatten")
@@ -211,7 +214,12 @@ def _tracks(module: Any) -> bool:
 
 BATCH_NORM: Final = LayerKind(batch_norm_updates, "scratch", reads_in_eval=_always)
 SYNC_BATCH_NORM: Final = LayerKind(batch_norm_updates, reads_in_eval=_always)
-INSTANCE_NORM: Final = LayerKind(_instance_norm_updates, counts=False, reads_in_eval=_tracks)
+INSTANCE_NORM: Final = LayerKind(
+    _instance_norm_updates,
+    counts=False,
+    reads_in_eval=_never if INSTANCE_NORM_ROUNDS else _tracks,
+    rounds_in_eval=INSTANCE_NORM_ROUNDS,
+)
 OWN_FORWARD: Final = LayerKind()
 EXPORTED: Final = LayerKind(keeps_mode=True)
 SCRIPTED: Final = LayerKind(hold="none", keeps_mode=True, exit_only="a ScriptModule runs no hooks")
@@ -227,24 +235,7 @@ _STOCK: Final[dict[Callable[..., Any], LayerKind]] = {
     _InstanceNorm.forward: INSTANCE_NORM,
 }
 
-# The predictions above are derived from the source of these functions. If torch's source differs, its layers are
-# treated as layers with a forward of their own, which is slower and just as safe.
-_KNOWN_SOURCES: Final = frozenset(
-    {
-        # torch 2.13
-        "9886e47efe62f4d2",  # _BatchNorm.forward
-        "534e3aacd9feed97",  # SyncBatchNorm.forward
-        "9ca012652fe66334",  # _InstanceNorm.forward
-        "d997b839a49b40e4",  # _InstanceNorm._apply_instance_norm
-    }
-)
 
-
-@functools.cache
-def is_torch_source_known(function: Callable[..., Any]) -> bool:
-    """Whether bnguard has been tested against this source of ``function``."""
-    try:
-        source = inspect.getsource(function)
-    except (OSError, TypeError):
-        return False
-    return hashlib.sha256(" ".join(source.split()).encode()).hexdigest()[:16] in _KNOWN_SOURCES
+def are_torch_layers_known() -> bool:
+    """Whether this torch's own layers are ones whose updates can be predicted."""
+    return all(map(is_known, (*_STOCK, _APPLY_INSTANCE_NORM)))

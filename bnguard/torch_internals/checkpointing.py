@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import weakref
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from torch.utils import checkpoint
 _DEPTH: Final = 60  # upper bound for the frames between a layer and the checkpoint() around it
 _FORWARD: Final = checkpoint.CheckpointFunction.forward.__code__
 _BACKWARD: Final = checkpoint.CheckpointFunction.backward.__code__
+_CHECKPOINT: Final = inspect.unwrap(checkpoint.checkpoint).__code__
 _recomputed_held: Final = ContextVar("bnguard_recomputed_held", default=False)
 
 
@@ -66,17 +68,42 @@ def recomputed_held() -> Iterator[None]:
         _recomputed_held.reset(token)
 
 
+def _owners_by_hooks() -> list[Any] | None:
+    """What the innermost hooks on saved tensors refer to; None without such hooks.
+
+    A non-reentrant region runs under hooks that refer to its frame.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # noqa: FBT003  # takes no keyword
+    return None if hooks is None else [cell.cell_contents for cell in hooks[0].__closure__ or ()]
+
+
+def _owners_by_stack() -> list[Any] | None:
+    """The frame of the non-reentrant region that this thread runs, from the stack; None outside of one."""
+    frame: FrameType | None = sys._getframe(1)
+    for _ in range(_DEPTH):
+        if frame is None or frame.f_code is _FORWARD or frame.f_code is _BACKWARD:
+            return None
+        if frame.f_code is _CHECKPOINT:
+            generator = getattr(frame.f_locals.get("gen"), "gi_frame", None)
+            owner = None if generator is None else generator.f_locals.get("new_frame")
+            return None if owner is None else [owner]
+        frame = frame.f_back
+    return None
+
+
+# Before torch 2.8 the hooks cannot be asked for.
+_can_see_hooks: Final = hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks")
+_possible_owners: Final = _owners_by_hooks if _can_see_hooks else _owners_by_stack
+
+
 def current_region() -> Region | None:
     """The checkpointed region that this thread runs or recomputes; None outside of a region.
 
     A recomputation by the non-reentrant implementation gives None; the region's frame records that it took place.
     """
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # noqa: FBT003  # takes no keyword
-    if hooks is not None:
-        for cell in hooks[0].__closure__ or ():
-            if isinstance(cell.cell_contents, checkpoint._CheckpointFrame):
-                return Region(cell.cell_contents)
-        return None
+    owners = _possible_owners()
+    if owners is not None:
+        return next((Region(owner) for owner in owners if isinstance(owner, checkpoint._CheckpointFrame)), None)
     if torch.is_grad_enabled() != is_in_backward():
         return None  # the reentrant forward runs without gradients, its recomputation with them
     frame: FrameType | None = sys._getframe(1)

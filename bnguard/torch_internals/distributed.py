@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bnguard.torch_internals.fork import call_in_children
 
-_SHARDED = ("FullyShardedDataParallel", "FSDPModule")
+_SHARDED = ("FullyShardedDataParallel", "FSDPModule", "FSDP")  # the last two are one, named FSDP in torch 2.4
 
 
 def rank_prefix() -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Final, Protocol
 
 import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from bnguard.torch_internals.compile import at_compile_time
+from bnguard.torch_internals.compile import at_compile_time, is_exporting
 from bnguard.torch_internals.patching import Patch
 
 # One function under one key for the whole process: a different function would make compiled graphs recompile.
@@ -98,16 +99,18 @@ def _register_hooks(listeners: tuple[Listener, ...]) -> None:
         _post_hooks.pop(_KEY, None)
     if listeners:
         _pre_hooks.setdefault(_KEY, _before_forward)
-        torch_module._has_any_global_hook = _has_any_other_hook
+        if _has_any_global_hook is not None:
+            torch_module._has_any_global_hook = _has_any_other_hook
     else:
         _pre_hooks.pop(_KEY, None)
-        if torch_module._has_any_global_hook is _has_any_other_hook:
+        if _has_any_global_hook is not None and torch_module._has_any_global_hook is _has_any_other_hook:
             torch_module._has_any_global_hook = _has_any_global_hook
 
 
 _pre_hooks: Final[dict[Any, Any]] = torch_module._global_forward_pre_hooks
 _post_hooks: Final[dict[Any, Any]] = torch_module._global_forward_hooks
-_has_any_global_hook: Final = torch_module._has_any_global_hook
+# Before torch 2.8, which has no such warning, it is missing.
+_has_any_global_hook: Final[Callable[[], bool] | None] = getattr(torch_module, "_has_any_global_hook", None)
 _hook: Final[Patch[Listener]] = Patch(_register_hooks)
 
 
@@ -128,7 +131,7 @@ def _has_any_other_hook() -> bool:
 
 def _before_forward(module: nn.Module, args: tuple[Any, ...]) -> None:
     if torch.compiler.is_compiling():
-        if not torch.compiler.is_exporting():
+        if not is_exporting():
             _traced(id(module))
         return
     for listener in _hook.users:

@@ -19,6 +19,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.fx import _symbolic_trace
 from torch.utils._python_dispatch import _disable_current_modes
 
+from bnguard.torch_internals.compile import is_exporting
 from bnguard.torch_internals.functional_call import is_below
 
 # linearize() uses make_fx, but only to differentiate this one call of the guarded model: no program is left over.
@@ -57,7 +58,7 @@ def is_symbolic(args: Iterable[Any], kwargs: Mapping[str, Any]) -> bool:
 
 def is_being_recorded() -> bool:
     """Whether code outside of any forward is being traced, including by ``torch.export``."""
-    if torch.compiler.is_exporting() or is_recorded((), {}):
+    if is_exporting() or is_recorded((), {}):
         return True
     return _is_fx_tracing() and not is_below(_LINEARIZE) and is_below(_FX_TRACE)
 

@@ -6,11 +6,12 @@ from typing import Any
 
 from torch._C import _functorch
 from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 
 def is_fake(tensor: Any) -> bool:
-    """Whether the tensor belongs to a ``FakeTensorMode``."""
-    return isinstance(tensor, FakeTensor)
+    """Whether the tensor belongs to a ``FakeTensorMode``, or to the tracer of ``torch.export``."""
+    return isinstance(tensor, (FakeTensor, FunctionalTensor))
 
 
 def is_wrapped(tensor: Any) -> bool:

@@ -567,6 +567,7 @@ def test_accumulation_without_a_gradient_of_the_first_parameter_is_no_finding():
     assert torch.autograd._engine_run_backward is engine
 
 
+@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True to a scalar")  # of torch 2.8's LBFGS
 def test_closures_are_no_finding():
     """LBFGS runs forward and backward as often as it likes in one step."""
     net = classifier()

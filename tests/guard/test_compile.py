@@ -18,12 +18,16 @@ from torch.utils.checkpoint import checkpoint
 
 import bnguard
 from tests.asserts import assert_clean, assert_same_bits, assert_same_gradients, state_of, warns
+from tests.old_torch import needs_guarded_graphs
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::DeprecationWarning",
-    "ignore::FutureWarning",
-    "ignore:The .grad attribute of a Tensor that is not a leaf",  # dynamo looks, after a graph break
-)
+pytestmark = [
+    needs_guarded_graphs,
+    pytest.mark.filterwarnings(
+        "ignore::DeprecationWarning",
+        "ignore::FutureWarning",
+        "ignore:The .grad attribute of a Tensor that is not a leaf",  # dynamo looks, after a graph break
+    ),
+]
 INDUCTOR = pytest.param("inductor", marks=pytest.mark.slow)
 BACKENDS = pytest.mark.parametrize("backend", ["eager", "aot_eager", INDUCTOR])
 FULLGRAPH = pytest.mark.parametrize(

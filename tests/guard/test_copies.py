@@ -244,7 +244,7 @@ LOAD = (
 import torch
 net = torch.load(sys.argv[1], weights_only=False)
 torch.manual_seed(11)
-output = net.train()(torch.load(sys.argv[2]))
+output = net.train()(torch.load(sys.argv[2], weights_only=True))
 output.square().sum().backward()
 torch.save({"output": output.detach(), **net.state_dict()}, sys.argv[3])
 assert not any(name.partition(".")[0] == "bnguard" for name in sys.modules)
@@ -268,7 +268,7 @@ def test_saved_model_loads_where_bnguard_is_not_installed(guard: str, tmp_path: 
     )
     assert done.returncode == 0, done.stderr
     output = outcome(twin, images())["output"]
-    assert_same_bits(torch.load(tmp_path / "result.pt"), {"output": output, **twin.state_dict()})
+    assert_same_bits(torch.load(tmp_path / "result.pt", weights_only=True), {"output": output, **twin.state_dict()})
 
 
 class Odd(nn.BatchNorm2d):

@@ -33,6 +33,7 @@ from tests.asserts import (
     warns,
 )
 from tests.nets import PlainSubclass, ScaledNorm, conv_net, images, warmed
+from tests.old_torch import RELEASE, skip_refused_export
 from tests.policies import EVERY_POLICY, POLICIES
 
 # torch's own: torch.jit is deprecated, a train-mode trace is never sure of itself.
@@ -83,7 +84,7 @@ def trace(net: nn.Module) -> Any:
 
 def export(net: nn.Module) -> Any:
     """An exported program as a module."""
-    return torch.export.export(net, (images(),)).module()
+    return torch.export.export(net, (images(),), strict=False).module()
 
 
 def export_strictly(net: nn.Module) -> Any:
@@ -93,7 +94,7 @@ def export_strictly(net: nn.Module) -> Any:
 
 def unflatten(net: nn.Module) -> Any:
     """An exported program with the modules of the original."""
-    return torch.export.unflatten(torch.export.export(net, (images(),)))
+    return torch.export.unflatten(torch.export.export(net, (images(),), strict=False))
 
 
 class Recorded(nn.Module):
@@ -186,6 +187,7 @@ def assert_same_program(program: Any, twin: Any, net: nn.Module, net_twin: nn.Mo
 @cases("restore", "running")
 def test_program_made_inside_in_eval_mode_is_the_twins(tool: str, layer: str, policy: str) -> None:
     """A program taken off a model in eval mode is the one of an unguarded twin; nobody is told anything."""
+    skip_refused_export(tool)
     net, twin = make_net(layer).eval(), make_net(layer).eval()
     with told() as said, bnguard.frozen(net, **POLICIES[policy]) as guard:
         program = TOOLS[tool](net)
@@ -198,6 +200,7 @@ def test_program_made_inside_in_eval_mode_is_the_twins(tool: str, layer: str, po
 @cases("raise", "restore", "running", "budget")
 def test_program_made_inside_in_train_mode_is_the_twins(tool: str, layer: str, policy: str) -> None:
     """So is one taken off a model in train mode: it updates. The model is held, told of, or stopped as ever."""
+    skip_refused_export(tool)
     net, twin = make_net(layer), make_net(layer)
     before, objects, program = values(statistics(net)), statistics(net), None
     with told() as said, bnguard.frozen(net, **POLICIES[policy]) as guard:
@@ -226,6 +229,7 @@ def test_program_made_inside_in_train_mode_is_the_twins(tool: str, layer: str, p
 @pytest.mark.parametrize("training", [True, False])
 def test_program_made_inside_nested_guards_is_the_twins(tool: str, training: bool) -> None:
     """Two guards leave as little in a program as one."""
+    skip_refused_export(tool)
     net, twin = make_net("own").train(training), make_net("own").train(training)
     before = values(statistics(net))
     with bnguard.frozen(net, "restore"), bnguard.frozen(net, "restore", updates=1):
@@ -237,6 +241,7 @@ def test_program_made_inside_nested_guards_is_the_twins(tool: str, training: boo
 @pytest.mark.parametrize("tool", TOOLS)
 def test_program_runs_inside_as_the_twins(tool: str) -> None:
     """Called in the block that it was made in, it computes what the twin's does; the end puts its updates back."""
+    skip_refused_export(tool)
     net, twin = make_net(), make_net()
     before = values(statistics(net))
     with told() as said, bnguard.frozen(net, "restore"):
@@ -403,13 +408,16 @@ class Distilling(nn.Module):
 @pytest.mark.parametrize("tool", ["trace", "make_fx", "export", "export-strict", "fx"])
 def test_block_in_traced_code_is_not_dropped_in_silence(tool: str, policy: str) -> None:
     """A program has no guard: where the code it is made of opens a block, that is said, or the tool fails."""
+    reason = (
+        "a block of bnguard cannot begin or end inside a graph" if RELEASE >= (2, 7) else "<function frozen.__init__"
+    )
     net = Distilling(POLICIES[policy])
     before, refused = values(statistics(net.teacher)), False
     with told() as said:
         try:
             TOOLS[tool](net)
         except torch._dynamo.exc.Unsupported as error:
-            refused = "a block of bnguard cannot begin or end inside a graph" in str(error)
+            refused = reason in str(error)
     assert refused or said != Told()
     assert_same_bits(statistics(net.teacher), before)
     assert_clean(net)
@@ -420,7 +428,7 @@ LOAD = (
     + """
 import torch
 trace, exported = torch.jit.load(sys.argv[1]), torch.export.load(sys.argv[2]).module()
-inputs = torch.load(sys.argv[3])
+inputs = torch.load(sys.argv[3], weights_only=True)
 torch.save([[program(inputs).detach(), dict(program.named_buffers())] for program in (trace, exported)], sys.argv[4])
 """
 )
@@ -433,13 +441,13 @@ def test_program_saved_inside_loads_where_bnguard_is_not_installed(tmp_path: Pat
     paths = [str(tmp_path / name) for name in ("trace.pt", "exported.pt2", "images.pt", "result.pt")]
     with bnguard.frozen(net, "restore", affine=True):
         torch.jit.save(trace(net), paths[0])
-        torch.export.save(torch.export.export(net, (images(),)), paths[1])
+        torch.export.save(torch.export.export(net, (images(),), strict=False), paths[1])
     torch.save(images(), paths[2])
     command = [sys.executable, "-W", "ignore", "-c", LOAD, *paths]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     expected = [twin(images()).detach(), dict(twin.named_buffers())]
-    for result in torch.load(paths[3]):
+    for result in torch.load(paths[3], weights_only=True):
         assert_same_bits(result, expected)
 
 
@@ -737,7 +745,16 @@ def test_root_that_is_a_program_of_one_layer_is_guarded(program: str) -> None:
     assert_same_bits(statistics(run), before)
 
 
-@pytest.mark.parametrize("tool", ["trace", "export"])
+@pytest.mark.parametrize(
+    "tool",
+    [
+        "trace",
+        pytest.param(
+            "export",
+            marks=pytest.mark.skipif(RELEASE < (2, 5), reason="torch 2.4 cannot differentiate a program that updates"),
+        ),
+    ],
+)
 def test_gradients_through_a_program_are_the_twins_after_the_block(tool: str) -> None:
     """Restoring what a program wrote does not break the backward pass of its forward."""
     net, twin = make_net(), make_net()
@@ -753,12 +770,12 @@ def test_gradients_through_a_program_are_the_twins_after_the_block(tool: str) ->
 def test_exported_program_itself_is_refused_with_the_way_out() -> None:
     """It is no module; the error says how to get one."""
     with pytest.raises(TypeError, match=r"takes a torch.nn.Module, got ExportedProgram.*\.module\(\)"):
-        bnguard.frozen(torch.export.export(make_net(), (images(),)))
+        bnguard.frozen(torch.export.export(make_net(), (images(),), strict=False))
 
 
 def test_modules_of_one_exported_program_share_their_guard() -> None:
     """A guard around one of them finds what another one does to the statistics that they share."""
-    exported = torch.export.export(make_net(), (images(),))
+    exported = torch.export.export(make_net(), (images(),), strict=False)
     guarded, other = exported.module(), exported.module()
     before = values(statistics(guarded))
     with told() as said, bnguard.frozen(guarded, "restore"):
@@ -771,6 +788,7 @@ def test_modules_of_one_exported_program_share_their_guard() -> None:
 @pytest.mark.parametrize("tool", TOOLS)
 def test_program_made_in_a_strict_function_is_the_twins(tool: str) -> None:
     """So is one that a decorated function makes and returns."""
+    skip_refused_export(tool)
     net, twin = make_net(), make_net()
     program = bnguard.strict(on_change="restore")(lambda model: TOOLS[tool](model))(net)
     assert_same_program(program, TOOLS[tool](twin), net, twin)

@@ -33,8 +33,8 @@ class OwnForward(nn.BatchNorm2d):
 class Faults:
     """Makes the ``target``-th call that bnguard makes into torch raise; counts them all.
 
-    Calls into torch's Python code and into its extension count, those that close a context do not: torch itself does
-    not survive that. No garbage is collected meanwhile: what is called then, bnguard does not call.
+    Calls into torch's Python code and into its extension count, those that close a context do not: torch itself
+    does not survive that. No garbage is collected meanwhile: what is called then, bnguard does not call.
     """
 
     def __init__(self, target: int | None = None) -> None:
@@ -57,6 +57,7 @@ class Faults:
             caller, name = frame, getattr(arg, "__qualname__", str(arg))
             home = str(getattr(arg, "__module__", None))  # of torch.cat; a method of a tensor has none
             is_torch = home.startswith("torch") or isinstance(getattr(arg, "__self__", None), torch.Tensor)
+            is_torch = is_torch and name != "set_eval_frame"  # around each of our functions, before torch 2.7
         elif event == "call":
             caller, name = frame.f_back, frame.f_code.co_qualname
             is_torch = frame.f_code.co_filename.startswith(TORCH) and not name.endswith("__exit__")

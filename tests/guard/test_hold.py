@@ -21,6 +21,7 @@ from bnguard.guard import policy as _policy
 from bnguard.guard import watching as _watching
 from bnguard.layers import kinds as _layers
 from bnguard.layers import tree as _tree
+from bnguard.torch_internals import known_forwards
 from tests.asserts import assert_clean, assert_same_bits, state_of, warns
 from tests.nets import NORMS, images, warmed
 
@@ -55,16 +56,16 @@ class Remembering(nn.Module):
 def unknown_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """A torch whose normalisation layers have a source that nobody has read yet."""
     source = inspect.getsource
-    monkeypatch.setattr(inspect, "getsource", lambda thing: source(thing) + "    # changed")
-    _layers.is_torch_source_known.cache_clear()
+    monkeypatch.setattr(inspect, "getsource", lambda thing: source(thing) + "        pass\n")
+    known_forwards.is_known.cache_clear()
     yield
-    _layers.is_torch_source_known.cache_clear()
+    known_forwards.is_known.cache_clear()
 
 
 @pytest.mark.parametrize("function", _layers._STOCK, ids=lambda function: function.__qualname__)
 def test_pin_knows_the_installed_torch(function: Callable[..., Any]) -> None:
     """The sources of the torch that the suite runs with are among those that bnguard was tested against."""
-    assert _layers.is_torch_source_known(function)
+    assert known_forwards.is_known(function)
 
 
 @pytest.mark.usefixtures("unknown_torch")
@@ -98,7 +99,7 @@ def test_source_that_cannot_be_read_is_unknown(monkeypatch: pytest.MonkeyPatch) 
         raise OSError("could not get source code")
 
     monkeypatch.setattr(inspect, "getsource", fail)
-    assert not _layers.is_torch_source_known(nn.BatchNorm2d.forward)
+    assert not known_forwards.is_known(nn.BatchNorm2d.forward)
 
 
 def test_stock_layer_never_reads_its_statistics_in_train_mode() -> None:

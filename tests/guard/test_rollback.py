@@ -22,6 +22,7 @@ from tests.asserts import (
     values,
 )
 from tests.nets import NORMS, OwnForward, conv_net, images, warmed
+from tests.old_torch import needs_guarded_graphs
 
 EVERY_NORM = pytest.mark.parametrize("norm", NORMS)
 
@@ -157,7 +158,7 @@ def test_recomputed_forward_inside_is_the_twins() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo looks
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_guarded_graphs)])
 def test_compiled_model_is_rolled_back(compiled: bool) -> None:
     """A graph that was warm before the block updates inside, and the original statistics come back."""
     net = make_net("BatchNorm")

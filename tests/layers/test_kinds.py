@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 import bnguard
 from bnguard.layers import kinds
 from bnguard.layers.kinds import LayerKind
+from bnguard.torch_internals import known_forwards
 from tests.asserts import assert_clean, assert_same_bits
 
 
@@ -34,12 +34,11 @@ class Family(nn.Module):
 
 @pytest.fixture
 def family(monkeypatch: pytest.MonkeyPatch) -> LayerKind:
-    """The entry: the kind, and the hash of the source that it was read from."""
+    """The entry: the kind, and the digest of the source that it was read from."""
     kind = LayerKind(lambda layer: layer.training and layer.learns, counts=False)  # type: ignore[attr-defined]
     monkeypatch.setitem(kinds._STOCK, Family.forward, kind)
-    source = " ".join(inspect.getsource(Family.forward).split())
-    known = kinds._KNOWN_SOURCES | {hashlib.sha256(source.encode()).hexdigest()[:16]}
-    monkeypatch.setattr(kinds, "_KNOWN_SOURCES", known)
+    known = known_forwards._KNOWN | {known_forwards.digest_of(inspect.getsource(Family.forward))}
+    monkeypatch.setattr(known_forwards, "_KNOWN", known)
     return kind
 
 

@@ -15,6 +15,7 @@ from torch.nn.modules import module as torch_module
 import bnguard
 from tests.asserts import assert_clean, assert_same_bits, state_of
 from tests.nets import conv_net, images
+from tests.old_torch import needs_traced_layers
 from tests.strategies import HandmadeNorm, OwnForward
 
 IMAGES = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -248,6 +249,7 @@ def test_conversion_is_no_change():
     assert record.unexplained == ()
 
 
+@needs_traced_layers
 @pytest.mark.parametrize("full", [False, True])
 def test_compiled_graphs_are_counted(full):
     """No line can be seen in a graph; the layer's own counter tells how often it updated."""
@@ -466,6 +468,7 @@ def test_updates_over_the_steps():
     assert bnguard.watch().update_series.lines == ()
 
 
+@needs_traced_layers
 def test_updates_of_a_model_that_is_gone_are_told():
     """Also those in a graph, and what became of its statistics after they were replaced."""
 
@@ -490,6 +493,7 @@ def test_updates_of_a_model_that_is_gone_are_told():
     assert "BN012" in [finding.code for finding in record.findings]
 
 
+@needs_traced_layers
 @pytest.mark.parametrize("how", ["in place", "function"])
 def test_graphs_of_every_model_are_seen(how):
     """model.compile(), and a compiled function that calls the model, under a watch of everything."""

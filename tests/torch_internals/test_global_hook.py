@@ -60,7 +60,7 @@ def test_traced_forwards_are_only_named(
     """While a graph is traced, listeners are told which modules are in it; of an exported program nothing."""
     net = nn.ReLU()
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: is_exporting)
+    monkeypatch.setattr(global_hook, "is_exporting", lambda: is_exporting)
     net(torch.ones(2))
     for listener in listeners:
         assert listener.heard == ([] if is_exporting else [("traced", id(net))])
