@@ -418,6 +418,8 @@ def test_block_in_traced_code_is_not_dropped_in_silence(tool: str, policy: str) 
             TOOLS[tool](net)
         except torch._dynamo.exc.Unsupported as error:
             refused = reason in str(error)
+        except torch._export.verifier.SpecViolationError:  # torch 2.4 exports no such code; the warning came before
+            assert RELEASE < (2, 5)
     assert refused or said != Told()
     assert_same_bits(statistics(net.teacher), before)
     assert_clean(net)
