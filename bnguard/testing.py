@@ -15,11 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from bnguard.guard import messages
+from bnguard.guard.coverage import refuse_unreadable
+from bnguard.guard.hold import copies_outside_modes
 from bnguard.layers.bits import same_bits
 from bnguard.layers.drift import eps_of, largest_mean_shift
 from bnguard.layers.kinds import StatsLayer
 from bnguard.layers.tree import find_layers
 from bnguard.records import StatsChange
+from bnguard.words import layer_text
 
 if TYPE_CHECKING:
     from hypothesis.strategies import DrawFn, SearchStrategy
@@ -47,7 +50,9 @@ def assert_stats_unchanged(model: nn.Module, fn: Callable[[], T]) -> T:
     Raises:
         AssertionError: Statistics changed, or were removed; names the layers, and the shifts of their means.
         TypeError: ``model`` is not a module; ``fn`` cannot be called, or returns a coroutine, which has not run.
-        ValueError: The model has no layer with running statistics, so the assertion could not fail.
+        ValueError: The model has no layer with running statistics, or they have no values, so the assertion could not
+            fail.
+        BNGuardError: A statistic is a quantised, sparse or nested tensor, which cannot be compared bit by bit.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"assert_stats_unchanged() takes a torch.nn.Module first, got {type(model).__name__}")
@@ -56,7 +61,12 @@ def assert_stats_unchanged(model: nn.Module, fn: Callable[[], T]) -> T:
     layers = find_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no layer with running statistics: the assertion could not fail")
+    refuse_unreadable(layers, None)
     before = [_statistics(layer) for layer in layers]
+    missing = [layer for layer, then in zip(layers, before, strict=True) if len(then) < len(layer.buffers)]
+    if missing:
+        first = layer_text(missing[0].names, type(missing[0].module).__name__)
+        raise ValueError(f"{first} has statistics without values (lazy, meta or fake): the assertion could not fail")
     result = fn()
     if inspect.iscoroutine(result):
         result.close()
@@ -69,7 +79,7 @@ def assert_stats_unchanged(model: nn.Module, fn: Callable[[], T]) -> T:
 
 def _statistics(layer: StatsLayer) -> dict[str, Tensor]:
     buffers = dict(layer.module.named_buffers(recurse=False))
-    return {name: buffers[name].detach().clone() for name in layer.buffers if name in buffers}
+    return copies_outside_modes({name: buffers[name] for name in layer.buffers if name in buffers})
 
 
 def _change(layer: StatsLayer, before: dict[str, Tensor]) -> StatsChange | None:

@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from bnguard.findings.checkpoint_files import find_state_dict, load_checkpoint
 from bnguard.findings.soundness import has_broken, statistics_of_layer
-from bnguard.layers.bits import has_values, same_bits
+from bnguard.layers.bits import has_values, is_valueless, same_bits, what_is_unreadable
 from bnguard.layers.drift import drift_between, eps_of
 from bnguard.layers.kinds import is_statistic
 from bnguard.layers.tree import find_layers
@@ -23,6 +24,7 @@ from bnguard.report.json import drift_content
 from bnguard.report.tables import drift_table
 from bnguard.torch_internals.compile import outside_graphs
 from bnguard.torch_internals.tracing import outside_modes
+from bnguard.torch_internals.transforms import unwrapped_tensor
 from bnguard.words import count_text
 
 Source: TypeAlias = "nn.Module | Mapping[str, Any] | str | os.PathLike[str]"
@@ -61,7 +63,7 @@ def diff(before: Source, after: Source, *, key: str | None = None) -> StatsDiff:
     Raises:
         TypeError: A state is none of those.
         ValueError: A file is no checkpoint, is truncated, or holds objects that would have to be unpickled; no state
-            dict is found; or there are no running statistics.
+            dict is found; there are no running statistics, or some of them cannot be compared (nested).
         OSError: A file cannot be read.
         ImportError: A file is a ``.safetensors`` file, and that package is not installed.
     """
@@ -135,7 +137,8 @@ def _layers_of(state: Any, key: str | None, role: str) -> dict[str, _Layer]:
         for layer in find_layers(state):
             module: Any = layer.module
             statistics = statistics_of_layer(module, layer.buffers)
-            layers[layer.names[0]] = _Layer(type(module).__name__, eps_of(module, _EPS), statistics)
+            dense = {name: _dense(tensor) for name, tensor in statistics.items()}
+            layers[layer.names[0]] = _Layer(type(module).__name__, eps_of(module, _EPS), dense)
         source = f"{role}, a {type(state).__name__},"
     else:
         if isinstance(state, (str, os.PathLike)):
@@ -149,6 +152,11 @@ def _layers_of(state: Any, key: str | None, role: str) -> dict[str, _Layer]:
         layers = _layers_in(find_state_dict(checkpoint, key, source))
     if not layers:
         raise ValueError(f"{source} has no running statistics")
+    for name, its in layers.items():
+        for buffer, tensor in its.statistics.items():
+            if not (has_values(tensor) or is_valueless(tensor)):
+                what = what_is_unreadable(tensor)
+                raise ValueError(f"{source}: {buffer} of {name or '(root)'} is {what}: its bits cannot be compared")
     return layers
 
 
@@ -170,12 +178,17 @@ def _layers_in(state_dict: Mapping[str, Tensor]) -> dict[str, _Layer]:
 
 
 def _dense(tensor: Tensor) -> Tensor:
-    """The tensor in a layout and a precision that arithmetic supports."""
-    if tensor.is_sparse:
-        tensor = tensor.to_dense()
+    """The tensor in a layout and a precision that arithmetic supports, if there is one."""
+    if is_valueless(tensor):
+        return tensor
+    tensor = unwrapped_tensor(tensor)
     if tensor.is_quantized:
         tensor = tensor.dequantize()
-    return tensor.float() if tensor.is_floating_point() and tensor.itemsize < 2 else tensor
+    elif tensor.layout is not torch.strided and not tensor.is_nested:
+        tensor = tensor.to_dense()
+    if not has_values(tensor):
+        return tensor
+    return (tensor.float() if tensor.is_floating_point() and tensor.itemsize < 2 else tensor).as_subclass(Tensor)
 
 
 def _aligned(old: dict[str, _Layer], new: dict[str, _Layer]) -> tuple[dict[str, _Layer], dict[str, _Layer]]:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from bnguard.layers.bits import has_values
+from bnguard.layers.bits import are_numbers, readable, wide
 from bnguard.torch_internals.tracing import outside_modes
 
 
@@ -29,20 +28,23 @@ def has_inverted_momentum(momentum: Any) -> bool:
 
 
 def half_precision_of(statistics: Mapping[str, Tensor]) -> str | None:
-    """The dtype of statistics in half precision, such as ``"float16"``; None if there are none."""
-    dtypes = {tensor.dtype for tensor in statistics.values()} & {torch.float16, torch.bfloat16}
+    """The dtype of statistics in half precision or less, such as ``"float16"``; None if there are none."""
+    dtypes = {
+        dtype for tensor in statistics.values() if (dtype := tensor.dtype).is_floating_point and dtype.itemsize < 4
+    }
     return str(dtypes.pop()).removeprefix("torch.") if dtypes else None
 
 
 @outside_modes()
 def has_broken(statistics: Mapping[str, Tensor]) -> bool:
     """Whether some of the statistics are NaN, infinite, or a negative variance. Waits for the device."""
-    return any([has_values(tensor) and _is_broken(name, tensor) for name, tensor in statistics.items()])
+    return any([are_numbers([tensor]) and _is_broken(name, tensor) for name, tensor in readable(statistics).items()])
 
 
 def _is_broken(name: str, statistic: Tensor) -> bool:
     if not statistic.is_floating_point():
         return False
+    statistic = wide(statistic)
     bad = ~statistic.isfinite()
     if "var" in name:
         bad = bad | (statistic < 0)
@@ -52,7 +54,8 @@ def _is_broken(name: str, statistic: Tensor) -> bool:
 @outside_modes()
 def is_initial(statistics: Mapping[str, Tensor]) -> bool:
     """Whether the statistics are those of a new layer: mean 0, variance 1, no batch counted. Waits for the device."""
-    mean, var, count = (statistics.get(name) for name in ("running_mean", "running_var", "num_batches_tracked"))
-    if mean is None or var is None or not has_values(mean) or not has_values(var):
+    own = readable(statistics)
+    mean, var, count = (own.get(name) for name in ("running_mean", "running_var", "num_batches_tracked"))
+    if mean is None or var is None or not are_numbers(own.values()):
         return False
-    return bool(mean.eq(0).all()) and bool(var.eq(1).all()) and (count is None or int(count) == 0)
+    return bool(mean.eq(0).all()) and bool(var.eq(1).all()) and (count is None or not wide(count).any())

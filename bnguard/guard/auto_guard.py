@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import threading
+import warnings
 import weakref
 from collections import deque
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Final
 
+import torch
 from torch import nn
 
-from bnguard.errors import BNGuardError
+from bnguard.errors import BNGuardError, BNGuardWarning
 from bnguard.guard.hooks import guard_of
 from bnguard.guard.options import Settings
 from bnguard.guard.requests import GuardRequest, GuardRequests, Precedence
 from bnguard.layers.tree import any_layer, find_layers
 from bnguard.torch_internals import global_hook
+from bnguard.torch_internals.callsite import call_site
 from bnguard.torch_internals.compile import object_at, record_compiled
 
 # Models with an open guard. The guard of the oldest is ended for a newer one, and begins again when its model runs.
@@ -105,8 +108,11 @@ class AutoGuard:
                 self._requests.remove(request)
             try:
                 self._guard(module)
-            except BNGuardError:  # while a CUDA graph is captured: at a later forward
-                return
+            except BNGuardError as error:
+                if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+                    return  # guarded at a later forward
+                text = f"{type(module).__name__} is not guarded. {error}"
+                warnings.warn(text, BNGuardWarning, stacklevel=call_site().stacklevel)
             for part in parts.values():
                 self._remember(part)
             if len(self._open) > _MOST_OPEN:

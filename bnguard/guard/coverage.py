@@ -1,4 +1,4 @@
-"""Warn about layers and code that a block does not protect."""
+"""Warn about layers and code that a block does not protect, and refuse those that it could not."""
 
 from __future__ import annotations
 
@@ -7,17 +7,41 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from bnguard.errors import BNGuardWarning
+from bnguard.errors import BNGuardError, BNGuardWarning
 from bnguard.guard import messages
+from bnguard.guard.affine import affine_parameters
 from bnguard.guard.options import Settings
+from bnguard.guard.phrases import Phrases
+from bnguard.layers.bits import is_valueless, what_is_unreadable
 from bnguard.layers.kinds import StatsLayer
 from bnguard.layers.select import is_selected
 from bnguard.layers.snapshot import Snapshot
-from bnguard.layers.swaps import own_tensors
+from bnguard.layers.swaps import Table, own_tensors
 from bnguard.layers.tree import Tree, find_layers
 from bnguard.torch_internals.callsite import call_site
 from bnguard.torch_internals.checkpointing import Region
 from bnguard.torch_internals.tracing import is_being_recorded
+
+
+def refuse_unreadable(layers: Iterable[StatsLayer], phrases: Phrases | None, table: Table = "_buffers") -> None:
+    """Refuses layers with a tensor that has values, but none that can be copied and compared.
+
+    Args:
+        layers: The layers.
+        phrases: How to name the guard; None for ``assert_stats_unchanged()``.
+        table: Whether to look at their statistics or at their weights and biases.
+
+    Raises:
+        BNGuardError: There is such a tensor.
+    """
+    for layer in layers:
+        own = own_tensors(layer.module, table)
+        for name in layer.buffers if table == "_buffers" else affine_parameters(layer):
+            tensor = own.get(name)
+            what = None if tensor is None or is_valueless(tensor) else what_is_unreadable(tensor)
+            if what is not None:
+                text = messages.unreadable_text(layer.names, type(layer.module).__name__, name, what, phrases)
+                raise BNGuardError(text)
 
 
 def warn_about_fixed_modes(layers: Iterable[StatsLayer], settings: Settings) -> None:

@@ -26,11 +26,12 @@ from typing import Final
 from torch import Tensor, nn
 
 from bnguard.guard.affine import affine_parameters
+from bnguard.guard.coverage import refuse_unreadable
 from bnguard.guard.hooks import LayerGuard
 from bnguard.guard.messages import Cause
 from bnguard.guard.options import Settings
 from bnguard.guard.policy import Counts, UpdateCount, spend
-from bnguard.layers.bits import has_values
+from bnguard.layers.bits import count_of
 from bnguard.layers.drift import eps_of, largest_mean_shift
 from bnguard.layers.kinds import StatsLayer
 from bnguard.layers.snapshot import Difference, Snapshot, holds
@@ -79,10 +80,15 @@ class ExitCheck:
         self._is_intact = False
         self._pairs: dict[int, list[tuple[dict[str, Tensor], Mapping[str, Tensor]]]] = {}  # by owner
         self.broadcast: Mapping[str, int] = {}
+        phrases = settings.frontend.phrases
         self.statistics = Snapshot(modules, [layer.buffers for layer in layers])
+        if self.statistics.without_values():
+            refuse_unreadable(layers, phrases)
         self.parameters: Snapshot | None = None
         if settings.affine:
             self.parameters = Snapshot(modules, [affine_parameters(layer) for layer in layers], "_parameters")
+            if self.parameters.without_values():
+                refuse_unreadable(layers, phrases, "_parameters")
 
     def allowed(self, owner: int, before: Mapping[str, Tensor] | None) -> None:
         """Captures a layer again after an update within its budget. See Note [Budgets]."""
@@ -148,10 +154,7 @@ class ExitCheck:
         """
         with self._lock:
             for then, before in self._pairs.pop(owner, ()):
-                known = [
-                    (before[name], value) for name, value in then.items() if name in before and has_values(before[name])
-                ]
-                if not all([holds(tensor, value) for tensor, value in known]):
+                if not all([holds(before[name], value) for name, value in then.items() if name in before]):
                     self.statistics.recapture(owner, then)
                     return True
             return False
@@ -183,13 +186,9 @@ class ExitCheck:
 
     def _has_counted(self, owner: int, count: UpdateCount) -> bool:
         """Whether the number of updates, by the layer's counter, is within the budget; if so, spends it."""
-        before = self.statistics.before(owner).get("num_batches_tracked")
-        now = self.statistics.now(owner).get("num_batches_tracked")
-        if before is None or now is None:
-            return False
         with outside_modes():
-            updates = int(now) - int(before)
-        return spend(count, self._budget, updates)
+            before, now = count_of(self.statistics.before(owner)), count_of(self.statistics.now(owner))
+        return before is not None and now is not None and spend(count, self._budget, now - before)
 
     def _layer_id(self, owner: int) -> int:
         return id(self._layers[owner].module)

@@ -89,6 +89,8 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
         TypeError: ``model`` is no module; an option has the wrong type.
         ValueError: An ``on_change`` that does not exist, a negative ``updates``, options that contradict each other, a
             pattern that selects nothing.
+        BNGuardError: When a block begins: a statistic is a quantised, sparse or nested tensor, or another one whose
+            bits cannot be compared; or a CUDA graph is being captured.
 
     Warns:
         BNGuardWarning: The model has no layer with running statistics.

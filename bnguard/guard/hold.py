@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from bnguard.layers.bits import PLAIN
+from bnguard.layers.bits import PLAIN, has_values, write
 from bnguard.layers.swaps import own_tensors
 from bnguard.torch_internals.tracing import outside_modes
-from bnguard.torch_internals.transforms import is_wrapped
+from bnguard.torch_internals.transforms import is_wrapped, unwrapped_tensor
 
 # By id of the layer, as long as it has entries: what guards it, see ``hooks.LayerGuard``.
 guards: Final[dict[int, Any]] = {}
@@ -136,12 +136,10 @@ def copies(module: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
         return _copies(own_tensors(module, "_buffers"), names)
 
 
-def copies_outside_modes(module: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
-    """Fresh copies of some buffers to compare with later; not of those that a transform of ``torch.func`` has lent."""
-    buffers = own_tensors(module, "_buffers")
+def copies_outside_modes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Fresh copies of those tensors that can be read, to compare with later."""
     with outside_modes():
-        own = [name for name in names if (tensor := buffers.get(name)) is None or not is_wrapped(tensor)]
-        return _copies(buffers, own)
+        return {name: _cloned(unwrapped_tensor(tensor)) for name, tensor in tensors.items() if has_values(tensor)}
 
 
 def _copies(buffers: Mapping[str, Tensor | None], names: Iterable[str]) -> dict[str, Tensor]:
@@ -151,9 +149,12 @@ def _copies(buffers: Mapping[str, Tensor | None], names: Iterable[str]) -> dict[
 def _cloned(tensor: Tensor) -> Tensor:
     """A clone with the strides of the original, on which the last bit of a result can depend."""
     tensor = tensor.detach()
-    if is_lazy(tensor) or tensor.is_contiguous() or is_wrapped(tensor):
+    is_strided = not is_lazy(tensor) and tensor.layout is torch.strided and not is_wrapped(tensor)
+    if not is_strided or tensor.is_contiguous() or tensor.is_neg() or tensor.is_conj():  # torch resolves the last two
         return tensor.clone()
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+    clone = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    write(clone, tensor)
+    return clone
 
 
 # Only for F.batch_norm, which saves the statistics for backward and writes to them without a version counter increase.
@@ -164,19 +165,21 @@ _scratch: Final[dict[tuple[Any, ...], Tensor]] = {}
 
 
 def _clone(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.clone()
+    if tensor is None:
+        return None
+    return tensor.clone() if torch.compiler.is_compiling() else _cloned(tensor)
 
 
 def scratch_like(tensor: Tensor | None, slot: int) -> Tensor | None:
     """A scratch tensor with the shape, dtype and device of ``tensor``; a different one for each ``slot``."""
     if tensor is None:
         return None
-    is_plain = type(tensor) in PLAIN
+    is_plain = type(tensor) in PLAIN and not tensor.is_neg()  # whose clone has other strides
     key = (slot, tensor.shape, tensor.stride(), tensor.dtype, tensor.device) if is_plain else ()
     found = _scratch.get(key) if is_plain else None
     if found is None:
         with outside_modes():
-            found = _cloned(tensor).fill_(1)
+            found = _cloned(tensor)
         if is_plain and type(found) is Tensor:  # not one that belongs to a mode
             _scratch[key] = found
     return found

@@ -207,6 +207,19 @@ def capture_text(phrases: Phrases) -> str:
     )
 
 
+def unreadable_text(names: Sequence[str], type_name: str, buffer: str, what: str, phrases: Phrases | None) -> str:
+    """The error about a tensor of a layer whose bits cannot be copied and compared."""
+    place = "assert_stats_unchanged()" if phrases is None else phrases.place
+    text = (
+        f"{layer_text(names, type_name)}: {buffer} is {what}. {place} cannot copy and compare its bits.\n"
+        "Make it an ordinary tensor first (dequantize(), to_dense(), float())"
+    )
+    if phrases is None:
+        return f"{text}."
+    way = (f"exclude=[{names[0] or '(root)'!r}]", "guard the other layers only")
+    return "\n".join([f"{text}, or leave the layer out:", *phrases.choices(way)])
+
+
 def traced_block_text(phrases: Phrases) -> str:
     """The warning about a block that begins in code that is being traced or exported."""
     return (

@@ -9,7 +9,7 @@ from enum import IntEnum
 
 from torch import nn
 
-from bnguard.errors import BNGuardWarning, StatsChangedError
+from bnguard.errors import BNGuardError, BNGuardWarning, StatsChangedError
 from bnguard.guard.frozen import frozen
 from bnguard.guard.options import Settings
 from bnguard.layers.select import select_layers
@@ -81,11 +81,17 @@ class GuardRequests:
 
         Raises:
             ValueError: ``include`` or ``exclude`` selects nothing.
+            BNGuardError: The guard cannot begin. Nothing is guarded for this request then.
         """
         request = GuardRequest(precedence, model, settings)
         with self._lock:
             self._requests.append(request)
-            self._arrange()
+            try:
+                self._arrange()
+            except BNGuardError:
+                self._requests.remove(request)
+                self._arrange()
+                raise
         return request
 
     def remove(self, request: GuardRequest) -> None:

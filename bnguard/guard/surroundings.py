@@ -114,7 +114,9 @@ class Surroundings(InstancePatch):
     def is_captured(self) -> bool:
         """Whether the forward becomes part of a CUDA graph."""
         if self._on_cuda is None:
-            self._on_cuda = any([tensor is not None and tensor.is_cuda for tensor in self._known])
+            # A build without CUDA has fake CUDA tensors, and fails when it is asked about streams.
+            is_initialized = torch.cuda.is_initialized()
+            self._on_cuda = is_initialized and any([tensor is not None and tensor.is_cuda for tensor in self._known])
         return self._on_cuda and torch.cuda.is_current_stream_capturing()
 
     def surroundings(

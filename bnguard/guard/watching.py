@@ -12,11 +12,11 @@ from torch import Tensor
 from bnguard.guard.hold import copies_outside_modes
 from bnguard.guard.policy import Decision, Entries, decide, decide_and_count
 from bnguard.guard.surroundings import Surroundings
-from bnguard.layers.bits import has_values, same_bits
+from bnguard.layers.bits import has_values, same_bits, write
 from bnguard.layers.swaps import own_tensors, put_tensor
 from bnguard.torch_internals.fork import renew_after_fork
 from bnguard.torch_internals.tracing import outside_modes
-from bnguard.torch_internals.transforms import below_transforms
+from bnguard.torch_internals.transforms import is_wrapped, unwrapped_tensor
 
 _lock: Final = threading.RLock()
 renew_after_fork(_lock)
@@ -27,8 +27,8 @@ class _Original:
     """What a layer had before any of the forwards that are under way.
 
     Attributes:
-        tensors: The statistics, as objects.
-        values: Copies of them.
+        tensors: The statistics, as objects, without those that a transform of ``torch.func`` has lent.
+        values: Copies of those that can be read.
         has_changed: Whether one of those forwards was found to have changed them.
         is_shared: Whether there was more than one.
         is_awaited: Whether it is to be put back by the last of them: not while another one is reading.
@@ -81,8 +81,10 @@ class WatchedLayer(Surroundings):
                 original.is_shared = True
             else:
                 own = own_tensors(self.module, "_buffers")
-                values = copies_outside_modes(self.module, self.names)
-                tensors = {name: tensor for name in values if (tensor := own.get(name)) is not None}
+                tensors = {name: tensor for name in self.names if (tensor := own.get(name)) is not None}
+                values = copies_outside_modes(tensors)
+                if len(values) < len(tensors):
+                    tensors = {name: tensor for name, tensor in tensors.items() if not is_wrapped(tensor)}
                 self._original = original = _Original(tensors, values)
             self.under_way += 1
         return Before(entries, original, sys.exception())
@@ -136,12 +138,14 @@ class WatchedLayer(Surroundings):
         for name, tensor in before.original.tensors.items():
             if own.get(name) is not tensor:
                 put_tensor(self.module, "_buffers", name, tensor)
-            value = below_transforms(before.original.values[name])
-            target = below_transforms(tensor)
+            value = before.original.values.get(name)
+            target = unwrapped_tensor(tensor)
+            if value is None or not has_values(target):
+                continue
             if target.shape != value.shape:
                 target.data = value
-            elif has_values(target) and not same_bits(target, value):
-                target.data.copy_(value)
+            elif not same_bits(target, value):
+                write(target, value)
 
     @outside_modes()
     def commit(self, after: dict[str, Tensor | None]) -> None:
@@ -154,18 +158,12 @@ class WatchedLayer(Surroundings):
             if tensor.shape != value.shape or tensor.dtype != value.dtype:
                 put_tensor(self.module, "_buffers", name, value)
             elif has_values(tensor) and has_values(value):
-                tensor.data.copy_(value)
+                write(tensor, value)
 
-    def _differ(self, one: dict[str, Any], other: dict[str, Any]) -> bool:
-        pairs = [(below_transforms(one.get(name)), below_transforms(other.get(name))) for name in one]
+    def _differ(self, values: dict[str, Tensor], buffers: dict[str, Any]) -> bool:
+        pairs = [(value, unwrapped_tensor(buffers.get(name))) for name, value in values.items()]
         with outside_modes():
-            return not all(
-                [
-                    same_bits(left, right)
-                    for left, right in pairs
-                    if left is not None and right is not None and has_values(left) and has_values(right)
-                ]
-            )
+            return not all([same_bits(value, now) for value, now in pairs if now is not None and has_values(now)])
 
     def apply(self, decision: Decision) -> None:
         """Raises or records what was decided."""

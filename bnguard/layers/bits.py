@@ -3,22 +3,100 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from bnguard.torch_internals.transforms import is_fake, is_wrapped
+from bnguard.torch_internals.tracing import outside_modes
+from bnguard.torch_internals.transforms import is_fake, is_wrapped, unwrapped_tensor
 
 PLAIN: Final = frozenset({Tensor, nn.Parameter})  # a subclass may override any operation
 
 
 def has_values(tensor: Any) -> bool:
-    """Whether a tensor has values to read: not if it is lazy, on the meta device, fake, or inside a transform."""
-    return not (is_lazy(tensor) or tensor.is_meta or is_fake(tensor) or is_wrapped(tensor))
+    """Whether a tensor has bits that can be copied and compared.
+
+    Not if it has no values, or none that bnguard could read. See ``is_valueless`` and ``what_is_unreadable``.
+    """
+    is_plain = type(tensor) in PLAIN  # neither lazy nor fake
+    if (tensor.is_meta or is_wrapped(tensor)) if is_plain else is_valueless(tensor):
+        return False
+    return what_is_unreadable(tensor) is None
+
+
+def is_valueless(tensor: Any) -> bool:
+    """Whether a tensor has no values: it is lazy, on the meta device, fake, or inside a transform."""
+    return is_lazy(tensor) or is_fake(tensor) or is_wrapped(tensor) or tensor.is_meta
+
+
+def what_is_unreadable(tensor: Any) -> str | None:
+    """What a tensor with values is, such as ``"a nested tensor"``, if its bits cannot be copied and compared."""
+    if type(tensor) not in PLAIN:
+        tensor = unwrapped_tensor(tensor)
+        if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__ and tensor.layout is torch.strided:
+            return f"a {type(tensor).__name__}, a class with __torch_dispatch__"
+    if not _is_supported(tensor.dtype):
+        return f"a quantised tensor ({tensor.dtype})" if tensor.is_quantized else f"a tensor of {tensor.dtype}"
+    if tensor.layout is not torch.strided:
+        return f"a tensor with the layout {tensor.layout}"
+    if tensor.is_nested:
+        return "a nested tensor"
+    return None if tensor.data_ptr() or not tensor.numel() else "a tensor whose memory has been freed"
+
+
+@functools.cache
+@outside_modes()
+def _is_supported(dtype: torch.dtype) -> bool:
+    """Whether torch copies and converts tensors of a dtype: no quantised one, no ``torch.uint4`` or ``bits8``."""
+    try:
+        wide(torch.empty(1, dtype=dtype, device="cpu").clone()).to(torch.complex128)
+    except RuntimeError:
+        return False
+    return True
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """The values of a tensor in the widest floating dtype of their kind, as torch computes little in eight bits."""
+    tensor = tensor.detach()
+    if tensor.is_complex():
+        return tensor.to(torch.complex128)
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
+def readable(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    """Those of some tensors that can be read, as ordinary tensors."""
+    present = {name: unwrapped_tensor(tensor) for name, tensor in tensors.items() if tensor is not None}
+    return {name: tensor.as_subclass(Tensor) for name, tensor in present.items() if has_values(tensor)}
+
+
+def count_of(tensors: Mapping[str, Tensor]) -> int | None:
+    """The value of ``num_batches_tracked``; None without one that is a single number. Waits for the device."""
+    count = readable(tensors).get("num_batches_tracked")
+    return int(wide(count)) if count is not None and count.numel() == 1 and are_numbers([count]) else None
+
+
+def are_numbers(tensors: Iterable[Tensor]) -> bool:
+    """Whether all elements of some tensors are real numbers that can be read."""
+    return all([has_values(tensor) and not tensor.is_complex() for tensor in tensors])
+
+
+def are_alike(tensors: Sequence[Tensor]) -> bool:
+    """Whether some tensors are real numbers, and have one shape, which is not empty."""
+    return len({tensor.shape for tensor in tensors}) == 1 and tensors[0].numel() > 0 and are_numbers(tensors)
+
+
+def write(tensor: Tensor, value: Tensor) -> None:
+    """Writes values into a tensor, past autograd: no version counter increases, and a later backward pass works."""
+    target = tensor.data
+    for dim, stride in enumerate(target.stride()):
+        if stride == 0 and target.shape[dim]:  # expanded: its elements share memory, to which torch writes only once
+            target, value = target.narrow(dim, 0, 1), value.narrow(dim, 0, 1)
+    target.copy_(value)
 
 
 def as_bytes(flat: Tensor) -> Tensor:
@@ -36,14 +114,13 @@ def from_bytes(flat: Tensor, dtype: torch.dtype) -> Tensor:
 def digest_of(tensors: Mapping[str, Tensor | None]) -> str:
     """Computes a hash of the names, dtypes, shapes and bits of tensors, copying them to the CPU.
 
-    None, and tensors without values, are skipped.
+    None, and tensors that cannot be read, are skipped.
     """
     digest = hashlib.sha256()
-    for name, tensor in tensors.items():
-        if tensor is not None and has_values(tensor):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-            data = as_bytes(_flat(tensor).cpu())
-            digest.update(ctypes.string_at(data.data_ptr(), data.numel()))
+    for name, tensor in readable(tensors).items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        data = as_bytes(_flat(tensor).cpu())
+        digest.update(ctypes.string_at(data.data_ptr(), data.numel()))
     return digest.hexdigest()
 
 

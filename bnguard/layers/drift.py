@@ -9,6 +9,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
+from bnguard.layers.bits import are_alike
 from bnguard.records import Drift, DriftSeries
 from bnguard.torch_internals.tracing import outside_modes
 
@@ -41,7 +42,8 @@ def drift_between(
         model: The class of the model, as in ``Drift``.
 
     Returns:
-        The drift, on the CPU in float64; None if the layer has no mean with a variance, or their shapes changed.
+        The drift, on the CPU in float64; None if the layer has no mean with a variance, their shapes changed, or
+        they are no real numbers.
     """
     pairs = _pairs(before, after)
     if not pairs:
@@ -104,13 +106,11 @@ def sample_of(
 def _columns(before: Mapping[str, Tensor], now: Mapping[str, Tensor], eps: float) -> list[Tensor]:
     """Mean before and now, variance before and now with ``eps`` added, on the current device; else empty."""
     for mean, variance in _names(before)[:1]:
-        if mean in now and variance in now and now[mean].shape == before[mean].shape:
+        both = [statistics[name] for name in (mean, variance) for statistics in (before, now) if name in statistics]
+        if len(both) == 4 and are_alike(both):
             device = now[mean].device
             dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
-            four = [
-                tensor.detach().to(device, dtype).reshape(-1)
-                for tensor in (before[mean], now[mean], before[variance], now[variance])
-            ]
+            four = [tensor.detach().to(device, dtype).reshape(-1) for tensor in both]
             return [*four[:2], four[2] + eps, four[3] + eps]
     return []
 
@@ -137,14 +137,12 @@ def largest_mean_shift(before: Mapping[str, Tensor], after: Mapping[str, Tensor]
 
     Returns:
         The shift in standard deviations of ``before``; NaN if a statistic is NaN; None if the layer has no mean with a
-        variance.
+        variance, or they are no real numbers.
     """
     shifts = []
     for name, variance in _names(before):
-        if name not in after:
-            continue
-        old, new, var = (tensor.detach().double().cpu() for tensor in (before[name], after[name], before[variance]))
-        if old.shape == new.shape == var.shape and old.numel():
+        if name in after and are_alike((before[name], after[name], before[variance])):
+            old, new, var = (tensor.detach().double().cpu() for tensor in (before[name], after[name], before[variance]))
             shifts.append(((new - old).abs() / (var + eps).sqrt()).max().item())
     return max(shifts) if shifts else None
 
@@ -161,7 +159,7 @@ def _pairs(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[tu
     for mean, variance in _names(before):
         if mean in after and variance in after:
             both = (before[mean], after[mean], before[variance], after[variance])
-            four = [tensor.detach().double().cpu().reshape(-1) for tensor in both]
-            if len({tensor.shape for tensor in both}) == 1 and both[0].numel():
+            if are_alike(both):
+                four = [tensor.detach().double().cpu().reshape(-1) for tensor in both]
                 pairs.append((four[0], four[1], four[2], four[3]))
     return pairs

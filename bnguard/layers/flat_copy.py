@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bnguard.layers.bits import as_bytes, comparison_dtype, from_bytes, same_flat_bits
-from bnguard.torch_internals.transforms import is_wrapped
+from bnguard.layers.bits import as_bytes, comparison_dtype, from_bytes, has_values, same_flat_bits
 
 
 @dataclass(slots=True)
@@ -31,7 +30,13 @@ class Part:
     sizes: list[int]
 
     def flat(self) -> Tensor:
-        """Copies the current values into one flat tensor."""
+        """Copies the current values into one flat tensor.
+
+        Raises:
+            RuntimeError: They cannot be concatenated, or the memory of one has been given back: torch would crash.
+        """
+        if 0 in map(Tensor.data_ptr, self.tensors) and any([t.numel() and not t.data_ptr() for t in self.tensors]):
+            raise RuntimeError("a tensor has no memory")
         if self.rank == 0:
             return torch.stack(self.tensors)
         if self.rank == 1:
@@ -73,8 +78,8 @@ class FlatCopy:
         self._view_dtypes = [comparison_dtype(flat) for flat in self._flats]
 
     def has_values(self) -> bool:
-        """Whether values were copied: not from tensors on the meta device or inside a ``torch.func`` transform."""
-        return not any([type(flat) is not Tensor or flat.is_meta or is_wrapped(flat) for flat in self._flats])
+        """Whether values were copied, and can be compared: not from tensors on the meta device or sparse ones."""
+        return all([type(flat) is Tensor and has_values(flat) for flat in self._flats])
 
     def is_unchanged(self) -> bool:
         """Whether the tensors still have the copied bits.

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from bnguard.layers.bits import PLAIN, has_values, same_bits
+from bnguard.layers.bits import PLAIN, has_values, is_valueless, readable, same_bits, wide, write
 from bnguard.layers.flat_copy import Counts, FlatCopy, part_of
 from bnguard.layers.swaps import Table, own_tables, own_tensors, put_tensor, swap_lock
 from bnguard.torch_internals.tracing import outside_modes
-from bnguard.torch_internals.transforms import below_transforms
+from bnguard.torch_internals.transforms import unwrapped_tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +36,8 @@ class Snapshot:
     """A copy of named tensors of modules, together with references to the tensor objects.
 
     A tensor that is registered in several places is copied once. Tensors without values, on the meta device, fake or
-    uninitialised, are not copied. An uninitialised tensor is assumed to have had the values that torch initialises it
-    with: mean 0, variance 1.
+    uninitialised, and those that cannot be read, such as quantised ones, are not copied. An uninitialised tensor is
+    assumed to have had the values that torch initialises it with: mean 0, variance 1.
 
     Args:
         modules: The modules that own the tensors.
@@ -71,8 +71,9 @@ class Snapshot:
         self._odd = {id(tensor): tensor for tensor in tensors if type(tensor) not in PLAIN or not has_values(tensor)}
         self._copies = _copies_of([tensor for tensor in tensors if id(tensor) not in self._odd])
         if self._odd:
-            odd_values = {key: tensor.detach().clone() for key, tensor in self._odd.items() if has_values(tensor)}
-            self._saved_by_id = {**self._index(), **dict.fromkeys(self._odd), **odd_values}
+            odd = {key: unwrapped_tensor(tensor) for key, tensor in self._odd.items() if has_values(tensor)}
+            values = {key: tensor.detach().clone() for key, tensor in odd.items()}
+            self._saved_by_id = {**self._index(), **dict.fromkeys(self._odd), **values}
 
     def is_intact(self) -> bool:
         """Whether every module has the captured tensor objects with the captured bits.
@@ -127,25 +128,27 @@ class Snapshot:
     @outside_modes()
     def accept(self, owner: int) -> None:
         """Replaces the captured values of one module's tensors with their current values."""
-        self.recapture(owner, {name: below_transforms(now) for name, _, now in self._pairs(owner) if now is not None})
+        self.recapture(owner, {name: unwrapped_tensor(now) for name, _, now in self._pairs(owner) if now is not None})
 
     @outside_modes()
     def recapture(self, owner: int, values: Mapping[str, Tensor]) -> None:
         """Replaces the captured values of one module's tensors with ``values``, by name."""
         for name, original in zip(self._names[owner], self.objects_of(owner), strict=True):
             saved, value = self._saved(original), values.get(name)
-            if saved is None or value is None or not has_values(value):
+            if value is None or not has_values(value):
                 continue
-            if value.shape != saved.shape or _is_converted(value, saved):
+            if saved is None:
+                if has_values(original):  # it was uninitialised at capture
+                    self._index_of_saved()[id(original)] = value.clone()
+            elif value.shape != saved.shape or _is_converted(value, saved):
                 # A dtype that represents both exactly: the layer may be converted back.
-                self._index_of_saved()[id(original)] = value.to(
-                    torch.promote_types(saved.dtype, value.dtype), copy=True
-                )
+                dtype = torch.promote_types(wide(saved).dtype, wide(value).dtype)
+                self._index_of_saved()[id(original)] = value.to(dtype, copy=True)
             else:
                 saved.copy_(value)
 
     def without_values(self) -> frozenset[int]:
-        """Indices of the modules with a tensor that cannot be compared: it has no values and is not a lazy tensor."""
+        """Indices of the modules with a tensor that cannot be compared, and is not a lazy tensor."""
         if not self._odd:
             return frozenset()
         missing = {id(tensor) for tensor in self._odd.values() if self._saved(tensor) is None and not is_lazy(tensor)}
@@ -163,10 +166,9 @@ class Snapshot:
         return values
 
     def now(self, owner: int) -> dict[str, Tensor]:
-        """The current tensors of one module by name, without tensors that have no values."""
+        """The current tensors of one module by name, without tensors that cannot be read."""
         table = own_tensors(self.modules[owner], self._table)
-        tensors = {name: table.get(name) for name in self._names[owner]}
-        return {name: tensor for name, tensor in tensors.items() if tensor is not None and has_values(tensor)}
+        return readable({name: table.get(name) for name in self._names[owner]})
 
     def _current_columns(self) -> list[list[Tensor | None]]:
         """The current tensors by column; None for a removed tensor."""
@@ -203,18 +205,20 @@ class Snapshot:
         if current is None and self._has_moved(owner, original):
             return
         value = self._value(name, original)
-        if current is not None and current is not original and _is_converted(current, original):
+        is_kept = current is not None and (has_values(current) or is_valueless(current))
+        if current is not None and current is not original and is_kept and _is_converted(current, original):
             if value is not None and has_values(current) and not holds(current, value):
                 expected = value.to(current.device, current.dtype, copy=True)  # the user may write to it later
                 as_parameter = isinstance(current, nn.Parameter)
                 self._put(owner, name, nn.Parameter(expected, current.requires_grad) if as_parameter else expected)
             return
         if value is not None and has_values(original):
-            expected = value.to(original.device, original.dtype)
-            if original.shape != expected.shape:
-                original.data = expected.clone()
-            elif not same_bits(original, expected):
-                original.data.copy_(expected)
+            target = unwrapped_tensor(original)
+            expected = value.to(target.device, target.dtype)
+            if target.shape != expected.shape:
+                target.data = expected.clone()
+            elif not same_bits(target, expected):
+                write(target, expected)
         if current is not original:
             self._put(owner, name, original)
 
@@ -227,11 +231,11 @@ class Snapshot:
         """Whether ``current`` has the captured values of ``original``, converted to its dtype and device."""
         if current is None:
             return self._has_moved(owner, original)
-        current = below_transforms(current)
+        current = unwrapped_tensor(current)
         value = self._value(name, original)
-        if value is None or not has_values(current):
+        if value is None or is_valueless(current):
             return True
-        return holds(current, value)
+        return has_values(current) and holds(current, value)
 
     def _has_moved(self, owner: int, original: Tensor) -> bool:
         """Whether a parameter is now registered elsewhere in its module, under another name.
@@ -325,8 +329,9 @@ def holds(current: Tensor, value: Tensor) -> bool:
     """
     expected = value.to(current.device, current.dtype)
     if current.dtype != value.dtype and current.shape == value.shape:
-        is_nan = current.isnan() & expected.isnan()
-        return same_bits(current.detach().masked_fill(is_nan, 0), expected.masked_fill(is_nan, 0))
+        current, expected = wide(current), wide(expected)
+        if (is_nan := current.isnan() & expected.isnan()).any():
+            current, expected = current.masked_fill(is_nan, 0), expected.masked_fill(is_nan, 0)
     return same_bits(current, expected)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from bnguard.findings.events import Evaluation, Forward, LayerEnd, Result, StepEnd, Update
 from bnguard.findings.observer import LayerObserver
 from bnguard.findings.rule import Evidence
+from bnguard.layers.bits import readable
 from bnguard.layers.drift import eps_of
 from bnguard.layers.kinds import StatsLayer
 from bnguard.layers.swaps import own_tensors
@@ -220,10 +221,10 @@ class LayerLog:
         return self._observer.evidence(end)
 
     def now(self) -> dict[str, Tensor]:
-        """The present statistics; the last known ones if the layer has been deleted."""
+        """The present statistics that can be read; the last known ones if the layer has been deleted."""
         module = self._module()
         buffers = self.tensors if module is None else own_tensors(module, "_buffers")
-        return {name: tensor for name in self.buffers if (tensor := buffers.get(name)) is not None}
+        return readable({name: buffers.get(name) for name in self.buffers})
 
     def has_own_tensors(self, module: nn.Module) -> bool:
         """Whether a forward works on the layer's own statistics, and not on some that ``functional_call`` lends it.

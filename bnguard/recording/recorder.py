@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bnguard.guard.hooks import guard_of
 from bnguard.guard.policy import decide
-from bnguard.layers.bits import has_values
+from bnguard.layers.bits import readable
 from bnguard.layers.drift import DriftSample, sample_of
 from bnguard.layers.kinds import StatsLayer
 from bnguard.layers.swaps import own_tensors
@@ -31,7 +31,6 @@ from bnguard.torch_internals.compile import object_at, record_compiled
 from bnguard.torch_internals.distributed import differs_per_rank
 from bnguard.torch_internals.functional_call import lent_tensors
 from bnguard.torch_internals.tracing import outside_modes
-from bnguard.torch_internals.transforms import below_transforms
 from bnguard.words import name_text
 
 _MOST_SAMPLES: Final = 256
@@ -40,9 +39,14 @@ _MOST_NESTED: Final = 16  # forwards of one layer inside each other
 
 @dataclass(slots=True)
 class _Pending:
-    """A running forward of a layer that can only be seen to update by comparing its statistics."""
+    """A running forward of a layer that can only be seen to update by comparing its statistics.
 
-    versions: list[tuple[int, int]]
+    Attributes:
+        versions: See ``_versions``; None if its statistics were uninitialised, and the forward initialises them.
+        call: How the forward has come about.
+    """
+
+    versions: list[tuple[int, int]] | None
     call: ModelCall
 
 
@@ -156,7 +160,10 @@ class Recorder:
             waiting = self._pending.get((threading.get_ident(), id(module)))
             if waiting:
                 pending = waiting.pop()
-                if _versions(log, module) != pending.versions:
+                has_updated = (
+                    module.training if pending.versions is None else _versions(log, module) != pending.versions
+                )
+                if has_updated:
                     with self._lock:
                         log.record_update(pending.call, args, self.steps, self._backwards.count, self.timelines)
                 else:
@@ -270,15 +277,17 @@ def _is_prevented(module: nn.Module) -> bool:
     return guard is not None and decide(guard.ruling.entries, id(module)).action != "update"
 
 
-def _versions(log: LayerLog, module: nn.Module) -> list[tuple[int, int]]:
-    """For each statistic its id, and how often the tensor was written to; no device sync."""
+def _versions(log: LayerLog, module: nn.Module) -> list[tuple[int, int]] | None:
+    """For each statistic its id, and how often the tensor was written to; no device sync. None if one is lazy."""
     buffers = own_tensors(module, "_buffers")
     present = [tensor for name in log.buffers if (tensor := buffers.get(name)) is not None]
-    return [(id(tensor), 0 if tensor.is_inference() else tensor._version) for tensor in present]
+    try:
+        return [(id(tensor), 0 if tensor.is_inference() else tensor._version) for tensor in present]
+    except ValueError:  # a lazy tensor answers nothing else than that it is one
+        return None
 
 
 @outside_modes()
 def copies_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of those tensors that have values."""
-    plain = {name: below_transforms(tensor) for name, tensor in tensors.items()}
-    return {name: tensor.detach().clone() for name, tensor in plain.items() if has_values(tensor)}
+    """Copies of those tensors that can be read."""
+    return {name: tensor.detach().clone() for name, tensor in readable(tensors).items()}

@@ -8,8 +8,9 @@ from typing import Final, Literal, Self
 from torch import Tensor, nn
 
 from bnguard.findings.grouping import group_evidence
-from bnguard.layers.bits import digest_of, same_bits
+from bnguard.layers.bits import count_of, digest_of
 from bnguard.layers.drift import drift_between, largest_mean_shift, series_of
+from bnguard.layers.snapshot import holds
 from bnguard.recording.layer_log import LayerLog
 from bnguard.recording.ranks import Merged, Recorded
 from bnguard.recording.recorder import Recorder, copies_of
@@ -250,10 +251,8 @@ class watch:  # noqa: N801  # lower case, as torch.no_grad
         is_compiled = log.is_compiled or (module is not None and was_compiled(module))
         if not is_compiled or not log.kind.counts:
             return 0
-        before, now = (values.get("num_batches_tracked") for values in (log.before, self._now(number, log)))
-        if before is None or now is None:
-            return 0
-        return max(0, int(now) - int(before) - log.updates)
+        before, now = count_of(log.before), count_of(self._now(number, log))
+        return 0 if before is None or now is None else max(0, now - before - log.updates)
 
 
 def _check_every(every: object) -> None:
@@ -269,4 +268,4 @@ def _check_every(every: object) -> None:
 
 @outside_modes()
 def _same(one: Tensor, other: Tensor) -> bool:
-    return same_bits(one, other.to(one.device, one.dtype))
+    return holds(other, one)

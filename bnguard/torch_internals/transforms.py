@@ -1,16 +1,19 @@
-"""Recognise tensors inside ``torch.func`` transforms, and fake tensors."""
+"""Recognise tensors inside ``torch.func`` transforms, fake and functional tensors; unwrap tensors."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
+from torch import Tensor, nn
 from torch._C import _functorch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
+_PLAIN: Final = (Tensor, nn.Parameter)
+
 
 def is_fake(tensor: Any) -> bool:
-    """Whether the tensor belongs to a ``FakeTensorMode``, or to the tracer of ``torch.export``."""
+    """Whether the tensor belongs to a ``FakeTensorMode``, or is being functionalised."""
     return isinstance(tensor, (FakeTensor, FunctionalTensor))
 
 
@@ -24,3 +27,12 @@ def below_transforms(tensor: Any) -> Any:
     while tensor is not None and _functorch.is_functorch_wrapped_tensor(tensor):
         tensor = _functorch.get_unwrapped(tensor)
     return tensor
+
+
+def unwrapped_tensor(tensor: Any) -> Any:
+    """Unwraps a tensor that is inside a ``torch.func`` transform, or was left wrapped by one, and a ``DTensor``.
+
+    Of a ``DTensor`` this is the part of this rank, which shares its memory. So no rank has to wait for another.
+    """
+    tensor = below_transforms(tensor)
+    return tensor.to_local() if type(tensor) not in _PLAIN and type(tensor).__name__ == "DTensor" else tensor

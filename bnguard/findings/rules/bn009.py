@@ -10,7 +10,7 @@ from bnguard.findings.soundness import half_precision_of, statistics_of_layer
 
 
 class BN009(Rule):
-    """The layer's statistics are kept in float16 or bfloat16."""
+    """The layer's statistics are kept in float16, bfloat16 or less."""
 
     code = "BN009"
     title = "statistics in half precision"

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from bnguard.findings.events import AuditedModel, LayerEnd, Update
 from bnguard.findings.rule import Evidence, Rule
-from bnguard.layers.bits import has_values, same_bits
+from bnguard.layers.bits import has_values, is_valueless, same_bits
 from bnguard.torch_internals.tracing import outside_modes
-from bnguard.torch_internals.transforms import below_transforms
+from bnguard.torch_internals.transforms import below_transforms, unwrapped_tensor
 from bnguard.words import listing
 
 
@@ -42,7 +42,7 @@ class BN010(Rule):
         for name, (before, now) in self._before.items():
             if now.requires_grad or not any([id(now) in parameters for parameters in end.optimized]):
                 continue
-            if now.device != before.device or not same_bits(before, now):
+            if not (has_values(now) and now.device == before.device and same_bits(before, unwrapped_tensor(now))):
                 moved.append(name)
         if moved and end.has_stepped:
             yield Evidence(self.code, end.name, detail=listing(moved))
@@ -59,7 +59,7 @@ class BN010(Rule):
                 grad, name = parameter.grad, names.get(id(parameter))
                 if name is None or parameter.requires_grad or grad is None:
                     continue
-                if moves_by_zero or (has_values(grad) and bool(grad.any())):
+                if moves_by_zero or (not is_valueless(grad) and bool(grad.any())):
                     yield Evidence(cls.code, name, detail=type(optimizer).__name__)
 
 
@@ -67,4 +67,4 @@ class BN010(Rule):
 def _copies_of(module: nn.Module) -> dict[str, tuple[Tensor, nn.Parameter]]:
     own = {name: below_transforms(parameter) for name, parameter in module._parameters.items()}
     present = {name: parameter for name, parameter in own.items() if parameter is not None and has_values(parameter)}
-    return {name: (parameter.detach().clone(), parameter) for name, parameter in present.items()}
+    return {name: (unwrapped_tensor(parameter).detach().clone(), parameter) for name, parameter in present.items()}
