@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from bnguard.layers.bits import PLAIN, has_values, write
+from bnguard.layers.bits import has_values, write
 from bnguard.layers.swaps import own_tensors
 from bnguard.torch_internals.tracing import outside_modes
-from bnguard.torch_internals.transforms import is_wrapped, unwrapped_tensor
+from bnguard.torch_internals.transforms import PLAIN, is_wrapped, unwrapped_tensor
 
 # By id of the layer, as long as it has entries: what guards it, see ``hooks.LayerGuard``.
 guards: Final[dict[int, Any]] = {}

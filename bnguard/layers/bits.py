@@ -6,16 +6,14 @@ import ctypes
 import functools
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from bnguard.torch_internals.tracing import outside_modes
-from bnguard.torch_internals.transforms import is_fake, is_wrapped, unwrapped_tensor
-
-PLAIN: Final = frozenset({Tensor, nn.Parameter})  # a subclass may override any operation
+from bnguard.torch_internals.transforms import PLAIN, is_fake, is_wrapped, unwrapped_tensor
 
 
 def has_values(tensor: Any) -> bool:

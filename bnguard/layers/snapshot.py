@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from bnguard.layers.bits import PLAIN, has_values, is_valueless, readable, same_bits, wide, write
+from bnguard.layers.bits import has_values, is_valueless, readable, same_bits, wide, write
 from bnguard.layers.flat_copy import Counts, FlatCopy, part_of
 from bnguard.layers.swaps import Table, own_tables, own_tensors, put_tensor, swap_lock
 from bnguard.torch_internals.tracing import outside_modes
-from bnguard.torch_internals.transforms import unwrapped_tensor
+from bnguard.torch_internals.transforms import PLAIN, unwrapped_tensor
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from torch._C import _functorch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-_PLAIN: Final = (Tensor, nn.Parameter)
+PLAIN: Final = frozenset({Tensor, nn.Parameter})  # a subclass may override any operation
 
 
 def is_fake(tensor: Any) -> bool:
@@ -35,4 +35,4 @@ def unwrapped_tensor(tensor: Any) -> Any:
     Of a ``DTensor`` this is the part of this rank, which shares its memory. So no rank has to wait for another.
     """
     tensor = below_transforms(tensor)
-    return tensor.to_local() if type(tensor) not in _PLAIN and type(tensor).__name__ == "DTensor" else tensor
+    return tensor.to_local() if type(tensor) not in PLAIN and type(tensor).__name__ == "DTensor" else tensor

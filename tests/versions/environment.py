@@ -80,10 +80,9 @@ class Environment:
         """Prints which versions of a package there are."""
         subprocess.run([self.python, "-m", "pip", "index", "versions", package], check=False)
 
-    def output(self, code: str, *arguments: str) -> str:
+    def output(self, code: str) -> str:
         """What a line of Python prints there."""
-        command = [self.python, "-c", code, *arguments]
-        return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+        return subprocess.run([self.python, "-c", code], check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
 
     def build(self) -> str:
         """Which build of torch it has, in words."""
@@ -133,13 +132,7 @@ def _config() -> configparser.ConfigParser:
 
 
 def runtime_packages(metadata: str) -> Iterator[str]:
-    """The CUDA libraries that run on a machine without a GPU, as the metadata of torch asks for them.
-
-    >>> list(runtime_packages("Requires-Dist: nvidia-cuda-runtime-cu12==12.8.90; platform_system == 'Linux'"))
-    ['nvidia-cuda-runtime-cu12==12.8.90']
-    >>> list(runtime_packages("Requires-Dist: cuda-toolkit[cublas,cudart]==13.2.2; platform_system == 'Linux'"))
-    ['nvidia-cuda-runtime==13.2.*', 'nvidia-cuda-cupti==13.2.*']
-    """
+    """The CUDA libraries that run on a machine without a GPU, as the metadata of torch asks for them."""
     for name, version in re.findall(r"^Requires-Dist: ([\w-]+)(?:\[[\w,-]*])? ?\(?==([\w.]+)", metadata, re.MULTILINE):
         if re.fullmatch(r"nvidia-cuda-(runtime|cupti)-cu\d+", name):
             yield f"{name}=={version}"

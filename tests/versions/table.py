@@ -58,9 +58,13 @@ class Row:
         """By which rows are sorted; of two with the same key the later one stands."""
         return self.torch_numbers, _numbers(self.python)[:2], self.packages
 
+    @property
+    def title(self) -> str:
+        """What ran."""
+        return f"torch {self.torch}, Python {self.python}, {self.packages} packages"
+
     def __str__(self) -> str:
-        title = f"torch {self.torch}, Python {self.python}, {self.packages} packages"
-        return f"{title}: {self.passed:,} passed, {len(self.failed)} failed, {sum(self.skipped.values())} skipped"
+        return f"{self.title}: {self.passed:,} passed, {len(self.failed)} failed, {sum(self.skipped.values())} skipped"
 
 
 def read_junit(path: Path) -> tuple[int, list[str], dict[str, int]]:
@@ -100,10 +104,9 @@ def write_table(rows: Iterable[Row], path: Path = TABLE) -> None:
 
 def _notes(row: Row) -> list[str]:
     """What failed and why what was skipped was."""
-    title = f"**torch {row.torch}, Python {row.python}, {row.packages} packages**\n\n"
     failed = [f"- failed: `{name}`\n" for name in row.failed]
     skipped = [f"- skipped, {number}: {reason}\n" for reason, number in row.skipped.items()]
-    return [title, *failed, *skipped, "\n"]
+    return [f"**{row.title}**\n\n", *failed, *skipped, "\n"]
 
 
 def _numbers(version: str) -> list[int]:
