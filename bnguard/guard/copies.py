@@ -15,7 +15,8 @@ from bnguard.layers.swaps import is_swapped, own_mode, own_tensors
 
 # In the layer's __dict__, where Python finds them before those of the class.
 _HOLDING: Final = ("forward", "_replicate_for_data_parallel")
-_ATTRIBUTES: Final = (*_HOLDING, "__getstate__", "__prepare_scriptable__", "__deepcopy__")
+_COPYING: Final = ("__getstate__", "__prepare_scriptable__", "__deepcopy__")
+_ATTRIBUTES: Final = (*_HOLDING, *_COPYING)
 
 # Of hooks. Torch's own keys are numbers from a counter, which need not move for a hook that has no handle; and graphs
 # are compiled anew for another key.
@@ -26,7 +27,7 @@ _TABLES: Final = ("_forward_pre_hooks", "_forward_hooks", "_forward_hooks_always
 class LayerHook:
     """A forward hook on one layer. Copied or pickled, it is a function that does nothing and needs no bnguard."""
 
-    __slots__ = ("guard",)
+    guard: Any  # in a __dict__: dynamo of torch 2.4 to 2.6 cannot read a slot
 
     def __init__(self, guard: Any) -> None:
         self.guard = guard
@@ -46,6 +47,7 @@ class InstancePatch:
         copies_itself: Whether its class defines ``__deepcopy__``.
         previous: A ``forward`` that the user's code had put on the instance; None as a rule.
         has_hooks: Whether the hooks are on the layer.
+        has_copying: Whether what keeps copies free of ours is on it.
         has_forward: Whether a ``forward`` of ours is on it.
         is_hook_elsewhere: Whether a hook was no longer on the layer when it was to be removed: fusing moves hooks to
             another module.
@@ -54,7 +56,7 @@ class InstancePatch:
         is_watching: Whether the hooks watch a forward that is running.
     """
 
-    has_hooks = has_forward = is_hook_elsewhere = _has_copying = False
+    has_hooks = has_forward = is_hook_elsewhere = has_copying = False
     module: Any
     previous: Any
     copies_itself: bool
@@ -69,18 +71,21 @@ class InstancePatch:
         """
         module = self.module
         hooks, others = module._forward_pre_hooks, module._forward_hooks
+        if not (hooks or others):
+            return False
         return len(hooks) + len(others) > (_KEY in hooks) + (_KEY in others)
 
     def put_hooks(self, before: LayerHook, after: LayerHook | None) -> None:
         """Puts a forward pre-hook on the layer, and a forward hook that runs before those of the user."""
-        self.put_copying()
+        module = self.module
+        if not self.has_copying:
+            self.put_copying()
         if self.has_forward:
-            self.strip(self.module, _HOLDING)
+            self.strip(module, _HOLDING)
             self.has_forward = False
         if self.has_hooks:
             return
         self.has_hooks = True
-        module = self.module
         module._forward_pre_hooks[_KEY] = before
         if after is not None:
             module._forward_hooks_always_called[_KEY] = True
@@ -91,8 +96,12 @@ class InstancePatch:
         """Takes everything off. May be done again."""
         if self.has_hooks:
             self.remove_hooks()
-        self.strip(self.module)
-        self._has_copying = self.has_forward = False
+        if self.has_forward:
+            self.strip(self.module, _HOLDING)
+            self.has_forward = False
+        if self.has_copying:
+            self.strip(self.module, _COPYING)
+            self.has_copying = False
 
     def unhook(self, module: nn.Module) -> None:
         """Removes the hooks from a module to which they were moved, if they are there."""
@@ -113,7 +122,8 @@ class InstancePatch:
         """
         attributes = module.__dict__
         for name in names:
-            if self._is_ours(attributes.get(name)):
+            value = attributes.get(name)
+            if value is not None and getattr(value, "__self__", None) is self:
                 del attributes[name]
                 if self.previous is not None and name == "forward":
                     attributes[name] = self.previous
@@ -137,10 +147,8 @@ class InstancePatch:
         return plain
 
     def put_copying(self) -> None:
-        """Puts on the layer what keeps copies of it free of us, unless it is there."""
-        if self._has_copying:
-            return
-        self._has_copying = True
+        """Puts on the layer what keeps copies of it free of us."""
+        self.has_copying = True
         attributes = self.module.__dict__
         attributes["__getstate__"] = self.getstate
         attributes["__prepare_scriptable__"] = self.refuse_script
@@ -155,7 +163,8 @@ class InstancePatch:
             if hooks and self._is_hook(hooks.get(_KEY)):
                 del hooks[_KEY]
                 is_elsewhere = False
-        module._forward_hooks_always_called.pop(_KEY, None)
+        if module._forward_hooks_always_called:
+            module._forward_hooks_always_called.pop(_KEY, None)
         self.is_hook_elsewhere = self.is_hook_elsewhere or is_elsewhere
         self.has_hooks = False
 

@@ -9,7 +9,7 @@ import threading
 from contextlib import suppress
 from sys import getrefcount
 from types import FunctionType, MethodType
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +62,8 @@ class HeldLayer(WatchedLayer):
         signature and name of the forward that it stands for. A reference that is kept after the block, and copies of
         it, run the layer's own forward.
         """
-        self.put_copying()
+        if not self.has_copying:
+            self.put_copying()
         if self.has_hooks and not self.is_watching():
             self.remove_hooks()
         if not self.has_forward:
@@ -144,15 +145,18 @@ class HeldLayer(WatchedLayer):
             return self._run_reading(entries, args, kwargs)
         return self._run_watched(entries, args, kwargs)
 
-    def usual_action(self) -> Action | None:
-        """What happens to an update now: a quick answer for torch's BatchNorm outside of graphs; None: not known."""
+    def usual_action(self) -> Action | Literal["read"] | None:
+        """What a forward does now: a quick answer for torch's BatchNorm outside of graphs; None: not known.
+
+        ``"read"``: it only reads the statistics, and runs as without a guard.
+        """
         module = self.module
-        if not (module.training and module.track_running_stats):
-            return None
         own, known = module._buffers, self._known
         if own.get("running_mean") is not known[0] or own.get("running_var") is not known[1]:
             return None
-        return self.ruling.action
+        if module.training:
+            return self.ruling.action if module.track_running_stats else None
+        return None if self.ruling.hides else "read"
 
     def _flags(self) -> tuple[bool, bool]:
         """Whether a forward would update, and whether the layer is in train mode, whatever another thread's runs in."""
@@ -325,6 +329,8 @@ def forward_of_batch_norm(guard: HeldLayer, input: Tensor) -> Any:
             return guard.run_held((input,), {})
         if action == "running":
             return guard.run_in_eval_mode((input,), {})
+        if action == "read":
+            return type(guard.module).forward(guard.module, input)
     return guard.run((input,), {})
 
 

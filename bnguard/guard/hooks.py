@@ -36,17 +36,18 @@ from types import FrameType
 from typing import Any, Final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bnguard.errors import BNGuardError
 from bnguard.guard.copies import LayerHook
 from bnguard.guard.forward import HeldLayer
 from bnguard.guard.hold import guards
 from bnguard.guard.messages import script_text
-from bnguard.guard.policy import Entries, PolicyEntry, Rulings
+from bnguard.guard.policy import NO_RULING, Entries, PolicyEntry, Rulings
 from bnguard.guard.surroundings import refuse_graph, traced
 from bnguard.guard.watching import Before
 from bnguard.layers.kinds import BATCH_NORM, StatsLayer
+from bnguard.layers.swaps import own_values
 from bnguard.torch_internals.compile import GUARDS_GRAPHS, is_exporting
 from bnguard.torch_internals.fork import renew_after_fork
 from bnguard.torch_internals.tracing import is_symbolic
@@ -67,15 +68,11 @@ def _identity(frame: FrameType | None) -> object:
 
 
 class _BeforeForward(LayerHook):
-    __slots__ = ()
-
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self.guard.before(module, args)
 
 
 class _AfterForward(LayerHook):
-    __slots__ = ()
-
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self.guard.after(module, args)
 
@@ -85,12 +82,12 @@ class LayerGuard(HeldLayer):
 
     _before: dict[int, list[Before]] | None = None  # by thread, once there are some
 
-    def serves_again(self, layer: StatsLayer) -> bool:
+    def serves_again(self, layer: StatsLayer, known: tuple[Tensor | None, ...]) -> bool:
         """Whether this guard, which has no entries any more, can be used again as if it were new."""
         module = layer.module
         if module is not self.module or layer.kind is not self.kind or self.members or "forward" in module.__dict__:
             return False
-        return all(map(is_, map(module._buffers.get, self.names), self._known))
+        return all(map(is_, known, self._known))
 
     # Entries.
 
@@ -98,14 +95,17 @@ class LayerGuard(HeldLayer):
         """Makes the layer conform to ``members``. The caller holds the lock; starts over if they have changed."""
         while True:
             members = tuple(self.members)
-            self.ruling = ruling = rulings[members]
+            self.ruling = ruling = rulings[members] if members else NO_RULING
             if members:
-                if guards.setdefault(self.layer_id, self) is self and self.kind.hold != "none":
-                    rounds = self.kind.rounds_in_eval and ruling.action == "stop"
+                kind = self.kind
+                if guards.setdefault(self.layer_id, self) is self and kind.hold != "none":
+                    rounds = kind.rounds_in_eval and ruling.action == "stop"
                     if ruling.needs_forward or rounds or self.has_foreign_hooks():
-                        self.put_forward()
-                    else:
-                        self._put_hooks()
+                        if self.has_hooks or not self.has_forward:
+                            self.put_forward()
+                    elif self.has_forward or not self.has_hooks:
+                        after = None if kind.predict is not None else _AfterForward(self)
+                        self.put_hooks(_BeforeForward(self), after)
             elif not self._before or not self.is_watching():
                 self.remove()
                 self._method = None  # which is bound to this object
@@ -113,9 +113,6 @@ class LayerGuard(HeldLayer):
                     del guards[self.layer_id]
             if tuple(self.members) == members:
                 return
-
-    def _put_hooks(self) -> None:
-        self.put_hooks(_BeforeForward(self), None if self.kind.predict is not None else _AfterForward(self))
 
     def is_watching(self) -> bool:
         """Whether a forward that the hooks watch is still running, and may outlast the block.
@@ -148,20 +145,18 @@ class LayerGuard(HeldLayer):
         """The forward pre-hook: decides about a forward that would update, or copies what it may change."""
         if self.has_forward:
             return  # the forward sees to it; the hooks are there for forwards that began before it was put
-        if type(module) is not type(self.module):
-            self.unhook(module)  # fusing has moved the hook to another module
-            return
-        if module is not self.module and not module.__dict__.get("_is_replica", False):
-            self.strip(module)  # a copy of __dict__, which shares the hooks
-            return
+        if GUARDS_GRAPHS or not torch.compiler.is_compiling():  # dynamo of torch 2.4 cannot compare modules
+            if type(module) is not type(self.module):
+                self.unhook(module)  # fusing has moved the hook to another module
+                return
+            if module is not self.module and not module.__dict__.get("_is_replica", False):
+                self.strip(module)  # a copy of __dict__, which shares the hooks
+                return
         predict = self.kind.predict
         if predict is not None and not predict(module):
             return
         if torch.compiler.is_compiling():
-            if GUARDS_GRAPHS:
-                traced(id(self.module))
-            elif module.training and not is_exporting():
-                refuse_graph()
+            self._before_in_graph(module)
             return
         entries = self.ruling.entries  # of the moment at which the forward begins
         if is_symbolic(args, {}) or self.is_foreign(module):
@@ -171,6 +166,12 @@ class LayerGuard(HeldLayer):
                 self.apply(self.decide_and_count(entries))
         elif entries and not self.is_captured():
             self._watch(entries, sys._getframe(3))
+
+    def _before_in_graph(self, module: nn.Module) -> None:
+        if GUARDS_GRAPHS:
+            traced(id(self.module))
+        elif module.training and not is_exporting():
+            refuse_graph()
 
     def _watch(self, entries: Entries, call: FrameType) -> None:
         """Copies what a forward may change, until the forward hook is called for the same call of the layer."""
@@ -225,7 +226,8 @@ class LayerGuard(HeldLayer):
 
     def run_replica(self, replica: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
         """The forward of a replica."""
-        guard = LayerGuard(StatsLayer(replica, (), self.names, self.kind))
+        layer = StatsLayer(replica, (), self.names, self.kind)
+        guard = LayerGuard(layer, *own_values([layer]))
         guard.kind, guard.previous, guard._turn = self.kind, self.previous, self._turn
         guard.ruling, guard.layer_id = self.ruling, self.layer_id
         if self.kind is BATCH_NORM and "input" in kwargs:
@@ -249,12 +251,15 @@ def add_entry(
     """
     rulings = Rulings()
     with _lock:
-        for layer, candidate in zip(layers, chain(earlier, repeat(None)), strict=False):
+        for layer, known, candidate in zip(layers, own_values(layers), chain(earlier, repeat(None)), strict=False):
             key = id(layer.module)
             while True:
                 guard = guards.get(key)
                 if guard is None:
-                    guard = candidate if candidate is not None and candidate.serves_again(layer) else LayerGuard(layer)
+                    if candidate is not None and candidate.serves_again(layer, known):
+                        guard = candidate
+                    else:
+                        guard = LayerGuard(layer, known)
                 into.append(guard)
                 guard.members[entry] = None
                 guard.sync(rulings)
@@ -274,20 +279,16 @@ def drop_entry(guards: Sequence[LayerGuard], entry: PolicyEntry, model: nn.Modul
     with _lock:
         for guard in guards:
             try:
-                _drop(guard, entry, model, rulings)
+                guard.members.pop(entry, None)
+                guard.sync(rulings)
+                if guard.is_hook_elsewhere and not guard.members:
+                    for part in model.modules():
+                        guard.unhook(part)
+                    guard.is_hook_elsewhere = False
             except BaseException as error:
                 failure = failure or error
     if failure is not None:
         raise failure
-
-
-def _drop(guard: LayerGuard, entry: PolicyEntry, model: nn.Module, rulings: Rulings) -> None:
-    guard.members.pop(entry, None)
-    guard.sync(rulings)
-    if guard.is_hook_elsewhere and not guard.members:
-        for part in model.modules():
-            guard.unhook(part)
-        guard.is_hook_elsewhere = False
 
 
 def is_any_held(layers: Sequence[StatsLayer]) -> bool:

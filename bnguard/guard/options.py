@@ -90,7 +90,6 @@ def check_settings(
     updates: Any = 0,
     include: Any = None,
     exclude: Any = None,
-    group: Any = False,
 ) -> Settings:
     """Checks the options of ``frozen``. See there for the errors."""
     if on_change not in POLICIES:

@@ -205,15 +205,17 @@ class Ruling:
         in_graphs: What happens to every update in a compiled graph, where a recomputed forward is not a forward of its
             own; None where it depends on the forward.
         needs_forward: Whether forwards are held or counted, which takes a ``forward`` on the instance.
+        hides: Whether what forwards do is undone at the end of one of the blocks.
     """
 
-    __slots__ = ("action", "entries", "in_graphs", "needs_forward")
+    __slots__ = ("action", "entries", "hides", "in_graphs", "needs_forward")
 
     def __init__(self, entries: Entries) -> None:
         self.entries = entries if len(entries) < 2 else tuple(sorted(entries, key=_INNERMOST_FIRST))
         self.action = _standing(self.entries)
         self.in_graphs = _standing([entry for entry in self.entries if not entry.policy.only_in_backward])
-        self.needs_forward = any([entry.budget or entry.policy.holds or entry.policy.hides for entry in entries])
+        self.hides = any([entry.policy.hides for entry in entries])
+        self.needs_forward = self.hides or any([entry.budget or entry.policy.holds for entry in entries])
 
 
 _INNERMOST_FIRST: Final = attrgetter("order")

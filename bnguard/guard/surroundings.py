@@ -8,13 +8,13 @@ from types import FunctionType
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bnguard.errors import BNGuardError
 from bnguard.guard.copies import InstancePatch
 from bnguard.guard.hold import guards
 from bnguard.guard.policy import NO_RULING, PolicyEntry
-from bnguard.layers.kinds import BATCH_NORM, OWN_FORWARD, StatsLayer
+from bnguard.layers.kinds import BATCH_NORM, BATCH_NORMS, OWN_FORWARD, StatsLayer
 from bnguard.layers.swaps import own_tensors, own_values
 from bnguard.torch_internals.checkpointing import current_region
 from bnguard.torch_internals.compile import (
@@ -71,13 +71,17 @@ class Surroundings(InstancePatch):
         ruling: What follows from the blocks around it.
         members: What the blocks around it want, as the keys of a dictionary: see Note [Interruption].
         is_plain: Whether its forward is an ordinary method of its class.
+
+    Args:
+        layer: The layer.
+        known: Its statistics, in the order of its buffers.
     """
 
     ruling = NO_RULING
     _on_cuda: bool | None = None  # not known yet
     _turn: threading.RLock | None = None
 
-    def __init__(self, layer: StatsLayer) -> None:
+    def __init__(self, layer: StatsLayer, known: tuple[Tensor | None, ...]) -> None:
         # The whole object, in one go: of each layer one is made at every step.
         self.module = module = layer.module
         cls = type(module)
@@ -89,14 +93,14 @@ class Surroundings(InstancePatch):
         if previous is not None and kind.hold != "none":
             self.kind = kind = OWN_FORWARD
         self.is_plain = kind is BATCH_NORM or (previous is None and _is_plain(cls))
-        self.copies_itself = hasattr(cls, "__deepcopy__")
         if kind is not BATCH_NORM:
             self._turn = threading.RLock()
-        self._known = own_values(module, self.names)
+        self.copies_itself = cls not in BATCH_NORMS and hasattr(cls, "__deepcopy__")  # looking for it takes long
+        self._known = known
 
     def remember(self) -> None:
         """Remembers the current statistics as the layer's own."""
-        self._known = own_values(self.module, self.names)
+        [self._known] = own_values([StatsLayer(self.module, (), self.names, self.kind)])
         self._on_cuda = None
 
     def original(self, *args: Any, **kwargs: Any) -> Any:

@@ -165,6 +165,7 @@ class Snapshot:
                 values[name] = value.clone()
         return values
 
+    @outside_modes()
     def now(self, owner: int) -> dict[str, Tensor]:
         """The current tensors of one module by name, without tensors that cannot be read."""
         table = own_tensors(self.modules[owner], self._table)

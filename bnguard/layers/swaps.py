@@ -15,7 +15,7 @@ user of a swap is an entry in a tuple. Removing it twice does nothing, so an int
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from operator import attrgetter
 from typing import Any, Final, Literal
@@ -23,6 +23,7 @@ from typing import Any, Final, Literal
 from torch import Tensor, nn
 from torch.jit import ScriptModule as _ScriptModule
 
+from bnguard.layers.kinds import StatsLayer
 from bnguard.torch_internals.fork import renew_after_fork
 
 Table = Literal["_buffers", "_parameters"]
@@ -113,11 +114,11 @@ def own_tensors(module: nn.Module, table: Table) -> dict[str, Tensor | None]:
         return dict(_own(module, table))
 
 
-def own_values(module: nn.Module, names: Iterable[str]) -> tuple[Tensor | None, ...]:
-    """The module's own buffers with these names, even while statistics are swapped; None for a missing one."""
+def own_values(layers: Sequence[StatsLayer]) -> list[tuple[Tensor | None, ...]]:
+    """The own statistics of each layer, even while they are swapped; None for a missing one."""
     with swap_lock:
-        own = module._buffers if not swaps and _ScriptModule not in type(module).__mro__ else _own(module, "_buffers")
-        return tuple(map(own.get, names))
+        tables = own_tables([layer.module for layer in layers], "_buffers")
+        return [tuple(map(table.get, layer.buffers)) for table, layer in zip(tables, layers, strict=True)]
 
 
 def own_tables(modules: Sequence[nn.Module], table: Table) -> list[Mapping[str, Tensor | None]]:

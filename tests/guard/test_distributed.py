@@ -13,7 +13,7 @@ from tests.launch import TORCHRUN, job, once, start
 from tests.old_torch import RELEASE
 from tests.rank_scenarios import SCENARIOS
 
-HAS_FSDP2 = RELEASE >= (2, 6)  # before, fully_shard() takes a GPU
+HAS_FSDP2 = RELEASE >= (2, 7)  # before, fully_shard() takes a GPU
 OF_PAIRS = [
     name for name in SCENARIOS if name not in ("sync_batch_norm", "two_ddp_groups") and (HAS_FSDP2 or name != "fsdp2")
 ]
@@ -281,7 +281,7 @@ def test_sync_batch_norm(two_gpus):
         assert len(result["warn"]["warnings"]) == 1
 
 
-@pytest.mark.skipif(not HAS_FSDP2, reason="before torch 2.6 fully_shard() takes a GPU")
+@pytest.mark.skipif(not HAS_FSDP2, reason="before torch 2.7 fully_shard() takes a GPU")
 def test_fsdp2(two):
     """fully_shard is held and stopped like anything else, with mixed precision too."""
     for result in of(two, "fsdp2"):

@@ -21,6 +21,7 @@ from bnguard.guard import policy as _policy
 from bnguard.guard import watching as _watching
 from bnguard.layers import kinds as _layers
 from bnguard.layers import tree as _tree
+from bnguard.layers.swaps import own_values
 from bnguard.torch_internals import known_forwards
 from tests.asserts import assert_clean, assert_same_bits, state_of, warns
 from tests.nets import NORMS, images, warmed
@@ -404,7 +405,8 @@ def test_dropping_entries_that_were_never_added_does_nothing() -> None:
     norm = nn.BatchNorm2d(3)
     entry = _policy.PolicyEntry(None, _policy.POLICIES["restore"])
     _hooks.drop_entry([], entry, norm)
-    _hooks.drop_entry([_hooks.LayerGuard(_tree.find_layers(norm)[0])], entry, norm)
+    layers = _tree.find_layers(norm)
+    _hooks.drop_entry([_hooks.LayerGuard(layers[0], own_values(layers)[0])], entry, norm)
     assert_clean(norm)
 
 

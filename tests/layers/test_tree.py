@@ -33,6 +33,15 @@ class Other(nn.BatchNorm2d):
         return super().forward(input) + 1
 
 
+class AllEqual(nn.BatchNorm2d):
+    """A layer that says it equals any other."""
+
+    __hash__ = nn.Module.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+
 def make_net() -> nn.Sequential:
     """Layers side by side, in a container, without statistics, and registered later."""
     inner = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU())
@@ -53,6 +62,10 @@ def _put_below_a_leaf(net: nn.Sequential) -> None:
 
 def _replace(net: nn.Sequential) -> None:
     net[0] = nn.BatchNorm2d(3)
+
+
+def _replace_by_an_equal(net: nn.Sequential) -> None:
+    net[2] = AllEqual(3)
 
 
 def _rename(net: nn.Sequential) -> None:
@@ -109,9 +122,9 @@ def _register(net: nn.Sequential) -> None:
 
 
 CHANGES: list[Callable[[nn.Sequential], None]] = [
-    _append, _append_deeper, _put_below_a_leaf, _replace, _rename, _rename_in_place, _reorder, _remove, _share,
-    _drop_a_buffer, _delete_a_buffer, _add_a_buffer, _change_the_class, _put_a_forward_on_the_instance,
-    _replace_the_buffers, _load_a_state, _register,
+    _append, _append_deeper, _put_below_a_leaf, _replace, _replace_by_an_equal, _rename, _rename_in_place, _reorder,
+    _remove, _share, _drop_a_buffer, _delete_a_buffer, _add_a_buffer, _change_the_class,
+    _put_a_forward_on_the_instance, _replace_the_buffers, _load_a_state, _register,
 ]  # fmt: skip
 
 

@@ -1,9 +1,12 @@
 """The switch ``--bn-frozen`` and the ini value: every model that runs in any test is watched, wherever it was made."""
 
+import re
+
 import pytest
 import torch
 from torch.nn.modules import module as torch_module
 
+from tests.old_torch import guards_graphs
 from tests.suites import HEAD, Suite, block, suite
 
 __all__ = ["suite"]
@@ -264,10 +267,16 @@ def test_module(mode):
 
 @pytest.mark.usefixtures("_fresh_compiler")
 def test_compiled_models_are_compared(suite: Suite):
-    """In a graph no hook runs, in the second test no line of Python: the comparison at the end finds it."""
+    """In a graph no hook runs, in the second test no line of Python: the comparison at the end finds it.
+
+    Before torch 2.12 a graph that is traced through a guarded layer is refused.
+    """
     result = suite.run(COMPILED, "--bn-frozen=raise", failed=6, passed=5)
     found = "In a compiled graph no forward can be seen or stopped; this comparison finds what it changed."
-    assert sum(found in line for line in result.outlines) == 6
+    text = "\n".join(result.outlines)
+    assert guards_graphs == (text.count(found) == 6)
+    for test in re.split(r"^_{3,} test_\w+\[train\d\] _{3,}$", text, flags=re.MULTILINE)[1:]:
+        assert found in test or "guards inside torch.compile need torch 2.12 or later" in test
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
@@ -335,7 +344,7 @@ def test_compiled_module_where_warnings_are_errors(suite: Suite):
     """Where the test itself makes every warning an error, torch's about hooks that see all modules does not come."""
     suite.run(
         """
-import warnings
+import contextlib, warnings
 
 def test_it(model):
     compiled = torch.compile(model.eval(), backend="eager")
@@ -345,7 +354,8 @@ def test_it(model):
 
 def test_hooks_of_others_are_still_warned_about(model):
     handle = nn.modules.module.register_module_forward_pre_hook(lambda module, args: None)
-    with pytest.warns(UserWarning, match="global hooks"):
+    has_warning = hasattr(nn.modules.module, "_has_any_global_hook")  # torch 2.8 and later
+    with pytest.warns(UserWarning, match="global hooks") if has_warning else contextlib.nullcontext():
         torch.compile(model.eval(), backend="eager")(IMAGES)
     handle.remove()
 """,
