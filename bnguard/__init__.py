@@ -6,11 +6,12 @@ function. Importing bnguard alone does not import torch.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from bnguard.torch_internals.lazy_import import load
 
+TYPE_CHECKING = False  # type checkers take it for true; importing typing would take most of the time
 if TYPE_CHECKING:
+    from typing import Any
+
     from bnguard.errors import BNGuardError as BNGuardError
     from bnguard.errors import BNGuardWarning as BNGuardWarning
     from bnguard.errors import StatsChangedError as StatsChangedError
