@@ -17,10 +17,10 @@ _KNOWN: Final = frozenset(
     {
         "20dfafe31cecb686",  # _BatchNorm.forward, torch 2.4 to 2.15
         "ae9efd6aeb168fbb",  # SyncBatchNorm.forward, torch 2.4 to 2.6
-        "4b9236714668dc61",  # torch 2.8: for XPU too
+        "4b9236714668dc61",  # torch 2.7 to 2.9: for XPU too
         "32fa46050227feb8",  # torch 2.10: for HPU too
         "87b9d607412c83e7",  # torch 2.11 to 2.15: raises AssertionError instead of using assert
-        "4132f8696bf9fbbe",  # _InstanceNorm.forward, torch 2.4 to 2.8
+        "4132f8696bf9fbbe",  # _InstanceNorm.forward, torch 2.4 to 2.9
         "cd06d533f40149b0",  # torch 2.10 to 2.15: a warning with a stacklevel
         "f37973f71c7d765a",  # _InstanceNorm._apply_instance_norm, torch 2.4 to 2.15
     }
