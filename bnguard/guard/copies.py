@@ -71,9 +71,7 @@ class InstancePatch:
         """
         module = self.module
         hooks, others = module._forward_pre_hooks, module._forward_hooks
-        if not (hooks or others):
-            return False
-        return len(hooks) + len(others) > (_KEY in hooks) + (_KEY in others)
+        return bool(hooks or others) and len(hooks) + len(others) > (_KEY in hooks) + (_KEY in others)
 
     def put_hooks(self, before: LayerHook, after: LayerHook | None) -> None:
         """Puts a forward pre-hook on the layer, and a forward hook that runs before those of the user."""
