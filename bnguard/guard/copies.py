@@ -47,7 +47,6 @@ class InstancePatch:
         copies_itself: Whether its class defines ``__deepcopy__``.
         previous: A ``forward`` that the user's code had put on the instance; None as a rule.
         has_hooks: Whether the hooks are on the layer.
-        has_copying: Whether what keeps copies free of ours is on it.
         has_forward: Whether a ``forward`` of ours is on it.
         is_hook_elsewhere: Whether a hook was no longer on the layer when it was to be removed: fusing moves hooks to
             another module.
@@ -56,7 +55,7 @@ class InstancePatch:
         is_watching: Whether the hooks watch a forward that is running.
     """
 
-    has_hooks = has_forward = is_hook_elsewhere = has_copying = False
+    has_hooks = has_forward = is_hook_elsewhere = _has_copying = False
     module: Any
     previous: Any
     copies_itself: bool
@@ -71,13 +70,12 @@ class InstancePatch:
         """
         module = self.module
         hooks, others = module._forward_pre_hooks, module._forward_hooks
-        return bool(hooks or others) and len(hooks) + len(others) > (_KEY in hooks) + (_KEY in others)
+        return len(hooks) + len(others) > (_KEY in hooks) + (_KEY in others)
 
     def put_hooks(self, before: LayerHook, after: LayerHook | None) -> None:
         """Puts a forward pre-hook on the layer, and a forward hook that runs before those of the user."""
         module = self.module
-        if not self.has_copying:
-            self.put_copying()
+        self.put_copying()
         if self.has_forward:
             self.strip(module, _HOLDING)
             self.has_forward = False
@@ -97,9 +95,9 @@ class InstancePatch:
         if self.has_forward:
             self.strip(self.module, _HOLDING)
             self.has_forward = False
-        if self.has_copying:
+        if self._has_copying:
             self.strip(self.module, _COPYING)
-            self.has_copying = False
+            self._has_copying = False
 
     def unhook(self, module: nn.Module) -> None:
         """Removes the hooks from a module to which they were moved, if they are there."""
@@ -120,8 +118,7 @@ class InstancePatch:
         """
         attributes = module.__dict__
         for name in names:
-            value = attributes.get(name)
-            if value is not None and getattr(value, "__self__", None) is self:
+            if self._is_ours(attributes.get(name)):
                 del attributes[name]
                 if self.previous is not None and name == "forward":
                     attributes[name] = self.previous
@@ -145,8 +142,10 @@ class InstancePatch:
         return plain
 
     def put_copying(self) -> None:
-        """Puts on the layer what keeps copies of it free of us."""
-        self.has_copying = True
+        """Puts on the layer what keeps copies of it free of us, unless it is there."""
+        if self._has_copying:
+            return
+        self._has_copying = True
         attributes = self.module.__dict__
         attributes["__getstate__"] = self.getstate
         attributes["__prepare_scriptable__"] = self.refuse_script
@@ -161,8 +160,7 @@ class InstancePatch:
             if hooks and self._is_hook(hooks.get(_KEY)):
                 del hooks[_KEY]
                 is_elsewhere = False
-        if module._forward_hooks_always_called:
-            module._forward_hooks_always_called.pop(_KEY, None)
+        module._forward_hooks_always_called.pop(_KEY, None)
         self.is_hook_elsewhere = self.is_hook_elsewhere or is_elsewhere
         self.has_hooks = False
 

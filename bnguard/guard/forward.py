@@ -62,8 +62,7 @@ class HeldLayer(WatchedLayer):
         signature and name of the forward that it stands for. A reference that is kept after the block, and copies of
         it, run the layer's own forward.
         """
-        if not self.has_copying:
-            self.put_copying()
+        self.put_copying()
         if self.has_hooks and not self.is_watching():
             self.remove_hooks()
         if not self.has_forward:

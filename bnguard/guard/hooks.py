@@ -101,9 +101,8 @@ class LayerGuard(HeldLayer):
                 if guards.setdefault(self.layer_id, self) is self and kind.hold != "none":
                     rounds = kind.rounds_in_eval and ruling.action == "stop"
                     if ruling.needs_forward or rounds or self.has_foreign_hooks():
-                        if self.has_hooks or not self.has_forward:
-                            self.put_forward()
-                    elif self.has_forward or not self.has_hooks:
+                        self.put_forward()
+                    else:
                         after = None if kind.predict is not None else _AfterForward(self)
                         self.put_hooks(_BeforeForward(self), after)
             elif not self._before or not self.is_watching():

@@ -15,7 +15,7 @@ from bnguard.guard.copies import InstancePatch
 from bnguard.guard.hold import guards
 from bnguard.guard.policy import NO_RULING, PolicyEntry
 from bnguard.layers.kinds import BATCH_NORM, BATCH_NORMS, OWN_FORWARD, StatsLayer
-from bnguard.layers.swaps import own_tensors, own_values
+from bnguard.layers.swaps import own_tensors
 from bnguard.torch_internals.checkpointing import current_region
 from bnguard.torch_internals.compile import (
     GRAPHS_REFUSED,
@@ -100,7 +100,7 @@ class Surroundings(InstancePatch):
 
     def remember(self) -> None:
         """Remembers the current statistics as the layer's own."""
-        [self._known] = own_values([StatsLayer(self.module, (), self.names, self.kind)])
+        self._known = tuple(map(own_tensors(self.module, "_buffers").get, self.names))
         self._on_cuda = None
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
