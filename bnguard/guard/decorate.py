@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import wrapt
 
 from bnguard.errors import StatsChangedError
+from bnguard.torch_internals.compile import OutsideGraphs, skip_frame
 
 if TYPE_CHECKING:
     _Wrapper: TypeAlias = wrapt.FunctionWrapper[..., Any]
@@ -52,18 +53,19 @@ def guard_function(function: Any, opener: Opener, decorator: str) -> Any:
     else:
         run = _run_function
 
+    @skip_frame
     def wrapper(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return run(opener(wrapped, instance, args, kwargs), wrapped, args, kwargs)
 
     return _GuardedFunction(function, wrapper)
 
 
-class _BoundGuardedFunction(_BoundWrapper):
+class _BoundGuardedFunction(OutsideGraphs, _BoundWrapper):
     def __reduce_ex__(self, protocol: Any) -> Any:
         return getattr, (self._self_instance, self.__wrapped__.__name__)
 
 
-class _GuardedFunction(_Wrapper):
+class _GuardedFunction(OutsideGraphs, _Wrapper):
     """A function wrapper that pickles as functions do: by name."""
 
     __bound_function_wrapper__ = _BoundGuardedFunction
@@ -72,6 +74,7 @@ class _GuardedFunction(_Wrapper):
         return self.__wrapped__.__qualname__
 
 
+@skip_frame
 def _run_function(make_guard: MakeGuard, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     with make_guard():
         return function(*args, **kwargs)

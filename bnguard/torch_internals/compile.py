@@ -68,10 +68,10 @@ def _outside_graphs_by_wrapper(function: Any) -> Any:
 
     functools.update_wrapper(outside, function)
     outside._torchdynamo_orig_callable = function  # type: ignore[attr-defined]
-    return _skip_frame(outside, _REASON)
+    return skip_frame(outside, _REASON)
 
 
-def _skip_frame(function: Any, reason: str) -> Any:
+def skip_frame(function: Any, reason: str = _REASON) -> Any:
     """Makes dynamo run the frame of ``function`` as it is; it may still trace what ``function`` calls."""
     if _HAS_STRATEGIES:
         action = eval_frame._FrameAction
@@ -88,9 +88,25 @@ def _disabled(function: Any, reason: str) -> Any:
     return function
 
 
+class OutsideGraphs:
+    """Base of callable objects around which a graph breaks.
+
+    Dynamo takes a wrapper of wrapt for the function that it wraps, and would trace that one.
+    """
+
+    _torchdynamo_disable = True
+    _torchdynamo_disable_msg = _REASON
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the next class. Dynamo gives the reason if it gets here, with a bound method."""
+        return super().__call__(*args, **kwargs)  # type: ignore[misc]  # of the other base
+
+    skip_frame(__call__)
+
+
 def refused_in_graphs(function: F) -> F:
     """Before torch 2.12, makes a graph break in front of ``function``; ``is_called_by_graph()`` is then true in it."""
-    refused: F = function if GUARDS_GRAPHS else _skip_frame(function, GRAPHS_REFUSED)
+    refused: F = function if GUARDS_GRAPHS else skip_frame(function, GRAPHS_REFUSED)
     return refused
 
 
