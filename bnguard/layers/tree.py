@@ -45,6 +45,7 @@ class Tree:
         "_buffer_counts",
         "_buffer_tables",
         "_can_stay",
+        "_missing",
         "_module_tables",
         "_modules",
         "_rules",
@@ -67,6 +68,10 @@ class Tree:
         self._types = [type(layer.module) for layer in self.layers]
         self._buffer_tables: list[Any] = list(map(_BUFFERS, self._modules))
         self._buffer_counts = list(map(len, self._buffer_tables))
+        # Registered as None: a layer that does not track yet.
+        self._missing = [
+            (table, name) for table in self._buffer_tables for name, tensor in table.items() if tensor is None
+        ]
         self._module_tables: list[Any] = list(map(_MODULES, self._modules))
         self._branches = [(table, tuple(table.keys()), tuple(table.values())) for table in self._module_tables if table]
 
@@ -85,6 +90,8 @@ class Tree:
             and all(map(is_, map(_BUFFERS, modules), self._buffer_tables))
             and all(map(is_, map(_MODULES, modules), self._module_tables))
         ):
+            return False
+        if any([table.get(name) is not None for table, name in self._missing]):
             return False
         for layer, cls in zip(self.layers, self._types, strict=True):
             module = layer.module

@@ -45,7 +45,8 @@ class AllEqual(nn.BatchNorm2d):
 def make_net() -> nn.Sequential:
     """Layers side by side, in a container, without statistics, and registered later."""
     inner = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU())
-    return nn.Sequential(nn.BatchNorm2d(3), inner, nn.Identity(), Renamed(), nn.BatchNorm2d(3))
+    late = nn.BatchNorm2d(3, track_running_stats=False)
+    return nn.Sequential(nn.BatchNorm2d(3), inner, nn.Identity(), Renamed(), nn.BatchNorm2d(3), late)
 
 
 def _append(net: nn.Sequential) -> None:
@@ -117,6 +118,14 @@ def _load_a_state(net: nn.Sequential) -> None:
     net[0].__setstate__(nn.BatchNorm2d(3).__getstate__())
 
 
+def _begin_to_track(net: nn.Sequential) -> None:
+    net[5].running_mean, net[5].running_var, net[5].track_running_stats = torch.zeros(3), torch.ones(3), True
+
+
+def _begin_to_count(net: nn.Sequential) -> None:
+    net[5].num_batches_tracked = torch.tensor(0)
+
+
 def _register(net: nn.Sequential) -> None:
     bnguard.register_layer(Renamed, ["ema"])
 
@@ -124,7 +133,7 @@ def _register(net: nn.Sequential) -> None:
 CHANGES: list[Callable[[nn.Sequential], None]] = [
     _append, _append_deeper, _put_below_a_leaf, _replace, _replace_by_an_equal, _rename, _rename_in_place, _reorder,
     _remove, _share, _drop_a_buffer, _delete_a_buffer, _add_a_buffer, _change_the_class,
-    _put_a_forward_on_the_instance, _replace_the_buffers, _load_a_state, _register,
+    _put_a_forward_on_the_instance, _replace_the_buffers, _load_a_state, _register, _begin_to_track, _begin_to_count,
 ]  # fmt: skip
 
 
