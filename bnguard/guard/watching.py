@@ -29,6 +29,7 @@ class _Original:
     Attributes:
         tensors: The statistics, as objects, without those that a transform of ``torch.func`` has lent.
         values: Copies of those that can be read.
+        pointers: Where these were in memory.
         has_changed: Whether one of those forwards was found to have changed them.
         is_shared: Whether there was more than one.
         is_awaited: Whether it is to be put back by the last of them: not while another one is reading.
@@ -36,6 +37,7 @@ class _Original:
 
     tensors: dict[str, Tensor]
     values: dict[str, Tensor]
+    pointers: dict[str, int]
     has_changed: bool = False
     is_shared: bool = False
     is_awaited: bool = False
@@ -85,7 +87,8 @@ class WatchedLayer(Surroundings):
                 values = copies_outside_modes(tensors)
                 if len(values) < len(tensors):
                     tensors = {name: tensor for name, tensor in tensors.items() if not is_wrapped(tensor)}
-                self._original = original = _Original(tensors, values)
+                pointers = {name: unwrapped_tensor(tensors[name]).data_ptr() for name in values}
+                self._original = original = _Original(tensors, values, pointers)
             self.under_way += 1
         return Before(entries, original, sys.exception())
 
@@ -145,7 +148,10 @@ class WatchedLayer(Surroundings):
             if target.shape != value.shape:
                 target.data = value
             elif not same_bits(target, value):
-                write(target, value)
+                if target.data_ptr() != before.original.pointers[name]:
+                    target.data = value.clone()  # its memory may be somebody else's
+                else:
+                    write(target, value)
 
     @outside_modes()
     def commit(self, after: dict[str, Tensor | None]) -> None:

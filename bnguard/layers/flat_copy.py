@@ -21,6 +21,7 @@ class Part:
         rank: Their number of dimensions if all have 0 or all have 1; else None.
         shapes: Their shapes if ``rank`` is None; else None.
         sizes: Their numbers of elements.
+        pointers: Where their values were in memory when they were copied.
     """
 
     tensors: list[Tensor]
@@ -28,6 +29,7 @@ class Part:
     rank: int | None
     shapes: list[torch.Size] | None
     sizes: list[int]
+    pointers: list[int] | None = None
 
     def flat(self) -> Tensor:
         """Copies the current values into one flat tensor.
@@ -35,8 +37,11 @@ class Part:
         Raises:
             RuntimeError: They cannot be concatenated, or the memory of one has been given back: torch would crash.
         """
-        if 0 in map(Tensor.data_ptr, self.tensors) and any([t.numel() and not t.data_ptr() for t in self.tensors]):
+        pointers = list(map(Tensor.data_ptr, self.tensors))
+        if 0 in pointers and any([tensor.numel() and not tensor.data_ptr() for tensor in self.tensors]):
             raise RuntimeError("a tensor has no memory")
+        if self.pointers is None:
+            self.pointers = pointers
         if self.rank == 0:
             return torch.stack(self.tensors)
         if self.rank == 1:
@@ -97,6 +102,12 @@ class FlatCopy:
             views.update(zip(map(id, part.tensors), part.views(flat), strict=True))
         return views
 
+    def pointers(self) -> dict[int, int]:
+        """Where the values were in memory when they were copied, by the id of their tensor."""
+        return {
+            id(tensor): at for part in self._parts for tensor, at in zip(part.tensors, part.pointers or (), strict=True)
+        }
+
     def _current_flats(self) -> list[Tensor]:
         """The current values, one flat tensor per part; on a GPU all parts as bytes in one tensor.
 
@@ -122,10 +133,11 @@ class Counts:
         tensors: Tensors of an integer dtype with one element each, all on the CPU.
     """
 
-    __slots__ = ("_saved", "_tensors", "_viewed")
+    __slots__ = ("_pointers", "_saved", "_tensors", "_viewed")
 
     def __init__(self, tensors: list[Tensor]) -> None:
         self._tensors = tensors
+        self._pointers = list(map(Tensor.data_ptr, tensors))
         self._saved = self._current_numbers()
         self._viewed: Tensor | None = None  # replaces _saved once views() has been called: callers may write to them
 
@@ -142,6 +154,10 @@ class Counts:
         if self._viewed is None:
             self._viewed = torch.tensor(self._saved, device="cpu")  # not the device of a torch.device() block
         return dict(zip(map(id, self._tensors), self._viewed.unbind(), strict=True))
+
+    def pointers(self) -> dict[int, int]:
+        """Where the values were in memory when they were copied, by the id of their tensor."""
+        return dict(zip(map(id, self._tensors), self._pointers, strict=True))
 
     def _current_numbers(self) -> list[int | float | bool]:
         # Takes half as long as copying all tensors into one and comparing that.

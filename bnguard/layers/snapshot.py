@@ -45,7 +45,10 @@ class Snapshot:
         table: Whether these are buffers or parameters.
     """
 
-    __slots__ = ("_columns", "_copies", "_groups", "_names", "_odd", "_places", "_saved_by_id", "_table", "modules")
+    __slots__ = (
+        "_columns", "_copies", "_groups", "_names", "_odd", "_places", "_pointers", "_saved_by_id", "_table",
+        "_transient", "modules",
+    )  # fmt: skip
 
     @outside_modes()
     def __init__(
@@ -61,6 +64,10 @@ class Snapshot:
         self._groups: dict[tuple[str, ...], Sequence[int]] = _grouped(names)
         self._columns: list[list[Tensor]] = self._current_columns()  # type: ignore[assignment]  # all exist
         self._places: list[tuple[int, int]] | None = None  # first column and row of each module, once needed
+        self._pointers: dict[int, int] | None = None  # once needed
+        transient = [module._non_persistent_buffers_set for module in modules]
+        # By module: names of buffers that are not in the state dict. A deleted one is no longer among them.
+        self._transient = {owner: frozenset(some) for owner, some in enumerate(transient) if some}
         self._odd: dict[int, Tensor] = {}
         self._saved_by_id: dict[int, Tensor | None] | None = None
         copies = _copies_of_columns(self._columns)
@@ -219,14 +226,25 @@ class Snapshot:
             if target.shape != expected.shape:
                 target.data = expected.clone()
             elif not same_bits(target, expected):
-                write(target, expected)
+                if self._is_elsewhere(original, target):
+                    target.data = expected.clone()
+                else:
+                    write(target, expected)
         if current is not original:
             self._put(owner, name, original)
+
+    def _is_elsewhere(self, original: Tensor, target: Tensor) -> bool:
+        """Whether a captured tensor has been given other memory through ``.data``, which may be somebody else's."""
+        if self._pointers is None:
+            self._pointers = {key: at for copy in self._copies for key, at in copy.pointers().items()}
+        return self._pointers.get(id(original), target.data_ptr()) != target.data_ptr()
 
     def _put(self, owner: int, name: str, tensor: Tensor) -> None:
         """Sets the module's tensor ``name``, at its original position in the dictionary."""
         module, names = self.modules[owner], self._names[owner]
         put_tensor(module, self._table, name, tensor, names[names.index(name) + 1 :])
+        if name in self._transient.get(owner, ()):
+            module._non_persistent_buffers_set.add(name)
 
     def _is_intact(self, owner: int, name: str, current: Tensor | None, original: Tensor) -> bool:
         """Whether ``current`` has the captured values of ``original``, converted to its dtype and device."""

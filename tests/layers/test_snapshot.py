@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import nn
 
+import bnguard
 from bnguard.layers import flat_copy
 from bnguard.layers.bits import as_bytes, digest_of, from_bytes, same_bits
 from bnguard.layers.drift import largest_mean_shift
 from bnguard.layers.snapshot import Snapshot
-from tests.asserts import assert_same_bits
+from tests.asserts import assert_same_bits, told
 
 NAMES = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -257,3 +258,18 @@ def test_digest_passes_over_what_has_no_values() -> None:
     assert digest_of({"a": ones, **nothing}) == digest
     others = [{"b": ones}, {"a": ones.double()}, {"a": ones[None]}, {"a": ones * -1}]
     assert digest not in map(digest_of, others)
+
+
+@pytest.mark.parametrize("policy", ["raise", "restore", "rollback"])
+@pytest.mark.parametrize("persistent", [True, False])
+def test_deleted_statistic_comes_back_as_persistent_as_it_was(persistent: bool, policy: str) -> None:
+    """The state dict has the same keys before and after."""
+    net = nn.Sequential(nn.BatchNorm2d(2), nn.BatchNorm2d(2))
+    mean = net[1].running_mean
+    del net[1].running_mean
+    net[1].register_buffer("running_mean", mean, persistent=persistent)
+    keys = list(net.state_dict())
+    with told(), bnguard.frozen(net.eval(), policy):
+        del net[1].running_mean
+    assert list(net.state_dict()) == keys
+    assert net[1].running_mean is mean
