@@ -24,7 +24,7 @@ from bnguard.guard.hooks import LayerGuard, add_entry, drop_entry, is_any_held
 from bnguard.guard.options import Settings
 from bnguard.guard.outcome import Outcome
 from bnguard.guard.policy import Counts, PolicyEntry, count_update
-from bnguard.layers.kinds import StatsLayer
+from bnguard.layers.kinds import StatsLayer, moving_statistics
 from bnguard.layers.select import select_layers
 from bnguard.layers.swaps import own_tensors
 from bnguard.layers.tree import Tree
@@ -288,7 +288,8 @@ class Block:
     def _change(self, layer: StatsLayer) -> StatsChange:
         count, type_name = self._counts[id(layer.module)], type(layer.module).__name__
         is_prevented = self._settings.policy.stops
-        return StatsChange(layer.names, type_name, layer.buffers, count.beyond, count.where, None, is_prevented)
+        moved = moving_statistics(layer)
+        return StatsChange(layer.names, type_name, moved, count.beyond, count.where, None, is_prevented)
 
 
 def _mode(layer: StatsLayer) -> str:

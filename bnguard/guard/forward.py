@@ -180,7 +180,7 @@ class HeldLayer(WatchedLayer):
         if is_symbolic(args, kwargs) or self.rejects(args):
             return self.original(*args, **kwargs)
         decision = self.decide_and_count(entries)
-        self.apply(decision)
+        self.apply(decision, args)
         if decision.action == "hold":
             return self.run_held(args, kwargs)
         if decision.action == "running":

@@ -162,7 +162,7 @@ class LayerGuard(HeldLayer):
             return
         if predict is not None:
             if not self.rejects(args):
-                self.apply(self.decide_and_count(entries))
+                self.apply(self.decide_and_count(entries), args)
         elif entries and not self.is_captured():
             self._watch(entries, sys._getframe(3))
 

@@ -14,8 +14,16 @@ from bnguard.errors import BNGuardError
 from bnguard.guard.copies import InstancePatch
 from bnguard.guard.hold import guards
 from bnguard.guard.policy import NO_RULING, PolicyEntry
-from bnguard.layers.kinds import BATCH_NORM, BATCH_NORMS, OWN_FORWARD, StatsLayer
+from bnguard.layers.kinds import (
+    BATCH_NORM,
+    BATCH_NORMS,
+    INSTANCE_NORM,
+    OWN_FORWARD,
+    SYNC_BATCH_NORM,
+    StatsLayer,
+)
 from bnguard.layers.swaps import own_tensors
+from bnguard.torch_internals.batch_sizes import refuse_single_values
 from bnguard.torch_internals.checkpointing import current_region
 from bnguard.torch_internals.compile import (
     GRAPHS_REFUSED,
@@ -24,6 +32,7 @@ from bnguard.torch_internals.compile import (
     record_compiled,
     refused_in_graphs,
 )
+from bnguard.torch_internals.distributed import is_distributed
 from bnguard.torch_internals.functional_call import in_functional_call
 from bnguard.torch_internals.tracing import is_recorded
 
@@ -152,6 +161,15 @@ class Surroundings(InstancePatch):
         except Exception:  # whatever it is, the layer's own forward raises it again
             return True
         return False
+
+    def refuse_batch(self, args: tuple[Any, ...]) -> None:
+        """Raises torch's own error if it refuses the batch, which it does after it has counted it."""
+        kind, input = self.kind, args[0] if args else None
+        is_joint = kind is SYNC_BATCH_NORM and is_distributed()  # then the batches of all ranks count
+        if isinstance(input, Tensor) and kind in (BATCH_NORM, SYNC_BATCH_NORM, INSTANCE_NORM) and not is_joint:
+            no_batch = getattr(self.module, "_get_no_batch_dim", lambda: 0)()
+            size = torch.Size((1, *input.shape)) if input.dim() == no_batch else input.shape
+            refuse_single_values(size, per_instance=kind is INSTANCE_NORM)
 
     def has_own_tensors(self) -> bool:
         """Whether the layer's buffers are the remembered ones, on which compiled graphs depend."""

@@ -171,10 +171,11 @@ class WatchedLayer(Surroundings):
         with outside_modes():
             return not all([same_bits(value, now) for value, now in pairs if now is not None and has_values(now)])
 
-    def apply(self, decision: Decision) -> None:
-        """Raises or records what was decided."""
+    def apply(self, decision: Decision, args: tuple[Any, ...] = ()) -> None:
+        """Raises or records what was decided about an update by a forward with these arguments."""
         decider = decision.decider
         if decision.action == "stop" and decider is not None and decider.block is not None:
+            self.refuse_batch(args)
             raise decider.block.stopped(self.layer_id)
         for entry in decision.told:
             if entry.block is not None:

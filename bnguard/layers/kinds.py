@@ -184,6 +184,16 @@ def _kind(module: nn.Module) -> LayerKind:
     return OWN_FORWARD
 
 
+def moving_statistics(layer: StatsLayer) -> tuple[str, ...]:
+    """The statistics that a predicted update moves, as long as the batch is finite."""
+    kind, names = layer.kind, layer.buffers
+    if not kind.counts:
+        return tuple([name for name in names if name != "num_batches_tracked"])
+    if kind.predict is batch_norm_updates and layer.module.momentum == 0 and "num_batches_tracked" in names:
+        return ("num_batches_tracked",)  # old * 1 + batch * 0
+    return names
+
+
 def batch_norm_updates(module: Any) -> bool:
     """Whether ``_BatchNorm.forward`` or ``SyncBatchNorm.forward`` would update the statistics, according to flags."""
     if not (module.training and module.track_running_stats):

@@ -16,9 +16,14 @@ from bnguard.torch_internals.fork import call_in_children
 _SHARDED = ("FullyShardedDataParallel", "FSDPModule", "FSDP")  # the last two are one, named FSDP in torch 2.4
 
 
+def is_distributed() -> bool:
+    """Whether this process belongs to a group of several."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def rank_prefix() -> str:
     """The prefix of a message in a distributed run, ``"[rank 3] "``; else the empty string."""
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() < 2:
+    if not is_distributed():
         return ""
     return f"[rank {dist.get_rank()}] "
 
@@ -42,7 +47,7 @@ def overwritten_by_ddp(modules: Iterable[nn.Module], *, after_join: bool = False
         By id of each such module, the global rank of the first process in its group, whose buffers DDP normally
         broadcasts.
     """
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() < 2:
+    if not is_distributed():
         return {}
     modules = list(modules)
     if any([module not in _around or _around[module]() is None for module in modules]):
@@ -98,7 +103,7 @@ def default_store() -> Any:
         The store; None without a process group, for a single process, for the "fake" backend, and in a forked child
         such as a ``DataLoader`` worker, which is not a rank and must not use its parent's connection.
     """
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() < 2:
+    if not is_distributed():
         return None
     store = dist.distributed_c10d._get_default_store()
     if store is None or store in _inherited or dist.get_backend() == "fake":
