@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-import threading
+import itertools
 import warnings
 from collections.abc import Callable, Iterable
+from contextvars import ContextVar
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Final, Self, TypeVar
 
 import torch
 from torch import nn
@@ -27,6 +28,11 @@ from bnguard.torch_internals.compile import outside_graphs
 from bnguard.words import short_repr
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+_numbers: Final = itertools.count(1)
+# The blocks that this thread or this task of asyncio has entered. One that another one leaves stays among them.
+_own: Final[ContextVar[tuple[int, ...]]] = ContextVar("bnguard_own_blocks", default=())
+_MOST_OWN: Final = 64
 
 
 class frozen:  # noqa: N801  # lower case, as torch.no_grad
@@ -52,9 +58,9 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
         ...
         guard.stop()
 
-    Guards may be nested, entered again, shared by threads. The innermost one decides about a forward; what it lets
-    stand is a change for the guard around it. Decorating a coroutine or a generator function guards each resumption;
-    what the caller does in between is not inside.
+    Guards may be nested, entered again, shared by threads and by tasks of asyncio. The innermost one decides about a
+    forward; what it lets stand is a change for the guard around it. Decorating a coroutine or a generator function
+    guards each resumption; what the caller does in between is not inside.
 
     Not covered: after the block, activation checkpointing recomputes its region in an unguarded forward; run that
     backward inside the block. Under ``torch.compile`` nothing can be raised, warned about or counted at the forward:
@@ -135,7 +141,7 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
     def _set(self, model: nn.Module, settings: Settings) -> None:
         self._model = model
         self._settings = settings
-        # By which thread, in the order of opening; None is still being entered. Without a lock: a change is one step.
+        # Their numbers, in the order of opening; None is still being entered. Without a lock: a change is one step.
         self._open: dict[Block, int | None] = {}
         self._last: Block | None = None
 
@@ -145,12 +151,13 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
 
     def _enter(self) -> Self:
         """Begins a block."""
-        block, thread = Block(self._model, self._settings, self._last), threading.get_ident()
+        block, number = Block(self._model, self._settings, self._last), next(_numbers)
         self._open[block] = None
         self._last = block
         try:
             block.enter()
-            self._open[block] = thread
+            self._open[block] = number
+            _own.set((*_own.get()[1 - _MOST_OWN :], number))
             return self
         except BaseException:
             self._open.pop(block, None)
@@ -165,9 +172,10 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
     def _leave(self, error: BaseException | None) -> None:
         """Ends the innermost block, with the exception that leads out of it."""
         block = self._innermost()
-        while block is not None and self._open.pop(block, None) is None:
+        while block is not None and (number := self._open.pop(block, None)) is None:
             block = self._innermost()  # another thread or a signal handler has ended it in the meantime
         if block is not None:
+            _own.set(tuple([other for other in _own.get() if other != number]))
             try:
                 block.leave(error)
             finally:
@@ -185,7 +193,9 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
 
     @outside_graphs
     def stop(self) -> None:
-        """Leaves the block that this thread entered last, else the last one of all. Without one, does nothing.
+        """Leaves the block that this thread or task entered last, else the last one of all.
+
+        Without one, does nothing.
 
         Raises:
             StatsChangedError: As at the end of a ``with`` block.
@@ -240,10 +250,10 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
         self._set(*state)
 
     def _innermost(self) -> Block | None:
-        """The block that this thread entered last, else the last of all."""
-        thread = threading.get_ident()
-        entered = [(block, owner) for block, owner in list(self._open.items()) if owner is not None]
-        own = [block for block, owner in entered if owner == thread]
+        """The block that this thread or task entered last, else the last of all."""
+        numbers = _own.get()
+        entered = [(block, number) for block, number in list(self._open.items()) if number is not None]
+        own = [block for block, number in entered if number in numbers]
         return own[-1] if own else entered[-1][0] if entered else None
 
 
