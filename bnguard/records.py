@@ -56,10 +56,12 @@ class StatsChange:
         buffers: The buffers that differ, or would have, e.g. ``("running_mean", "running_var")``.
         updates: Forwards that updated the layer, or that ``on_change="raise"`` stopped; 0 if the statistics were
             written by something other than a forward.
-        where: The user's line of the first update, ``"train.py:42 in train_step"``; None if no update was seen.
+        where: The user's line of the first update, ``"train.py:42 in train_step"``: the line that called the model;
+            None if no update was seen.
         mean_shift: Largest shift of a channel's mean, in standard deviations at entry
             (``|new - old| / sqrt(running_var + eps)``); None if nothing moved or the layer has no mean and variance.
         prevented: True if the update was stopped before it happened and nothing moved.
+        inside: The line in the model that ran the layer, ``"nets.py:35 in forward"``, if that is another one.
     """
 
     names: tuple[str, ...]
@@ -69,6 +71,12 @@ class StatsChange:
     where: str | None
     mean_shift: float | None
     prevented: bool = False
+    inside: str | None = None
+
+    @property
+    def place(self) -> str:
+        """Both lines: ``"train.py:42 in train_step (nets.py:35 in forward)"``."""
+        return f"{self.where}" if self.inside is None else f"{self.where} ({self.inside})"
 
 
 @dataclass(frozen=True, slots=True)

@@ -181,18 +181,18 @@ class Block:
 
     def stopped(self, layer: int) -> StatsChangedError:
         """Records an update that is stopped of the layer with this id; returns the error to raise."""
-        count_update(self._counts[layer], str(call_site()))
+        count_update(self._counts[layer], call_site())
         found = self._layer(layer)
         return self._outcome.stopped(self._change(found), _mode(found), self._settings.updates)
 
     def updated(self, layer: int) -> None:
         """Records an update that is let through; the first one of the block is warned about, at the user's line."""
         count = self._counts[layer]
-        if count.where is not None:
-            count_update(count, count.where)
+        if count.site is not None:
+            count_update(count, count.site)
             return
         site = call_site()
-        count_update(count, str(site))
+        count_update(count, site)
         found = self._layer(layer)
         self._outcome.updated(self._change(found), _mode(found), self._settings.updates, site)
 
@@ -289,7 +289,8 @@ class Block:
         count, type_name = self._counts[id(layer.module)], type(layer.module).__name__
         is_prevented = self._settings.policy.stops
         moved = moving_statistics(layer)
-        return StatsChange(layer.names, type_name, moved, count.beyond, count.where, None, is_prevented)
+        where, inside = count.lines
+        return StatsChange(layer.names, type_name, moved, count.beyond, where, None, is_prevented, inside)
 
 
 def _mode(layer: StatsLayer) -> str:

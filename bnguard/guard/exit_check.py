@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Final
 
 from torch import Tensor, nn
@@ -210,8 +211,9 @@ class ExitCheck:
             owner = difference.owner
             shift = largest_mean_shift(snapshot.before(owner), snapshot.now(owner), eps_of(layer.module))
         seen = count.beyond if self._policy.tells_forwards and not self._policy.stops else 0
-        where = count.where if seen else None
-        return StatsChange(layer.names, type(layer.module).__name__, difference.names, seen, where, shift)
+        where, inside = count.lines if seen else (None, None)
+        type_name = type(layer.module).__name__
+        return StatsChange(layer.names, type_name, difference.names, seen, where, shift, inside=inside)
 
 
 def compiled_layers(layers: Sequence[StatsLayer], model: nn.Module) -> list[StatsLayer]:
@@ -221,6 +223,4 @@ def compiled_layers(layers: Sequence[StatsLayer], model: nn.Module) -> list[Stat
 
 
 def _joined(one: StatsChange, other: StatsChange) -> StatsChange:
-    return StatsChange(
-        one.names, one.type, one.buffers + other.buffers, one.updates, one.where, one.mean_shift or other.mean_shift
-    )
+    return replace(one, buffers=one.buffers + other.buffers, mean_shift=one.mean_shift or other.mean_shift)

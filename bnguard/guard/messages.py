@@ -73,7 +73,7 @@ def stopped_text(change: StatsChange, mode: str, budget: int, phrases: Phrases =
                 ('on_change="restore"', "normalise with the batch, keep the statistics"),
             ),
         ]
-    return "\n".join([what, f"  at {change.where}", *advice])
+    return "\n".join([what, f"  at {change.place}", *advice])
 
 
 def kept_text(change: StatsChange, mode: str, budget: int, phrases: Phrases = FROZEN) -> str:
@@ -85,7 +85,7 @@ def kept_text(change: StatsChange, mode: str, budget: int, phrases: Phrases = FR
         what = f"is in {mode} mode inside {place} and updates its running statistics"
     return (
         f"{layer_text(change.names, change.type)} {what}: {listing(change.buffers)}.\n"
-        f"  at {change.where}\n"
+        f"  at {change.place}\n"
         f"The update was kept. Later ones are recorded without further warnings; {phrases.everything}."
     )
 
@@ -326,7 +326,7 @@ def _change_text(change: StatsChange) -> str:
     if change.updates:
         verb = "stopped" if change.prevented else "seen"
         first = "" if change.updates == 1 else ", first"
-        parts.append(f"{count_text(change.updates, 'update')} {verb}{first} at {change.where}")
+        parts.append(f"{count_text(change.updates, 'update')} {verb}{first} at {change.place}")
     return f"{layer_text(change.names, change.type)}: {'; '.join(parts)}"
 
 

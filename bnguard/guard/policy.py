@@ -25,6 +25,7 @@ from typing import Final, Literal, Protocol
 from torch import Tensor
 
 from bnguard.errors import StatsChangedError
+from bnguard.torch_internals.callsite import CallSite
 from bnguard.torch_internals.checkpointing import Region, is_in_backward
 from bnguard.torch_internals.fork import renew_after_fork
 
@@ -123,12 +124,18 @@ class UpdateCount:
     Attributes:
         within: Updates within the budget.
         beyond: Updates beyond it, whether they were let through or stopped.
-        where: The user's line of the first one beyond it.
+        site: The user's line of the first one beyond it.
     """
 
     within: int = 0
     beyond: int = 0
-    where: str | None = None
+    site: CallSite | None = None
+
+    @property
+    def lines(self) -> tuple[str | None, str | None]:
+        """``where`` and ``inside`` of a ``StatsChange``."""
+        site = self.site
+        return (None, None) if site is None else (str(site), None if site.inside is None else str(site.inside))
 
 
 class Counts(dict[int, UpdateCount]):
@@ -289,9 +296,9 @@ def spend(count: UpdateCount, budget: int, updates: int) -> bool:
         return True
 
 
-def count_update(count: UpdateCount, where: str) -> None:
+def count_update(count: UpdateCount, site: CallSite) -> None:
     """Adds one update beyond the budget."""
     with _lock:
         count.beyond += 1
-        if count.where is None:
-            count.where = where
+        if count.site is None:
+            count.site = site

@@ -9,18 +9,10 @@ from typing import Any, Final
 from torch import nn
 
 from bnguard.layers.kinds import StatsLayer, registered_rules, statistics_of
+from bnguard.torch_internals.wrappers import WRAPPERS
 
 _BUFFERS: Final = attrgetter("_buffers")
 _MODULES: Final = attrgetter("_modules")
-
-# Wrapper classes, with the attribute that holds the wrapped module. Layer names leave this attribute out.
-WRAPPERS: Final = {
-    "DataParallel": "module",
-    "DistributedDataParallel": "module",
-    "FullyShardedDataParallel": "_fsdp_wrapped_module",
-    "OptimizedModule": "_orig_mod",
-    "CheckpointWrapper": "_checkpoint_wrapped_module",
-}
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -9,8 +9,8 @@ from typing import Final, NamedTuple
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
-from bnguard.layers.tree import WRAPPERS
 from bnguard.torch_internals.callsite import CallSite, function_of, origin_of
+from bnguard.torch_internals.wrappers import WRAPPERS
 
 # Every call of a module runs this function once.
 _CALL: Final = nn.Module.__call__.__code__

@@ -1,4 +1,13 @@
-"""Find the line of the user's code that led to a call."""
+"""Find the line of the user's code that led to a call.
+
+Note [The user's line]
+~~~~~~~~~~~~~~~~~~~~~~
+A layer is called from the ``forward`` of its model, and the model from a loop. Who asks which line moved statistics
+means the loop. So the line is that of the outermost call of a module that the user's code makes itself, other than of
+a wrapper such as ``DistributedDataParallel``; the line in the model that calls the layer comes second. What a library
+calls, a trainer say, is no line of the user's: then it is the outermost one inside of that. Without a call of a module
+it is the innermost line of the user's code.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +15,15 @@ import functools
 import os
 import sys
 import sysconfig
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import CodeType, FrameType, TracebackType
-from typing import Literal
+from typing import Final, Literal
 
 import torch
 import wrapt
+from torch import nn
+
+from bnguard.torch_internals.wrappers import WRAPPERS
 
 Origin = Literal["machinery", "library", "user"]
 
@@ -26,6 +38,7 @@ class CallSite:
         function: Name of the function, ``"<module>"`` at top level; a comprehension belongs to its function.
         stacklevel: The ``stacklevel`` for ``warnings.warn``, called from the caller of ``call_site``, to point here.
         offset: Offset of the instruction in the function's bytecode, which distinguishes calls on one line.
+        inside: The innermost line of the user's code, if it is another one.
     """
 
     filename: str
@@ -33,32 +46,46 @@ class CallSite:
     function: str
     stacklevel: int
     offset: int = field(default=0, compare=False)
+    inside: CallSite | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
         return f"{_short(self.filename)}:{self.lineno} in {self.function}"
 
 
 def call_site() -> CallSite:
-    """Finds the innermost frame of the user's code.
+    """Finds the user's line. See Note [The user's line].
 
-    That is the innermost frame outside torch, bnguard, the standard library and all installed packages. If there is
-    none, as in a command-line tool of an installed package, it is the innermost frame outside torch and bnguard.
+    The user's code is what is outside torch, bnguard, the standard library and all installed packages. If there is
+    none, as in a command-line tool of an installed package, it is what is outside torch and bnguard.
     """
     frame: FrameType | None = sys._getframe(1)
     stacklevel = 1
-    fallback: CallSite | None = None
+    innermost: dict[Origin, CallSite] = {}
+    calling: dict[Origin, CallSite] = {}
+    is_called = False  # whether the next frame that is no machinery calls a module
     outermost = CallSite("<unknown>", 0, "<unknown>", 1)
     while frame is not None:
+        if frame.f_code is _CALL:
+            is_called = is_called or type(frame.f_locals.get("self")).__name__ not in WRAPPERS
         origin = "machinery" if _is_made_by_a_tracer(frame) else origin_of(frame.f_code.co_filename)
-        if origin != "machinery":
-            site = _site(frame, stacklevel)
-            if origin == "user":
-                return site
-            fallback = fallback or site
         outermost = _site(frame, stacklevel)
+        if origin != "machinery":
+            innermost.setdefault(origin, outermost)
+            if is_called:
+                calling[origin] = outermost
+                is_called = False
         frame = frame.f_back
         stacklevel += 1
-    return fallback or outermost
+    for origin in _PREFERRED:
+        if origin in innermost:
+            inside = innermost[origin]
+            site = calling.get(origin, inside)
+            return site if site == inside else replace(site, inside=inside)
+    return outermost
+
+
+_CALL: Final = nn.Module.__call__.__code__
+_PREFERRED: Final[tuple[Origin, ...]] = ("user", "library")
 
 
 def _site(frame: FrameType, stacklevel: int) -> CallSite:

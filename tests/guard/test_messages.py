@@ -74,7 +74,7 @@ def test_stopped_forward_in_eval_mode_does_not_advise_eval_mode() -> None:
         net(images())
     assert str(caught.value) == (
         "(root) (InstanceNorm2d) is in eval mode inside frozen():\n"
-        "this forward would update running_mean, running_var and num_batches_tracked.\n"
+        "this forward would update running_mean and running_var.\n"
         f"  at {line_of('net(images())')}\n"
         "Choose what you meant:\n"
         f"{CHOICES}"

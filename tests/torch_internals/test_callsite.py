@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import linecache
 import os
+import re
 import sysconfig
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -88,20 +89,109 @@ def test_call_site_of_a_string_is_its_name() -> None:
     assert names["f"]() == "<string>:2 in f"
 
 
-def test_finding_in_a_model_points_into_the_model() -> None:
-    """A model's own forward is the user's code, and nearer than the line that calls the model."""
+class Net(nn.Module):
+    """A model whose forward is the user's code."""
 
-    class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(2)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.norm(input)
+
+
+IN_NET = f"{FILE}:{inspect.getsourcelines(Net.forward)[1] + 1} in forward"
+
+
+def change_of(net: nn.Module, run: Any) -> bnguard.StatsChange:
+    """What a guard under warn says about the first layer that updated."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with bnguard.frozen(net, "warn") as guard:
+            run()
+    return guard.changes[0]
+
+
+def test_finding_in_a_model_points_at_the_loop_and_then_into_the_model() -> None:
+    """A user asks which of the loops it was; the line in the model comes second."""
+    net = Net()
+
+    def train_step() -> None:
+        net(images())
+
+    change = change_of(net, train_step)
+    line = inspect.getsourcelines(train_step)[1] + 1
+    assert change.where == f"{FILE}:{line} in train_step"
+    assert change.inside == IN_NET
+    with (
+        pytest.raises(bnguard.StatsChangedError, match=re.escape(f"  at {change.where} ({IN_NET})\n")),
+        bnguard.frozen(net),
+    ):
+        train_step()
+
+
+def test_wrapped_model_is_called_where_its_wrapper_is() -> None:
+    """``DataParallel`` and ``torch.compile`` call the model; the user calls them."""
+    net = Net()
+    for model in (nn.DataParallel(net), torch.compile(net, backend="eager", disable=True), nn.Sequential(net)):
+        change = change_of(net, lambda model=model: model(images()))
+        assert change.where == f"{FILE}:{here() - 1} in <lambda>"
+        assert change.inside == IN_NET
+
+
+def test_model_in_a_model_of_the_user() -> None:
+    """The outermost call that the user's code makes."""
+
+    class Pair(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.norm = nn.BatchNorm2d(2)
+            self.net = Net()
 
         def forward(self, input: Tensor) -> Tensor:
-            return self.norm(input)
+            return self.net(input)
 
+    pair = Pair()
+    change = change_of(pair.net, lambda: pair(images()))
+    assert change.where == f"{FILE}:{here() - 1} in <lambda>"
+    assert change.inside == IN_NET
+
+
+def test_step_that_a_library_runs_is_the_users_line() -> None:
+    """A trainer of a package calls the user's step, which calls the model."""
+    filename = os.path.join(sysconfig.get_paths()["purelib"], "trainer", "loop.py")
+    fit = run_as("def fit(step):\n    step()", filename)["fit"]
     net = Net()
-    line = inspect.getsourcelines(Net.forward)[1] + 1
-    assert where_of(net, lambda: net(images())) == f"{FILE}:{line} in forward"
+
+    def training_step() -> None:
+        net(images())
+
+    change = change_of(net, lambda: fit(training_step))
+    assert change.where == f"{FILE}:{inspect.getsourcelines(training_step)[1] + 1} in training_step"
+
+
+def test_model_that_a_library_calls_is_found_in_the_users_forward() -> None:
+    """Where a package calls the model itself, the user has no other line than those in it."""
+    filename = os.path.join(sysconfig.get_paths()["purelib"], "trainer", "loop.py")
+    fit = run_as("def fit(net, batch):\n    net(batch)", filename)["fit"]
+    net = Net()
+    change = change_of(net, lambda: fit(net, images()))
+    assert change.where == IN_NET
+    assert change.inside is None
+
+
+def test_recomputation_is_found_where_backward_is_called() -> None:
+    """That call makes the checkpointed region run again."""
+    net = Net()
+    output = torch.utils.checkpoint.checkpoint(net, images().requires_grad_(), use_reentrant=False)
+    change = change_of(net, lambda: output.sum().backward())
+    assert change.where == f"{FILE}:{here() - 1} in <lambda>"
+    assert change.inside == IN_NET
+
+
+def test_layer_that_the_loop_calls_itself_has_one_line() -> None:
+    """There is nothing to add."""
+    net = nn.Sequential(nn.BatchNorm2d(2))
+    assert change_of(net, lambda: net(images())).inside is None
 
 
 def test_finding_through_torch_points_at_the_users_line() -> None:
@@ -175,15 +265,16 @@ def test_finding_in_a_thread_points_at_the_threads_line() -> None:
 
 
 def test_finding_in_a_users_hook_points_at_the_hook() -> None:
-    """A hook that runs the layer once more is where that update happens."""
+    """A hook that runs the layer once more is the second line: the first is the call of the model."""
     net = nn.Sequential(nn.BatchNorm2d(2), nn.Identity())
 
     def hook(module: nn.Module, args: Any) -> None:
         net[0](args[0])
 
     net[1].register_forward_pre_hook(hook)
-    with bnguard.frozen(net, "warn", updates=1), warns(at="net[0](args[0])"):
+    with bnguard.frozen(net, "warn", updates=1), warns(at="net(images())") as caught:
         net(images())
+    assert f"({FILE}:{inspect.getsourcelines(hook)[1] + 1} in hook)" in caught.messages[0]
 
 
 def test_constructor_points_at_its_line_through_a_package() -> None:
