@@ -6,6 +6,7 @@ import copy
 import inspect
 import operator
 import threading
+from collections.abc import Mapping
 from contextlib import suppress
 from sys import getrefcount
 from types import FunctionType, MethodType
@@ -29,7 +30,7 @@ from bnguard.guard.policy import Action, Entries, Ruling, decide
 from bnguard.guard.surroundings import recorded, refuse_graph, traced
 from bnguard.guard.watching import WatchedLayer
 from bnguard.layers.kinds import BATCH_NORM
-from bnguard.layers.swaps import is_swapped, own_mode, swap_lock, swapped
+from bnguard.layers.swaps import NO_FLAGS, is_swapped, own_mode, swap_lock, swapped
 from bnguard.torch_internals.compile import is_called_by_graph, is_exporting, refused_in_graphs
 from bnguard.torch_internals.fork import call_in_children
 from bnguard.torch_internals.functional_call import calling_module
@@ -226,7 +227,7 @@ class HeldLayer(WatchedLayer):
         clones = copies(self.module, self.names)
         after: dict[str, Tensor | None] = {}
         try:
-            with swapped(self.module, clones, None):
+            with swapped(self.module, clones):
                 try:
                     return self.original(*args, **kwargs)
                 finally:
@@ -242,7 +243,7 @@ class HeldLayer(WatchedLayer):
         if surroundings == "record":
             return self._run_and_put_back(args, kwargs)
         if self.kind is not BATCH_NORM:
-            return self._run_with(copies(self.module, self.names), None, args, kwargs)
+            return self._run_with(copies(self.module, self.names), NO_FLAGS, args, kwargs)
         if surroundings == "graph":
             return normalise_with_batch_in_graph(self.module, *args)
         return normalise_with_batch(self.module, args[0], *self._scratch_pair())
@@ -257,22 +258,21 @@ class HeldLayer(WatchedLayer):
             return self.run_held(args, kwargs)
         if kind is BATCH_NORM:
             return normalise_with_running_stats(module, *args)
-        training = False
         statistics = {} if kind.reads_in_eval(module) else copies(module, self.names)
-        return self._run_with(statistics, training, args, kwargs)
+        return self._run_with(statistics, kind.eval_flags, args, kwargs)
 
     def _run_with(
-        self, statistics: dict[str, Tensor], training: bool | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, statistics: dict[str, Tensor], flags: Mapping[str, bool], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Runs the layer's own forward with ``statistics`` for its own, in another mode if one is given."""
+        """Runs the layer's own forward with ``statistics`` and ``flags`` for its own."""
         module = self.module
         if not torch.compiler.is_compiling():
-            with swapped(module, statistics, training):
+            with swapped(module, statistics, flags):
                 return self.original(*args, **kwargs)
         cls: Any = type(module)
         if self.is_plain and not module._modules and cls.__new__ is object.__new__:
-            return run_stand_in(module, statistics, training, args, kwargs)
-        return run_in_graph(module, self.original, statistics, training, args, kwargs)
+            return run_stand_in(module, statistics, flags, args, kwargs)
+        return run_in_graph(module, self.original, statistics, flags, args, kwargs)
 
     def _run_and_put_back(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs the layer itself, which becomes part of a program, then puts its statistics back."""

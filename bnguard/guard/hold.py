@@ -34,45 +34,46 @@ def run_in_graph(
     module: Any,
     forward: Callable[..., Any],
     statistics: dict[str, Tensor],
-    training: bool | None,
+    flags: Mapping[str, bool],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    """Runs a layer's own forward with ``statistics`` in place of its own, in another mode if one is given.
+    """Runs a layer's own forward with ``statistics`` and ``flags`` in place of its own.
 
     No lock and no record of a swap can be traced, and a graph is traced by one thread.
     """
-    buffers, mode = module._buffers, module.training
+    buffers = module._buffers
     own = {name: buffers[name] for name in statistics}
+    own_flags = {name: getattr(module, name) for name in flags}
     try:
         for name, tensor in statistics.items():
             buffers[name] = tensor
-        if training is not None:
-            module.training = training
+        for name, value in flags.items():
+            setattr(module, name, value)
         return forward(*args, **kwargs)
     finally:
         for name, tensor in own.items():
             buffers[name] = tensor
-        if training is not None:
-            module.training = mode
+        for name, value in own_flags.items():
+            setattr(module, name, value)
 
 
 def run_stand_in(
-    module: Any, statistics: dict[str, Tensor], training: bool | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    module: Any, statistics: dict[str, Tensor], flags: Mapping[str, bool], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """Runs the forward of a layer without children on an object that is made in the graph.
 
     In a checkpointed region a graph must not write to an existing object, not even during a forward.
     """
-    before = {name: value for name, value in module.__dict__.items() if name not in ("forward", "_buffers", "training")}
+    before = {name: value for name, value in module.__dict__.items() if name not in ("forward", "_buffers")}
     cls: Any = type(module)
     stand_in = cls.__new__(cls)
     stand_in.__dict__.update(before)
     stand_in.__dict__["_buffers"] = {**module._buffers, **statistics}
-    stand_in.__dict__["training"] = module.training if training is None else training
+    stand_in.__dict__.update(flags)
     result = cls.forward(stand_in, *args, **kwargs)
     for name, value in stand_in.__dict__.items():
-        if name not in ("_buffers", "training") and before.get(name) is not value:
+        if name != "_buffers" and name not in flags and before.get(name) is not value:
             module.__dict__[name] = value
     for name, tensor in stand_in._buffers.items():
         if name not in statistics and module._buffers.get(name) is not tensor:

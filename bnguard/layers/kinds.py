@@ -6,7 +6,7 @@ import functools
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 from torch import nn
@@ -41,6 +41,7 @@ class LayerKind:
         reads_in_eval: Given the layer, returns whether its forward in eval mode only reads the statistics.
         rounds_in_eval: Whether its forward in eval mode may change the last bits of the statistics nevertheless.
         keeps_mode: Whether the layer ignores ``eval()``.
+        eval_flags: The attributes with which its forward normalises with the running statistics, whatever they are.
         exit_only: Why the layer is protected only by the comparison at the end of a block; empty otherwise.
     """
 
@@ -50,6 +51,7 @@ class LayerKind:
     reads_in_eval: Callable[[Any], bool] = _never
     rounds_in_eval: bool = False
     keeps_mode: bool = False
+    eval_flags: Mapping[str, bool] = field(default_factory=lambda: {"training": False}, hash=False)
     exit_only: str = ""
 
 
@@ -229,6 +231,7 @@ INSTANCE_NORM: Final = LayerKind(
     counts=False,
     reads_in_eval=_never if INSTANCE_NORM_ROUNDS else _tracks,
     rounds_in_eval=INSTANCE_NORM_ROUNDS,
+    eval_flags={"training": False, "track_running_stats": True},
 )
 OWN_FORWARD: Final = LayerKind()
 EXPORTED: Final = LayerKind(keeps_mode=True)

@@ -26,26 +26,27 @@ from torch.jit import ScriptModule as _ScriptModule
 from bnguard.layers.kinds import StatsLayer
 from bnguard.torch_internals.fork import renew_after_fork
 
+NO_FLAGS: Final[Mapping[str, bool]] = {}
 Table = Literal["_buffers", "_parameters"]
 _GETTERS: Final = {table: attrgetter(table) for table in ("_buffers", "_parameters")}
 
 
 class Swap:
-    """The own statistics and mode of a layer while forwards run with other ones.
+    """The own statistics and flags of a layer while forwards run with other ones.
 
     Attributes:
         module: The layer.
         originals: The layer's own statistics, by buffer name.
-        training: The layer's own mode.
+        flags: The layer's own flags, such as ``training``, as far as others are in their place.
         users: The forwards that run with other statistics.
     """
 
-    __slots__ = ("module", "originals", "training", "users")
+    __slots__ = ("flags", "module", "originals", "users")
 
     def __init__(self, module: nn.Module, originals: dict[str, Tensor | None]) -> None:
         self.module = module
         self.originals = originals
-        self.training: bool | None = None
+        self.flags: dict[str, Any] = {}
         self.users: tuple[object, ...] = ()
 
 
@@ -55,11 +56,13 @@ renew_after_fork(swap_lock)
 
 
 @contextmanager
-def swapped(module: nn.Module, statistics: dict[str, Tensor], training: bool | None) -> Iterator[None]:
-    """Runs a block with ``statistics`` in place of the layer's own, and in the mode ``training`` unless it is None."""
+def swapped(
+    module: nn.Module, statistics: Mapping[str, Tensor], flags: Mapping[str, bool] = NO_FLAGS
+) -> Iterator[None]:
+    """Runs a block with ``statistics`` and ``flags`` in place of the layer's own."""
     user = object()
     try:
-        _enter(module, statistics, training, user)
+        _enter(module, statistics, flags, user)
         yield
     finally:
         try:
@@ -69,7 +72,7 @@ def swapped(module: nn.Module, statistics: dict[str, Tensor], training: bool | N
             raise
 
 
-def _enter(module: nn.Module, statistics: dict[str, Tensor], training: bool | None, user: object) -> None:
+def _enter(module: nn.Module, statistics: Mapping[str, Tensor], flags: Mapping[str, bool], user: object) -> None:
     with swap_lock:
         swap = swaps.get(id(module))
         if swap is not None:
@@ -78,9 +81,9 @@ def _enter(module: nn.Module, statistics: dict[str, Tensor], training: bool | No
         swap = Swap(module, {name: module._buffers[name] for name in statistics})
         swap.users = (user,)
         swaps[id(module)] = swap
-        if training is not None:
-            swap.training = module.training
-            module.__dict__["training"] = training
+        attributes = module.__dict__
+        swap.flags = {name: attributes[name] for name in flags if name in attributes}
+        attributes.update(flags)
         module._buffers.update(statistics)
 
 
@@ -91,8 +94,7 @@ def _leave(module: nn.Module, user: object) -> None:
             return
         if swap.users == (user,):
             module._buffers.update(swap.originals)
-            if swap.training is not None:
-                module.__dict__["training"] = swap.training
+            module.__dict__.update(swap.flags)
             del swaps[id(module)]
         swap.users = tuple([other for other in swap.users if other is not user])
 
@@ -105,7 +107,8 @@ def is_swapped(module: nn.Module) -> bool:
 def own_mode(module: nn.Module) -> bool:
     """The module's own ``training`` flag."""
     swap = swaps.get(id(module))
-    return module.training if swap is None or swap.training is None else swap.training
+    mode: bool = module.training if swap is None else swap.flags.get("training", module.training)
+    return mode
 
 
 def own_tensors(module: nn.Module, table: Table) -> dict[str, Tensor | None]:

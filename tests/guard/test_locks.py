@@ -140,7 +140,7 @@ def test_swap_is_undone_by_the_last_one() -> None:
     mean, seen = layer.running_mean, []
 
     def run() -> None:
-        with _swaps.swapped(layer, SlowTensors(running_mean=torch.ones(3)), None):
+        with _swaps.swapped(layer, SlowTensors(running_mean=torch.ones(3))):
             seen.append(layer.running_mean)
             assert _swaps.own_tensors(layer, "_buffers")["running_mean"] is mean
 
@@ -164,7 +164,7 @@ def test_interrupted_swap_is_undone(is_late: bool, monkeypatch: pytest.MonkeyPat
             raise interrupts.pop()
 
     monkeypatch.setattr(_swaps, "_leave", interrupted)
-    with pytest.raises(KeyboardInterrupt), _swaps.swapped(layer, {"running_mean": torch.ones(3)}, False):
+    with pytest.raises(KeyboardInterrupt), _swaps.swapped(layer, {"running_mean": torch.ones(3)}, {"training": False}):
         assert not layer.training
     assert layer.running_mean is mean
     assert layer.training
