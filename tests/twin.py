@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from tests.strategies import HandmadeNorm, OwnForward, same
 
@@ -135,6 +136,7 @@ class Twin:
             return layer(input)
         stance, decider, warned, within = self.verdict(layer)
         if stance == "raise":
+            refuse_single_values(layer, input)
             self._stop(decider, layer)
         if stance == "restore":
             with on_copies(layer):
@@ -192,8 +194,11 @@ class Twin:
                 layer._buffers[name].data.copy_(tensor)
 
     def _eval_mode(self, layer: nn.Module, input: Tensor) -> Tensor:
-        mode = layer.training
+        mode, flag = layer.training, getattr(layer, "track_running_stats", None)
         layer.training = False
+        is_instance_norm = isinstance(layer, _InstanceNorm) and not has_own_forward(layer)
+        if is_instance_norm:
+            layer.track_running_stats = True  # else it would use the batch
         try:
             if would_update(layer) or has_own_forward(layer):
                 with on_copies(layer):
@@ -201,6 +206,8 @@ class Twin:
             return layer(input)
         finally:
             layer.training = mode
+            if is_instance_norm:
+                layer.track_running_stats = flag
 
     def _stop(self, guard: Guard, layer: nn.Module) -> None:
         guard.has_stopped = True
@@ -338,7 +345,7 @@ def has_own_forward(layer: nn.Module) -> bool:
 
 def would_update(layer: nn.Module) -> bool:
     """Whether torch's own layer decides to update, from its flags."""
-    if isinstance(layer, nn.modules.instancenorm._InstanceNorm):
+    if isinstance(layer, _InstanceNorm):
         return layer.training or not layer.track_running_stats
     return layer.training and layer.track_running_stats
 
@@ -355,6 +362,18 @@ def is_rejected(layer: nn.Module, input: Tensor) -> bool:
     except ValueError:
         return True
     return False
+
+
+def refuse_single_values(layer: nn.Module, input: Tensor) -> None:
+    """Raises torch's error about a batch with one value a channel, without what torch does before it looks."""
+    with on_copies(layer):
+        try:
+            type(layer).forward(layer, input)
+        except ValueError as error:
+            if str(error).startswith("Expected more than 1"):
+                raise
+        except Exception:  # of no interest: the update is stopped first
+            pass
 
 
 @contextmanager

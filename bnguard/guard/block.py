@@ -202,6 +202,11 @@ class Block:
         if check is not None:
             check.allowed(self._owner(layer), before)
 
+    def captured(self, layer: int) -> Mapping[str, Tensor]:
+        """Copies of the statistics of the beginning, by buffer name."""
+        check = self._check
+        return {} if check is None else check.statistics.captured(self._owner(layer))
+
     def recorded(self, layer: int) -> None:
         """Warns, once a block, that a layer in train mode is traced or exported although it is held in eval mode."""
         if not self._has_warned_of_program:

@@ -127,10 +127,9 @@ class HeldLayer(WatchedLayer):
             return self.original(*args, **kwargs)
         entries = ruling.entries
         action = self._action_now(ruling)
-        would_update, is_training = self._flags()
-        if action == "running" and (would_update or is_training):
+        if action == "running":
             return self.run_in_eval_mode(args, kwargs)
-        if not would_update:
+        if not self._would_update():
             if kind.rounds_in_eval and (action != "update" or any([entry.budget for entry in entries])):
                 return self.run_held(args, kwargs)
             return self._run_reading(entries, args, kwargs)
@@ -154,19 +153,18 @@ class HeldLayer(WatchedLayer):
         own, known = module._buffers, self._known
         if own.get("running_mean") is not known[0] or own.get("running_var") is not known[1]:
             return None
+        action = self.ruling.action
         if module.training:
-            return self.ruling.action if module.track_running_stats else None
-        return None if self.ruling.hides else "read"
+            return action if module.track_running_stats else None
+        return action if action == "running" else None if self.ruling.hides else "read"
 
-    def _flags(self) -> tuple[bool, bool]:
-        """Whether a forward would update, and whether the layer is in train mode, whatever another thread's runs in."""
+    def _would_update(self) -> bool:
+        """Whether a forward would update, whatever another thread's runs in."""
         module, kind = self.module, self.kind
-        if kind is BATCH_NORM or torch.compiler.is_compiling():  # none runs in another mode
-            return kind.predict is None or kind.predict(module), module.training
+        if kind.predict is None or kind is BATCH_NORM or torch.compiler.is_compiling():  # none runs in another mode
+            return kind.predict is None or kind.predict(module)
         with swap_lock:
-            is_training = own_mode(module)
-            would_update = kind.predict is None or kind.predict(module) or (is_training and is_swapped(module))
-            return would_update, is_training
+            return kind.predict(module) or (own_mode(module) and is_swapped(module))
 
     def _action_now(self, ruling: Ruling) -> Action:
         """What would happen to an update now; nothing is spent yet. A graph cannot count."""
@@ -256,9 +254,12 @@ class HeldLayer(WatchedLayer):
             if module.training:
                 recorded(id(module))
             return self.run_held(args, kwargs)
+        written = None if surroundings == "graph" else self.of_entry()
         if kind is BATCH_NORM:
-            return normalise_with_running_stats(module, *args)
-        statistics = {} if kind.reads_in_eval(module) else copies(module, self.names)
+            return normalise_with_running_stats(module, *args, statistics=written)
+        statistics = dict(written or {})
+        if not statistics and not kind.reads_in_eval(module):
+            statistics = copies(module, self.names)
         return self._run_with(statistics, kind.eval_flags, args, kwargs)
 
     def _run_with(

@@ -105,7 +105,9 @@ def normalise_with_batch_in_graph(module: Any, input: Tensor) -> Tensor:
     return F.batch_norm(input, mean, var, module.weight, module.bias, True, factor, module.eps)  # noqa: FBT003  # by position, as torch
 
 
-def normalise_with_running_stats(module: Any, input: Tensor, *, from_clones: bool = False) -> Tensor:
+def normalise_with_running_stats(
+    module: Any, input: Tensor, *, from_clones: bool = False, statistics: Mapping[str, Tensor] | None = None
+) -> Tensor:
     """``_BatchNorm.forward`` in eval mode, whatever mode the layer is in. Source: ``torch/nn/modules/batchnorm.py``.
 
     Args:
@@ -113,9 +115,11 @@ def normalise_with_running_stats(module: Any, input: Tensor, *, from_clones: boo
         input: Its input.
         from_clones: Give autograd clones of the statistics, because the statistics themselves will be written to before
             the backward pass.
+        statistics: The statistics; its own by default.
     """
     module._check_input_dim(input)
-    mean, var = module._buffers["running_mean"], module._buffers["running_var"]
+    source = module._buffers if statistics is None else statistics
+    mean, var = source["running_mean"], source["running_var"]
     if from_clones:
         mean, var = _clone(mean), _clone(var)
     factor = 0.0 if module.momentum is None else module.momentum

@@ -249,6 +249,7 @@ def add_entry(
         earlier: The guards of an earlier call on the same layers, to be used again.
     """
     rulings = Rulings()
+    is_running = entry.policy.action == "running"
     with _lock:
         for layer, known, candidate in zip(layers, own_values(layers), chain(earlier, repeat(None)), strict=False):
             key = id(layer.module)
@@ -260,7 +261,7 @@ def add_entry(
                     else:
                         guard = LayerGuard(layer, known)
                 into.append(guard)
-                guard.members[entry] = None
+                guard.members[entry] = guard.versions() if is_running else None
                 guard.sync(rulings)
                 if guards.get(key) is guard:
                     break

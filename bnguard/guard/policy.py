@@ -107,6 +107,9 @@ class Reporter(Protocol):
         of the layer was under way.
         """
 
+    def captured(self, layer: int) -> Mapping[str, Tensor]:
+        """Copies of the statistics that the layer with this id had when the block began, by buffer name."""
+
     def recorded(self, layer: int) -> None:
         """Warns, once a block, that a layer in train mode is traced or exported although it is held in eval mode."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import FunctionType
 from typing import Any, Literal
 
@@ -78,7 +78,8 @@ class Surroundings(InstancePatch):
         kind: The family of the layer.
         layer_id: The id of the layer; for a replica, of the layer that it is one of.
         ruling: What follows from the blocks around it.
-        members: What the blocks around it want, as the keys of a dictionary: see Note [Interruption].
+        members: What the blocks around it want: see Note [Interruption]. Each with the ``versions()`` of its beginning,
+            if the layer normalises with its statistics.
         is_plain: Whether its forward is an ordinary method of its class.
 
     Args:
@@ -95,7 +96,7 @@ class Surroundings(InstancePatch):
         self.module = module = layer.module
         cls = type(module)
         self.layer_id = id(module)
-        self.members: dict[PolicyEntry, None] = {}
+        self.members: dict[PolicyEntry, tuple[tuple[int, int], ...] | None] = {}
         self.names = layer.buffers
         self.kind = kind = layer.kind
         self.previous = previous = module.__dict__.get("forward")
@@ -111,6 +112,25 @@ class Surroundings(InstancePatch):
         """Remembers the current statistics as the layer's own."""
         self._known = tuple(map(own_tensors(self.module, "_buffers").get, self.names))
         self._on_cuda = None
+
+    def versions(self) -> tuple[tuple[int, int], ...] | None:
+        """For each statistic its id, and how often torch has seen it written to; None for inference tensors."""
+        own = self.module._buffers
+        present = [tensor for name in self.names if (tensor := own.get(name)) is not None]
+        try:
+            return tuple([(id(tensor), tensor._version) for tensor in present])
+        except RuntimeError:
+            return None
+
+    def of_entry(self) -> Mapping[str, Tensor] | None:
+        """The statistics that the layer normalises with where they have been written to since the block began."""
+        for entry in self.ruling.entries:
+            if entry.block is not None and entry.policy.action == "running":
+                before = self.members.get(entry)
+                if before is None or before == self.versions():
+                    return None
+                return entry.block.captured(self.layer_id) or None
+        return None
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's own forward, bound as Python binds it."""

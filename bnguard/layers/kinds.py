@@ -13,14 +13,20 @@ from torch import nn
 from torch.jit import ScriptModule as _ScriptModule
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.parameter import is_lazy
 
 from bnguard.torch_internals.known_forwards import is_known
 from bnguard.torch_internals.release import INSTANCE_NORM_ROUNDS
 
 _STATISTIC: Final = re.compile(
     r"(?:running|moving)_(?:\w+_)?(?:mean|var|variance|std|cov|covar|covariance|wm|projection)(?:_\w+)?"
-    r"|num_batches_tracked"
+    r"|num_batches_tracked|ra_mean|ra_var"
 )
+_PAIRED: Final = {
+    "_mean": ("_var", "_std"),
+    "_var": ("_mean",),
+    "_std": ("_mean",),
+}  # by themselves they may be constants
 
 
 def _never(module: Any) -> bool:
@@ -148,8 +154,13 @@ def statistics_of(module: nn.Module) -> tuple[tuple[str, ...], LayerKind]:
         mean, var, count = buffers.values()  # the most common case
         if mean is not None and var is not None and count is not None and is_known(_BATCH_NORM_FORWARD):
             return _BATCH_NORM_STATISTICS, BATCH_NORM
-    names = _statistics_among(tuple([name for name, tensor in buffers.items() if tensor is not None]))
-    return names, _kind(module) if names else OWN_FORWARD
+    present = tuple([name for name, tensor in buffers.items() if tensor is not None])
+    names = _statistics_among(present)
+    kind = _kind(module) if names else OWN_FORWARD
+    if names and kind is OWN_FORWARD and not module._modules and len(names) < len(present):
+        # What such a layer counts its batches with: held alone, its mean would have another weight afterwards.
+        names = tuple([name for name in present if name in names or _is_single(buffers[name])])
+    return names, kind
 
 
 def is_statistic(name: str) -> bool:
@@ -164,7 +175,15 @@ def registered_rules() -> Mapping[type[nn.Module], object]:
 
 @functools.lru_cache(maxsize=4096)
 def _statistics_among(names: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple([name for name in names if _STATISTIC.fullmatch(name)])
+    return tuple([name for name in names if _STATISTIC.fullmatch(name) or not set(names).isdisjoint(_paired(name))])
+
+
+def _paired(name: str) -> tuple[str, ...]:
+    return _PAIRED.get(name, ())
+
+
+def _is_single(tensor: Any) -> bool:
+    return not is_lazy(tensor) and tensor.numel() == 1
 
 
 def _kind(module: nn.Module) -> LayerKind:

@@ -1,4 +1,4 @@
-"""``use_running_stats`` and InstanceNorm whose ``track_running_stats`` is off: torch ignores its statistics, we do not."""
+"""``use_running_stats`` and an InstanceNorm whose ``track_running_stats`` is off: torch would use the batch."""
 
 from __future__ import annotations
 

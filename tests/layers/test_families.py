@@ -105,6 +105,8 @@ def eval_twin(net: nn.Module) -> nn.Module:
     for module in twin.modules():
         if statistics(module) and not list(module.children()):
             module.eval()
+            if isinstance(module, nn.InstanceNorm2d):
+                module.track_running_stats = True  # with the flag off torch would use the batch
     return twin
 
 
