@@ -20,7 +20,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
     inner: Any = model
     while isinstance(inner, nn.Module):
         model = inner
-        inner = getattr(model, WRAPPERS.get(type(model).__name__, ""), None)
+        name = WRAPPERS.get(type(model).__name__)
+        inner = None if name is None else getattr(model, name, None)
     return model
 
 

@@ -146,7 +146,7 @@ class Recorder:
     def _meet(self, module: nn.Module) -> LayerLog | None:
         """Records the layers of a model that has not been met before, if every model is watched."""
         is_known = self._model is not None or id(module) in self._known
-        if is_known or getattr(module, "_is_replica", False):  # made by DataParallel for one forward
+        if is_known or module.__dict__.get("_is_replica", False):  # made by DataParallel for one forward
             return None
         self._take_in(module)
         return self._by_id.get(id(module))

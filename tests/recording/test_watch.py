@@ -667,3 +667,31 @@ def test_bad_input_is_refused(arguments, options, error, message):
     """With the offending value, before anything is touched."""
     with pytest.raises(error, match=message):
         bnguard.watch(*arguments, **options)
+
+
+class OwnLookup(nn.Module):
+    """A model that looks up its attributes itself, and fails with another error than torch's for an unknown one."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(2)
+
+    def __getattr__(self, name):
+        for table in (self._parameters, self._buffers, self._modules):
+            if name in table:
+                return table[name]
+        return {"size": 3}[name]
+
+    def forward(self, input):
+        return self.norm(input)
+
+
+@pytest.mark.parametrize("is_given", [True, False])
+def test_model_that_looks_up_its_attributes_itself_runs(is_given):
+    """It is asked for nothing that it need not have."""
+    net, x = OwnLookup(), images()
+    with bnguard.watch(*[net] * is_given) as record:
+        net(x)
+    assert [update.count for update in record.updates] == [1]
+    with bnguard.frozen(net, "restore"):
+        net(x)
