@@ -14,8 +14,8 @@ from bnguard.errors import BNGuardError, BNGuardWarning, StatsChangedError
 from bnguard.guard import messages
 from bnguard.guard.affine import AffineHold
 from bnguard.guard.coverage import (
+    refuse_batch_programs,
     warn_about_added_layers,
-    warn_about_fixed_modes,
     warn_about_pending_regions,
     warn_about_programs,
 )
@@ -91,6 +91,7 @@ class Block:
             ]
         )
         self._refuse_capture()
+        refuse_batch_programs(self._model, layers, settings)
         is_outermost = settings.frontend.is_outermost
         self._counts = Counts()
         self._entry = PolicyEntry(self, settings.policy, settings.updates, self._counts, outermost=is_outermost)
@@ -107,7 +108,6 @@ class Block:
                 self._affine = AffineHold()
                 self._affine.take([p for i in range(len(layers)) for p in check.parameters.objects_of(i)])
             if settings.frontend.has_coverage_warnings:
-                warn_about_fixed_modes(layers, settings)
                 warn_about_programs(settings)
         except BaseException:
             self._let_go()

@@ -13,13 +13,14 @@ from bnguard.guard.affine import affine_parameters
 from bnguard.guard.options import Settings
 from bnguard.guard.phrases import Phrases
 from bnguard.layers.bits import is_valueless, what_is_unreadable
-from bnguard.layers.kinds import StatsLayer
+from bnguard.layers.kinds import SCRIPTED, StatsLayer
 from bnguard.layers.select import is_selected
 from bnguard.layers.snapshot import Snapshot
 from bnguard.layers.swaps import Table, own_tensors
 from bnguard.layers.tree import Tree, find_layers
 from bnguard.torch_internals.callsite import call_site
 from bnguard.torch_internals.checkpointing import Region
+from bnguard.torch_internals.programs import normalised_with_batch, script_uses_batch
 from bnguard.torch_internals.tracing import is_being_recorded
 
 
@@ -44,14 +45,25 @@ def refuse_unreadable(layers: Iterable[StatsLayer], phrases: Phrases | None, tab
                 raise BNGuardError(text)
 
 
-def warn_about_fixed_modes(layers: Iterable[StatsLayer], settings: Settings) -> None:
-    """Warns about an exported program to which ``use_running_stats=True`` cannot be applied."""
+def refuse_batch_programs(model: nn.Module, layers: Iterable[StatsLayer], settings: Settings) -> None:
+    """Refuses layers in programs that would normalise with the batch under ``use_running_stats=True``.
+
+    Raises:
+        BNGuardError: There is such a layer.
+    """
     if not settings.use_running_stats:
         return
-    layer = next((layer for layer in layers if layer.kind.keeps_mode and layer.kind.hold != "none"), None)
-    if layer is not None:
-        text = messages.fixed_mode_text(layer.names, type(layer.module).__name__)
-        warnings.warn(text, BNGuardWarning, stacklevel=call_site().stacklevel)
+    fixed = [layer for layer in layers if layer.kind.keeps_mode or layer.kind.hold == "none"]
+    with_batch = normalised_with_batch(model) if fixed else frozenset()
+    for layer in fixed:
+        if layer.kind is SCRIPTED:
+            uses_batch = script_uses_batch(layer.module)
+            if uses_batch is False or (uses_batch is None and not layer.module.training):
+                continue
+        elif id(own_tensors(layer.module, "_buffers").get("running_mean")) not in with_batch:
+            continue
+        is_fixed = layer.kind is not SCRIPTED or uses_batch is True
+        raise BNGuardError(messages.batch_program_text(layer.names, type(layer.module).__name__, is_fixed))
 
 
 def warn_about_programs(settings: Settings) -> None:

@@ -236,11 +236,17 @@ def script_text(type_name: str) -> str:
     )
 
 
-def fixed_mode_text(names: Sequence[str], type_name: str) -> str:
-    """The warning about an exported program to which ``use_running_stats=True`` cannot be applied."""
+def batch_program_text(names: Sequence[str], type_name: str, is_fixed: bool) -> str:
+    """The error about ``use_running_stats=True`` for a layer in a program that normalises with the batch."""
+    if is_fixed:
+        what = "belongs to a program that was traced or exported in train mode"
+        remedy = "Trace or export the model in eval mode"
+    else:
+        what = "is a ScriptModule in train mode, which runs no hooks"
+        remedy = "Call eval() on it before the block"
     return (
-        f"use_running_stats=True has no effect on {layer_text(names, type_name)}: the mode of a program is fixed.\n"
-        "Its statistics are kept fixed. To normalise with them, export the model in eval mode."
+        f"{layer_text(names, type_name)} {what}: it would normalise with the batch, not with its running statistics.\n"
+        f"{remedy}, or leave out use_running_stats=True."
     )
 
 

@@ -601,17 +601,6 @@ def test_guarded_unflattened_program_is_judged_at_its_forwards(layer: str, polic
     assert_same_bits(run.state_dict(), run_twin.state_dict())
 
 
-def test_use_running_stats_on_an_unflattened_program_is_not_silent() -> None:
-    """Its mode is fixed: one exported in train mode goes on normalising with the batch, is held, and that is said."""
-    run, run_twin = unflatten(make_net()), unflatten(make_net())
-    before = values(statistics(run))
-    with told() as said, bnguard.frozen(run, use_running_stats=True) as guard:
-        assert_same_bits(run(images()), run_twin(images()))
-    assert_same_bits(statistics(run), before)
-    assert said.warnings
-    assert guard.layers[0].protection.startswith("held in its forward, which normalises as it was exported")
-
-
 @pytest.mark.parametrize("policy", ["raise", "restore"])
 def test_symbolic_trace_of_guarded_leaves_is_guarded(policy: str) -> None:
     """What ``fx.symbolic_trace`` makes calls the model's own layers: a guard around either acts at their forwards."""
