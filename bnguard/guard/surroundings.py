@@ -129,7 +129,13 @@ class Surroundings(InstancePatch):
                 before = self.members.get(entry)
                 if before is None or before == self.versions():
                     return None
-                return entry.block.captured(self.layer_id) or None
+                own = own_tensors(self.module, "_buffers")
+                captured = entry.block.captured(self.layer_id)
+                return {
+                    name: value.to(now.device, now.dtype)
+                    for name, value in captured.items()
+                    if (now := own.get(name)) is not None
+                } or None
         return None
 
     def original(self, *args: Any, **kwargs: Any) -> Any:

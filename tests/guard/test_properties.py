@@ -122,6 +122,13 @@ def is_eval_stable(net: nn.Module) -> bool:
     return not any(may_update(layer) for layer in norm_layers(copy.deepcopy(net).eval()))
 
 
+def use_statistics(layer: nn.Module) -> None:
+    """Makes a layer normalise with its running statistics."""
+    layer.training = False
+    if isinstance(layer, _InstanceNorm):
+        layer.track_running_stats = True  # with the flag off torch would use the batch
+
+
 @property_settings
 @given(spec=nets(), batches=batches)
 def test_repeated_forwards_give_the_same_bits(device, spec, batches):
@@ -223,9 +230,7 @@ def test_running_statistics_are_used_as_in_eval_mode(device, spec, batches, poli
     net, twin = spec.build(device).train(mode), spec.build(device).train(mode)
     entry = {name: tensor.clone() for name, tensor in twin.named_buffers()}
     for layer in norm_layers(twin):
-        layer.training = False
-        if isinstance(layer, _InstanceNorm):
-            layer.track_running_stats = True  # with the flag off torch would use the batch
+        use_statistics(layer)
     with bnguard.frozen(net, policy, use_running_stats=True):
         for inputs in inputs_of(spec, batches, device):
             assert_same(train_step(net, inputs), train_step(twin, inputs))
@@ -407,7 +412,7 @@ def test_checkpointed_regions_are_held_twice(device, spec, seed, reentrant, runn
     entry = copy.deepcopy(twin.state_dict())
     if running:
         for layer in norm_layers(twin):
-            layer.training = False
+            use_statistics(layer)
     inputs = batch(spec, 3, seed, device)
 
     class Checkpointed(nn.Module):

@@ -103,3 +103,16 @@ def test_layer_that_nobody_writes_to_is_asked_for_no_copies(monkeypatch: pytest.
     monkeypatch.setattr("bnguard.guard.block.Block.captured", lambda *_: pytest.fail("copied"))
     with bnguard.frozen(net, use_running_stats=True):
         net(images())
+
+
+@EVERY_NORM
+def test_net_that_is_converted_normalises_in_its_new_dtype(norm: str) -> None:
+    """The statistics of the beginning, converted with it."""
+    net = nn.Sequential(warmed(NORMS[norm](2)))
+    with told(), bnguard.frozen(net, "restore", use_running_stats=True):
+        net.double()
+        assert_same_bits(net(images().double()), copy.deepcopy(net).eval()(images().double()))
+        _write(net[0])
+        net.float()
+        x = images()
+        assert torch.allclose(net(x), warmed(NORMS[norm](2)).eval()(x))
