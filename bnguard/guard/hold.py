@@ -115,10 +115,10 @@ def normalise_with_running_stats(
         input: Its input.
         from_clones: Give autograd clones of the statistics, because the statistics themselves will be written to before
             the backward pass.
-        statistics: The statistics; its own by default.
+        statistics: Those statistics that are not its own.
     """
     module._check_input_dim(input)
-    source = module._buffers if statistics is None else statistics
+    source = module._buffers if statistics is None else {**module._buffers, **statistics}
     mean, var = source["running_mean"], source["running_var"]
     if from_clones:
         mean, var = _clone(mean), _clone(var)

@@ -22,6 +22,7 @@ _STATISTIC: Final = re.compile(
     r"(?:running|moving)_(?:\w+_)?(?:mean|var|variance|std|cov|covar|covariance|wm|projection)(?:_\w+)?"
     r"|num_batches_tracked|ra_mean|ra_var"
 )
+_COUNTER: Final = re.compile(r"(?:\w+_)?(?:n|num|counts?|counter|steps?|total|seen|samples|batches|updates)(?:_\w+)?")
 _PAIRED: Final = {
     "_mean": ("_var", "_std"),
     "_var": ("_mean",),
@@ -159,7 +160,7 @@ def statistics_of(module: nn.Module) -> tuple[tuple[str, ...], LayerKind]:
     kind = _kind(module) if names else OWN_FORWARD
     if names and kind is OWN_FORWARD and not module._modules and len(names) < len(present):
         # What such a layer counts its batches with: held alone, its mean would have another weight afterwards.
-        names = tuple([name for name in present if name in names or _is_single(buffers[name])])
+        names = tuple([name for name in present if name in names or _is_counter(name, buffers[name])])
     return names, kind
 
 
@@ -182,8 +183,9 @@ def _paired(name: str) -> tuple[str, ...]:
     return _PAIRED.get(name, ())
 
 
-def _is_single(tensor: Any) -> bool:
-    return not is_lazy(tensor) and tensor.numel() == 1
+def _is_counter(name: str, tensor: Any) -> bool:
+    is_single = not is_lazy(tensor) and tensor.numel() == 1
+    return is_single and (not tensor.is_floating_point() or _COUNTER.fullmatch(name) is not None)
 
 
 def _kind(module: nn.Module) -> LayerKind:

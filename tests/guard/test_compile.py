@@ -546,8 +546,7 @@ assert net.num_batches_tracked == 0
     subprocess.run([sys.executable, "-W", "error", "-c", script], check=True, timeout=120)
 
 
-@pytest.mark.parametrize("how", ["frozen", "strict"])
-def test_block_inside_a_whole_graph_is_refused_in_one_sentence(how: str) -> None:
+def test_block_inside_a_whole_graph_is_refused_in_one_sentence() -> None:
     """``fullgraph=True`` around a block cannot be: torch's error carries our sentence, and nothing is left behind."""
     net = Net()
 
@@ -555,12 +554,25 @@ def test_block_inside_a_whole_graph_is_refused_in_one_sentence(how: str) -> None
         with bnguard.frozen(net, "restore"):
             return net(x)
 
-    function = with_block if how == "frozen" else bnguard.strict(model=net)(lambda x: net(x))
     with pytest.raises(torch._dynamo.exc.Unsupported) as caught:
-        torch.compile(function, backend="eager", fullgraph=True)(make_input())
+        torch.compile(with_block, backend="eager", fullgraph=True)(make_input())
     assert "a block of bnguard cannot begin or end inside a graph: open it around the compiled function" in str(
         caught.value
     )
+    assert_clean(net)
+
+
+@pytest.mark.parametrize("decorate", [bnguard.strict, bnguard.frozen], ids=["strict", "frozen"])
+def test_decorated_function_that_is_compiled_whole(decorate: Callable[..., Any]) -> None:
+    """The guard is around the one graph."""
+    net, twin = Net(), Net()
+    before = state_of(net)
+    guard = decorate(model=net, on_change="restore")
+    step = torch.compile(guard(lambda x: net(x)), backend="eager", fullgraph=True)
+    for x in (make_input(), make_input()):
+        assert_same_bits(step(x), twin(x))
+    assert graphs() == 1
+    assert_same_bits(state_of(net), before)
     assert_clean(net)
 
 

@@ -901,18 +901,6 @@ def test_use_running_stats_leaves_eval_mode_alone() -> None:
         assert_same_bits(net(images()), expected)
 
 
-def test_use_running_stats_sees_new_statistics() -> None:
-    """Statistics loaded inside are used at once; those of entry are back at the end."""
-    net, other = small_net(), nn.Sequential(nn.BatchNorm2d(2))
-    expected = copy.deepcopy(other).eval()(images())
-    before = state_of(net)
-    with warns(), bnguard.frozen(net, "restore", use_running_stats=True):
-        net.load_state_dict(other.state_dict())
-        assert_same_bits(net(images()), expected)
-    for name in statistics(net):
-        assert_same_bits(net.state_dict()[name], before[name])
-
-
 # affine.
 
 

@@ -98,3 +98,32 @@ def test_kind_of_a_class_is_found_again() -> None:
     }
     for layer, kind in expected.items():
         assert kinds.statistics_of(layer)[1] is kind
+
+
+class Normaliser(nn.Module):
+    """A forward of its own, and one more buffer."""
+
+    def __init__(self, name: str, value: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(3))
+        self.register_buffer(name, value)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input - self.running_mean
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "is_counter"),
+    [
+        ("count", torch.tensor(1e-4), True),  # as normalisers of reinforcement learning have it
+        ("num_steps", torch.zeros(1), True),
+        ("steps", torch.tensor(0), True),
+        ("initialised", torch.tensor(False), True),
+        ("last", torch.tensor(0.0), False),
+        ("momentum", torch.tensor(0.1), False),
+        ("counts", torch.zeros(3), False),  # of what the layer saw, not of its batches
+    ],
+)
+def test_counter_of_a_layer_is_held_with_its_mean(name: str, value: Tensor, is_counter: bool) -> None:
+    """Other buffers of a layer with a forward of its own are not held."""
+    assert bnguard.frozen(Normaliser(name, value)).layers[0].buffers == ("running_mean", name)[: 1 + is_counter]
