@@ -5,7 +5,7 @@ Nothing in here knows bnguard. It says what the documentation promises about gua
 - A forward that would update asks the guards around the layer, the innermost first. A budget that is not yet spent, and
   ``"warn"``, let it stand, and the next one out is asked. What one further out prevents was never seen further in.
 - ``"raise"`` stops the forward before the layer; ``"restore"`` gives the output of the update, without it;
-  ``use_running_stats`` gives the output of eval mode.
+  ``use_running_stats`` gives the output of eval mode with the statistics of its entry, of layers in eval mode as well.
 - Under ``"rollback"`` updates stand until its end, and no guard further out is asked.
 - Where autograd may record a forward inside a guard that rolls back, the forward reads copies of the statistics.
 - At the end, ``"raise"``, ``"restore"`` and ``"rollback"`` put back the objects and bits of entry, or those of the last
@@ -130,11 +130,11 @@ class Twin:
             return layer(input)
         if has_own_forward(layer):
             return self._own_forward(layer, input)
-        if not would_update(layer):
+        stance, decider, warned, within = self.verdict(layer)
+        if not would_update(layer) and stance != "running":
             return self._reading(layer, input)
         if is_rejected(layer, input):
             return layer(input)
-        stance, decider, warned, within = self.verdict(layer)
         if stance == "raise":
             refuse_single_values(layer, input)
             self._stop(decider, layer)
@@ -142,7 +142,7 @@ class Twin:
             with on_copies(layer):
                 return layer(input)
         if stance == "running":
-            return self._eval_mode(layer, input)
+            return self._eval_mode(layer, input, decider)
         self._warn(warned)
         self._look(layer, within)
         self._pay(layer, within)
@@ -154,7 +154,7 @@ class Twin:
     def _own_forward(self, layer: nn.Module, input: Tensor) -> Tensor:
         stance, decider, warned, within = self.verdict(layer)
         if stance == "running":
-            return self._eval_mode(layer, input)
+            return self._eval_mode(layer, input, decider)
         if stance == "restore":
             with on_copies(layer):
                 return layer(input)
@@ -193,17 +193,17 @@ class Twin:
             for name, tensor in after().items():
                 layer._buffers[name].data.copy_(tensor)
 
-    def _eval_mode(self, layer: nn.Module, input: Tensor) -> Tensor:
+    def _eval_mode(self, layer: nn.Module, input: Tensor, guard: Guard) -> Tensor:
         mode, flag = layer.training, getattr(layer, "track_running_stats", None)
         layer.training = False
         is_instance_norm = isinstance(layer, _InstanceNorm) and not has_own_forward(layer)
         if is_instance_norm:
             layer.track_running_stats = True  # else it would use the batch
         try:
-            if would_update(layer) or has_own_forward(layer):
-                with on_copies(layer):
-                    return layer(input)
-            return layer(input)
+            with on_copies(layer):
+                for name, tensor in statistics(layer).items():
+                    layer._buffers[name] = guard.saved["_buffers", layer, name].value.to(tensor.dtype, copy=True)
+                return layer(input)
         finally:
             layer.training = mode
             if is_instance_norm:

@@ -203,9 +203,9 @@ class Block:
             check.allowed(self._owner(layer), before)
 
     def captured(self, layer: int) -> Mapping[str, Tensor]:
-        """Copies of the statistics of the beginning, by buffer name."""
+        """The statistics of the beginning, by buffer name; not to be written to."""
         check = self._check
-        return {} if check is None else check.statistics.captured(self._owner(layer))
+        return {} if check is None else check.captured(self._owner(layer))
 
     def recorded(self, layer: int) -> None:
         """Warns, once a block, that a layer in train mode is traced or exported although it is held in eval mode."""

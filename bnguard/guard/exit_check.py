@@ -91,6 +91,10 @@ class ExitCheck:
             if self.parameters.without_values():
                 refuse_unreadable(layers, phrases, "_parameters")
 
+    def captured(self, owner: int) -> Mapping[str, Tensor]:
+        """What is to be the state of a layer, by buffer name; not to be written to. With a budget that may change."""
+        return self.statistics.captured(owner) if self._budget else self.statistics.views(owner)
+
     def allowed(self, owner: int, before: Mapping[str, Tensor] | None) -> None:
         """Captures a layer again after an update within its budget. See Note [Budgets]."""
         with self._lock:  # of several threads the last one to capture must be the last one to read

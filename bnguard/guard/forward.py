@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from bnguard.guard.hold import (
+    NO_STATISTICS,
     copies,
     guards,
     is_scratch_for,
@@ -156,7 +157,7 @@ class HeldLayer(WatchedLayer):
         action = self.ruling.action
         if module.training:
             return action if module.track_running_stats else None
-        return action if action == "running" else None if self.ruling.hides else "read"
+        return "read" if self.ruling.leaves_eval else action if action == "running" else None
 
     def _would_update(self) -> bool:
         """Whether a forward would update, whatever another thread's runs in."""
@@ -254,16 +255,15 @@ class HeldLayer(WatchedLayer):
             if module.training:
                 recorded(id(module))
             return self.run_held(args, kwargs)
-        written = None if surroundings == "graph" else self.of_entry()
+        statistics = NO_STATISTICS if surroundings == "graph" else self.of_entry()
         if kind is BATCH_NORM:
-            return normalise_with_running_stats(module, *args, statistics=written)
-        statistics = dict(written or {})
-        if not statistics and not kind.reads_in_eval(module):
-            statistics = copies(module, self.names)
+            return normalise_with_running_stats(module, *args, statistics=statistics)
+        if not kind.reads_in_eval(module):
+            statistics = {**copies(module, self.names), **{name: value.clone() for name, value in statistics.items()}}
         return self._run_with(statistics, kind.eval_flags, args, kwargs)
 
     def _run_with(
-        self, statistics: dict[str, Tensor], flags: Mapping[str, bool], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, statistics: Mapping[str, Tensor], flags: Mapping[str, bool], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Runs the layer's own forward with ``statistics`` and ``flags`` for its own."""
         module = self.module

@@ -28,12 +28,13 @@ from bnguard.torch_internals.transforms import PLAIN, is_wrapped, unwrapped_tens
 
 # By id of the layer, as long as it has entries: what guards it, see ``hooks.LayerGuard``.
 guards: Final[dict[int, Any]] = {}
+NO_STATISTICS: Final[Mapping[str, Tensor]] = {}
 
 
 def run_in_graph(
     module: Any,
     forward: Callable[..., Any],
-    statistics: dict[str, Tensor],
+    statistics: Mapping[str, Tensor],
     flags: Mapping[str, bool],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -59,7 +60,11 @@ def run_in_graph(
 
 
 def run_stand_in(
-    module: Any, statistics: dict[str, Tensor], flags: Mapping[str, bool], args: tuple[Any, ...], kwargs: dict[str, Any]
+    module: Any,
+    statistics: Mapping[str, Tensor],
+    flags: Mapping[str, bool],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> Any:
     """Runs the forward of a layer without children on an object that is made in the graph.
 
@@ -106,7 +111,7 @@ def normalise_with_batch_in_graph(module: Any, input: Tensor) -> Tensor:
 
 
 def normalise_with_running_stats(
-    module: Any, input: Tensor, *, from_clones: bool = False, statistics: Mapping[str, Tensor] | None = None
+    module: Any, input: Tensor, *, from_clones: bool = False, statistics: Mapping[str, Tensor] = NO_STATISTICS
 ) -> Tensor:
     """``_BatchNorm.forward`` in eval mode, whatever mode the layer is in. Source: ``torch/nn/modules/batchnorm.py``.
 
@@ -115,11 +120,11 @@ def normalise_with_running_stats(
         input: Its input.
         from_clones: Give autograd clones of the statistics, because the statistics themselves will be written to before
             the backward pass.
-        statistics: Those statistics that are not its own.
+        statistics: Statistics to take in place of its own.
     """
     module._check_input_dim(input)
-    source = module._buffers if statistics is None else {**module._buffers, **statistics}
-    mean, var = source["running_mean"], source["running_var"]
+    own = module._buffers
+    mean, var = [statistics[name] if name in statistics else own[name] for name in ("running_mean", "running_var")]
     if from_clones:
         mean, var = _clone(mean), _clone(var)
     factor = 0.0 if module.momentum is None else module.momentum
@@ -145,6 +150,14 @@ def copies_outside_modes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Fresh copies of those tensors that can be read, to compare with later."""
     with outside_modes():
         return {name: _cloned(unwrapped_tensor(tensor)) for name, tensor in tensors.items() if has_values(tensor)}
+
+
+def converted(value: Tensor, now: Tensor) -> Tensor:
+    """A copy of ``value`` with the dtype, the device and the strides of ``now``."""
+    with torch.inference_mode(mode=False), torch.no_grad():
+        copy = _cloned(now)
+        write(copy, value.to(now.device, now.dtype))
+        return copy
 
 
 def _copies(buffers: Mapping[str, Tensor | None], names: Iterable[str]) -> dict[str, Tensor]:

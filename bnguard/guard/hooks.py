@@ -261,7 +261,7 @@ def add_entry(
                     else:
                         guard = LayerGuard(layer, known)
                 into.append(guard)
-                guard.members[entry] = guard.versions() if is_running and layer.kind.hold != "none" else None
+                guard.members[entry] = {} if is_running and layer.kind.hold != "none" else None
                 guard.sync(rulings)
                 if guards.get(key) is guard:
                     break

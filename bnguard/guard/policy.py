@@ -108,7 +108,7 @@ class Reporter(Protocol):
         """
 
     def captured(self, layer: int) -> Mapping[str, Tensor]:
-        """Copies of the statistics that the layer with this id had when the block began, by buffer name."""
+        """The statistics that the layer with this id had when the block began, by buffer name; not to be written to."""
 
     def recorded(self, layer: int) -> None:
         """Warns, once a block, that a layer in train mode is traced or exported although it is held in eval mode."""
@@ -212,20 +212,21 @@ class Ruling:
     Attributes:
         entries: The entries, the innermost first.
         action: What happens to every update as long as these are the entries; None where it depends on the forward.
+        decider: The entry that decides so; None for ``"update"``.
         in_graphs: What happens to every update in a compiled graph, where a recomputed forward is not a forward of its
             own; None where it depends on the forward.
         needs_forward: Whether forwards are held or counted, which takes a ``forward`` on the instance.
-        hides: Whether what forwards do is undone at the end of one of the blocks.
+        leaves_eval: Whether a forward that only reads the statistics runs as without a guard.
     """
 
-    __slots__ = ("action", "entries", "hides", "in_graphs", "needs_forward")
+    __slots__ = ("action", "decider", "entries", "in_graphs", "leaves_eval", "needs_forward")
 
     def __init__(self, entries: Entries) -> None:
         self.entries = entries if len(entries) < 2 else tuple(sorted(entries, key=_INNERMOST_FIRST))
-        self.action = _standing(self.entries)
-        self.in_graphs = _standing([entry for entry in self.entries if not entry.policy.only_in_backward])
-        self.hides = any([entry.policy.hides for entry in entries])
-        self.needs_forward = self.hides or any([entry.budget or entry.policy.holds for entry in entries])
+        self.action, self.decider = _standing(self.entries)
+        self.in_graphs, _ = _standing([entry for entry in self.entries if not entry.policy.only_in_backward])
+        self.leaves_eval = not any([entry.policy.hides or entry.policy.action == "running" for entry in entries])
+        self.needs_forward = any([entry.budget or entry.policy.holds or entry.policy.hides for entry in entries])
 
 
 _INNERMOST_FIRST: Final = attrgetter("order")
@@ -241,14 +242,14 @@ class Rulings(dict[Entries, Ruling]):
         return ruling
 
 
-def _standing(entries: Sequence[PolicyEntry]) -> Action | None:
+def _standing(entries: Sequence[PolicyEntry]) -> tuple[Action | None, PolicyEntry | None]:
     for entry in entries:
         policy = entry.policy
         if entry.budget or policy.only_in_backward:
-            return None
+            return None, None
         if policy.action != "update" or policy.hides:
-            return policy.action
-    return "update"
+            return policy.action, entry
+    return "update", None
 
 
 NO_RULING: Final = Ruling(())

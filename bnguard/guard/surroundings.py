@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from bnguard.errors import BNGuardError
 from bnguard.guard.copies import InstancePatch
-from bnguard.guard.hold import guards
-from bnguard.guard.policy import NO_RULING, PolicyEntry
+from bnguard.guard.hold import NO_STATISTICS, converted, guards
+from bnguard.guard.policy import NO_RULING, PolicyEntry, decide
 from bnguard.layers.kinds import (
     BATCH_NORM,
     BATCH_NORMS,
@@ -78,8 +78,8 @@ class Surroundings(InstancePatch):
         kind: The family of the layer.
         layer_id: The id of the layer; for a replica, of the layer that it is one of.
         ruling: What follows from the blocks around it.
-        members: What the blocks around it want: see Note [Interruption]. Each with the ``versions()`` of its beginning,
-            if the layer normalises with its statistics.
+        members: What the blocks around it want: see Note [Interruption]. If the layer normalises with its statistics,
+            with those of the beginning, as soon as a forward has asked for them.
         is_plain: Whether its forward is an ordinary method of its class.
 
     Args:
@@ -96,7 +96,7 @@ class Surroundings(InstancePatch):
         self.module = module = layer.module
         cls = type(module)
         self.layer_id = id(module)
-        self.members: dict[PolicyEntry, tuple[tuple[int, int], ...] | None] = {}
+        self.members: dict[PolicyEntry, dict[str, Tensor] | None] = {}
         self.names = layer.buffers
         self.kind = kind = layer.kind
         self.previous = previous = module.__dict__.get("forward")
@@ -113,30 +113,37 @@ class Surroundings(InstancePatch):
         self._known = tuple(map(own_tensors(self.module, "_buffers").get, self.names))
         self._on_cuda = None
 
-    def versions(self) -> tuple[tuple[int, int], ...] | None:
-        """For each statistic its id, and how often torch has seen it written to; None for inference tensors."""
-        own = self.module._buffers
-        present = [tensor for name in self.names if (tensor := own.get(name)) is not None]
-        try:
-            return tuple([(id(tensor), tensor._version) for tensor in present])
-        except RuntimeError:
-            return None
+    def of_entry(self) -> Mapping[str, Tensor]:
+        """The statistics that the layer normalises with, by buffer name: those of the beginning of the block.
 
-    def of_entry(self) -> Mapping[str, Tensor] | None:
-        """The statistics that the layer normalises with where they have been written to since the block began."""
-        for entry in self.ruling.entries:
-            if entry.block is not None and entry.policy.action == "running":
-                before = self.members.get(entry)
-                if before is None or before == self.versions():
-                    return None
-                own = own_tensors(self.module, "_buffers")
-                captured = entry.block.captured(self.layer_id)
-                return {
-                    name: value.to(now.device, now.dtype)
-                    for name, value in captured.items()
-                    if (now := own.get(name)) is not None
-                } or None
-        return None
+        Nobody writes to them, so they also serve a backward pass after the block. Without those that the layer did not
+        have, or had of a class of its own.
+        """
+        ruling = self.ruling
+        decider = decide(ruling.entries, self.layer_id).decider if ruling.action is None else ruling.decider
+        held = None if decider is None else self.members.get(decider)
+        if decider is None or held is None:
+            return NO_STATISTICS
+        if not held or decider.budget:
+            if decider.block is None:
+                return NO_STATISTICS
+            captured = decider.block.captured(self.layer_id)
+            unread = "num_batches_tracked" if self.kind is BATCH_NORM else None
+            held.update([(name, value) for name, value in captured.items() if name != unread])
+        own = self.module._buffers if self.kind is BATCH_NORM else own_tensors(self.module, "_buffers")
+        for name, value in held.items():
+            now = own.get(name)
+            if type(now) is not Tensor or now.dtype is not value.dtype or now.device != value.device:
+                break
+            if not now.is_contiguous():
+                break
+        else:
+            return held
+        return {
+            name: converted(value, now)
+            for name, value in held.items()
+            if type(now := own.get(name)) is Tensor and now.shape == value.shape
+        }
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's own forward, bound as Python binds it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -95,18 +95,15 @@ class FlatCopy:
         """
         return all(map(same_flat_bits, self._current_flats(), self._flats, self._view_dtypes))
 
-    def views(self) -> dict[int, Tensor]:
-        """The copied values by the id of their tensor, as views in the original shapes."""
-        views: dict[int, Tensor] = {}
+    def views(self) -> Iterator[tuple[int, Tensor]]:
+        """The id of each tensor and its copied values, a view in its shape."""
         for part, flat in zip(self._parts, self._flats_by_part(), strict=True):
-            views.update(zip(map(id, part.tensors), part.views(flat), strict=True))
-        return views
+            yield from zip(map(id, part.tensors), part.views(flat), strict=True)
 
-    def pointers(self) -> dict[int, int]:
-        """Where the values were in memory when they were copied, by the id of their tensor."""
-        return {
-            id(tensor): at for part in self._parts for tensor, at in zip(part.tensors, part.pointers or (), strict=True)
-        }
+    def pointers(self) -> Iterator[tuple[int, int]]:
+        """The id of each tensor, and where its values were in memory when they were copied."""
+        for part in self._parts:
+            yield from zip(map(id, part.tensors), part.pointers or (), strict=True)
 
     def _current_flats(self) -> list[Tensor]:
         """The current values, one flat tensor per part; on a GPU all parts as bytes in one tensor.
@@ -149,15 +146,15 @@ class Counts:
         """Whether the tensors still have the copied values."""
         return self._current_numbers() == (self._saved if self._viewed is None else self._viewed.tolist())
 
-    def views(self) -> dict[int, Tensor]:
-        """The copied values by the id of their tensor, as views: writing to one changes what is compared with."""
+    def views(self) -> Iterator[tuple[int, Tensor]]:
+        """The id of each tensor and its copied value, a view: writing to it changes what is compared with."""
         if self._viewed is None:
             self._viewed = torch.tensor(self._saved, device="cpu")  # not the device of a torch.device() block
-        return dict(zip(map(id, self._tensors), self._viewed.unbind(), strict=True))
+        return zip(map(id, self._tensors), self._viewed.unbind(), strict=True)
 
-    def pointers(self) -> dict[int, int]:
-        """Where the values were in memory when they were copied, by the id of their tensor."""
-        return dict(zip(map(id, self._tensors), self._pointers, strict=True))
+    def pointers(self) -> Iterator[tuple[int, int]]:
+        """The id of each tensor, and where its value was in memory when it was copied."""
+        return zip(map(id, self._tensors), self._pointers, strict=True)
 
     def _current_numbers(self) -> list[int | float | bool]:
         # Takes half as long as copying all tensors into one and comparing that.

@@ -128,9 +128,16 @@ class Snapshot:
     @outside_modes()
     def captured(self, owner: int) -> dict[str, Tensor]:
         """Copies of the captured values of one module's tensors by name, without tensors that had no values."""
-        names, originals = self._names[owner], self.objects_of(owner)
-        saved = {name: self._saved(original) for name, original in zip(names, originals, strict=True)}
-        return {name: value.clone() for name, value in saved.items() if value is not None}
+        return {name: value.clone() for name, value in self.views(owner).items()}
+
+    def views(self, owner: int) -> dict[str, Tensor]:
+        """The captured values themselves by name, without tensors that had no values. Nobody may write to them."""
+        index = self._index_of_saved()
+        return {
+            name: value
+            for name, original in zip(self._names[owner], self.objects_of(owner), strict=True)
+            if (value := index[id(original)]) is not None
+        }
 
     @outside_modes()
     def accept(self, owner: int) -> None:
@@ -236,7 +243,7 @@ class Snapshot:
     def _is_elsewhere(self, original: Tensor, target: Tensor) -> bool:
         """Whether a captured tensor has been given other memory through ``.data``, which may be somebody else's."""
         if self._pointers is None:
-            self._pointers = {key: at for copy in self._copies for key, at in copy.pointers().items()}
+            self._pointers = dict(itertools.chain.from_iterable([copy.pointers() for copy in self._copies]))
         return self._pointers.get(id(original), target.data_ptr()) != target.data_ptr()
 
     def _put(self, owner: int, name: str, tensor: Tensor) -> None:
@@ -281,12 +288,10 @@ class Snapshot:
             self._saved_by_id = self._index()
         return self._saved_by_id
 
+    @outside_modes()
     def _index(self) -> dict[int, Tensor | None]:
         """The captured values by the id of their tensor."""
-        views: dict[int, Tensor | None] = {}
-        for copy in self._copies:
-            views.update(copy.views())
-        return views
+        return dict(itertools.chain.from_iterable([copy.views() for copy in self._copies]))
 
 
 _INITIAL: Final = {"running_mean": 0.0, "running_var": 1.0}

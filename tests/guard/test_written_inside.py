@@ -41,7 +41,11 @@ def _write(layer: Any) -> None:
     layer.running_var += 1
 
 
-WRITES: list[Callable[[Any], None]] = [_reset, _load, _assign, _write]
+def _write_data(layer: Any) -> None:
+    layer.running_mean.data.add_(3)  # no version counter tells
+
+
+WRITES: list[Callable[[Any], None]] = [_reset, _load, _assign, _write, _write_data]
 
 
 @EVERY_NORM
@@ -77,6 +81,18 @@ def test_each_block_has_a_beginning_of_its_own(norm: str) -> None:
         assert_same_bits(net(x), outer(x))
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_spent_budget_further_in_changes_nothing(training: bool) -> None:
+    """A budget of another guard allows updates to nobody else."""
+    net = nn.Sequential(warmed(nn.BatchNorm2d(2))).train(training)
+    twin = copy.deepcopy(net).eval()
+    with told(), bnguard.frozen(net, "restore", use_running_stats=True):
+        _write(net[0])
+        with bnguard.frozen(net, updates=1):
+            for x in (images(), images()):
+                assert_same_bits(net(x), twin(x))
+
+
 def test_update_bn_calibrates_the_rest_of_the_net() -> None:
     """What follows a held part is calibrated with what the held part has always given."""
     torch.manual_seed(0)
@@ -97,12 +113,22 @@ def test_update_bn_calibrates_the_rest_of_the_net() -> None:
     assert len(said.warnings) == 1, "at the end: they were reset inside"
 
 
-def test_layer_that_nobody_writes_to_is_asked_for_no_copies(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only where they were written to are the statistics of the beginning looked up."""
-    net = nn.Sequential(warmed(nn.BatchNorm2d(2)))
-    monkeypatch.setattr("bnguard.guard.block.Block.captured", lambda *_: pytest.fail("copied"))
-    with bnguard.frozen(net, use_running_stats=True):
-        net(images())
+@EVERY_NORM
+def test_gradients_after_the_block_are_those_of_the_forward(norm: str) -> None:
+    """What the end of the block puts back is not what the backward pass needs."""
+    net, twin = nn.Sequential(warmed(NORMS[norm](2))), nn.Sequential(warmed(NORMS[norm](2))).eval()
+    twin.load_state_dict(net.state_dict())
+    x, twin_x = images().requires_grad_(), images().requires_grad_()
+    if isinstance(twin[0], nn.InstanceNorm2d):
+        twin[0].track_running_stats = True
+    with told(), bnguard.frozen(net, "restore", use_running_stats=True):
+        _write(net[0])
+        output = net(x)
+        _reset(net[0])
+    assert_same_bits(output, twin(twin_x))
+    output.square().sum().backward()
+    twin(twin_x).square().sum().backward()
+    assert_same_bits(x.grad, twin_x.grad)
 
 
 @EVERY_NORM

@@ -242,7 +242,7 @@ def test_values_of_counters_are_handed_out_as_one() -> None:
     """Who writes to what ``views()`` gave, once or again, changes what is compared with."""
     counter = torch.tensor(3)
     counts = flat_copy.Counts([counter])
-    first, second = (counts.views()[id(counter)] for _ in range(2))
+    first, second = (dict(counts.views())[id(counter)] for _ in range(2))
     counter.fill_(5)
     assert not counts.is_unchanged()
     first.fill_(5)
