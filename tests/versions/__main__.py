@@ -41,6 +41,8 @@ def main() -> int:
             environment.make(
                 options.python, options.torch, options.packages, is_full=options.full, find_links=options.find_links
             )
+        if missing := environment.missing(options.packages):
+            parser.error(f"{folder} lacks {', '.join(missing)}: remove it, and it is made anew")
         if not options.torch:
             environment.list_versions("torch")
         row = run(environment, options.packages, options.tests or [f"tests/{name}" for name in CORE])

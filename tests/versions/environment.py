@@ -84,6 +84,13 @@ class Environment:
         """What a line of Python prints there."""
         return subprocess.run([self.python, "-c", code], check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
 
+    def missing(self, packages: Packages) -> list[str]:
+        """Which packages it lacks to run the tests: an environment that is used again may be half made, or older."""
+        code = "from importlib import metadata; print(*[dist.name for dist in metadata.distributions()])"
+        present = {canonical(name) for name in self.output(code).split()}
+        lines = pinned() if packages == "pinned" else floors()
+        return sorted({canonical(re.split("[<=]", line)[0]) for line in lines} - present)
+
     def build(self) -> str:
         """Which build of torch it has, in words."""
         if self.output("import torch; print(torch.version.cuda)") == "None":
@@ -120,9 +127,16 @@ def floors() -> list[str]:
     """The oldest version of each package that ``setup.cfg`` allows, except for torch and tools."""
     config = _config()
     extras = config["options.extras_require"]
-    listed = "\n".join([config["options"]["install_requires"], *[extras[name] for name in extras if name != "dev"]])
+    listed = "\n".join(
+        [config["options"]["install_requires"], *[extras[name] for name in extras if name not in ("bench", "dev")]]
+    )
     found = re.findall(r"^([\w-]+)>=([\w.]+)$", listed, re.MULTILINE)
     return sorted({f"{name}=={version}" for name, version in found if name not in _TOOLS}) + list(_CONTEMPORARY)
+
+
+def canonical(name: str) -> str:
+    """The name of a package as indexes compare it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def _config() -> configparser.ConfigParser:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
-from tests.versions.environment import floors, pinned, runtime_packages
+import pytest
+
+from tests.versions.environment import Environment, Packages, canonical, floors, pinned, runtime_packages
 from tests.versions.table import Row, read_junit, read_table, write_table
 
 ROW = Row("2.8.0+cu128", "CUDA, without its libraries", "3.11.7", "pinned", "2026-01-01", 3, [], {"no CUDA device": 2})
@@ -56,3 +59,14 @@ def test_floors_and_pins_name_every_package_that_runs_tests() -> None:
     for names in ({line.split("==")[0] for line in lines} for lines in (floors(), pinned())):
         assert {"wrapt", "pytest", "hypothesis", "transformers"} <= names
         assert "torch" not in names
+
+
+@pytest.mark.parametrize("packages", ["pinned", "floor", "newest"])
+def test_environment_that_lacks_a_package_is_seen(monkeypatch: pytest.MonkeyPatch, packages: Packages) -> None:
+    """Else each test of an integration would be skipped or fail, and the row would say so."""
+    there = [canonical(re.split("[<=]", line)[0]) for line in (pinned() if packages == "pinned" else floors())]
+    environment = Environment(Path("there"))
+    monkeypatch.setattr(environment, "output", lambda _: " ".join(name.replace("-", "_").title() for name in there))
+    assert environment.missing(packages) == []
+    there.remove("skorch")
+    assert environment.missing(packages) == ["skorch"]
