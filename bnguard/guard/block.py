@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from bnguard.errors import BNGuardError, BNGuardWarning, StatsChangedError
 from bnguard.guard import messages
 from bnguard.guard.affine import AffineHold
+from bnguard.guard.bystanders import Bystanders, bystanders_of
 from bnguard.guard.coverage import (
     refuse_batch_programs,
     warn_about_added_layers,
@@ -49,8 +50,9 @@ class Block:
     """
 
     __slots__ = (
-        "_affine", "_check", "_counts", "_entry", "_found", "_guards", "_has_warned_of_program", "_layers", "_model",
-        "_on_cuda", "_outcome", "_owners", "_process", "_regions", "_settings", "_tree", "_verified", "_without_values",
+        "_affine", "_bystanders", "_check", "_counts", "_entry", "_found", "_guards", "_has_warned_of_program",
+        "_layers", "_model", "_on_cuda", "_outcome", "_owners", "_process", "_regions", "_settings", "_tree",
+        "_verified", "_without_values",
     )  # fmt: skip
 
     def __init__(self, model: nn.Module, settings: Settings, earlier: Block | None = None) -> None:
@@ -70,6 +72,7 @@ class Block:
         self._entry: PolicyEntry  # while the block is open
         self._affine: AffineHold | None = None
         self._check: ExitCheck | None = None
+        self._bystanders: Bystanders | None = None
         self._without_values: frozenset[int] = frozenset()  # owners
         self._found: Mapping[int, StatsChange] = _NONE  # by owner: what a comparison found
         self._verified: Mapping[int, int] = {}  # by layer: updates when it was last compared
@@ -109,6 +112,7 @@ class Block:
                 self._affine.take([p for i in range(len(layers)) for p in check.parameters.objects_of(i)])
             if settings.frontend.has_coverage_warnings:
                 warn_about_programs(settings)
+                self._bystanders = bystanders_of(self._model, (self._model,))
         except BaseException:
             self._let_go()
             raise
@@ -142,7 +146,7 @@ class Block:
         try:
             self._act(found, error)
         finally:
-            self._check = None  # a guard that is kept for later keeps no copies
+            self._check = self._bystanders = None  # a guard that is kept for later keeps no copies
 
     @property
     def changes(self) -> tuple[StatsChange, ...]:
@@ -276,6 +280,8 @@ class Block:
             warn_about_added_layers(self._model, self._settings, self._tree, self._check.statistics)
         if self._regions and not is_any_held(self._layers):
             warn_about_pending_regions(self._regions.values(), self._settings)
+        if self._bystanders is not None:
+            self._bystanders.tell(self._settings.frontend.phrases)
 
     def _refuse_capture(self) -> None:
         if self._on_cuda and torch.cuda.is_current_stream_capturing():

@@ -142,6 +142,17 @@ def added_text(names: Sequence[str], phrases: Phrases) -> str:
     )
 
 
+def bystanders_text(layers: Sequence[tuple[str, str]], phrases: Phrases) -> str:
+    """The warning about layers that are not among the modules of the model and moved."""
+    shown = ", ".join(f"{place} ({name})" for place, name in layers[:_SHOWN])
+    more = f" and {len(layers) - _SHOWN} more" if len(layers) > _SHOWN else ""
+    return (
+        f"also moved inside {phrases.place}, not guarded: {shown}{more}.\n"
+        "They are not among the modules of the guarded model: keep them in an nn.ModuleList or nn.ModuleDict, or as\n"
+        "attributes of a module, or guard what they belong to as well."
+    )
+
+
 def pending_text(in_eval_mode: bool, phrases: Phrases) -> str:
     """The warning about a checkpointed region whose backward pass has not been run when the block ends."""
     consequence = (

@@ -13,11 +13,12 @@ from typing import Any, Final, TypeVar, overload
 
 from torch import nn
 
+from bnguard.guard.bystanders import bystanders_of
 from bnguard.guard.decorate import guard_function
 from bnguard.guard.frozen import frozen
 from bnguard.guard.options import Frontend, OnChange, Settings, check_settings
 from bnguard.guard.phrases import Phrases
-from bnguard.layers.search import modules_in, roots_of
+from bnguard.layers.search import LARGEST, modules_in, roots_of
 from bnguard.layers.select import Selector
 from bnguard.layers.tree import any_layer
 from bnguard.torch_internals.compile import outside_graphs
@@ -71,9 +72,11 @@ def strict(
         @bnguard.strict(model="teacher", on_change="restore")
         def distill(student, teacher, batch): ...
 
-    Which models: those that ``model`` names; else modules among the arguments (inside lists, tuples, sets and dicts
-    too); else ``self``; else modules that are attributes of ``self``; else modules that the function reads from its
-    closure or its globals. The first of these places that has a model with running statistics decides.
+    Which models: those that ``model`` names; else modules among the arguments (inside lists, tuples, sets and dicts of
+    at most 256 entries too); else ``self``; else modules that are attributes of ``self``; else modules that the
+    function reads from its closure or its globals. The first of these places that has a model with running statistics
+    decides. Layers in objects that ``self`` holds, such as ``self.options.model``, are not guarded; if one moves, a
+    warning names it once.
 
     Works on functions, methods, class and static methods (above or below those decorators), coroutines and generators
     (each resumption is a block). Signature, docstring, name and pickling of the function stay as they are.
@@ -109,8 +112,8 @@ def strict(
         def opener(
             wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
         ) -> Callable[[], AbstractContextManager[Any]]:
-            models = _models(model, wrapped, instance, args, kwargs)
-            return functools.partial(_AllFrozen, models, settings)
+            models, holder = _models(model, wrapped, instance, args, kwargs)
+            return functools.partial(_AllFrozen, models, settings, holder)
 
         return guard_function(function, opener, "strict")
 
@@ -118,10 +121,18 @@ def strict(
 
 
 class _AllFrozen:
-    """One block around several models."""
+    """One block around several models.
+
+    Args:
+        models: The models.
+        settings: The options.
+        holder: An object, among whose attributes further layers are looked for; None for no such object.
+    """
 
     @outside_graphs
-    def __init__(self, models: list[nn.Module], settings: Settings) -> None:
+    def __init__(self, models: list[nn.Module], settings: Settings, holder: Any) -> None:
+        self._models = models
+        self._holder = holder
         self._guards = [frozen._with(model, settings) for model in models]
 
     @outside_graphs
@@ -129,6 +140,7 @@ class _AllFrozen:
         with ExitStack() as undo:
             for guard in self._guards:
                 undo.enter_context(guard)
+            self._bystanders = None if self._holder is None else bystanders_of(self._holder, self._models)
             undo.pop_all()
 
     @outside_graphs
@@ -145,6 +157,8 @@ class _AllFrozen:
         try:
             if failure is not None:
                 raise failure
+            if error is None and self._bystanders is not None:
+                self._bystanders.tell(_FRONTEND.phrases)
         finally:
             failure = None  # which knows this frame
 
@@ -154,27 +168,28 @@ _PLACES: Final = "its arguments, self, the attributes of self, and what it reads
 
 def _models(
     source: ModelSource | None, wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> list[nn.Module]:
-    """The models that one call is about, none of them a part of another."""
+) -> tuple[list[nn.Module], Any]:
+    """The models that one call is about, none a part of another; and ``self``, if it may hold more of them."""
     if source is not None:
         named = modules_in(_named(source, wrapped, instance, args, kwargs))
         if not named:
             what = f"{source!r}" if isinstance(source, str) else "the callable"
             raise TypeError(f"strict: model={what} gave no torch.nn.Module at the call of {_name_of(wrapped)}()")
-        return roots_of(named)
+        return roots_of(named), None
     bare: list[nn.Module] = []
-    for place in _places(wrapped, instance, args, kwargs):
+    for number, place in enumerate(_places(wrapped, instance, args, kwargs)):
         found = modules_in(place)
         guarded = [module for module in found if any_layer(module)]
         if guarded:
-            return roots_of(guarded)
+            return roots_of(guarded), instance if number > 1 else None
         bare = bare or found
     if not bare:
         raise TypeError(
             f"strict: {_name_of(wrapped)}() has no model: looked in {_PLACES}; "
-            "say which with strict(model=...), a module, the name of a parameter, or a callable"
+            "say which with strict(model=...), a module, the name of a parameter, or a callable. "
+            f"Containers of more than {LARGEST} entries are data, and are not searched."
         )
-    return bare[:1]
+    return bare[:1], instance
 
 
 def _named(source: ModelSource, wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

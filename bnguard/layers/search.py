@@ -5,20 +5,49 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from contextlib import suppress
-from types import ModuleType
-from typing import Any
+from types import FunctionType, ModuleType
+from typing import Any, Final
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+LARGEST: Final = 256  # entries of a container, and containers: data is not searched
+_CONTAINERS: Final = (list, tuple, set, frozenset, dict)
+_TABLES: Final = frozenset(nn.Module().__dict__)
+_NO_CONTAINERS: Final = frozenset({bool, bytes, complex, float, int, str, type(None), FunctionType, Tensor, Parameter})
 
 
 def modules_in(value: Any) -> list[nn.Module]:
     """Lists the modules in a value and in nested lists, tuples, sets and dicts, each once.
 
-    A module is recognised by its type; ``isinstance()`` would accept a mock that has ``nn.Module`` as its spec.
+    A container of more than ``LARGEST`` entries is data, and is not searched. A module is recognised by its type;
+    ``isinstance()`` would accept a mock that has ``nn.Module`` as its spec.
     """
-    found: dict[int, nn.Module] = {}
-    _search(value, found, set())
+    return [module for _, module in named_modules_in(value, "")]
+
+
+def named_modules_in(value: Any, name: str) -> list[tuple[str, nn.Module]]:
+    """Lists what ``modules_in`` does, each with its place: ``"norms.0"`` in a list that is called ``"norms"``."""
+    found: dict[int, tuple[str, nn.Module]] = {}
+    _search(value, name, found, set())
     return list(found.values())
+
+
+def named_modules_beside(owner: Any, name: str = "") -> list[tuple[str, nn.Module]]:
+    """Lists the modules among the attributes of an object and, one level deep, in those of objects that it holds.
+
+    The tables of a module that is the owner are left out.
+    """
+    found: list[tuple[str, nn.Module]] = []
+    prefix = f"{name}." if name else ""
+    for key, value in list(getattr(owner, "__dict__", {}).items()):
+        if type(value) in _NO_CONTAINERS or key in _TABLES:
+            continue
+        inside = named_modules_in(value, prefix + key)
+        if not inside and not issubclass(type(value), (type, ModuleType, *_CONTAINERS)):
+            inside = named_modules_in(_attributes(value), prefix + key)
+        found += inside
+    return found
 
 
 def modules_reachable_from(values: Iterable[Any]) -> list[nn.Module]:
@@ -38,25 +67,28 @@ def roots_of(models: list[nn.Module]) -> list[nn.Module]:
     return [model for model in models if id(model) not in parts] or models[:1]
 
 
-def _search(value: Any, found: dict[int, nn.Module], seen: set[int]) -> None:
+def _search(value: Any, name: str, found: dict[int, tuple[str, nn.Module]], seen: set[int]) -> None:
     cls = type(value)
     if issubclass(cls, nn.Module):
-        found[id(value)] = value
-    elif issubclass(cls, (list, tuple, set, frozenset, dict)) and id(value) not in seen:
+        found.setdefault(id(value), (name, value))
+    elif issubclass(cls, _CONTAINERS) and id(value) not in seen and len(seen) < LARGEST:
         seen.add(id(value))
-        with suppress(Exception):  # a subclass may raise anything when it is iterated
-            for item in list(value.values()) if issubclass(cls, dict) else list(value):
-                _search(item, found, seen)
+        with suppress(Exception):  # a subclass may raise anything when it is measured or iterated
+            if len(value) > LARGEST:
+                return
+            for key, item in list(value.items() if issubclass(cls, dict) else enumerate(value)):
+                if type(item) not in _NO_CONTAINERS:
+                    _search(item, f"{name}.{key}", found, seen)
 
 
-def _attributes(value: Any) -> list[Any]:
-    """The values of an object's attributes, without those that raise when they are read."""
-    own: list[Any] = []
+def _attributes(value: Any) -> dict[str, Any]:
+    """The values of an object's attributes by name, without those that raise when they are read."""
+    own: dict[str, Any] = {}
     with suppress(Exception):
-        own += vars(value).values()
+        own.update(vars(value))
     for name in _fields_of(type(value)):  # a dataclass with slots has no __dict__
         with suppress(Exception):
-            own.append(getattr(value, name))
+            own[name] = getattr(value, name)
     return own
 
 

@@ -336,14 +336,16 @@ def test_strict_looks_at_arguments_before_self() -> None:
 
 
 def test_strict_looks_at_self_before_its_attributes() -> None:
-    """``self`` decides where it is a module; what it keeps in a list is not guarded then."""
+    """``self`` decides where it is a module; what it keeps in a list is not guarded then, which is said."""
 
     class Net(Everywhere):
         @bnguard.strict(on_change="restore")
         def step(self) -> list[bool]:
             return [is_held(self.norm), is_held(self.other[0])]
 
-    assert Net().step() == [True, False]
+    with warns() as caught:
+        assert Net().step() == [True, False]
+    assert caught.message.startswith("also moved inside @bnguard.strict, not guarded: other.0.0 (BatchNorm2d).")
 
 
 def test_strict_looks_at_attributes_before_the_closure() -> None:
@@ -485,7 +487,8 @@ def test_strict_without_a_model_says_where_it_looked() -> None:
     text = (
         "strict: test_strict_without_a_model_says_where_it_looked.<locals>.step() has no model: "
         "looked in its arguments, self, the attributes of self, and what it reads from its closure and globals; "
-        "say which with strict(model=...), a module, the name of a parameter, or a callable"
+        "say which with strict(model=...), a module, the name of a parameter, or a callable. "
+        "Containers of more than 256 entries are data, and are not searched."
     )
     with pytest.raises(TypeError, match=f"^{re.escape(text)}$"):
         step(1)

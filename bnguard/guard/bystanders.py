@@ -1,0 +1,102 @@
+"""Layers that a model runs without having them among its modules: in plain lists, dicts and objects.
+
+A block neither holds nor restores them. Its end says, once for each, which of them moved.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any, Final
+
+from torch import nn
+
+from bnguard.errors import BNGuardWarning
+from bnguard.guard import messages
+from bnguard.guard.hold import guards
+from bnguard.guard.phrases import Phrases
+from bnguard.layers.kinds import StatsLayer, statistics_of
+from bnguard.layers.search import named_modules_beside
+from bnguard.layers.snapshot import Snapshot
+from bnguard.layers.tree import find_layers
+from bnguard.torch_internals.callsite import call_site
+
+_References = tuple[tuple[str, "weakref.ref[nn.Module]"], ...]
+
+# By the id of the model or other object, as long as it lives: they are looked for once.
+_known: Final[dict[int, tuple[weakref.ref[Any], _References]]] = {}
+# Layers of which a user has been told, by id.
+_told: Final[dict[int, weakref.ref[nn.Module]]] = {}
+
+
+class Bystanders:
+    """The statistics of such layers at the beginning of a block.
+
+    Args:
+        layers: The layers, with their places as names.
+    """
+
+    __slots__ = ("_layers", "_statistics")
+
+    def __init__(self, layers: Sequence[StatsLayer]) -> None:
+        self._layers = layers
+        self._statistics = Snapshot([layer.module for layer in layers], [layer.buffers for layer in layers])
+
+    def tell(self, phrases: Phrases) -> None:
+        """Warns about those that have moved in train mode. A copy that an average is written to is in eval mode."""
+        moved = [self._layers[difference.owner] for difference in self._statistics.changed()]
+        moved = [layer for layer in moved if layer.module.training and id(layer.module) not in _told]
+        if not moved:
+            return
+        for layer in moved:
+            key = id(layer.module)
+            _told[key] = weakref.ref(layer.module, partial(_forget, key))
+        described = [(layer.names[0], type(layer.module).__name__) for layer in moved]
+        warnings.warn(messages.bystanders_text(described, phrases), BNGuardWarning, stacklevel=call_site().stacklevel)
+
+
+def bystanders_of(owner: Any, models: Iterable[nn.Module]) -> Bystanders | None:
+    """The layers that an object holds beside its models, unless another block guards them; None if there are none.
+
+    Args:
+        owner: A model, or another object, such as a trainer.
+        models: The models of which the block guards all or some layers.
+    """
+    key = id(owner)
+    known = _known.get(key)
+    if known is None or known[0]() is not owner:
+        try:
+            reference = weakref.ref(owner, partial(_forget, key))
+        except TypeError:  # it has slots
+            return None
+        known = _known[key] = reference, tuple(_references(owner, list(models)))
+    layers = []
+    for name, place in known[1]:
+        module = place()
+        if module is not None and id(module) not in guards and id(module) not in _told:
+            buffers, kind = statistics_of(module)
+            if buffers:
+                layers.append(StatsLayer(module, (name,), buffers, kind))
+    return Bystanders(layers) if layers else None
+
+
+def _references(owner: Any, models: Sequence[nn.Module]) -> Iterable[tuple[str, weakref.ref[nn.Module]]]:
+    parts = {id(part) for model in models for part in model.modules()}
+    roots = set(map(id, models))
+    owners = [(name, part) for name, part in owner.named_modules()] if isinstance(owner, nn.Module) else [("", owner)]
+    for name, part in owners:
+        for place, module in named_modules_beside(part, name):
+            if not roots.isdisjoint(map(id, module.modules())):
+                continue  # what holds the model is no part of it
+            for layer in find_layers(module):
+                if id(layer.module) not in parts:
+                    parts.add(id(layer.module))
+                    path = f"{place}.{layer.names[0]}" if layer.names[0] else place
+                    yield path, weakref.ref(layer.module)
+
+
+def _forget(key: int, _: object) -> None:
+    _known.pop(key, None)
+    _told.pop(key, None)
