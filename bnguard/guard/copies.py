@@ -15,7 +15,7 @@ from bnguard.layers.swaps import is_swapped, own_mode, own_tensors
 
 # In the layer's __dict__, where Python finds them before those of the class.
 _HOLDING: Final = ("forward", "_replicate_for_data_parallel")
-_COPYING: Final = ("__getstate__", "__prepare_scriptable__", "__deepcopy__")
+_COPYING: Final = ("__getstate__", "__prepare_scriptable__", "__deepcopy__", "__reduce_ex__")
 _ATTRIBUTES: Final = (*_HOLDING, *_COPYING)
 
 # Of hooks. Torch's own keys are numbers from a counter, which need not move for a hook that has no handle; and graphs
@@ -45,6 +45,7 @@ class InstancePatch:
     Attributes:
         module: The layer.
         copies_itself: Whether its class defines ``__deepcopy__``.
+        reduces_itself: Whether its class says itself how to pickle it.
         previous: A ``forward`` that the user's code had put on the instance; None as a rule.
         has_hooks: Whether the hooks are on the layer.
         has_forward: Whether a ``forward`` of ours is on it.
@@ -59,6 +60,7 @@ class InstancePatch:
     module: Any
     previous: Any
     copies_itself: bool
+    reduces_itself: bool
     replicate: Callable[[], nn.Module]
     refuse_script: Callable[[], nn.Module]
     is_watching: Callable[[], bool]
@@ -134,6 +136,10 @@ class InstancePatch:
         memo[id(self.module)] = copied = copy.deepcopy(self.without_ours(), memo)
         return copied
 
+    def reduce(self, protocol: Any) -> Any:
+        """What a pickle of a layer holds whose class pickles itself, as that of a graph does: without ours."""
+        return self.without_ours().__reduce_ex__(protocol)
+
     def without_ours(self) -> Any:
         """Another object of the layer's class with all that the layer has, and nothing of bnguard."""
         cls: Any = type(self.module)
@@ -151,6 +157,8 @@ class InstancePatch:
         attributes["__prepare_scriptable__"] = self.refuse_script
         if self.copies_itself:  # else Python asks __getstate__
             attributes["__deepcopy__"] = self.deepcopy
+        if self.reduces_itself:
+            attributes["__reduce_ex__"] = self.reduce
 
     def remove_hooks(self) -> None:
         """Removes the hooks from the layer."""

@@ -105,7 +105,11 @@ class Surroundings(InstancePatch):
         self.is_plain = kind is BATCH_NORM or (previous is None and _is_plain(cls))
         if kind is not BATCH_NORM:
             self._turn = threading.RLock()
-        self.copies_itself = cls not in BATCH_NORMS and hasattr(cls, "__deepcopy__")  # looking for it takes long
+        is_usual = cls in BATCH_NORMS  # to look for an attribute that is not there takes long
+        self.copies_itself = not is_usual and hasattr(cls, "__deepcopy__")
+        self.reduces_itself = not is_usual and (
+            cls.__reduce_ex__ is not object.__reduce_ex__ or cls.__reduce__ is not object.__reduce__
+        )
         self._known = known
 
     def remember(self) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -299,6 +300,60 @@ def test_layer_that_pickles_in_a_way_of_its_own(cls: type[nn.BatchNorm2d]) -> No
         twin = copy.deepcopy(layer)
     assert twin.num_features == 3
     assert_clean(twin)
+
+
+def rebuild(cls: type[nn.Module], attributes: dict[str, Any]) -> nn.Module:
+    """What the layers below are pickled as."""
+    layer = cls.__new__(cls)
+    layer.__dict__.update(attributes)
+    return layer
+
+
+class Reducing(OwnForward):
+    """Pickles its attributes, whatever is among them."""
+
+    def __reduce__(self) -> Any:
+        return rebuild, (type(self), self.__dict__.copy())
+
+
+class ReducingEx(nn.BatchNorm2d):
+    """The same, by the newer method."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return rebuild, (type(self), dict(vars(self)))
+
+
+class Traceable(nn.Module):
+    """Normalises with the batch, without a look at its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(2))
+        self.register_buffer("running_var", torch.ones(2))
+
+    def forward(self, input):  # torch cannot pickle an annotation that is a string
+        return F.batch_norm(input, self.running_mean, self.running_var, training=True)
+
+
+def traced_by_fx() -> nn.Module:
+    """Its class is made for it alone, and is pickled as source."""
+    return torch.fx.symbolic_trace(Traceable())
+
+
+@EVERY_COPY
+@EVERY_GUARD
+@pytest.mark.parametrize("make", [lambda: Reducing(2), lambda: ReducingEx(2), traced_by_fx], ids=["old", "new", "fx"])
+def test_copy_of_a_layer_that_pickles_its_attributes(make: Callable[[], nn.Module], guard: str, clone: Any) -> None:
+    """Nothing of the guard is among them, and the layer itself is guarded as before."""
+    layer = warmed(make())
+    twin, before = copy.deepcopy(layer), state_of(layer)
+    with bnguard.frozen(layer, **GUARDS[guard]):
+        other = clone(layer)
+        assert_clean(other)
+        assert_same_bits(other(images()), twin(images()))
+        assert_same_bits(other.state_dict(), twin.state_dict())
+    assert_same_bits(state_of(layer), before)
+    assert_clean(layer)
 
 
 def test_copy_under_affine_can_be_trained() -> None:
