@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 from torch import nn
@@ -14,35 +14,40 @@ from bnguard.torch_internals.patching import AttributePatch, Patch, backward_pat
 
 
 class OptimizerSteps:
-    """The steps of one optimizer.
+    """The steps of one optimizer, and of those before it with the same parameters.
 
     Attributes:
         count: How many there were, including those that a ``GradScaler`` skipped.
         parameters: The ids of its parameters; empty once it is deleted, since other objects may then get these ids.
     """
 
-    __slots__ = ("_optimizer", "count", "parameters")
+    __slots__ = ("_optimizer", "_trained", "count", "parameters")
 
-    def __init__(self, optimizer: Optimizer) -> None:
+    def __init__(self, optimizer: Optimizer, earlier: Iterable[OptimizerSteps] = ()) -> None:
         self._optimizer = weakref.ref(optimizer, self._forget)
-        self.count = 0
-        self.parameters = frozenset[int]()
+        self.parameters = self._trained = _parameters_of(optimizer)
+        self.count: int = max([other.count for other in earlier if self.has_replaced(other)], default=0)
 
     def add_step(self) -> bool:
         """Counts one step; returns whether the number of the optimizer's parameters has changed since the last."""
         self.count += 1
         optimizer = self._optimizer()
-        if optimizer is None:
+        if optimizer is None or sum([len(group["params"]) for group in optimizer.param_groups]) == len(self.parameters):
             return False
-        ids = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
-        if len(ids) == len(self.parameters):
-            return False
-        self.parameters = frozenset(ids)
+        self.parameters = self._trained = _parameters_of(optimizer)
         return True
+
+    def has_replaced(self, other: OptimizerSteps) -> bool:
+        """Whether it trains what the other one trains, or did until it was deleted."""
+        return not self._trained.isdisjoint(other._trained)
 
     def is_of(self, optimizer: Optimizer) -> bool:
         """Whether these are the steps of this optimizer."""
         return self._optimizer() is optimizer
+
+    def is_over(self) -> bool:
+        """Whether the optimizer is deleted."""
+        return self._optimizer() is None
 
     def owns_any(self, module: nn.Module) -> bool:
         """Whether the optimizer has a parameter of the module or of its children."""
@@ -50,6 +55,10 @@ class OptimizerSteps:
 
     def _forget(self, _: object) -> None:
         self.parameters = frozenset()
+
+
+def _parameters_of(optimizer: Optimizer) -> frozenset[int]:
+    return frozenset([id(parameter) for group in optimizer.param_groups for parameter in group["params"]])
 
 
 class StepCounter:
@@ -62,7 +71,7 @@ class StepCounter:
         after_each: Called after each step that increases ``count``, with the new value.
 
     Attributes:
-        optimizers: The optimizers that have made a step.
+        optimizers: The optimizers that have made a step, without those that are deleted and replaced.
         count: The steps of the optimizer that has made most.
         changes: How often an optimizer or some of its parameters were added: what was derived from them before is
             outdated then.
@@ -101,9 +110,11 @@ class StepCounter:
         """The steps of one optimizer."""
         steps = self._by_id.get(id(optimizer))
         if steps is None or not steps.is_of(optimizer):
-            steps = OptimizerSteps(optimizer)
+            steps = OptimizerSteps(optimizer, self.optimizers)
+            kept = [other for other in self.optimizers if not (other.is_over() and steps.has_replaced(other))]
+            self.optimizers = [*kept, steps]
             self._by_id[id(optimizer)] = steps
-            self.optimizers.append(steps)
+            self.changes += 1
         return steps
 
     def add_step_of(self, optimizer: Optimizer) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 import bnguard
+from bnguard.recording import optimizer_steps
 from tests.asserts import assert_clean, assert_same_bits, state_of
 from tests.nets import conv_net, images
 from tests.old_torch import needs_traced_layers
@@ -579,6 +580,36 @@ def test_steps_before_the_optimizer_is_known_are_none():
                 optimizer.step()
             del optimizer
     assert [(update.first_step, update.last_step) for update in record.updates] == [(0, 4), (0, 4)]
+
+
+@pytest.mark.parametrize("is_kept", [True, False], ids=["kept", "deleted"])
+def test_steps_count_on_through_optimizers_of_the_same_parameters(is_kept: bool) -> None:
+    """Pretraining and fine-tuning are one sequence of steps, and one update a step is no finding."""
+    net, kept = net_of(nn.BatchNorm2d(4)), []
+    with bnguard.watch(net) as record:
+        for _ in range(3):
+            optimizer = torch.optim.SGD(net.parameters(), 0.0)
+            kept += [optimizer] * is_kept
+            for _ in range(5):
+                net(IMAGES).sum().backward()
+                optimizer.step()
+            del optimizer
+    (update,) = record.updates
+    assert (update.first_step, update.last_step, update.count) == (0, 14, 15)
+    assert record.findings == ()
+
+
+def test_many_optimizers_cost_no_more_than_one() -> None:
+    """One is made in each episode of meta-learning, for instance: what is gone is not asked again."""
+    net = net_of(nn.BatchNorm2d(4))
+    counter = optimizer_steps.StepCounter()
+    counter.open()
+    try:
+        for _ in range(50):
+            torch.optim.SGD(net.parameters(), 0.0).step()
+        assert (len(counter.optimizers), counter.count) == (1, 50)
+    finally:
+        counter.close()
 
 
 def test_nothing_is_left_behind():
