@@ -9,7 +9,8 @@ Nothing in here knows bnguard. It says what the documentation promises about gua
 - Under ``"rollback"`` updates stand until its end, and no guard further out is asked.
 - Where autograd may record a forward inside a guard that rolls back, the forward reads copies of the statistics.
 - At the end, ``"raise"``, ``"restore"`` and ``"rollback"`` put back the objects and bits of entry, or those of the last
-  update within the budget, past autograd; a converted buffer gets them converted.
+  update within the budget, past autograd; a converted buffer gets them converted. A tensor that has been given other
+  memory meanwhile keeps none of it: whoever gave it, or a backward pass, may still need what is there.
 """
 
 from __future__ import annotations
@@ -41,6 +42,10 @@ class Saved:
 
     tensor: Tensor
     value: Tensor
+    place: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.place = self.tensor.data_ptr()
 
 
 @dataclass(eq=False, slots=True)
@@ -323,7 +328,10 @@ class Twin:
             return
         value = saved.value.to(saved.tensor.dtype)
         if not same(saved.tensor, value):
-            saved.tensor.data.copy_(value)
+            if saved.tensor.data_ptr() == saved.place:
+                saved.tensor.data.copy_(value)
+            else:
+                saved.tensor.data = value.clone()
         owner[name] = saved.tensor
 
 

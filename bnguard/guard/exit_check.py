@@ -101,12 +101,12 @@ class ExitCheck:
             self._allow(owner, before)
 
     def _allow(self, owner: int, before: Mapping[str, Tensor] | None) -> None:
+        pairs = self._pairs.setdefault(owner, [])
         if before is not None:
-            pairs = self._pairs.setdefault(owner, [])
             pairs.append((self.statistics.captured(owner), before))
-            if len(pairs) >= _PAIRS and self._revert(owner):
-                return
         self.statistics.accept(owner)
+        if len(pairs) >= _PAIRS:
+            self._revert(owner)
 
     def compare(self, counts: Counts, guards: Sequence[LayerGuard]) -> dict[int, StatsChange]:
         """Lists what changed, by owner.
@@ -153,16 +153,24 @@ class ExitCheck:
 
     @outside_modes()
     def _revert(self, owner: int) -> bool:
-        """Whether a layer was written to before an update within its budget; if so, recaptures its earlier values.
+        """Whether the last update within the budget built on what somebody else had written; if so, recaptures.
 
-        Either way the copies have served: an update after this builds on what is captured now, or differs from it.
+        An update that builds on what was captured until then is kept, one that builds on anything else is not. Either
+        way the copies have served.
         """
         with self._lock:
-            for then, before in self._pairs.pop(owner, ()):
-                if not all([holds(before[name], value) for name, value in then.items() if name in before]):
-                    self.statistics.recapture(owner, then)
-                    return True
-            return False
+            pairs = self._pairs.pop(owner, ())
+            if not pairs:
+                return False
+            latest = self.statistics.captured(owner)
+            state = pairs[0][0]
+            for (_, before), after in zip(pairs, [*[then for then, _ in pairs[1:]], latest], strict=True):
+                if all([holds(before[name], value) for name, value in state.items() if name in before]):
+                    state = after
+            if state is latest:
+                return False
+            self.statistics.recapture(owner, state)
+            return True
 
     def _within_budget(
         self, differences: Sequence[Difference], counts: Counts, guards: Sequence[LayerGuard]

@@ -326,6 +326,20 @@ def test_write_before_an_allowed_update_is_found(on_change: Any) -> None:
 
 
 @pytest.mark.parametrize("on_change", ["raise", "restore"])
+def test_update_after_another_guard_has_restored_is_kept(on_change: Any) -> None:
+    """An update that began from the protected values is allowed, although an earlier one had not."""
+    net, twin = make_net(), make_net()
+    with bnguard.frozen(net, on_change, updates=2):
+        with warns(), bnguard.frozen(net, "restore", updates=1):
+            net[1].running_mean.add_(1)
+            net[:2](make_input(1))
+        assert_same_bits(state_of(net), state_of(twin))
+        net[:2](make_input(2))
+        twin[:2](make_input(2))
+    assert_same_bits(state_of(net), state_of(twin))
+
+
+@pytest.mark.parametrize("on_change", ["raise", "restore"])
 def test_update_after_a_check_is_kept_whatever_that_found(on_change: Any) -> None:
     """What ``check()`` has restored once is over: a later update within the budget is not undone along with it."""
     net, twin = make_net(), make_net()
