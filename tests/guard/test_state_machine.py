@@ -523,6 +523,7 @@ class GuardMachine(RuleBasedStateMachine):
         """Somebody writes to the statistics of one layer."""
         layer = self.norms[position % len(self.norms)]
         assume(kind != "reset" or isinstance(layer, _NormBase))
+        assume(kind != "move" or not getattr(layer, name).is_inference())  # torch cannot detach() it any more
         results = [
             attempt(lambda module=module: self.write_to(module, kind, name, position))
             for module in (layer, self.pairs[layer])
