@@ -84,6 +84,7 @@ def bystanders_of(owner: Any, models: Iterable[nn.Module]) -> Bystanders | None:
 
 def _references(owner: Any, models: Sequence[nn.Module]) -> Iterable[tuple[str, weakref.ref[nn.Module]]]:
     parts = {id(part) for model in models for part in model.modules()}
+    shared = {place for model in models for buffer in model.buffers() for place in _places_of(buffer)}
     roots = set(map(id, models))
     owners = [(name, part) for name, part in owner.named_modules()] if isinstance(owner, nn.Module) else [("", owner)]
     for name, part in owners:
@@ -91,10 +92,21 @@ def _references(owner: Any, models: Sequence[nn.Module]) -> Iterable[tuple[str, 
             if not roots.isdisjoint(map(id, module.modules())):
                 continue  # what holds the model is no part of it
             for layer in find_layers(module):
-                if id(layer.module) not in parts:
-                    parts.add(id(layer.module))
+                if id(layer.module) in parts:
+                    continue
+                parts.add(id(layer.module))
+                buffers = [layer.module._buffers[name] for name in layer.buffers]
+                if not all([shared.intersection(_places_of(buffer)) for buffer in buffers]):  # else compared already
                     path = f"{place}.{layer.names[0]}" if layer.names[0] else place
                     yield path, weakref.ref(layer.module)
+
+
+def _places_of(tensor: Any) -> tuple[int, ...]:
+    """What tells that another tensor, or another object for it, has the same values."""
+    try:
+        return id(tensor), -tensor.data_ptr() or id(tensor)
+    except (RuntimeError, ValueError):  # it has no memory, or none yet
+        return (id(tensor),)
 
 
 def _forget(key: int, _: object) -> None:

@@ -119,6 +119,18 @@ def test_layer_with_a_guard_of_its_own_is_not_named() -> None:
             net(rows())
 
 
+def test_other_module_with_the_same_statistics_is_not_named() -> None:
+    """What stands in for a layer shares its tensors, and the block compares those."""
+    net = nn.Sequential(nn.BatchNorm1d(3), nn.LazyBatchNorm1d())
+    other = nn.BatchNorm1d(3)
+    other.__dict__["_buffers"] = {name: tensor.view_as(tensor) for name, tensor in net[0].named_buffers()}
+    net.stand_ins = [other]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with bnguard.frozen(net, updates=1):
+            net(rows())
+
+
 class Trainer:
     """Holds a model in its options, where strict does not look."""
 
