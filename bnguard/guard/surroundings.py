@@ -126,11 +126,9 @@ class Surroundings(InstancePatch):
         ruling = self.ruling
         decider = decide(ruling.entries, self.layer_id).decider if ruling.action is None else ruling.decider
         held = None if decider is None else self.members.get(decider)
-        if decider is None or held is None:
+        if decider is None or decider.block is None or held is None:
             return NO_STATISTICS
         if not held or decider.budget:
-            if decider.block is None:
-                return NO_STATISTICS
             captured = decider.block.captured(self.layer_id)
             unread = "num_batches_tracked" if self.kind is BATCH_NORM else None
             held.update([(name, value) for name, value in captured.items() if name != unread])

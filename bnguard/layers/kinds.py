@@ -9,12 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
-from torch import nn
+from torch import Tensor, nn
 from torch.jit import ScriptModule as _ScriptModule
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 
+from bnguard.errors import BNGuardError
 from bnguard.torch_internals.known_forwards import is_known
 from bnguard.torch_internals.release import INSTANCE_NORM_ROUNDS
 
@@ -113,7 +114,8 @@ def register_layer(
     Args:
         cls: The layer's class.
         buffers: Names of the buffers that hold running statistics; a buffer that a layer does not have, or that is
-            None, is skipped.
+            None, is skipped. A model in which a parameter or a plain attribute has the name is refused with a
+            ``BNGuardError`` when it is guarded or looked at.
         updates: Given the layer, returns whether a forward would update it, from its flags and without reading a tensor
             (``lambda layer: layer.training``). With it, ``on_change="raise"`` needs no comparison after each forward.
             Leave it out if the flags do not determine this.
@@ -162,6 +164,23 @@ def statistics_of(module: nn.Module) -> tuple[tuple[str, ...], LayerKind]:
         # What such a layer counts its batches with: held alone, its mean would have another weight afterwards.
         names = tuple([name for name in present if name in names or _is_counter(name, buffers[name])])
     return names, kind
+
+
+def refuse_misregistered(module: nn.Module) -> None:
+    """Refuses a registered layer that has a tensor of the registered name which is no buffer: it could not be held.
+
+    Raises:
+        BNGuardError: There is such a tensor.
+    """
+    rule = next((_registered[base] for base in type(module).__mro__ if base in _registered), None)
+    for name in rule.buffers if rule is not None else ():
+        is_parameter = module._parameters.get(name) is not None
+        if is_parameter or isinstance(module.__dict__.get(name), Tensor):
+            what = "an nn.Parameter" if is_parameter else "a plain attribute"
+            raise BNGuardError(
+                f"{name!r} of {type(module).__name__} is registered as a running statistic, but is {what}, which "
+                f"bnguard cannot hold: make it a buffer, with register_buffer({name!r}, ...)"
+            )
 
 
 def is_statistic(name: str) -> bool:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from operator import attrgetter, is_
 from typing import Any, Final
 
 from torch import nn
 
-from bnguard.layers.kinds import StatsLayer, registered_rules, statistics_of
+from bnguard.layers.kinds import StatsLayer, refuse_misregistered, registered_rules, statistics_of
 from bnguard.torch_internals.wrappers import WRAPPERS
 
 _BUFFERS: Final = attrgetter("_buffers")
@@ -56,6 +56,7 @@ class Tree:
         self.layers = list(found.values())
         self._modules = list(modules.values())
         self._rules = dict(registered_rules())
+        _refuse_misregistered(self._modules)
         # False: a layer without a forward may get one, and a ScriptModule makes new dictionaries at each access.
         self._can_stay = not any([layer.kind.hold == "none" for layer in self.layers])
         self._types = [type(layer.module) for layer in self.layers]
@@ -118,7 +119,14 @@ def find_layers(model: nn.Module) -> list[StatsLayer]:
 
 def any_layer(model: nn.Module) -> bool:
     """Whether at least one layer of ``model`` owns running statistics."""
+    _refuse_misregistered(model.modules())
     return _any_layer(model, set())
+
+
+def _refuse_misregistered(modules: Iterable[nn.Module]) -> None:
+    if registered_rules():
+        for module in modules:
+            refuse_misregistered(module)
 
 
 def _any_layer(module: nn.Module, seen: set[int]) -> bool:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import bnguard
@@ -218,6 +220,44 @@ def test_register_layer_refuses_misuse(arguments: Any, kind: type[Exception], te
     """The error says what was given and what is expected; nothing is registered."""
     with expect(kind, text):
         bnguard.register_layer(*arguments)
+
+
+class Handmade(nn.Module):
+    """Keeps its statistics where no guard holds them."""
+
+    def __init__(self, keep: str) -> None:
+        super().__init__()
+        mean = torch.zeros(3)
+        self.mean = nn.Parameter(mean, requires_grad=False) if keep == "parameter" else mean
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.batch_norm(input, self.mean.data, torch.ones(3), training=True)
+
+
+@pytest.mark.parametrize(
+    ("keep", "what"), [("parameter", "an nn.Parameter"), ("attribute", "a plain attribute")], ids=["parameter", "plain"]
+)
+@pytest.mark.parametrize(
+    "look",
+    [lambda net: bnguard.frozen(net).__enter__(), lambda net: bnguard.watch(net).__enter__(), bnguard.audit],
+    ids=["frozen", "watch", "audit"],
+)
+def test_registered_statistic_that_is_no_buffer_is_refused(
+    look: Callable[[nn.Module], Any], keep: str, what: str
+) -> None:
+    """It would move in silence."""
+    net = nn.Sequential(Handmade(keep))
+    registration = bnguard.register_layer(Handmade, ["mean", "var"])
+    try:
+        text = (
+            f"'mean' of Handmade is registered as a running statistic, but is {what}, which bnguard cannot hold: make "
+            "it a buffer, with register_buffer('mean', ...)"
+        )
+        with expect(bnguard.BNGuardError, text):
+            look(net)
+        assert_clean(net)
+    finally:
+        registration.remove()
 
 
 def test_register_layer_refuses_a_flag_for_updates() -> None:

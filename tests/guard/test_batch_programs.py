@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import bnguard
+from bnguard.torch_internals.programs import normalised_with_batch
 from tests.asserts import assert_clean, assert_same_bits, statistics, told, values
 from tests.nets import images, warmed
 
@@ -107,3 +108,11 @@ def test_traced_model_that_holds_both() -> None:
         program(images())
     with pytest.raises(bnguard.BNGuardError, match=r"^1 \("), bnguard.frozen(program, use_running_stats=True):
         pass
+
+
+def test_program_without_its_statistics_normalises_nothing() -> None:
+    """One that is given its state with each call has none to be guarded."""
+    program = export(make("BatchNorm2d", training=True))
+    assert len(normalised_with_batch(program)) == 1
+    del program.get_submodule("1").running_mean
+    assert normalised_with_batch(program) == frozenset()

@@ -158,6 +158,38 @@ def test_model_in_an_object_of_self_is_named_by_strict() -> None:
     assert text.startswith("also moved inside @bnguard.strict, not guarded: options.model.0 (BatchNorm1d).\n")
 
 
+class Slotted:
+    """Can be held by no weak reference, and has no dictionary of attributes."""
+
+    __slots__ = ()
+
+    @bnguard.strict
+    def step(self) -> Tensor:
+        return READ_BY_SLOTTED(rows())
+
+
+READ_BY_SLOTTED = nn.BatchNorm1d(3).eval()
+
+
+def test_object_with_slots_is_no_hindrance() -> None:
+    """What it holds is not looked at."""
+    assert Slotted().step().shape == (4, 3)
+
+
+def test_layer_that_tracks_no_longer_is_not_compared() -> None:
+    """It has been found, and has lost its statistics since."""
+    net = Holding(lambda layer: [layer])
+    with bnguard.frozen(net):
+        pass
+    layer = net.held[0]
+    layer.running_mean = layer.running_var = layer.num_batches_tracked = None
+    layer.track_running_stats = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with bnguard.frozen(net):
+            net(rows())
+
+
 def test_strict_with_a_model_among_its_arguments_names_no_other() -> None:
     """The user has said which one is meant: another one may train."""
     trainer = Trainer()

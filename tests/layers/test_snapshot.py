@@ -224,6 +224,15 @@ def test_bytes_of_several_dtypes_are_joined_where_comparing_means_waiting(
         assert torch.equal(getattr(layer, name).to(value.dtype), value)
 
 
+def test_values_beside_an_uninitialised_tensor_are_not_accepted_for_it() -> None:
+    """The captured tensor itself has none yet."""
+    layer = nn.LazyBatchNorm2d()
+    snapshot = snapshot_of(layer)
+    layer.running_mean = torch.ones(2)
+    snapshot.accept(0)
+    assert "running_mean" not in snapshot.captured(0)
+
+
 def test_accepted_snapshot_is_intact() -> None:
     """What an allowed update has written is what the end compares with, counter included."""
     layer = nn.BatchNorm2d(3)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import _thread
 import inspect
 import linecache
 import os
 import re
 import sysconfig
+import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -262,6 +264,18 @@ def test_finding_in_a_thread_points_at_the_threads_line() -> None:
 
     line = inspect.getsourcelines(run)[1] + 1
     assert where_of(net, start) == f"{FILE}:{line} in run"
+
+
+def test_finding_without_any_line_but_torchs_points_into_torch() -> None:
+    """Nobody else is on the stack of a bare thread that runs a model: torch's first line is better than none."""
+    net, over = nn.BatchNorm2d(2), threading.Event()
+    net.register_forward_hook(lambda *_: over.set())
+
+    def run() -> None:
+        _thread.start_new_thread(net, (images(),))
+        assert over.wait(20)
+
+    assert re.fullmatch(r".*module\.py:\d+ in _wrapped_call_impl", change_of(net, run).where or "")
 
 
 def test_finding_in_a_users_hook_points_at_the_hook() -> None:
