@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import bnguard
 from bnguard.findings.codes import CODES
+from bnguard.integrations._phase import RunOptions
 from tests import forks
 from tests.readme import IMPORTS, LOOPS, PASTED, README, RECIPES, SECTIONS, code
 from tests.suites import suite
@@ -111,9 +112,10 @@ def test_calls_in_the_text_are_valid():
 
 
 def test_options_in_the_text_exist():
-    """Every option that the README writes is one of ``frozen`` or ``strict``, or of a function of torch."""
+    """Every option that the README writes is one of ``frozen``, ``strict``, a callback, or a function of torch."""
     functions = (bnguard.frozen, bnguard.strict, bnguard.watch, torch.compile, torch.jit.trace, nn.BatchNorm2d, DDP)
     known = {name for function in functions for name in inspect.signature(function).parameters}
+    known |= set(RunOptions.__annotations__)
     prose = re.sub(r"^```.*?^```$", "", README, flags=re.M | re.S)
     options = set(re.findall(r"`(\w+)=[^`]*`", prose))
     assert options

@@ -124,13 +124,19 @@ def check_settings(
     )
 
 
-def settings_for(frontend: Frontend, on_change: Any, options: GuardOptions) -> Settings:
+def settings_for(frontend: Frontend, on_change: Any, options: GuardOptions, known: type = GuardOptions) -> Settings:
     """Checks the options of a frontend that passes them on. See ``frozen`` for the errors.
+
+    Args:
+        frontend: The frontend.
+        on_change: See ``frozen``.
+        options: The other options.
+        known: A ``TypedDict`` with all options that the user may give.
 
     Raises:
         TypeError: There is no such option.
     """
-    valid = GuardOptions.__annotations__
+    valid = known.__annotations__
     unknown = [name for name in options if name not in valid]
     if unknown:
         raise TypeError(f"unknown option {unknown[0]!r}: {suggestion(unknown[0], valid)}")

@@ -2,36 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any, TypeAlias
 
 from torch import nn
 
 from bnguard.guard import messages
 from bnguard.guard.frozen import frozen
-from bnguard.guard.options import Frontend, GuardOptions, OnChange, settings_for
+from bnguard.guard.options import Frontend, OnChange, Settings, settings_for
 from bnguard.guard.phrases import Phrases
+from bnguard.integrations._phase import Phase, RunOptions, taken_from
 from bnguard.records import GuardedLayer, StatsChange
+from bnguard.words import short_repr
+
+Target: TypeAlias = str | Sequence[str] | nn.Module | None
 
 
 class RunGuard:
     """Guards the running statistics of a model during each run of a trainer.
 
-    An integration derives from this class and calls ``_begin_run(model)`` when a run begins, ``check()`` before results
-    are used that must not depend on changed statistics (a validation, a checkpoint), ``_end_run()`` when the run ends,
-    and ``_end_failed_run(error)`` when it ends with an exception.
+    An integration derives from this class and calls ``_begin_run(model)`` when a run begins, ``_reach(epoch, step)`` at
+    the beginning of each epoch and step if the phase is not the whole run, ``check()`` before results are used that
+    must not depend on changed statistics (a validation, a checkpoint), ``_end_run()`` when the run ends, and
+    ``_end_failed_run(error)`` when it ends with an exception.
 
     Args:
         phrases: What messages call the guard.
+        target: What to guard: the path of a submodule of the model that the trainer trains, or several; a module; None
+            for the whole model.
         on_change: What to do about an update, as in ``frozen``.
-        options: The other options of ``frozen``.
+        options: The other options of ``frozen``, and those about the phase.
 
     Raises:
-        TypeError: An option has the wrong type, or there is no such option.
-        ValueError: An option has a wrong value or contradicts another.
+        TypeError: ``target`` or an option has the wrong type, or there is no such option.
+        ValueError: ``target`` is empty; an option has a wrong value or contradicts another.
     """
 
-    def __init__(self, phrases: Phrases, on_change: OnChange, options: GuardOptions) -> None:
-        self._settings = settings_for(Frontend(phrases), on_change, options)
+    def __init__(self, phrases: Phrases, target: Target, on_change: OnChange, options: RunOptions) -> None:
+        self._part = target if isinstance(target, nn.Module) else None
+        self._paths = () if isinstance(target, nn.Module) else _as_paths(target)
+        others: Any = dict(options)
+        self._phase: Phase = taken_from(others)
+        self._settings: Settings = settings_for(Frontend(phrases), on_change, others, RunOptions)
         self._guard: frozen | None = None  # of the current run, else of the last one
 
     @property
@@ -57,19 +70,54 @@ class RunGuard:
         """What is guarded, how, and what changed, as text."""
         return messages.report_text(self.changes, self.layers, self._settings)
 
-    def _prepare(self, model: nn.Module, within: tuple[str, ...] = ()) -> frozen:
+    def _check_paths(self, model: nn.Module) -> None:
+        """Checks that the model has the submodules that are to be guarded.
+
+        Raises:
+            ValueError: It lacks one.
+        """
+        for path in self._paths:
+            _check_path(model, path, self._settings.frontend.phrases)
+
+    def _prepare(self, model: nn.Module) -> frozen:
         """Makes the guard of a run. See ``frozen`` for the errors and the warning.
 
         Args:
-            model: The model.
-            within: Paths of the submodules to guard; empty for the whole model.
+            model: The model that the trainer trains.
         """
-        self._guard = frozen._with(model, replace(self._settings, within=within))
+        self._check_paths(model)
+        whole = model if self._part is None else self._part
+        self._guard = frozen._with(whole, replace(self._settings, within=self._paths))
         return self._guard
 
-    def _begin_run(self, model: nn.Module, within: tuple[str, ...] = ()) -> None:
-        """Guards the model from now on."""
-        self._prepare(model, within).start()
+    def _begin_run(self, model: nn.Module, epoch: int = 0, step: int = 0) -> None:
+        """Guards the model from now on, or from the beginning of the phase on.
+
+        Args:
+            model: The model that the trainer trains.
+            epoch: The number of epochs that are over; not 0 in a run that is resumed.
+            step: The number of optimizer steps that are over.
+        """
+        guard = self._prepare(model)
+        if self._phase.covers(epoch, step):
+            guard.start()
+
+    def _reach(self, epoch: int, step: int) -> None:
+        """Begins or ends the guard of a run, if the phase begins or ends here.
+
+        Raises:
+            StatsChangedError: As at the end of a block.
+        """
+        if self._guard is None or self._phase.is_whole_run:
+            return
+        if not self._phase.covers(epoch, step):
+            RunGuard._end_run(self)  # not that of a subclass: the run goes on
+        elif not self._is_on():
+            self._guard.start()
+
+    def _is_on(self) -> bool:
+        """Whether the model is guarded at the moment."""
+        return self._guard is not None and bool(self._guard._open)
 
     def _end_run(self, error: BaseException | None = None) -> None:
         """Ends the guard of a run. If it has ended, does nothing.
@@ -97,14 +145,15 @@ class RunGuard:
         return list(getattr(error, "__notes__", ()))[earlier:]
 
 
-def phrases_of(call: str, variable: str, first: str = "") -> Phrases:
+def phrases_of(call: str, variable: str, target: Target = None) -> Phrases:
     """What messages call the guard of an integration.
 
     Args:
         call: The name of its class.
         variable: What its instance is called in an example.
-        first: The arguments before the options, as code: ``"model, "``.
+        target: What the user has given to be guarded.
     """
+    first = "" if target is None else "model, " if isinstance(target, nn.Module) else f"{target!r}, "
     first = first.replace("{", "{{").replace("}", "}}")  # the choice is a format
     return Phrases(
         place=f"{call}()",
@@ -118,3 +167,34 @@ def phrases_of(call: str, variable: str, first: str = "") -> Phrases:
 def missing_text(module: str, package: str, extra: str) -> str:
     """The error of an integration whose library is not installed."""
     return f"{module} needs {package}: pip install 'bnguard[{extra}]'"
+
+
+def _as_paths(target: Any) -> tuple[str, ...]:
+    if target is None:
+        return ()
+    paths = [target] if isinstance(target, str) else target
+    if not isinstance(paths, (list, tuple)) or not all([isinstance(path, str) for path in paths]):
+        raise TypeError(
+            "target must be the path of a submodule, such as 'backbone', a list of them, a module, or None for the "
+            f"whole model, got {short_repr(target)}; layers are chosen with include="
+        )
+    if not paths or not all(paths):
+        raise ValueError(f"target={target!r} names no submodule; leave it out to mean the whole model")
+    return tuple(paths)
+
+
+def _check_path(model: nn.Module, path: str, phrases: Phrases) -> None:
+    """Checks that there is a submodule at a path.
+
+    Raises:
+        ValueError: There is none.
+    """
+    part = model
+    names = path.split(".")
+    for position, name in enumerate(names):
+        child = part._modules.get(name)
+        if child is None:
+            there = ".".join(names[:position]) or type(model).__name__
+            children = [key for key, module in part._modules.items() if module is not None]
+            raise ValueError(messages.no_part_text(path, there, name, children, phrases))
+        part = child

@@ -27,13 +27,16 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
-from typing import Any, Final, Unpack
+from contextlib import ExitStack
+from typing import Any, Unpack
 
 from torch import nn
 
 from bnguard.guard.frozen import frozen
-from bnguard.guard.options import GuardOptions, OnChange
+from bnguard.guard.options import OnChange
 from bnguard.integrations._base import RunGuard, missing_text, phrases_of
+from bnguard.integrations._phase import Phase, RunOptions
+from bnguard.words import short_repr
 
 try:
     from ignite.engine import Engine, Events
@@ -44,8 +47,6 @@ except ModuleNotFoundError as error:
     raise ImportError(missing_text(__name__, "pytorch-ignite", "ignite")) from None
 
 __all__ = ["BNGuardHandler"]
-
-_PHRASES: Final = phrases_of("BNGuardHandler", "handler", "model, ")
 
 
 class BNGuardHandler(RunGuard):
@@ -65,22 +66,30 @@ class BNGuardHandler(RunGuard):
     change of the statistics: load it before the run, as ``Checkpoint.load_objects`` is meant to be used.
 
     Args:
-        model: The model that the engines run, or one layer.
+        target: What to guard: the model that the engines run, or a part of it, such as ``model.backbone``. No path: an
+            engine does not know its model.
         on_change: What to do about an update: ``"raise"``, ``"warn"`` or ``"restore"``, as in ``bnguard.frozen``.
         **options: ``use_running_stats``, ``affine``, ``updates`` (per run), ``include`` and ``exclude``, as in
-            ``bnguard.frozen``.
+            ``bnguard.frozen``. ``until_epoch=5`` ends the guard of a run when its epoch 5 begins, of which the first is
+            0 (``engine.state.epoch`` counts from 1); ``from_epoch=2`` begins it with epoch 2. ``until_step`` and
+            ``from_step`` count iterations.
 
     Raises:
-        TypeError: ``model`` is not a module; an option has the wrong type, or there is no such option.
+        TypeError: ``target`` is not a module; an option has the wrong type, or there is no such option.
         ValueError: An option has a wrong value, contradicts another, or a pattern selects nothing.
 
     Warns:
         BNGuardWarning: The model has no layer with running statistics.
     """
 
-    def __init__(self, model: nn.Module, on_change: OnChange = "raise", **options: Unpack[GuardOptions]) -> None:
-        super().__init__(_PHRASES, on_change, options)
-        self._prepare(model)
+    def __init__(self, target: nn.Module, on_change: OnChange = "raise", **options: Unpack[RunOptions]) -> None:
+        if not isinstance(target, nn.Module):
+            raise TypeError(
+                "BNGuardHandler takes the model or a part of it, since an engine does not know its model, got "
+                f"{short_repr(target)}"
+            )
+        super().__init__(phrases_of("BNGuardHandler", "handler", target), target, on_change, options)
+        self._prepare(target)
         self._runs: list[_GuardedRun] = []
 
     def attach(self, engine: Engine, check_at: Events | CallableEventWithFilter | EventsList | None = None) -> None:
@@ -106,7 +115,7 @@ class BNGuardHandler(RunGuard):
                 "check_at=Events.EXCEPTION_RAISED: once this event has a handler, Ignite no longer raises exceptions; "
                 "leave it out, the end of the run compares in any case"
             )
-        self._runs.append(_GuardedRun(engine, self._guard, check_at))
+        self._runs.append(_GuardedRun(engine, self._guard, check_at, self._phase))
 
     def detach(self) -> None:
         """Restores the engines. A run that has begun is guarded to its end. Calling this twice does nothing."""
@@ -121,10 +130,16 @@ class _GuardedRun:
         engine: The engine.
     """
 
-    def __init__(self, engine: Engine, guard: frozen | None, check_at: Any) -> None:
+    def __init__(self, engine: Engine, guard: frozen | None, check_at: Any, phase: Phase) -> None:
         self.engine = engine
         self._guard = guard
-        self._handle = None if check_at is None else engine.add_event_handler(check_at, self.check)
+        self._phase = phase
+        self._block: ExitStack | None = None  # while the engine runs
+        self._is_in_block = False
+        self._handles = [] if check_at is None else [engine.add_event_handler(check_at, self.check)]
+        if not phase.is_whole_run:
+            event = Events.EPOCH_STARTED if phase.unit == "epoch" else Events.ITERATION_STARTED
+            self._handles.append(engine.add_event_handler(event, self.reach))
         self._earlier: Callable[..., Any] | None = vars(engine).get("run")
         self._run: Callable[..., Any] = engine.run
         functools.update_wrapper(self, self._run, updated=())  # not the attributes of another _GuardedRun
@@ -134,7 +149,10 @@ class _GuardedRun:
         guard = self._guard
         if guard is None:
             return self._run(*args, **kwargs)
-        with guard:
+        with ExitStack() as self._block:
+            self._is_in_block = self._phase.is_whole_run
+            if self._is_in_block:
+                self._block.enter_context(guard)
             return self._run(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _GuardedRun:
@@ -150,11 +168,23 @@ class _GuardedRun:
         if self._guard is not None:
             self._guard.check()
 
+    def reach(self, *args: object) -> None:
+        """Begins or ends the block where the phase begins or ends. Is a handler of events."""
+        guard, block, state = self._guard, self._block, self.engine.state
+        if guard is None or block is None:
+            return
+        covers = self._phase.covers(state.epoch - 1, state.iteration - 1)
+        if covers and not self._is_in_block:
+            block.enter_context(guard)
+        elif self._is_in_block and not covers:
+            block.close()
+        self._is_in_block = covers
+
     def remove(self) -> None:
         """Restores ``run``. If other code has wrapped this object since, it stays, and only calls what it replaced."""
         self._guard = None
-        if self._handle is not None:
-            self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
         if vars(self.engine).get("run") is self:
             earlier = self._earlier
             while isinstance(earlier, _GuardedRun) and earlier._guard is None:

@@ -35,7 +35,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final, Unpack
 
@@ -43,13 +43,12 @@ from torch import nn
 
 from bnguard.errors import BNGuardError, BNGuardWarning, StatsChangedError
 from bnguard.guard import messages
-from bnguard.guard.options import GuardOptions, OnChange
-from bnguard.guard.phrases import Phrases
-from bnguard.integrations._base import RunGuard, missing_text, phrases_of
+from bnguard.guard.options import OnChange
+from bnguard.integrations._base import RunGuard, Target, missing_text, phrases_of
+from bnguard.integrations._phase import RunOptions
 from bnguard.layers.select import is_within
 from bnguard.layers.tree import find_layers
 from bnguard.torch_internals.callsite import call_site
-from bnguard.words import short_repr
 
 if TYPE_CHECKING:
     from lightning.pytorch.callbacks import Callback as _Lightning
@@ -112,18 +111,22 @@ class BNGuardCallback(RunGuard, _Callback):  # type: ignore[misc]  # as _Callbac
     call the callbacks after it: then the guard ends when the next run begins.
 
     Args:
-        target: What to guard: the path of a submodule, such as ``"backbone"`` or ``"net.encoder"``, or a list of them;
-            None for the whole ``LightningModule``.
+        target: What to guard: the path of a submodule of the ``LightningModule``, such as ``"backbone"`` or
+            ``"net.encoder"``, or a list of them; a module; None for the whole ``LightningModule``.
         on_change: What to do about an update, as in ``bnguard.frozen``. Under ``"raise"`` the error ends the run.
         log_every: Compare and log at every ``log_every``-th optimizer step as well; each comparison waits for the
             device once. None compares at validations and checkpoints only.
         **options: ``use_running_stats``, ``affine``, ``updates`` (per run), ``include`` and ``exclude``, as in
             ``bnguard.frozen``. Names are those in the ``state_dict()`` of the ``LightningModule``, as in a checkpoint.
+            ``until_epoch=5`` ends the guard of ``fit()`` when epoch 5 begins, of which the first is 0;
+            ``from_epoch=2`` begins it with epoch 2. ``until_step`` and ``from_step`` count optimizer steps, as
+            ``trainer.global_step`` does.
 
     Raises:
         TypeError: An option has the wrong type, or there is no such option.
-        ValueError: As ``frozen``; an empty ``target``, a ``log_every`` that is not positive. When the run begins: the
-            model has no such submodule, or ``include`` or ``exclude`` selects nothing.
+        ValueError: As ``frozen``; an empty ``target``, a ``log_every`` that is not positive, a phase that is empty, or
+            given in both epochs and steps. When the run begins: the model has no such submodule, or ``include`` or
+            ``exclude`` selects nothing.
 
     Warns:
         BNGuardWarning: When the run begins: there is no layer with running statistics in ``target``.
@@ -131,15 +134,13 @@ class BNGuardCallback(RunGuard, _Callback):  # type: ignore[misc]  # as _Callbac
 
     def __init__(
         self,
-        target: str | Sequence[str] | None = None,
+        target: Target = None,
         on_change: OnChange = "raise",
         *,
         log_every: int | None = None,
-        **options: Unpack[GuardOptions],
+        **options: Unpack[RunOptions],
     ) -> None:
-        self._paths = _as_paths(target)
-        phrases = phrases_of("BNGuardCallback", "callback", "" if target is None else f"{target!r}, ")
-        super().__init__(phrases, on_change, options)
+        super().__init__(phrases_of("BNGuardCallback", "callback", target), target, on_change, options)
         if log_every is not None:
             if isinstance(log_every, bool) or not isinstance(log_every, int):
                 raise TypeError(f"log_every must be an integer, got {log_every!r}")
@@ -188,6 +189,19 @@ class BNGuardCallback(RunGuard, _Callback):  # type: ignore[misc]  # as _Callbac
             self._begin(trainer, pl_module)
 
     on_sanity_check_start = on_train_start
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Begins or ends a guard that is there for some epochs or steps."""
+        if self._phase.is_whole_run or not self._guards_run_of(trainer):
+            return
+        epoch, step = trainer.current_epoch, trainer.global_step
+        has_ended = self._is_on() and not self._phase.covers(epoch, step)
+        with self._logging(trainer if has_ended else None):
+            self._reach(epoch, step)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Begins or ends a guard that is there for some epochs or steps."""
+        self.on_train_epoch_start(trainer, pl_module)
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Compares; begins the guard in ``Trainer.validate()``."""
@@ -253,13 +267,16 @@ class BNGuardCallback(RunGuard, _Callback):  # type: ignore[misc]  # as _Callbac
             return
         self._forget()
         phrases = self._settings.frontend.phrases
-        for path in self._paths:
-            _check_path(pl_module, path, phrases)
-        if not any([is_within(layer, self._paths) for layer in find_layers(pl_module)]):
-            text = messages.unguarded_text(", ".join(self._paths) or type(pl_module).__name__, phrases)
+        whole = pl_module if self._part is None else self._part
+        self._check_paths(pl_module)
+        if not any([is_within(layer, self._paths) for layer in find_layers(whole)]):
+            text = messages.unguarded_text(", ".join(self._paths) or type(whole).__name__, phrases)
             warnings.warn(text, BNGuardWarning, stacklevel=call_site().stacklevel)
             return
-        self._begin_run(pl_module, self._paths)
+        if trainer.state.fn == _FIT:
+            self._begin_run(pl_module, trainer.current_epoch, trainer.global_step)
+        else:
+            self._prepare(pl_module).start()
         self._logged_step = trainer.global_step
         self._save = _CheckedSave.on(trainer, self)
 
@@ -347,34 +364,3 @@ class _CheckedSave:
         for callback in tuple(self._callbacks):
             callback._check_before_save(self.trainer)
         return self._save(*args, **kwargs)
-
-
-def _as_paths(target: Any) -> tuple[str, ...]:
-    if target is None:
-        return ()
-    paths = [target] if isinstance(target, str) else target
-    if not isinstance(paths, (list, tuple)) or not all([isinstance(path, str) for path in paths]):
-        raise TypeError(
-            "target must be the path of a submodule, such as 'backbone', a list of them, or None for the whole "
-            f"LightningModule, got {short_repr(target)}; layers are chosen with include="
-        )
-    if not paths or not all(paths):
-        raise ValueError(f"target={target!r} names no submodule; leave it out to mean the whole LightningModule")
-    return tuple(paths)
-
-
-def _check_path(pl_module: nn.Module, path: str, phrases: Phrases) -> None:
-    """Checks that there is a submodule at a path.
-
-    Raises:
-        ValueError: There is none.
-    """
-    part = pl_module
-    names = path.split(".")
-    for position, name in enumerate(names):
-        child = part._modules.get(name)
-        if child is None:
-            there = ".".join(names[:position]) or type(pl_module).__name__
-            children = [key for key, module in part._modules.items() if module is not None]
-            raise ValueError(messages.no_part_text(path, there, name, children, phrases))
-        part = child

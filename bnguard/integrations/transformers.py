@@ -5,7 +5,7 @@
     from bnguard.integrations.transformers import BNGuardCallback
     from transformers import Trainer
 
-    callback = BNGuardCallback(use_running_stats=True, include="*backbone*")
+    callback = BNGuardCallback("backbone", use_running_stats=True)
     trainer = Trainer(model, args, train_dataset=dataset, callbacks=[callback])
     with callback:
         trainer.train()
@@ -35,11 +35,10 @@ from collections.abc import Iterable
 from types import TracebackType
 from typing import Any, Final, Literal, Self, TypeAlias, Unpack, get_args
 
-from torch import nn
-
 from bnguard.errors import BNGuardError, BNGuardWarning
-from bnguard.guard.options import GuardOptions, OnChange
-from bnguard.integrations._base import RunGuard, missing_text, phrases_of
+from bnguard.guard.options import OnChange
+from bnguard.integrations._base import RunGuard, Target, missing_text, phrases_of
+from bnguard.integrations._phase import RunOptions
 from bnguard.torch_internals.callsite import call_site
 from bnguard.words import short_repr, suggestion
 
@@ -56,7 +55,7 @@ __all__ = ["BNGuardCallback", "CheckAt"]
 CheckAt: TypeAlias = Literal["step_end", "epoch_end", "evaluate", "save"]
 
 _EVENTS: Final[tuple[str, ...]] = get_args(CheckAt)
-_PHRASES: Final = phrases_of("BNGuardCallback", "callback")
+_ROUNDING: Final = 1e-6  # the trainer adds up fractions of epochs
 
 
 class BNGuardCallback(RunGuard, TrainerCallback):
@@ -73,19 +72,22 @@ class BNGuardCallback(RunGuard, TrainerCallback):
     bnguard.frozen(model):`` for these.
 
     Args:
+        target: What to guard: the path of a submodule of the model that the trainer trains, such as ``"backbone"``, or
+            a list of them; a module, such as a teacher; None for the whole model.
         on_change: What to do about an update: ``"raise"``, ``"warn"`` or ``"restore"``, as in ``bnguard.frozen``.
-        model: The model to guard, such as a teacher; None for the one that the trainer trains.
         check_at: When to compare the statistics during the run, one event or several: ``"step_end"``, ``"epoch_end"``,
             ``"evaluate"``, ``"save"``, in order to find changes that are not made by forwards. ``"save"`` compares
             before a checkpoint is saved: under ``"raise"`` and ``"restore"`` every checkpoint holds the original
             statistics. Each comparison waits for the device. By default only the end of the run compares.
         **options: ``use_running_stats``, ``affine``, ``updates`` (per run), ``include`` and ``exclude``, as in
-            ``bnguard.frozen``.
+            ``bnguard.frozen``. ``until_epoch=5`` ends the guard when epoch 5 begins, of which the first is 0;
+            ``from_epoch=2`` begins it with epoch 2. ``until_step`` and ``from_step`` count optimizer steps, as
+            ``state.global_step`` does.
 
     Raises:
-        TypeError: ``model`` is not a module; an option has the wrong type, or there is no such option.
+        TypeError: ``target`` is neither a path nor a module; an option has the wrong type, or there is no such option.
         ValueError: An option has a wrong value or contradicts another. A pattern that selects nothing is found here if
-            ``model`` is given, otherwise when training begins.
+            ``target`` is a module, otherwise when training begins, as is a path that the model does not have.
 
     Warns:
         BNGuardWarning: The model has no layer with running statistics.
@@ -93,22 +95,16 @@ class BNGuardCallback(RunGuard, TrainerCallback):
 
     def __init__(
         self,
+        target: Target = None,
         on_change: OnChange = "raise",
         *,
-        model: nn.Module | None = None,
         check_at: CheckAt | Iterable[CheckAt] = (),
-        **options: Unpack[GuardOptions],
+        **options: Unpack[RunOptions],
     ) -> None:
-        if isinstance(on_change, nn.Module):
-            raise TypeError(
-                "BNGuardCallback() guards the model of its trainer; another one is given as model=..., got "
-                f"{short_repr(on_change)} for on_change"
-            )
-        super().__init__(_PHRASES, on_change, options)
+        super().__init__(phrases_of("BNGuardCallback", "callback", target), target, on_change, options)
         self._check_at = _checked_events(check_at)
-        self._model = model
-        if model is not None:
-            self._prepare(model)
+        if self._part is not None:
+            self._prepare(self._part)
         self._is_entered = False
         self._has_begun = False
 
@@ -151,7 +147,7 @@ class BNGuardCallback(RunGuard, TrainerCallback):
         """Begins the guard."""
         self.stop()  # of an earlier run, which failed
         self._has_begun = True
-        self._begin_run(kwargs["model"] if self._model is None else self._model)
+        self._begin_run(kwargs["model"], *_moment(state))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -162,6 +158,14 @@ class BNGuardCallback(RunGuard, TrainerCallback):
             StatsChangedError: As at the end of a block of ``bnguard.frozen``.
         """
         self._end_run()
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Begins or ends a guard that is there for some epochs or steps."""
+        self._reach(*_moment(state))
+
+    on_step_begin = on_epoch_begin
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Compares, if ``check_at`` says so."""
@@ -186,6 +190,11 @@ class BNGuardCallback(RunGuard, TrainerCallback):
         """Compares at an event, or before a checkpoint that is saved after it."""
         if event in self._check_at or (saves and "save" in self._check_at):
             self.check()
+
+
+def _moment(state: TrainerState) -> tuple[int, int]:
+    """The numbers of epochs and of optimizer steps that are over."""
+    return int((state.epoch or 0) + _ROUNDING), state.global_step
 
 
 def _checked_events(check_at: Any) -> frozenset[str]:

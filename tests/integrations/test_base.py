@@ -39,7 +39,7 @@ class Callback(RunGuard):
     """All that an integration of ``Loop`` needs."""
 
     def __init__(self, on_change: Any = "raise", **options: Any) -> None:
-        super().__init__(phrases_of("Callback", "callback"), on_change, options)  # type: ignore[arg-type]
+        super().__init__(phrases_of("Callback", "callback"), None, on_change, options)  # type: ignore[arg-type]
 
     def on_begin(self, model: nn.Module) -> None:
         self._begin_run(model)

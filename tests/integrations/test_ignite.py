@@ -113,6 +113,73 @@ def test_running_statistics_are_used_where_the_loop_undoes_eval() -> None:
     assert_same_run(trainer, model, plain, twin, statistics_too=True)
 
 
+PHASES: dict[str, tuple[dict[str, int], range]] = {
+    "until epoch": ({"until_epoch": 1}, range(3)),
+    "from epoch": ({"from_epoch": 1}, range(3, 6)),
+    "until step": ({"until_step": 4}, range(4)),
+    "some steps": ({"from_step": 2, "until_step": 5}, range(2, 5)),
+    "later": ({"from_epoch": 7}, range(0)),
+}
+
+
+@pytest.mark.parametrize(("options", "steps"), PHASES.values(), ids=PHASES)
+def test_guard_for_a_while_is_start_and_stop_by_hand(options: dict[str, int], steps: range) -> None:
+    """Of a part, in two runs of two epochs of three iterations, in each from its beginning."""
+    model, twin = make_model(), make_model()
+    trainer, plain = make_trainer(model), make_trainer(twin)
+    guard = bnguard.frozen(twin.backbone, "restore")
+
+    def act(engine: Engine) -> None:
+        step = engine.state.iteration - 1
+        if step == steps.start and steps:
+            guard.start()
+        if step == steps.stop:
+            guard.stop()
+
+    plain.add_event_handler(Events.ITERATION_STARTED, act)
+    BNGuardHandler(model.backbone, "restore", **options).attach(trainer)
+    for _ in range(2):
+        run(plain)
+        guard.stop()
+        run(trainer)
+        assert_clean(model)
+    assert_same_run(trainer, model, plain, twin, statistics_too=True)
+    assert drifted(model)
+
+
+def test_run_that_fails_while_its_guard_is_there_for_a_while() -> None:
+    """The guard ends with the run, and the next run begins anew."""
+    model = make_model()
+    trainer = make_trainer(model)
+    handle = trainer.add_event_handler(Events.ITERATION_COMPLETED(once=2), lambda _: 1 / 0)
+    BNGuardHandler(model, "restore", until_epoch=1).attach(trainer)
+    with pytest.raises(ZeroDivisionError):
+        run(trainer)
+    assert_clean(model)
+    assert not drifted(model)
+    handle.remove()
+    trainer.state.max_epochs = None
+    trainer._internal_run_generator = None  # else Ignite goes on with the run that failed
+    run(trainer)
+    assert drifted(model)
+    assert_clean(model)
+
+
+def test_handler_that_is_detached_takes_its_events_along() -> None:
+    """Later runs are not guarded at any epoch."""
+    model = make_model()
+    trainer = make_trainer(model)
+    before = {event: list(handlers) for event, handlers in trainer._event_handlers.items()}
+    handler = BNGuardHandler(model, "restore", from_epoch=1)
+    handler.attach(trainer)
+    handler.detach()
+    assert {event: list(handlers) for event, handlers in trainer._event_handlers.items() if handlers} == {
+        event: handlers for event, handlers in before.items() if handlers
+    }
+    run(trainer)
+    assert drifted(model)
+
+
 def by_hand(model: nn.Module, mode: bool) -> nn.Module:
     """What people write: ``train()`` with BatchNorm in eval mode."""
     nn.Module.train(model, mode)
@@ -639,7 +706,8 @@ class Forward:
         ({"use_running_stats": True, "updates": 1}, ValueError, "contradicts updates=1"),
         ({"include": "layer9"}, ValueError, "layer9"),
         ({"exclude": "*"}, ValueError, "exclude"),
-        ({"model": None}, TypeError, "NoneType"),
+        ({"target": None}, TypeError, "takes the model or a part of it, since .* got None"),
+        ({"target": "backbone"}, TypeError, "an engine does not know its model, got 'backbone'"),
     ],
     ids=str,
 )
@@ -647,7 +715,7 @@ def test_bad_option_is_refused(options: Any, error: type[Exception], text: str) 
     """At construction, with the offending value, and the model untouched."""
     model = make_model()
     with pytest.raises(error, match=text):
-        BNGuardHandler(**{"model": model, **options})
+        BNGuardHandler(**{"target": model, **options})
     assert_clean(model)
 
 

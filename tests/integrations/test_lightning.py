@@ -398,6 +398,89 @@ def test_updates_is_a_budget_of_the_run(tmp_path):
         run.assert_nothing_left()
 
 
+PHASES: dict[str, tuple[dict[str, int], range]] = {
+    "until epoch": ({"until_epoch": 1}, range(6)),
+    "from epoch": ({"from_epoch": 2}, range(12, 18)),
+    "some epochs": ({"from_epoch": 1, "until_epoch": 2}, range(6, 12)),
+    "until step": ({"until_step": 4}, range(4)),
+    "some steps": ({"from_step": 2, "until_step": 7}, range(2, 7)),
+    "later": ({"from_epoch": 7}, range(0)),
+}
+
+
+class ByHand(Callback):
+    """What people write: a guard that is started and stopped at some steps."""
+
+    def __init__(self, part: nn.Module, steps: range) -> None:
+        self.guard, self.steps = bnguard.frozen(part, use_running_stats=True), steps
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == self.steps.start and self.steps:
+            self.guard.start()
+        if trainer.global_step == self.steps.stop:
+            self.guard.stop()
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        self.guard.stop()
+
+
+@pytest.mark.parametrize(("options", "steps"), PHASES.values(), ids=PHASES)
+def test_guard_for_a_while_is_start_and_stop_by_hand(options: dict[str, int], steps: range, tmp_path: Path) -> None:
+    """In a run of three epochs of six steps."""
+    net, twin = make_net(), make_net()
+    plain = fit(twin, make_trainer(tmp_path, ByHand(twin.backbone, steps), max_epochs=3))
+    callback = BNGuardCallback("backbone", use_running_stats=True, **options)
+    run = fit(net, make_trainer(tmp_path, callback, max_epochs=3))
+    assert run.error is None
+    assert_same_bits(net.losses, twin.losses)
+    assert_same_bits(run.weights, plain.weights)
+    assert_same_bits(statistics(net), statistics(twin))
+    assert run.has_moved()
+    run.assert_nothing_left()
+
+
+def test_phase_of_a_run_that_is_resumed_counts_from_its_first_epoch(tmp_path: Path) -> None:
+    """Two epochs, then two more: until epoch 3 is for one of them."""
+    trainer = make_trainer(tmp_path, max_epochs=2)
+    fit(make_net(), trainer)
+    trainer.save_checkpoint(tmp_path / "two.ckpt")
+    nets = []
+    for options in ({"until_epoch": 3}, {"until_epoch": 2}, {"until_epoch": 9}):
+        net = make_net()
+        callback = BNGuardCallback("backbone", "restore", **options)
+        run = fit(net, make_trainer(tmp_path, callback, max_epochs=4), ckpt_path=tmp_path / "two.ckpt")
+        assert run.error is None
+        run.assert_nothing_left()
+        nets.append(int(net.backbone[1].num_batches_tracked))
+    assert nets == [1 + 12 + 6, 1 + 12 + 12, 1 + 12]
+
+
+def test_finding_at_the_end_of_a_phase_ends_the_run(tmp_path: Path) -> None:
+    """Of what only the comparison sees; and it is logged."""
+    net = make_net()
+
+    class Writing(Callback):
+        def on_train_batch_end(self, trainer: Any, *rest: Any) -> None:
+            if trainer.global_step == 2:
+                net.backbone[1].running_mean.add_(1)
+
+    callback = BNGuardCallback("backbone", use_running_stats=True, until_step=4)
+    run = fit(net, make_trainer(tmp_path, Writing(), callback))
+    assert isinstance(run.error, bnguard.StatsChangedError)
+    assert run.trainer.global_step == 4
+    assert not run.has_moved()
+    run.assert_nothing_left()
+
+
+def test_module_can_be_the_target(tmp_path: Path) -> None:
+    """A part, without its path."""
+    net = make_net()
+    run = fit(net, make_trainer(tmp_path, BNGuardCallback(net.backbone, use_running_stats=True)))
+    assert run.error is None
+    run.assert_held()
+    assert run.has_moved("head")
+
+
 @pytest.mark.parametrize(
     ("target", "options", "guarded"),
     [
@@ -1209,8 +1292,9 @@ def test_several_processes(tmp_path):
     ("arguments", "options", "error", "text"),
     [
         ((3,), {}, TypeError, "target must be the path of a submodule, such as 'backbone', .* got 3"),
-        ((nn.BatchNorm1d(2),), {}, TypeError, "target must be the path .* layers are chosen with include="),
-        (("",), {}, ValueError, "target='' names no submodule; leave it out to mean the whole LightningModule"),
+        (((nn.BatchNorm1d(2),),), {}, TypeError, "target must be the path .* layers are chosen with include="),
+        (("",), {}, ValueError, "target='' names no submodule; leave it out to mean the whole model"),
+        ((), {"until_epoch": 0}, ValueError, "until_epoch=0 must be greater than 0"),
         (([],), {}, ValueError, r"target=\[\] names no submodule"),
         ((["a", None],), {}, TypeError, "target must be"),
         ((), {"on_change": "rase"}, ValueError, "on_change='rase': did you mean 'raise'"),

@@ -147,7 +147,7 @@ def test_restore_trains_as_the_twin(form: str, options: Any, tmp_path: Path) -> 
     plain = make_trainer(twin, tmp_path / "twin", **options)
     plain.train()
     assert drift(twin)
-    callback = BNGuardCallback("restore")
+    callback = BNGuardCallback(on_change="restore")
     trainer = make_trainer(model, tmp_path / "guarded", *([callback] if form == "callback" else []), **options)
 
     def run() -> None:
@@ -190,7 +190,7 @@ def test_warn_trains_as_the_twin_and_tells(tmp_path: Path) -> None:
     model, twin = Net(), Net()
     plain = make_trainer(twin, tmp_path / "twin")
     plain.train()
-    callback = BNGuardCallback("warn", exclude="*bn1")
+    callback = BNGuardCallback(on_change="warn", exclude="*bn1")
     trainer = make_trainer(model, tmp_path / "guarded", callback)
     with warns() as caught, callback:
         trainer.train()
@@ -222,7 +222,7 @@ def test_steps_read_no_tensor(tmp_path: Path) -> None:
     """A run reads from the device at its beginning and end; more steps read no more than the twin's."""
 
     def reads(guards: bool, epochs: int) -> int:
-        callback = BNGuardCallback("restore")
+        callback = BNGuardCallback(on_change="restore")
         trainer = make_trainer(Net(), tmp_path, *([callback] if guards else []), num_train_epochs=epochs)
         with counted_reads() as counter:
             trainer.train()
@@ -346,7 +346,7 @@ def test_check_at_save_comes_before_the_checkpoint(strategy: str, event: str, tm
     """No checkpoint holds what was written, whether at a step or in the evaluation before it."""
     model = Net()
     entry = {f"net.{name}": value for name, value in values(statistics(model.net)).items()}
-    callback = BNGuardCallback("restore", check_at="save")
+    callback = BNGuardCallback(on_change="restore", check_at="save")
     options: dict[str, Any] = {"save_strategy": strategy, "save_steps": 3, "eval_strategy": strategy, "eval_steps": 3}
     if strategy == "best":
         options = {**options, "eval_strategy": "epoch", "metric_for_best_model": "eval_loss"}
@@ -371,7 +371,7 @@ def test_check_at_save_comes_before_the_checkpoint(strategy: str, event: str, tm
 def test_exception_comes_out(kind: type[BaseException], event: str, order: str, tmp_path: Path) -> None:
     """An exception at any event, of a callback before or after ours, comes out as it is; nothing stays behind."""
     model = Net()
-    callback = BNGuardCallback("restore")
+    callback = BNGuardCallback(on_change="restore")
     failing = At(event, fail(kind))
     callbacks = [failing, callback] if order == "before" else [callback, failing]
     trainer = make_trainer(model, tmp_path, *callbacks, num_train_epochs=1)
@@ -389,7 +389,7 @@ def test_exception_comes_out(kind: type[BaseException], event: str, order: str, 
 def test_exception_in_the_middle_leaves_what_the_twin_has(form: str, tmp_path: Path) -> None:
     """A run that fails at step 2 has trained as its twin until then, and the next run goes on as the twin's."""
     twin, model = Net(), Net()
-    callback = BNGuardCallback("restore")
+    callback = BNGuardCallback(on_change="restore")
     trainers = []
     for net, guard in ((twin, None), (model, callback)):
         failing = At("step_begin", fail(KeyboardInterrupt), 2)
@@ -432,7 +432,7 @@ def test_finding_is_a_note_on_an_exception(kind: type[BaseException], tmp_path: 
 def test_run_can_be_repeated(tmp_path: Path) -> None:
     """One callback serves several runs, with and without ``with``, as their twins."""
     model, twin = Net(), Net()
-    callback = BNGuardCallback("restore")
+    callback = BNGuardCallback(on_change="restore")
     trainer = make_trainer(model, tmp_path / "guarded", callback)
 
     def run() -> None:
@@ -452,7 +452,7 @@ def test_run_can_be_repeated(tmp_path: Path) -> None:
 def test_run_that_callbacks_stop_ends_the_block(tmp_path: Path) -> None:
     """``control.should_training_stop`` ends a run as any other."""
     model = Net()
-    callback = BNGuardCallback("restore")
+    callback = BNGuardCallback(on_change="restore")
     trainer = make_trainer(model, tmp_path, callback)
     stopper = At("step_end", lambda: setattr(trainer.control, "should_training_stop", True), 2)
     trainer.add_callback(stopper)
@@ -464,7 +464,7 @@ def test_run_that_callbacks_stop_ends_the_block(tmp_path: Path) -> None:
 def test_failed_run_without_with_is_ended_by_the_next(tmp_path: Path) -> None:
     """Without ``with`` a failed run leaves its guard; the next ``train()`` begins anew, and nothing stays behind."""
     model = Net()
-    callback = BNGuardCallback("restore")
+    callback = BNGuardCallback(on_change="restore")
     failing = At("step_begin", fail(ZeroDivisionError), 2)
     trainer = make_trainer(model, tmp_path, callback, failing)
 
@@ -525,7 +525,7 @@ def test_run_resumes_from_a_checkpoint(tmp_path: Path) -> None:
     """A checkpoint of a guarded run holds the true statistics; resumed from it, a run ends as one that went through."""
     whole, part, fresh = Net(), Net(), Net()
     options = {"save_strategy": "epoch"}
-    callback = BNGuardCallback("restore")
+    callback = BNGuardCallback(on_change="restore")
     trainer = make_trainer(whole, tmp_path / "whole", callback, **options)
     with callback:
         trainer.train()
@@ -573,7 +573,7 @@ def test_best_model_is_loaded_inside_the_run(tmp_path: Path) -> None:
 
 def test_model_init_is_guarded(tmp_path: Path) -> None:
     """The callback guards the model that ``train()`` makes, where a block around would guard another one."""
-    callback = BNGuardCallback("restore")
+    callback = BNGuardCallback(on_change="restore")
     made = []
 
     def init() -> Net:
@@ -605,9 +605,9 @@ class Distilling(Recording):
 
 
 def test_another_model_can_be_guarded(tmp_path: Path) -> None:
-    """``model=`` guards a teacher; the student updates as its twin."""
+    """A teacher, which is given itself; the student updates as its twin."""
     student, twin, teacher, drifting = Net(), Net(), Net(), Net()
-    callback = BNGuardCallback("restore", model=teacher)
+    callback = BNGuardCallback(teacher, "restore")
     assert [layer.names for layer in callback.layers] == [("net.backbone.bn1",), ("net.backbone.bn2",)]
     args, data = make_args(tmp_path), make_dataset()
     plain = Distilling(twin, args, train_dataset=data)
@@ -622,10 +622,62 @@ def test_another_model_can_be_guarded(tmp_path: Path) -> None:
     assert_clean(teacher)
 
 
+PHASES: dict[str, tuple[dict[str, int], range]] = {
+    "until epoch": ({"until_epoch": 1}, range(3)),
+    "from epoch": ({"from_epoch": 2}, range(6, 9)),
+    "some epochs": ({"from_epoch": 1, "until_epoch": 2}, range(3, 6)),
+    "until step": ({"until_step": 4}, range(4)),
+    "some steps": ({"from_step": 2, "until_step": 7}, range(2, 7)),
+    "later": ({"from_epoch": 7}, range(0)),
+}
+
+
+class ByHand(TrainerCallback):
+    """What people write: a guard that is started and stopped at some steps."""
+
+    def __init__(self, part: nn.Module, steps: range) -> None:
+        self.guard, self.steps = bnguard.frozen(part, "restore"), steps
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.steps.start and self.steps:
+            self.guard.start()
+        if state.global_step == self.steps.stop:
+            self.guard.stop()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.guard.stop()
+
+
+@pytest.mark.parametrize(("options", "steps"), PHASES.values(), ids=PHASES)
+def test_guard_for_a_while_is_start_and_stop_by_hand(options: dict[str, int], steps: range, tmp_path: Path) -> None:
+    """Of a part that is named by its path, in a run of three epochs of three steps."""
+    model, twin = Net(), Net()
+    plain = make_trainer(twin, tmp_path / "twin", ByHand(twin.net.backbone, steps), num_train_epochs=3)
+    plain.train()
+    callback = BNGuardCallback("net.backbone", "restore", **options)
+    trainer = make_trainer(model, tmp_path / "model", callback, num_train_epochs=3)
+    with callback:
+        trainer.train()
+    assert_same_run(trainer, plain, statistics_too=True)
+    assert drift(model) == (len(steps) < 9)
+    assert_clean(model)
+
+
+def test_path_without_a_module_is_refused_when_training_begins(tmp_path: Path) -> None:
+    """With the submodules that there are."""
+    callback = BNGuardCallback("net.backbones")
+    trainer = make_trainer(Net(), tmp_path, callback)
+    with pytest.raises(ValueError, match="net has no submodule 'backbones'; did you mean 'backbone'"), callback:
+        trainer.train()
+
+
 def test_two_callbacks_of_one_trainer(tmp_path: Path) -> None:
     """Each guards its layers; they end in the order in which they began."""
     model = Net()
-    callbacks = [BNGuardCallback("restore", include="*bn1"), BNGuardCallback(use_running_stats=True, include="*bn2")]
+    callbacks = [
+        BNGuardCallback(on_change="restore", include="*bn1"),
+        BNGuardCallback(use_running_stats=True, include="*bn2"),
+    ]
     trainer = make_trainer(model, tmp_path, *callbacks)
     with callbacks[0], callbacks[1]:
         assert_untouched(model, trainer.train)
@@ -634,7 +686,7 @@ def test_two_callbacks_of_one_trainer(tmp_path: Path) -> None:
 
 def test_callback_can_be_copied_and_pickled(tmp_path: Path) -> None:
     """A hyperparameter search pickles its trainer: a copy is a callback of its own."""
-    callback = BNGuardCallback("restore")
+    callback = BNGuardCallback(on_change="restore")
     make_trainer(Net(), tmp_path, callback, num_train_epochs=1).train()
     for copied in (copy.deepcopy(callback), pickle.loads(pickle.dumps(callback))):
         model = Net()
@@ -657,10 +709,11 @@ def test_callback_can_be_copied_and_pickled(tmp_path: Path) -> None:
         ({"use_running_stats": True, "updates": 1}, ValueError, "contradicts updates=1"),
         ({"include": 3}, TypeError, "include takes glob patterns .* got 3"),
         ({"exclude": []}, ValueError, "exclude is an empty list"),
-        ({"model": "net"}, TypeError, "^BNGuardCallback\\(\\) takes a torch.nn.Module, got str: 'net'$"),
-        ({"model": make_model(), "include": "layer9"}, ValueError, "layer9"),
+        ({"target": 3}, TypeError, "target must be the path of a submodule, such as 'backbone', .* got 3"),
+        ({"target": []}, ValueError, "target=.* names no submodule"),
+        ({"target": make_model(), "include": "layer9"}, ValueError, "layer9"),
+        ({"until_epochs": 3}, TypeError, "unknown option 'until_epochs': did you mean 'until_epoch'"),
         ({"check_at": "epoch"}, ValueError, r"check_at='epoch': did you mean 'epoch_end'\?"),
-        ({"on_change": make_model()}, TypeError, "another one is given as model=..., got .*[(][.]{3} for on_change"),
         ({"check_at": 3}, TypeError, "check_at must be one of step_end, epoch_end, evaluate, save, .* got 3"),
     ],
     ids=str,
@@ -682,7 +735,7 @@ def test_pattern_without_a_match_is_refused_when_training_begins(tmp_path: Path)
 
 def test_callback_that_no_trainer_has_is_an_error(tmp_path: Path) -> None:
     """A block in which it was never called guarded nothing, and says so; an exception on its way is not masked."""
-    callback = BNGuardCallback("restore")
+    callback = BNGuardCallback(on_change="restore")
     with pytest.raises(bnguard.BNGuardError, match="no training began") as caught, callback:
         make_trainer(Net(), tmp_path, num_train_epochs=1).train()
     assert "callbacks=[callback]" in str(caught.value)
@@ -720,6 +773,7 @@ def test_missing_transformers_gives_the_install_line() -> None:
 def test_examples_run(tmp_path: Path) -> None:
     """The examples of the module's docstring do what it says."""
     model = Net()
+    model.backbone = model.net.backbone
     names = {"model": model, "args": make_args(tmp_path), "dataset": make_dataset()}
     examples = examples_of(integration)
     assert len(examples) == 3
