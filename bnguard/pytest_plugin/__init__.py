@@ -13,8 +13,18 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, cast
 import pytest
 
 from bnguard.errors import BNGuardError, BNGuardWarning, StatsChangedError
-from bnguard.pytest_plugin.markers import guard_marked, nearest_mark, reason_of
-from bnguard.pytest_plugin.report import Move, error_of_test_case, move_text, moves_of, raise_at_test, report_lines
+from bnguard.pytest_plugin.markers import guard_marked, nearest_mark, reason_in_file, reason_of
+from bnguard.pytest_plugin.report import (
+    Move,
+    TestMoves,
+    as_json,
+    error_of_test_case,
+    github_lines,
+    move_text,
+    moves_of,
+    raise_at_test,
+    report_lines,
+)
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -29,6 +39,7 @@ __all__ = ["bn_frozen"]
 
 Wanted: TypeAlias = Literal["raise", "warn", "off"]
 _WANTED: Final = ("raise", "warn", "off")
+_REPORTS: Final = ("terminal", "github")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -38,12 +49,19 @@ class _Switches:
     Attributes:
         on_change: What to do about an update in any test.
         place: Where ``on_change`` was given, for messages.
-        reports: Whether to print a report.
+        report: Where to write a report: ``"terminal"``, ``"github"`` or the path of a JSON file; None for no report.
+        may_update: Patterns of test files whose tests may update.
     """
 
     on_change: Wanted
     place: str
-    reports: bool
+    report: str | None
+    may_update: list[str]
+
+    @property
+    def reports(self) -> bool:
+        """Whether to write a report."""
+        return self.report is not None
 
     @property
     def needs_auto_guard(self) -> bool:
@@ -84,9 +102,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption(
         "--bn-report",
-        action="store_true",
-        help="List which tests moved the running statistics of which layers, how often and from which line.",
+        nargs="?",
+        const="terminal",
+        metavar="FILE.json|github",
+        help="List which tests moved the running statistics of which layers, how often and from which line: in the "
+        "summary, in a JSON file, or as annotations of GitHub.",
     )
+    parser.addini(
+        "bn_updates", "Patterns of test files, such as tests/train/*: their tests may move running statistics.",
+        type="linelist", default=[],
+    )  # fmt: skip
     parser.addini("bn_frozen", "As --bn-frozen: what to do about tests that move running statistics.", default="off")
 
 
@@ -109,10 +134,16 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"{config.inipath}: bn_frozen = {in_file}: {suggestion(in_file, _WANTED)}")
     on_line = config.getoption("bn_frozen")
     place = f"--bn-frozen={on_line}" if on_line else f"bn_frozen = {in_file}"
-    switches = _Switches(cast("Wanted", on_line or in_file), place, config.getoption("bn_report"))
+    report = config.getoption("bn_report")
+    if report is not None and report not in _REPORTS and not report.endswith(".json"):
+        raise pytest.UsageError(
+            f"--bn-report={report}: give github or the path of a .json file; to test {report}, put it before "
+            "--bn-report"
+        )
+    switches = _Switches(cast("Wanted", on_line or in_file), place, report, config.getini("bn_updates"))
     config.stash[_SWITCHES] = switches
-    if switches.reports:
-        config.pluginmanager.register(_Reporter(), "bnguard-report")
+    if report is not None:
+        config.pluginmanager.register(_Reporter(report, config), "bnguard-report")
 
 
 @pytest.fixture
@@ -210,9 +241,11 @@ def _begin(item: pytest.Item) -> None:
     if mark is None and not switches.needs_auto_guard:
         return
     state = _state_of(item)
-    if mark is not None and mark.name == "bn_updates":
+    if mark is None:
+        state.reason = reason_in_file(item, switches.may_update)
+    elif mark.name == "bn_updates":
         state.reason = reason_of(mark)
-    elif mark is not None:
+    else:
         guard_marked(item, mark, state.guards)
     acts = switches.on_change != "off" and state.reason is None
     auto_guard = item.config.stash.get(_AUTO_GUARD_CLASS, None)
@@ -298,19 +331,37 @@ def pytest_runtest_makereport(
 
 
 class _Reporter:
-    """Collects what tests moved, and prints it at the end."""
+    """Collects what tests moved, and writes it at the end.
 
-    def __init__(self) -> None:
-        self._moves: dict[str, list[Move]] = {}
+    Args:
+        report: As in ``_Switches``.
+        config: That of the process that collects.
+    """
+
+    def __init__(self, report: str, config: pytest.Config) -> None:
+        self._report = report
+        self._root = config.invocation_params.dir
+        self._tests: dict[tuple[str, int, str], TestMoves] = {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Collects one test, which may have run in another process."""
         moves = getattr(report, "_bnguard_moves", None)
         if moves:
-            self._moves[report.nodeid] = [Move(**move) for move in moves]
+            file, line, _ = report.location
+            key = file, line or 0, report.nodeid  # in the order of the files, whoever was first
+            self._tests[key] = TestMoves(report.nodeid, [Move(**move) for move in moves])
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        """Writes the section."""
+        """Writes the report."""
+        tests = [self._tests[key] for key in sorted(self._tests)]
+        if self._report == "github":
+            for line in github_lines(tests):
+                terminalreporter.line(line)
+            return
         terminalreporter.section("running statistics")
-        for line in report_lines(self._moves):
+        for line in report_lines(tests):
             terminalreporter.line(line)
+        if self._report not in _REPORTS:
+            path = self._root / self._report
+            path.write_text(as_json(tests), encoding="utf-8")
+            terminalreporter.line(f"as JSON: {self._report}")

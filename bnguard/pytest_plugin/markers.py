@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fnmatch
 import unittest
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -39,6 +41,16 @@ def reason_of(mark: pytest.Mark) -> str:
     if not isinstance(reason, str) or len(mark.args) + len(mark.kwargs) > 1 or set(mark.kwargs) - {"reason"}:
         pytest.fail(f"bn_updates takes one reason, as in @pytest.mark.bn_updates('trains'), got {mark}", pytrace=False)
     return reason
+
+
+def reason_in_file(item: pytest.Item, patterns: Sequence[str]) -> str | None:
+    """Why a test without a marker may update, by the configuration file; None if it may not."""
+    config = item.config
+    path = item.path.relative_to(config.rootpath) if item.path.is_relative_to(config.rootpath) else item.path
+    found = next((pattern for pattern in patterns if fnmatch.fnmatchcase(path.as_posix(), pattern)), None)
+    return (
+        None if found is None else f"{found} in {config.inipath.name if config.inipath else 'the configuration file'}"
+    )
 
 
 def guard_marked(item: pytest.Item, mark: pytest.Mark, requests: GuardRequests) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ast
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import json
+import re
+import textwrap
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from typing import Final, NoReturn
 
 import pytest
@@ -13,7 +16,10 @@ import pytest
 from bnguard.records import StatsChange
 from bnguard.words import count_text, layer_text
 
+# How many are named: layers of a line, tests of a line, and lines.
 _SHOWN: Final = 3
+_TESTS: Final = 5
+_LINES: Final = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +39,21 @@ class Move:
     updates: int
     prevented: bool
     reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class TestMoves:
+    """What one test did.
+
+    Attributes:
+        name: Its node id.
+        moves: What it did, by line of code.
+    """
+
+    __test__ = False  # is no test
+
+    name: str
+    moves: Sequence[Move]
 
 
 def moves_of(changes: Iterable[StatsChange], reason: str | None) -> list[Move]:
@@ -59,26 +80,85 @@ def move_text(move: Move) -> str:
     return f"{move.where}: {counts}: {names}{more}"
 
 
-def report_lines(moves: Mapping[str, Sequence[Move]]) -> list[str]:
-    """The lines of the report.
+def report_lines(tests: Sequence[TestMoves], width: int = 80) -> list[str]:
+    """The lines of the report: by line of code, and for each of them the tests that ran it.
 
     Args:
-        moves: What each test did, by its node id.
+        tests: What each test did, in the order in which to name them.
+        width: The longest line, in columns.
     """
-    if not moves:
+    if not tests:
         return ["No test moved running statistics."]
     lines = []
     for prevented in (False, True):
-        tests = [updates for some in moves.values() if (updates := _updates(some, prevented=prevented)) is not None]
-        if tests:
-            counted = f": {count_text(sum(tests), 'update')}" if sum(tests) else ""
-            lines.append(f"{_what(len(tests), prevented=prevented)}{counted}.")
-    for test, some in moves.items():
-        reason = some[0].reason
-        allowed = "" if reason is None else f"  (bn_updates: {reason})" if reason else "  (bn_updates)"
-        lines.append(f"{test}{allowed}")
-        lines += [f"  {move_text(move)}" for move in some]
+        updates = [some for test in tests if (some := _updates(test.moves, prevented=prevented)) is not None]
+        if updates:
+            counted = f": {count_text(sum(updates), 'update')}" if sum(updates) else ""
+            lines.append(f"{_what(len(updates), prevented=prevented)}{counted}.")
+    groups: dict[tuple[str | None, bool], list[tuple[TestMoves, Move]]] = {}
+    for test in tests:
+        for move in test.moves:
+            groups.setdefault((move.where, move.prevented), []).append((test, move))
+    ordered = sorted(groups.values(), key=len, reverse=True)
+    for group in ordered[:_LINES]:
+        lines += _group_lines(group, width)
+    return [*lines, *_more(len(ordered) - _LINES, "line")]
+
+
+def _group_lines(group: Sequence[tuple[TestMoves, Move]], width: int) -> list[str]:
+    """What one line of code did, and in which tests."""
+    moves = [move for _, move in group]
+    layers = list(dict.fromkeys(layer for move in moves for layer in move.layers))
+    updates, where = sum([move.updates for move in moves]), moves[0].where
+    counts = f"{count_text(len(layers), 'layer')} in {count_text(len(group), 'test')}"
+    if where is None:
+        head = f"without a forward that could be seen {counts} changed:"
+    elif moves[0].prevented:
+        head = f"{where} was stopped: {counts}, {count_text(updates, 'update')}:"
+    else:
+        head = f"{where} moved {counts}, {count_text(updates, 'update')}:"
+    shown = [", ".join(layers[:_SHOWN]) + (f" and {len(layers) - _SHOWN} more" if len(layers) > _SHOWN else "")]
+    for test, move in group[:_TESTS]:
+        allowed = "" if move.reason is None else f"  (bn_updates: {move.reason})" if move.reason else "  (bn_updates)"
+        shown.append(f"{test.name}{allowed}")
+    shown += _more(len(group) - _TESTS, "test")
+    return [*_wrapped(head, "", width), *[line for text in shown for line in _wrapped(text, "  ", width)]]
+
+
+def _more(number: int, what: str) -> list[str]:
+    return [f"and {number} more {what}{'s' if number > 1 else ''}"] if number > 0 else []
+
+
+def _wrapped(text: str, indent: str, width: int) -> list[str]:
+    return textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=f"{indent}    ", break_on_hyphens=False)
+
+
+def as_json(tests: Sequence[TestMoves]) -> str:
+    """The report as a JSON document, for programs: the list of tests, each with its moves."""
+    listed = [
+        {"test": test.name, "moves": [{**asdict(move), "layers": list(move.layers)} for move in test.moves]}
+        for test in tests
+    ]
+    return json.dumps({"version": 1, "tests": listed}, indent=2) + "\n"
+
+
+def github_lines(tests: Sequence[TestMoves]) -> list[str]:
+    """The report as workflow commands, which GitHub shows at the lines: a notice where the test may update."""
+    lines = []
+    for test in tests:
+        for move in test.moves:
+            kind = "notice" if move.reason is not None else "warning"
+            found = re.match(r"(?P<file>.+?):(?P<line>\d+) in ", move.where or "")
+            place = f" file={_escaped(found['file'], of_property=True)},line={found['line']}" if found else ""
+            lines.append(f"::{kind}{place}::{_escaped(f'{test.name}: {move_text(move)}')}")
     return lines
+
+
+def _escaped(text: str, *, of_property: bool = False) -> str:
+    # As GitHub's own toolkit does.
+    for character in "%\r\n" + (":," if of_property else ""):
+        text = text.replace(character, f"%{ord(character):02X}")
+    return text
 
 
 def _what(tests: int, *, prevented: bool) -> str:
