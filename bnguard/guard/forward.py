@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from bnguard.guard.hold import (
     NO_STATISTICS,
+    cloned,
     copies,
     guards,
     is_scratch_for,
@@ -259,7 +260,8 @@ class HeldLayer(WatchedLayer):
         if kind is BATCH_NORM:
             return normalise_with_running_stats(module, *args, statistics=statistics)
         if not kind.reads_in_eval(module):
-            statistics = {**copies(module, self.names), **{name: value.clone() for name, value in statistics.items()}}
+            own = {name: cloned(value) for name, value in statistics.items()}
+            statistics = {**copies(module, self.names), **own}
         return self._run_with(statistics, kind.eval_flags, args, kwargs)
 
     def _run_with(

@@ -149,22 +149,22 @@ def copies(module: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
 def copies_outside_modes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Fresh copies of those tensors that can be read, to compare with later."""
     with outside_modes():
-        return {name: _cloned(unwrapped_tensor(tensor)) for name, tensor in tensors.items() if has_values(tensor)}
+        return {name: cloned(unwrapped_tensor(tensor)) for name, tensor in tensors.items() if has_values(tensor)}
 
 
 def converted(value: Tensor, now: Tensor) -> Tensor:
     """A copy of ``value`` with the dtype, the device and the strides of ``now``."""
     with torch.inference_mode(mode=False), torch.no_grad():
-        copy = _cloned(now)
+        copy = cloned(now)
         write(copy, value.to(now.device, now.dtype))
         return copy
 
 
 def _copies(buffers: Mapping[str, Tensor | None], names: Iterable[str]) -> dict[str, Tensor]:
-    return {name: _cloned(tensor) for name in names if (tensor := buffers.get(name)) is not None}
+    return {name: cloned(tensor) for name in names if (tensor := buffers.get(name)) is not None}
 
 
-def _cloned(tensor: Tensor) -> Tensor:
+def cloned(tensor: Tensor) -> Tensor:
     """A clone with the strides of the original, on which the last bit of a result can depend."""
     tensor = tensor.detach()
     is_strided = not is_lazy(tensor) and tensor.layout is torch.strided and not is_wrapped(tensor)
@@ -185,7 +185,7 @@ _scratch: Final[dict[tuple[Any, ...], Tensor]] = {}
 def _clone(tensor: Tensor | None) -> Tensor | None:
     if tensor is None:
         return None
-    return tensor.clone() if torch.compiler.is_compiling() else _cloned(tensor)
+    return tensor.clone() if torch.compiler.is_compiling() else cloned(tensor)
 
 
 def scratch_like(tensor: Tensor | None, slot: int) -> Tensor | None:
@@ -197,7 +197,7 @@ def scratch_like(tensor: Tensor | None, slot: int) -> Tensor | None:
     found = _scratch.get(key) if is_plain else None
     if found is None:
         with outside_modes():
-            found = _cloned(tensor)
+            found = cloned(tensor)
         if is_plain and type(found) is Tensor:  # not one that belongs to a mode
             _scratch[key] = found
     return found
