@@ -13,6 +13,7 @@ import bnguard
 from bnguard.torch_internals.programs import normalised_with_batch
 from tests.asserts import assert_clean, assert_same_bits, statistics, told, values
 from tests.nets import images, warmed
+from tests.old_torch import RELEASE
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::torch.jit.TracerWarning"
@@ -36,7 +37,9 @@ def export(net: nn.Module) -> Any:
 
 def unflatten(net: nn.Module) -> Any:
     """And of the modules that it is taken apart into."""
-    return torch.export.unflatten(torch.export.export(net, (images(),)))
+    if RELEASE < (2, 5) and any([isinstance(module, nn.InstanceNorm2d) for module in net.modules()]):
+        pytest.skip("torch 2.4 cannot unflatten an InstanceNorm")
+    return torch.export.unflatten(torch.export.export(net, (images(),), strict=False))
 
 
 FORMS: list[Callable[[nn.Module], Any]] = [script, trace, export, unflatten]
