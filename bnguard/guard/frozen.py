@@ -79,7 +79,8 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
             beginning again at the end, whoever wrote them: for test-time adaptation, a learning-rate range test, or an
             evaluation in the middle of training. Silent.
         use_running_stats: Guarded layers normalise with their running statistics, as in eval mode, however often
-            ``model.train()`` is called. Nothing else changes mode.
+            ``model.train()`` is called: with those that they have when the block begins, whatever is written to them
+            inside (``update_bn()``, a checkpoint). Nothing else changes mode.
         affine: Hold ``weight`` and ``bias`` of the guarded layers too: they get no gradient inside and no optimizer
             moves them. Their ``requires_grad`` flags and gradients of entry come back at the end, also after a
             ``zero_grad()`` inside.
