@@ -9,11 +9,9 @@ from typing import Final, NamedTuple
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
-from bnguard.torch_internals.callsite import CallSite, function_of, origin_of
+from bnguard.torch_internals.callsite import MODULE_CALL, CallSite, function_of, origin_of
 from bnguard.torch_internals.wrappers import WRAPPERS
 
-# Every call of a module runs this function once.
-_CALL: Final = nn.Module.__call__.__code__
 # Unwrapped: all functions decorated with no_grad() share the code of the wrapper.
 _CALIBRATES: Final = inspect.unwrap(update_bn).__code__
 _MOST: Final = 4096
@@ -119,6 +117,6 @@ class ModelCalls:
 
 def _call_at(frame: FrameType | None) -> FrameType | None:
     """The innermost call of a module at or outside of a frame."""
-    while frame is not None and frame.f_code is not _CALL:
+    while frame is not None and frame.f_code is not MODULE_CALL:
         frame = frame.f_back
     return frame

@@ -60,15 +60,15 @@ def call_site() -> CallSite:
     """
     frame: FrameType | None = sys._getframe(1)
     stacklevel = 1
-    innermost: dict[Origin, CallSite] = {}
-    calling: dict[Origin, CallSite] = {}
+    innermost: dict[Origin, tuple[FrameType, int]] = {}
+    calling: dict[Origin, tuple[FrameType, int]] = {}
     is_called = False  # whether the next frame that is no machinery calls a module
-    outermost = CallSite("<unknown>", 0, "<unknown>", 1)
+    outermost: tuple[FrameType, int] | None = None
     while frame is not None:
-        if frame.f_code is _CALL:
+        if frame.f_code is MODULE_CALL:
             is_called = is_called or type(frame.f_locals.get("self")).__name__ not in WRAPPERS
         origin = "machinery" if _is_made_by_a_tracer(frame) else origin_of(frame.f_code.co_filename)
-        outermost = _site(frame, stacklevel)
+        outermost = frame, stacklevel
         if origin != "machinery":
             innermost.setdefault(origin, outermost)
             if is_called:
@@ -78,13 +78,14 @@ def call_site() -> CallSite:
         stacklevel += 1
     for origin in _PREFERRED:
         if origin in innermost:
-            inside = innermost[origin]
-            site = calling.get(origin, inside)
+            inside = _site(*innermost[origin])
+            site = _site(*calling.get(origin, innermost[origin]))
             return site if site == inside else replace(site, inside=inside)
-    return outermost
+    return CallSite("<unknown>", 0, "<unknown>", 1) if outermost is None else _site(*outermost)
 
 
-_CALL: Final = nn.Module.__call__.__code__
+# Every call of a module runs this function once.
+MODULE_CALL: Final = nn.Module.__call__.__code__
 _PREFERRED: Final[tuple[Origin, ...]] = ("user", "library")
 
 
