@@ -12,7 +12,7 @@ from torch import Tensor
 from bnguard.guard.hold import copies_outside_modes
 from bnguard.guard.policy import Decision, Entries, decide, decide_and_count
 from bnguard.guard.surroundings import Surroundings
-from bnguard.layers.bits import has_values, same_bits, write
+from bnguard.layers.bits import has_values, put_back, same_bits, write
 from bnguard.layers.swaps import own_tensors, put_tensor
 from bnguard.torch_internals.fork import renew_after_fork
 from bnguard.torch_internals.tracing import outside_modes
@@ -145,13 +145,7 @@ class WatchedLayer(Surroundings):
             target = unwrapped_tensor(tensor)
             if value is None or not has_values(target):
                 continue
-            if target.shape != value.shape:
-                target.data = value
-            elif not same_bits(target, value):
-                if target.data_ptr() != before.original.pointers[name]:
-                    target.data = value.clone()  # its memory may be somebody else's
-                else:
-                    write(target, value)
+            put_back(target, value, before.original.pointers[name])
 
     @outside_modes()
     def commit(self, after: dict[str, Tensor | None]) -> None:

@@ -97,6 +97,24 @@ def write(tensor: Tensor, value: Tensor) -> None:
     target.copy_(value)
 
 
+def put_back(target: Tensor, value: Tensor, place: int | None) -> None:
+    """Gives a tensor back an earlier value, past autograd, unless it has its bits.
+
+    Args:
+        target: The tensor.
+        value: The value, with its dtype and on its device.
+        place: Where the tensor's values were in memory. If they are elsewhere now, or have another shape, they are
+            replaced and not overwritten: through ``.data`` the tensor was given memory that may be somebody else's.
+            None if that is not known.
+    """
+    if target.shape == value.shape and same_bits(target, value):
+        return
+    if target.shape != value.shape or place not in (None, target.data_ptr()):
+        target.data = value.clone()
+    else:
+        write(target, value)
+
+
 def as_bytes(flat: Tensor) -> Tensor:
     """Views a one-dimensional tensor as bytes of shape ``(numel * itemsize,)``, without a copy."""
     return (torch.view_as_real(flat).reshape(-1) if flat.is_complex() else flat).view(torch.uint8)

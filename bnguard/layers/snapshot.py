@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from bnguard.layers.bits import has_values, is_valueless, readable, same_bits, wide, write
+from bnguard.layers.bits import has_values, is_valueless, put_back, readable, same_bits, wide
 from bnguard.layers.flat_copy import Counts, FlatCopy, part_of
 from bnguard.layers.swaps import Table, own_tables, own_tensors, put_tensor, swap_lock
 from bnguard.torch_internals.tracing import outside_modes
@@ -229,22 +229,15 @@ class Snapshot:
             return
         if value is not None and has_values(original):
             target = unwrapped_tensor(original)
-            expected = value.to(target.device, target.dtype)
-            if target.shape != expected.shape:
-                target.data = expected.clone()
-            elif not same_bits(target, expected):
-                if self._is_elsewhere(original, target):
-                    target.data = expected.clone()
-                else:
-                    write(target, expected)
+            put_back(target, value.to(target.device, target.dtype), self._place(original))
         if current is not original:
             self._put(owner, name, original)
 
-    def _is_elsewhere(self, original: Tensor, target: Tensor) -> bool:
-        """Whether a captured tensor has been given other memory through ``.data``, which may be somebody else's."""
+    def _place(self, original: Tensor) -> int | None:
+        """Where the values of a tensor were in memory when they were captured; None if that is not known."""
         if self._pointers is None:
             self._pointers = dict(itertools.chain.from_iterable([copy.pointers() for copy in self._copies]))
-        return self._pointers.get(id(original), target.data_ptr()) != target.data_ptr()
+        return self._pointers.get(id(original))
 
     def _put(self, owner: int, name: str, tensor: Tensor) -> None:
         """Sets the module's tensor ``name``, at its original position in the dictionary."""
