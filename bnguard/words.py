@@ -22,6 +22,12 @@ def listing(words: Sequence[str]) -> str:
     return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
 
 
+def first_of(words: Sequence[str], shown: int) -> str:
+    """The first words: ``a, b, c and 4 more``."""
+    more = f" and {len(words) - shown} more" if len(words) > shown else ""
+    return f"{', '.join(words[:shown])}{more}"
+
+
 def ranks_text(ranks: Sequence[int]) -> str:
     """``rank 1``, ``ranks 1, 2 and 5``; ``other ranks`` where they are unknown."""
     if not ranks:

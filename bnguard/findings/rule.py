@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from bnguard.findings.events import AuditedModel, Evaluation, LayerEnd, Result, StepEnd, Update
 from bnguard.records import Severity
-from bnguard.words import count_text, times_text
+from bnguard.words import count_text, first_of, times_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +59,7 @@ class EvidenceGroup:
     @property
     def names(self) -> str:
         """The first three names, and how many more there are."""
-        shown = ", ".join([name or "(root)" for name in self.layers[:3]])
-        return f"{shown} and {len(self.layers) - 3} more" if len(self.layers) > 3 else shown
+        return first_of([name or "(root)" for name in self.layers], 3)
 
     @property
     def be(self) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final, Literal
 from bnguard.guard.phrases import FROZEN, Phrases
 from bnguard.records import GuardedLayer, StatsChange
 from bnguard.torch_internals.compile import GUARDS_GRAPHS
-from bnguard.words import count_text, layer_text, listing, ranks_text, suggestion, times_text
+from bnguard.words import count_text, first_of, layer_text, listing, ranks_text, suggestion, times_text
 
 if TYPE_CHECKING:
     from bnguard.guard.options import Settings
@@ -134,20 +134,18 @@ def assertion_text(changes: Sequence[StatsChange], function: str) -> str:
 
 def added_text(names: Sequence[str], phrases: Phrases) -> str:
     """The warning about layers that were added to the model inside a block."""
-    shown = ", ".join(name or "(root)" for name in names[:_SHOWN])
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    shown = first_of([name or "(root)" for name in names], _SHOWN)
     return (
-        f"{shown}{more} came into the model inside {phrases.place} and was not guarded there.\n"
+        f"{shown} came into the model inside {phrases.place} and was not guarded there.\n"
         "Change the model before the block, or open another block after the change."
     )
 
 
 def bystanders_text(layers: Sequence[tuple[str, str]], phrases: Phrases) -> str:
     """The warning about layers that are not among the modules of the model and moved."""
-    shown = ", ".join(f"{place} ({name})" for place, name in layers[:_SHOWN])
-    more = f" and {len(layers) - _SHOWN} more" if len(layers) > _SHOWN else ""
+    shown = first_of([f"{place} ({name})" for place, name in layers], _SHOWN)
     return (
-        f"also moved inside {phrases.place}, not guarded: {shown}{more}.\n"
+        f"also moved inside {phrases.place}, not guarded: {shown}.\n"
         "They are not among the modules of the guarded model: keep them in an nn.ModuleList or nn.ModuleDict, or as\n"
         "attributes of a module, or guard what they belong to as well."
     )

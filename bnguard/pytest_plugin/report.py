@@ -14,7 +14,7 @@ from typing import Final, NoReturn
 import pytest
 
 from bnguard.records import StatsChange
-from bnguard.words import count_text, layer_text
+from bnguard.words import count_text, first_of, layer_text
 
 # How many are named: layers of a line, tests of a line, and lines.
 _SHOWN: Final = 3
@@ -71,13 +71,12 @@ def moves_of(changes: Iterable[StatsChange], reason: str | None) -> list[Move]:
 
 def move_text(move: Move) -> str:
     """What one line of code did, in one line."""
-    names = ", ".join(move.layers[:_SHOWN])
-    more = f" and {len(move.layers) - _SHOWN} more" if len(move.layers) > _SHOWN else ""
+    names = first_of(move.layers, _SHOWN)
     if move.where is None:
-        return f"changed without a forward that could be seen: {names}{more}"
+        return f"changed without a forward that could be seen: {names}"
     did = "stopped" if move.prevented else "made"
     counts = f"{count_text(move.updates, 'update')} {did}, {count_text(len(move.layers), 'layer')}"
-    return f"{move.where}: {counts}: {names}{more}"
+    return f"{move.where}: {counts}: {names}"
 
 
 def report_lines(tests: Sequence[TestMoves], width: int = 80) -> list[str]:
@@ -117,7 +116,7 @@ def _group_lines(group: Sequence[tuple[TestMoves, Move]], width: int) -> list[st
         head = f"{where} was stopped: {counts}, {count_text(updates, 'update')}:"
     else:
         head = f"{where} moved {counts}, {count_text(updates, 'update')}:"
-    shown = [", ".join(layers[:_SHOWN]) + (f" and {len(layers) - _SHOWN} more" if len(layers) > _SHOWN else "")]
+    shown = [first_of(layers, _SHOWN)]
     for test, move in group[:_TESTS]:
         allowed = "" if move.reason is None else f"  (bn_updates: {move.reason})" if move.reason else "  (bn_updates)"
         shown.append(f"{test.name}{allowed}")
