@@ -70,14 +70,15 @@ class RunGuard:
         """What is guarded, how, and what changed, as text."""
         return messages.report_text(self.changes, self.layers, self._settings)
 
-    def _check_paths(self, model: nn.Module) -> None:
-        """Checks that the model has the submodules that are to be guarded.
+    def _guarded_of(self, model: nn.Module) -> nn.Module:
+        """The module on which the guard is: the model that the trainer trains, or the one that the user has given.
 
         Raises:
-            ValueError: It lacks one.
+            ValueError: The model lacks a submodule that is to be guarded.
         """
         for path in self._paths:
             _check_path(model, path, self._settings.frontend.phrases)
+        return model if self._part is None else self._part
 
     def _prepare(self, model: nn.Module) -> frozen:
         """Makes the guard of a run. See ``frozen`` for the errors and the warning.
@@ -85,9 +86,7 @@ class RunGuard:
         Args:
             model: The model that the trainer trains.
         """
-        self._check_paths(model)
-        whole = model if self._part is None else self._part
-        self._guard = frozen._with(whole, replace(self._settings, within=self._paths))
+        self._guard = frozen._with(self._guarded_of(model), replace(self._settings, within=self._paths))
         return self._guard
 
     def _begin_run(self, model: nn.Module, epoch: int = 0, step: int = 0) -> None:

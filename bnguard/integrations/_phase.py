@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 from bnguard.guard.options import GuardOptions
 from bnguard.words import short_repr
 
-_UNITS: Final = ("epoch", "step")
+Unit = Literal["epoch", "step"]
+_UNITS: Final[tuple[Unit, ...]] = get_args(Unit)
 
 
 class RunOptions(GuardOptions, total=False):
@@ -30,7 +31,7 @@ class Phase:
         end: The first one that is not among them any more; None for no end.
     """
 
-    unit: Literal["epoch", "step"] = "epoch"
+    unit: Unit = "epoch"
     begin: int = 0
     end: int | None = None
 
@@ -57,21 +58,17 @@ def taken_from(options: dict[str, Any]) -> Phase:
         TypeError: One is no integer.
         ValueError: One is negative, the end is not after the beginning, or both epochs and steps are given.
     """
-    bounds: dict[str, tuple[int | None, int | None]] = {}
+    phases = []
     for unit in _UNITS:
         begin, end = [_number(f"{side}_{unit}", options.pop(f"{side}_{unit}", None)) for side in ("from", "until")]
-        if begin is not None or end is not None:
-            bounds[unit] = begin, end
         if end is not None and end <= (begin or 0):
             after = f"from_{unit}={begin}" if begin else "0"
             raise ValueError(f"until_{unit}={end} must be greater than {after}: it is the first one without the guard")
-    if len(bounds) > 1:
+        if begin is not None or end is not None:
+            phases.append(Phase(unit, begin or 0, end))
+    if len(phases) > 1:
         raise ValueError("give the phase in epochs (from_epoch=, until_epoch=) or in steps (from_step=, until_step=)")
-    if "step" in bounds:
-        begin, end = bounds["step"]
-        return Phase("step", begin or 0, end)
-    begin, end = bounds.get("epoch", (None, None))
-    return Phase("epoch", begin or 0, end)
+    return phases[0] if phases else Phase()
 
 
 def _number(name: str, value: Any) -> int | None:

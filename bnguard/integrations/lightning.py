@@ -267,8 +267,7 @@ class BNGuardCallback(RunGuard, _Callback):  # type: ignore[misc]  # as _Callbac
             return
         self._forget()
         phrases = self._settings.frontend.phrases
-        whole = pl_module if self._part is None else self._part
-        self._check_paths(pl_module)
+        whole = self._guarded_of(pl_module)
         if not any([is_within(layer, self._paths) for layer in find_layers(whole)]):
             text = messages.unguarded_text(", ".join(self._paths) or type(whole).__name__, phrases)
             warnings.warn(text, BNGuardWarning, stacklevel=call_site().stacklevel)

@@ -148,10 +148,9 @@ def statistics_of(module: nn.Module) -> tuple[tuple[str, ...], LayerKind]:
     if not buffers:
         return (), OWN_FORWARD
     if _registered:
-        for base in type(module).__mro__:
-            rule = _registered.get(base)
-            if rule is not None:
-                return tuple([name for name in rule.buffers if buffers.get(name) is not None]), rule.kind
+        rule = _registered_rule(module)
+        if rule is not None:
+            return tuple([name for name in rule.buffers if buffers.get(name) is not None]), rule.kind
     cls = type(module)
     if cls in BATCH_NORMS and cls.forward is _BATCH_NORM_FORWARD and tuple(buffers) == _BATCH_NORM_STATISTICS:
         mean, var, count = buffers.values()  # the most common case
@@ -166,13 +165,17 @@ def statistics_of(module: nn.Module) -> tuple[tuple[str, ...], LayerKind]:
     return names, kind
 
 
+def _registered_rule(module: nn.Module) -> _Rule | None:
+    return next((_registered[base] for base in type(module).__mro__ if base in _registered), None)
+
+
 def refuse_misregistered(module: nn.Module) -> None:
     """Refuses a registered layer that has a tensor of the registered name which is no buffer: it could not be held.
 
     Raises:
         BNGuardError: There is such a tensor.
     """
-    rule = next((_registered[base] for base in type(module).__mro__ if base in _registered), None)
+    rule = _registered_rule(module)
     for name in rule.buffers if rule is not None else ():
         is_parameter = module._parameters.get(name) is not None
         if is_parameter or isinstance(module.__dict__.get(name), Tensor):

@@ -43,21 +43,13 @@ def named_modules_beside(owner: Any, name: str = "") -> list[tuple[str, nn.Modul
     for key, value in list(getattr(owner, "__dict__", {}).items()):
         if type(value) in _NO_CONTAINERS or key in _TABLES:
             continue
-        inside = named_modules_in(value, prefix + key)
-        if not inside and not issubclass(type(value), (type, ModuleType, *_CONTAINERS)):
-            inside = named_modules_in(_attributes(value), prefix + key)
-        found += inside
+        found += _in_or_beside(value, prefix + key)
     return found
 
 
 def modules_reachable_from(values: Iterable[Any]) -> list[nn.Module]:
     """Lists the modules in values, in collections, and one level deep in the attributes of other objects."""
-    found: dict[int, nn.Module] = {}
-    for value in values:
-        inside = modules_in(value)
-        if not inside and not issubclass(type(value), (type, ModuleType)):
-            inside = modules_in(_attributes(value))
-        found.update((id(module), module) for module in inside)
+    found = {id(module): module for value in values for _, module in _in_or_beside(value, "")}
     return list(found.values())
 
 
@@ -79,6 +71,14 @@ def _search(value: Any, name: str, found: dict[int, tuple[str, nn.Module]], seen
             for key, item in list(value.items() if issubclass(cls, dict) else enumerate(value)):
                 if type(item) not in _NO_CONTAINERS:
                     _search(item, f"{name}.{key}", found, seen)
+
+
+def _in_or_beside(value: Any, name: str) -> list[tuple[str, nn.Module]]:
+    """The modules in a value, else those among its attributes."""
+    inside = named_modules_in(value, name)
+    if not inside and not issubclass(type(value), (type, ModuleType)):
+        inside = named_modules_in(_attributes(value), name)
+    return inside
 
 
 def _attributes(value: Any) -> dict[str, Any]:

@@ -72,8 +72,8 @@ def as_static_method(decorate: Decorator, model: nn.Module) -> Step:
     return Trainer.part
 
 
-def as_forward(decorate: Decorator, model: nn.Module) -> Step:
-    """The forward of a module."""
+def part_of(decorate: Decorator, model: nn.Module) -> nn.Module:
+    """A module with a decorated forward."""
 
     class Part(nn.Module):
         def __init__(self) -> None:
@@ -84,23 +84,18 @@ def as_forward(decorate: Decorator, model: nn.Module) -> Step:
         def forward(self, x: Tensor) -> Tensor:
             return self.model(x) * 2
 
-    part = Part()
+    return Part()
+
+
+def as_forward(decorate: Decorator, model: nn.Module) -> Step:
+    """The forward of a module."""
+    part = part_of(decorate, model)
     return lambda _, x: part(x)
 
 
 def as_forward_of_a_child(decorate: Decorator, model: nn.Module) -> Step:
     """The forward of a module in a container."""
-
-    class Part(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        @decorate
-        def forward(self, x: Tensor) -> Tensor:
-            return self.model(x) * 2
-
-    net = nn.Sequential(Part(), nn.Identity())
+    net = nn.Sequential(part_of(decorate, model), nn.Identity())
     return lambda _, x: net(x)
 
 
