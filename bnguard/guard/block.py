@@ -155,12 +155,14 @@ class Block:
         if not self._found and not any([count.beyond for count in counts.values()]):
             return ()
         changes = []
-        stops = self._settings.policy.stops
+        policy = self._settings.policy
         for owner, layer in enumerate(self._layers):
             layer_id = id(layer.module)
-            if owner in self._found:
+            seen = counts[layer_id].beyond if layer_id in counts else 0
+            has_news = seen > (0 if policy.stops else self._verified.get(layer_id, 0))
+            if owner in self._found and not (has_news and policy.only_without_grad):
                 changes.append(self._found[owner])
-            elif layer_id in counts and counts[layer_id].beyond > (0 if stops else self._verified.get(layer_id, 0)):
+            elif has_news:
                 changes.append(self._change(layer))
         return tuple(changes)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final, Literal, TypeAlias, TypedDict
 
 from bnguard.guard.phrases import FROZEN, Phrases
-from bnguard.guard.policy import POLICIES, USE_RUNNING_STATS, Policy
+from bnguard.guard.policy import POLICIES, USE_RUNNING_STATS, WITHOUT_GRAD, Policy
 from bnguard.layers.select import Selector, as_selectors
 from bnguard.words import short_repr, suggestion
 
@@ -34,6 +34,7 @@ class Frontend:
         is_silent: Whether changes that were kept are recorded without a warning.
         compares_only: Whether the guard adds no hooks and only compares the statistics at the end.
         is_outermost: Whether the guard encloses guards that were opened before it.
+        only_without_grad: Whether only updates by forwards without gradients are stopped, and nothing else matters.
     """
 
     phrases: Phrases = FROZEN
@@ -41,6 +42,7 @@ class Frontend:
     is_silent: bool = False
     compares_only: bool = False
     is_outermost: bool = False
+    only_without_grad: bool = False
 
 
 PLAIN: Final = Frontend()
@@ -80,6 +82,8 @@ class Settings:
     @property
     def policy(self) -> Policy:
         """What becomes of an update beyond the budget, and of the statistics at the end."""
+        if self.frontend.only_without_grad:
+            return WITHOUT_GRAD
         return (USE_RUNNING_STATS if self.use_running_stats else POLICIES)[self.on_change]
 
 

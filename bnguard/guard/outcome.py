@@ -70,21 +70,22 @@ class Outcome:
             StatsChangedError: As the policy says, unless an exception leads out of the block.
         """
         policy, phrases = self._settings.policy, self._settings.frontend.phrases
-        if policy.tells_others == "nothing":
+        tells = policy.tells_others != "nothing"
+        if not tells and not self._errors:
             return
-        explained = [change for change in found if change.names[0] in broadcast]
+        explained = [change for change in found if tells and change.names[0] in broadcast]
         if explained and not self._settings.frontend.is_silent:
             sources = sorted({broadcast[change.names[0]] for change in explained})
             self._warn(messages.broadcast_text(explained, sources, policy.puts_back, phrases), error)
         text = self._text(
-            [change for change in found if change.names[0] not in broadcast],
+            [change for change in found if tells and change.names[0] not in broadcast],
             [change for change in changes if change not in found],
             cause,
             error,
         )
         if not text:
             return
-        raises = policy.tells_others == "error"
+        raises = policy.stops or policy.tells_others == "error"
         if raises and error is None:
             self._note(rank_prefix() + text)  # of check(): may be caught as well
             raise StatsChangedError(rank_prefix() + text, changes)

@@ -22,11 +22,12 @@ from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import Final, Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from bnguard.errors import StatsChangedError
 from bnguard.torch_internals.callsite import CallSite
-from bnguard.torch_internals.checkpointing import Region, is_in_backward
+from bnguard.torch_internals.checkpointing import Region, current_region, is_in_backward
 from bnguard.torch_internals.fork import renew_after_fork
 
 Normalisation = Literal["own", "batch", "running"]
@@ -45,6 +46,7 @@ class Policy:
         tells_forwards: Updates made by forwards are reported.
         tells_others: What is done about changes made by anything else: an error, a warning, or nothing.
         only_in_backward: Applies to forwards inside a backward pass only, which activation checkpointing recomputes.
+        only_without_grad: Applies to forwards without gradients only, such as those of a validation loop.
         action: What happens to a forward that would update; follows from the first two.
         holds: Whether forwards run otherwise than without a guard, and update nothing.
         hides: Whether what happens inside is undone at the end, so that no guard further out needs to know.
@@ -56,6 +58,7 @@ class Policy:
     tells_forwards: bool = False
     tells_others: Literal["error", "warning", "nothing"] = "nothing"
     only_in_backward: bool = False
+    only_without_grad: bool = False
     action: Action = field(init=False)
     holds: bool = field(init=False)
     hides: bool = field(init=False)
@@ -81,6 +84,7 @@ USE_RUNNING_STATS: Final = {
     name: replace(policy, stops=False, normalises_with="running") for name, policy in POLICIES.items()
 }
 IN_BACKWARD: Final = Policy(normalises_with="batch", only_in_backward=True)
+WITHOUT_GRAD: Final = Policy(stops=True, tells_forwards=True, only_without_grad=True)
 
 
 class Reporter(Protocol):
@@ -224,7 +228,7 @@ class Ruling:
     def __init__(self, entries: Entries) -> None:
         self.entries = entries if len(entries) < 2 else tuple(sorted(entries, key=_INNERMOST_FIRST))
         self.action, self.decider = _standing(self.entries)
-        self.in_graphs, _ = _standing([entry for entry in self.entries if not entry.policy.only_in_backward])
+        self.in_graphs, _ = _standing([entry for entry in self.entries if not _depends(entry.policy)])
         self.leaves_eval = not any([entry.policy.hides or entry.policy.action == "running" for entry in entries])
         self.needs_forward = any([entry.budget or entry.policy.holds or entry.policy.hides for entry in entries])
 
@@ -245,11 +249,16 @@ class Rulings(dict[Entries, Ruling]):
 def _standing(entries: Sequence[PolicyEntry]) -> tuple[Action | None, PolicyEntry | None]:
     for entry in entries:
         policy = entry.policy
-        if entry.budget or policy.only_in_backward:
+        if entry.budget or _depends(policy):
             return None, None
         if policy.action != "update" or policy.hides:
             return policy.action, entry
     return "update", None
+
+
+def _depends(policy: Policy) -> bool:
+    """Whether it applies to some forwards only."""
+    return policy.only_in_backward or policy.only_without_grad
 
 
 NO_RULING: Final = Ruling(())
@@ -269,6 +278,8 @@ def decide(entries: Sequence[PolicyEntry], layer: int) -> Decision:
         elif policy.only_in_backward:
             if is_in_backward():
                 return Decision("hold", entry)
+        elif policy.only_without_grad and (torch.is_grad_enabled() or current_region() is not None):
+            continue  # the first forward of reentrant checkpointing is part of a step, and runs without gradients
         elif policy.action != "update":
             return Decision(policy.action, entry)
         elif policy.hides:

@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 
 __all__ = ["bn_frozen"]
 
-Wanted: TypeAlias = Literal["raise", "warn", "off"]
-_WANTED: Final = ("raise", "warn", "off")
+Wanted: TypeAlias = Literal["raise", "no-grad", "warn", "off"]
+_WANTED: Final = ("raise", "no-grad", "warn", "off")
 _REPORTS: Final = ("terminal", "github")
 
 
@@ -86,7 +86,8 @@ class _TestState:
 
 _SWITCHES: Final = pytest.StashKey[_Switches]()
 _STATE: Final = pytest.StashKey[_TestState]()
-_AUTO_GUARD_CLASS: Final = pytest.StashKey["type[AutoGuard]"]()  # if it is needed, and torch is installed
+_AUTO_GUARD_CLASS: Final = pytest.StashKey["type[AutoGuard]"]()  # if it is needed, and torch is imported
+_WAITING: Final = pytest.StashKey[pytest.Item]()  # the test that is running, until it imports torch
 _AUTO_GUARD: Final = pytest.StashKey["AutoGuard"]()  # of the test that is running
 _MOVES: Final = pytest.StashKey[list[Move]]()
 
@@ -97,8 +98,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--bn-frozen",
         choices=_WANTED,
-        help="Fail every test that moves the running statistics of any model ('raise'), or warn about it ('warn'); "
-        "'off' overrides the configuration file. Tests marked bn_updates may move them.",
+        help="Fail every test that moves the running statistics of any model ('raise'), or only those in which a forward "
+        "without gradients does ('no-grad'), or warn about it ('warn'); 'off' overrides the configuration file. Tests "
+        "marked bn_updates may move them.",
     )
     group.addoption(
         "--bn-report",
@@ -170,15 +172,25 @@ def bn_frozen(request: pytest.FixtureRequest) -> Iterator[Callable[..., FixtureG
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Imports torch, if it is needed, before any test can interfere with the import."""
-    switches = session.config.stash[_SWITCHES]
-    if session.items and switches.needs_auto_guard and not session.config.getoption("collectonly"):
-        with suppress(ImportError):
-            from bnguard.guard.auto_guard import AutoGuard
-            from bnguard.torch_internals import global_hook
+    """Prepares to see every model that runs, if that is needed, as soon as something imports torch."""
+    config = session.config
+    if session.items and config.stash[_SWITCHES].needs_auto_guard and not config.getoption("collectonly"):
+        import wrapt
 
-            session.config.stash[_AUTO_GUARD_CLASS] = AutoGuard
-            session.config.add_cleanup(global_hook.remove_hook)
+        # Most suites have imported it by now: then this calls the function at once.
+        wrapt.register_post_import_hook(lambda _: _torch_is_there(config), "torch")
+
+
+def _torch_is_there(config: pytest.Config) -> None:
+    """Guards the test that has just imported torch, and all later ones."""
+    with suppress(ImportError):
+        from bnguard.guard.auto_guard import AutoGuard
+        from bnguard.torch_internals import global_hook
+
+        config.stash[_AUTO_GUARD_CLASS] = AutoGuard
+        config.add_cleanup(global_hook.remove_hook)
+        if _WAITING in config.stash:
+            _begin(config.stash[_WAITING])
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -238,26 +250,36 @@ def _state_of(item: pytest.Item) -> _TestState:
 def _begin(item: pytest.Item) -> None:
     """Opens the guards that the markers and the switches ask for."""
     switches, mark = _switches(item), nearest_mark(item)
-    if mark is None and not switches.needs_auto_guard:
+    reason = None
+    if mark is None:
+        reason = reason_in_file(item, switches.may_update)
+    elif mark.name == "bn_updates":
+        reason = reason_of(mark)
+    else:
+        guard_marked(item, mark, _state_of(item).guards)
+    acts = switches.on_change != "off" and reason is None
+    if not acts and not switches.reports:
+        return
+    auto_guard = item.config.stash.get(_AUTO_GUARD_CLASS, None)
+    if auto_guard is None:
+        item.config.stash[_WAITING] = item
         return
     state = _state_of(item)
-    if mark is None:
-        state.reason = reason_in_file(item, switches.may_update)
-    elif mark.name == "bn_updates":
-        state.reason = reason_of(mark)
-    else:
-        guard_marked(item, mark, state.guards)
-    acts = switches.on_change != "off" and state.reason is None
-    auto_guard = item.config.stash.get(_AUTO_GUARD_CLASS, None)
-    if auto_guard is not None and (acts or switches.reports):
-        from bnguard.guard.options import Frontend, Settings
-        from bnguard.pytest_plugin.requests import suite_phrases
+    state.reason = reason
+    from bnguard.guard.options import Frontend, Settings
+    from bnguard.pytest_plugin.requests import suite_phrases
 
-        phrases = suite_phrases(switches.place)
-        frontend = Frontend(phrases, has_coverage_warnings=False, is_outermost=True, is_silent=not acts)
-        settings = Settings("raise" if acts and switches.on_change == "raise" else "warn", frontend=frontend)
-        item.config.stash[_AUTO_GUARD] = state.auto_guard = auto_guard(state.guards, settings)
-        state.auto_guard.begin()
+    phrases = suite_phrases(switches.place)
+    frontend = Frontend(
+        phrases,
+        has_coverage_warnings=False,
+        is_outermost=True,
+        is_silent=not acts,
+        only_without_grad=acts and switches.on_change == "no-grad",
+    )
+    settings = Settings("raise" if acts and switches.on_change == "raise" else "warn", frontend=frontend)
+    item.config.stash[_AUTO_GUARD] = state.auto_guard = auto_guard(state.guards, settings)
+    state.auto_guard.begin()
 
 
 def _end(item: pytest.Item, error: BaseException | None) -> None:
@@ -267,6 +289,8 @@ def _end(item: pytest.Item, error: BaseException | None) -> None:
         item: The test.
         error: The exception with which it ended. It is never replaced.
     """
+    if _WAITING in item.config.stash:
+        del item.config.stash[_WAITING]
     state = item.stash.get(_STATE, None)
     if state is None:
         return

@@ -635,3 +635,147 @@ def test_markers_are_unknown_without_the_plugin(pytester: pytest.Pytester):
 def test_each_piece_is_described(suite: Suite, option, sentences):
     """--help, --markers and --fixtures say what there is, in a sentence each."""
     suite.pytester.runpytest_inprocess(option).stdout.fnmatch_lines(sentences)
+
+
+TORCHLESS = """
+import sys
+import pytest
+
+def test_plain():
+    assert "torch" not in sys.modules
+
+@pytest.mark.bn_updates("why not")
+def test_marked():
+    assert "torch" not in sys.modules
+
+def test_moves():
+    import torch
+    torch.nn.BatchNorm1d(2)(torch.randn(3, 2))
+
+@pytest.mark.bn_updates("it trains")
+def test_may_move():
+    import torch
+    torch.nn.BatchNorm1d(2)(torch.randn(3, 2))
+
+def test_moves_too():
+    import torch
+    torch.nn.BatchNorm1d(2)(torch.randn(3, 2))
+"""
+
+
+@pytest.mark.parametrize("switch", ["--bn-frozen=raise", "--bn-report"])
+def test_suite_without_torch_imports_none(suite: Suite, switch: str):
+    """In a suite that never imports torch the switches cost no import of it."""
+    suite.pytester.makepyfile(TORCHLESS.partition("def test_moves")[0])
+    suite.pytester.runpytest_subprocess(switch).assert_outcomes(passed=2)
+
+
+def test_torch_is_seen_when_a_test_imports_it(suite: Suite):
+    """The test that imports torch first is guarded, and so are those after it."""
+    suite.pytester.makepyfile(TORCHLESS)
+    result = suite.pytester.runpytest_subprocess("--bn-frozen=raise", "-rA")
+    result.assert_outcomes(passed=3, failed=2)
+    result.stdout.fnmatch_lines(["FAILED *::test_moves *", "FAILED *::test_moves_too *"])
+
+
+def test_fixture_in_a_suite_that_imports_torch_late(suite: Suite):
+    """The fixture brings torch along; the switch then guards the other models of the test."""
+    suite.pytester.makepyfile(
+        """
+def test_it(bn_frozen):
+    import torch
+    with bn_frozen(torch.nn.BatchNorm1d(2)):
+        torch.nn.BatchNorm1d(2)(torch.randn(3, 2))
+"""
+    )
+    result = suite.pytester.runpytest_subprocess("--bn-frozen=raise")
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["E*is in train mode inside --bn-frozen=raise:"])
+
+
+WITHOUT_GRAD = """
+from torch.utils.checkpoint import checkpoint
+
+def test_train_step(model):
+    loss = model(IMAGES).sum()
+    loss.backward()
+    model.eval()
+    with torch.no_grad():
+        model(IMAGES)
+    assert moved(model)
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_step(model, reentrant):
+    images = IMAGES.clone().requires_grad_()
+    checkpoint(model, images, use_reentrant=reentrant).sum().backward()
+    assert model[1].num_batches_tracked == 2
+
+def test_load(model):
+    model.eval()(IMAGES)
+    state = model.state_dict()
+    state["1.running_mean"] = state["1.running_mean"] + 1
+    model.load_state_dict(state)
+    assert moved(model)
+
+def test_compiled_step(model):
+    torch.compile(model, backend="eager")(IMAGES).sum().backward()
+    assert moved(model)
+
+def test_parameters_without_gradients(model):
+    model.requires_grad_(False)
+    model(IMAGES)
+
+def test_own_forward(model):
+    class Scaled(nn.BatchNorm2d):
+        def forward(self, images):
+            return super().forward(images) * 2
+    nn.Sequential(model[0], Scaled(4))(IMAGES).sum().backward()
+
+@pytest.mark.bn_updates("calibrates")
+@torch.no_grad()
+def test_marked(model):
+    model(IMAGES)
+"""
+LEAKS = """
+@torch.no_grad()
+def test_validates(model):
+    model(IMAGES)
+
+def test_infers(model):
+    with torch.inference_mode():
+        model(IMAGES)
+
+def test_trains_and_validates(model):
+    model(IMAGES).sum().backward()
+    with torch.no_grad():
+        model(IMAGES)
+
+def test_swallows(model):
+    model(IMAGES).sum().backward()
+    try:
+        with torch.no_grad():
+            model(IMAGES)
+    except Exception:
+        pass
+
+def test_own_forward(model):
+    class Scaled(nn.BatchNorm2d):
+        def forward(self, images):
+            return super().forward(images) * 2
+    scaled = nn.Sequential(model[0], Scaled(4))
+    scaled(IMAGES).sum().backward()
+    with torch.no_grad():
+        scaled(IMAGES)
+"""
+
+
+def test_no_grad_lets_training_steps_pass(suite: Suite):
+    """With ``no-grad`` a test may train: recomputed, compiled, with loaded statistics and frozen weights."""
+    suite.run(WITHOUT_GRAD, "--bn-frozen=no-grad", passed=8)
+    suite.again("--bn-frozen=raise", passed=1, failed=7)
+
+
+def test_no_grad_fails_forwards_without_gradients(suite: Suite):
+    """A validation in train mode fails its test, also where the error is caught, and after a training step."""
+    result = suite.fails(LEAKS, "--bn-frozen=no-grad", failed=5)
+    result.stdout.fnmatch_lines(["E*is in train mode inside --bn-frozen=no-grad:"])
