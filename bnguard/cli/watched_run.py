@@ -6,8 +6,8 @@ import dataclasses
 import os
 import signal
 import sys
-from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -79,13 +79,11 @@ class WatchedRun:
             UsageError: There is no such script or module.
         """
         process = os.getpid()
-        with self._record, BeforeTermination(self._report_early) as termination:
+        with self._guarding(), self._record, BeforeTermination(self._report_early) as termination:
             with ExitStack() as undo:
                 if self._options.progress is not None:
                     undo.enter_context(Progress(self._record, self._options.progress))
-                if self._auto_guard is not None:
-                    undo.callback(self._auto_guard.end, for_good=True)
-                    self._auto_guard.begin()
+                undo.enter_context(self._guarding())  # which ends before the report
                 ending = self._run_target()
                 if os.getpid() != process:  # a child that the script has forked: its parent reports
                     ending.show()
@@ -114,6 +112,18 @@ class WatchedRun:
     @property
     def _has_matched_nothing(self) -> bool:
         return self._auto_guard is not None and not self._auto_guard.has_guarded
+
+    @contextmanager
+    def _guarding(self) -> Iterator[None]:
+        """Guards models from here on. Outside of the watch, so that of a first forward the guard knows first."""
+        if self._auto_guard is None:
+            yield
+            return
+        try:
+            self._auto_guard.begin()
+            yield
+        finally:
+            self._auto_guard.end(for_good=True)
 
     def _run_target(self) -> Ending:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import warnings
 import weakref
@@ -17,10 +18,12 @@ from bnguard.errors import BNGuardError, BNGuardWarning
 from bnguard.guard.hooks import guard_of
 from bnguard.guard.options import Settings
 from bnguard.guard.requests import GuardRequest, GuardRequests, Precedence
+from bnguard.layers.search import registered_root
 from bnguard.layers.tree import any_layer, find_layers
 from bnguard.torch_internals import global_hook
 from bnguard.torch_internals.callsite import call_site
 from bnguard.torch_internals.compile import object_at, record_compiled
+from bnguard.torch_internals.functional_call import has_lent_buffers
 
 # Models with an open guard. The guard of the oldest is ended for a newer one, and begins again when its model runs.
 _MOST_OPEN: Final = 16
@@ -72,12 +75,13 @@ class AutoGuard:
         """Guards the model that a module belongs to, at the first forward of its outermost module."""
         if id(module) not in self._known:
             earlier = guard_of(module)
-            was_hooked = earlier is not None and earlier.has_hooks
+            was_guarded = earlier is not None and (earlier.has_hooks or earlier.has_forward)
             self._meet(module)
             guard = guard_of(module)
-            if guard is not None and guard.has_hooks and not was_hooked:
-                # The layer itself is the model: torch looked up its hooks before it called this one.
-                guard.before(module, args)
+            if guard is not None and not was_guarded:
+                guard.before_first(
+                    args, sys._getframe(3)
+                )  # torch looked up the hooks and the forward before it called this one
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Does nothing."""
@@ -99,10 +103,14 @@ class AutoGuard:
             if is_replica or id(module) in self._known:
                 return
             try:
+                if self._settings.include and any_layer(module):
+                    module = registered_root(module)  # the patterns are meant for its names
                 parts = {id(part): part for part in module.modules()}
             except TypeError:  # torch cannot walk a model that has no hash
                 self._remember(module)
                 return
+            if has_lent_buffers(parts.values()):
+                return  # guarded at a later forward: this one does not update the model's own
             for request in [request for request in self._compared if not request.layers.isdisjoint(parts)]:
                 self._compared.remove(request)
                 self._requests.remove(request)

@@ -26,6 +26,7 @@ from bnguard.guard.options import Settings
 from bnguard.guard.outcome import Outcome
 from bnguard.guard.policy import Counts, PolicyEntry, count_update
 from bnguard.layers.kinds import StatsLayer, moving_statistics
+from bnguard.layers.search import registered_root
 from bnguard.layers.select import select_layers
 from bnguard.layers.swaps import own_tensors
 from bnguard.layers.tree import Tree
@@ -50,8 +51,8 @@ class Block:
     """
 
     __slots__ = (
-        "_affine", "_bystanders", "_check", "_counts", "_entry", "_found", "_guards", "_has_warned_of_program",
-        "_layers", "_model", "_on_cuda", "_outcome", "_owners", "_process", "_regions", "_settings", "_tree",
+        "_affine", "_bystanders", "_check", "_counts", "_entry", "_found", "_guards", "_has_named",
+        "_has_warned_of_program", "_layers", "_model", "_on_cuda", "_outcome", "_owners", "_process", "_regions", "_settings", "_tree",
         "_verified", "_without_values",
     )  # fmt: skip
 
@@ -78,6 +79,7 @@ class Block:
         self._verified: Mapping[int, int] = {}  # by layer: updates when it was last compared
         self._outcome = Outcome(settings)
         self._has_warned_of_program = False
+        self._has_named = False
         self._regions: dict[int, Region] = {}  # checkpointed, held, and not recomputed so far
 
     def enter(self) -> None:
@@ -238,7 +240,7 @@ class Block:
             return []
         changes: dict[int, StatsChange] = {}
         try:
-            changes = check.compare(self._counts, self._guards)
+            changes = check.compare(self._counts, self._guards, self._name_layers)
         finally:
             # Also if comparing fails: the promise is about the statistics, not about the report.
             if restores:
@@ -295,10 +297,19 @@ class Block:
             self._owners = {id(found.module): owner for owner, found in enumerate(self._layers)}
         return self._owners[layer]
 
+    def _name_layers(self) -> None:
+        """Names the layers as parts of the whole model where the user did not say which one that is."""
+        if self.guards_every_model and not self._has_named:
+            self._has_named = True
+            names = {id(layer.module): layer.names for layer in Tree(registered_root(self._model)).layers}
+            for layer in self._layers:
+                layer.names = names.get(id(layer.module), layer.names)
+
     def _layer(self, layer: int) -> StatsLayer:
         return self._layers[self._owner(layer)]
 
     def _change(self, layer: StatsLayer) -> StatsChange:
+        self._name_layers()
         count, type_name = self._counts[id(layer.module)], type(layer.module).__name__
         is_prevented = self._settings.policy.stops
         moved = moving_statistics(layer)

@@ -86,9 +86,15 @@ class InstancePatch:
         self.has_hooks = True
         module._forward_pre_hooks[_KEY] = before
         if after is not None:
-            module._forward_hooks_always_called[_KEY] = True
-            module._forward_hooks[_KEY] = after
-            module._forward_hooks.move_to_end(_KEY, last=False)
+            self.put_after(after)
+
+    def put_after(self, after: LayerHook) -> None:
+        """Puts a forward hook on the layer that runs before those of the user, and after an exception as well."""
+        module = self.module
+        self.has_hooks = True
+        module._forward_hooks_always_called[_KEY] = True
+        module._forward_hooks[_KEY] = after
+        module._forward_hooks.move_to_end(_KEY, last=False)
 
     def remove(self) -> None:
         """Takes everything off. May be done again."""

@@ -20,7 +20,7 @@ compiled graph no forward can be counted; the layer's own ``num_batches_tracked`
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -108,12 +108,15 @@ class ExitCheck:
         if len(pairs) >= _PAIRS:
             self._revert(owner)
 
-    def compare(self, counts: Counts, guards: Sequence[LayerGuard]) -> dict[int, StatsChange]:
+    def compare(
+        self, counts: Counts, guards: Sequence[LayerGuard], name_layers: Callable[[], None]
+    ) -> dict[int, StatsChange]:
         """Lists what changed, by owner.
 
         Args:
             counts: The observed updates.
             guards: The guard of each layer; empty if forwards were not observed.
+            name_layers: Called before the first change is made of a layer.
         """
         changes: dict[int, StatsChange] = {}
         self._is_intact = False
@@ -128,6 +131,7 @@ class ExitCheck:
             paid = self._within_budget(differences, counts, guards) if is_of_statistics else frozenset()
             for difference in differences:
                 if difference.owner not in paid:
+                    name_layers()
                     change = self._change(snapshot, difference, counts[self._layer_id(difference.owner)])
                     earlier = changes.get(difference.owner)
                     changes[difference.owner] = _joined(earlier, change) if earlier else change

@@ -140,7 +140,17 @@ class LayerGuard(HeldLayer):
 
     # The hooks.
 
-    def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def before_first(self, args: tuple[Any, ...], call: FrameType) -> None:
+        """Does what the guard would do to a forward that had begun, in the frame ``call``, when it was put on."""
+        if not self.has_forward:
+            self.before(self.module, args, call)
+            return
+        is_held = not torch.compiler.is_compiling() and self._action_now(self.ruling) == "hold" and self._would_update()
+        if is_held and not (is_symbolic(args, {}) or self.is_foreign(self.module) or self.is_captured()):
+            self.put_after(_AfterForward(self))
+            self._watch(self.ruling.entries, call)
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], call: FrameType | None = None) -> None:
         """The forward pre-hook: decides about a forward that would update, or copies what it may change."""
         if self.has_forward:
             return  # the forward sees to it; the hooks are there for forwards that began before it was put
@@ -164,7 +174,7 @@ class LayerGuard(HeldLayer):
             if not self.rejects(args):
                 self.apply(self.decide_and_count(entries), args)
         elif entries and not self.is_captured():
-            self._watch(entries, sys._getframe(3))
+            self._watch(entries, call or sys._getframe(3))
 
     def _before_in_graph(self, module: nn.Module) -> None:
         if GUARDS_GRAPHS:
@@ -202,8 +212,9 @@ class LayerGuard(HeldLayer):
         try:
             self.conclude(before, has_failed)
         finally:
-            # The forward has outlasted the last block. After an exception torch is iterating over the hooks.
-            if not self.members and not has_failed:
+            # The forward has outlasted the last block, or it was the first one. After an exception torch is iterating
+            # over the hooks.
+            if (not self.members or self.has_forward) and not has_failed:
                 with _lock:
                     self.sync(Rulings())
 

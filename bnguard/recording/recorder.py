@@ -18,8 +18,9 @@ from bnguard.guard.policy import decide
 from bnguard.layers.bits import readable
 from bnguard.layers.drift import DriftSample, sample_of
 from bnguard.layers.kinds import StatsLayer
+from bnguard.layers.search import registered_root
 from bnguard.layers.swaps import own_tensors
-from bnguard.layers.tree import Tree, unwrapped
+from bnguard.layers.tree import Tree, any_layer, unwrapped
 from bnguard.recording.layer_log import LayerLog
 from bnguard.recording.model_calls import ModelCall, ModelCalls
 from bnguard.recording.optimizer_steps import BackwardCounter, StepCounter
@@ -29,7 +30,7 @@ from bnguard.torch_internals import global_hook
 from bnguard.torch_internals.callsite import call_site
 from bnguard.torch_internals.compile import object_at, record_compiled
 from bnguard.torch_internals.distributed import differs_per_rank
-from bnguard.torch_internals.functional_call import lent_tensors
+from bnguard.torch_internals.functional_call import has_lent_buffers
 from bnguard.torch_internals.tracing import outside_modes
 from bnguard.words import name_text
 
@@ -148,7 +149,7 @@ class Recorder:
         is_known = self._model is not None or id(module) in self._known
         if is_known or module.__dict__.get("_is_replica", False):  # made by DataParallel for one forward
             return None
-        self._take_in(module)
+        self._take_in(registered_root(module) if any_layer(module) else module)
         return self._by_id.get(id(module))
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -179,7 +180,7 @@ class Recorder:
         if log is None and self._model is None and key not in self._known:
             model = object_at(key)
             if isinstance(model, nn.Module):
-                self._take_in(model)
+                self._take_in(registered_root(model) if any_layer(model) else model)
             log = self._by_id.get(key)
         module = None if log is None else log.module
         if log is not None and module is not None:
@@ -192,13 +193,10 @@ class Recorder:
     def _take_in(self, model: nn.Module) -> None:
         """Records the layers of a model from now on."""
         self.ranks = self.ranks or Ranks.here()
-        lent = lent_tensors()
         with self._lock:
             tree = Tree(model)
-            if lent and any(
-                [id(buffer) in lent for part in tree.layers for buffer in part.module.buffers(recurse=False)]
-            ):
-                return  # its present tensors are not its own
+            if has_lent_buffers([layer.module for layer in tree.layers]):
+                return
             if self._model is not None:
                 self._tree = tree
             else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from types import CodeType, FrameType
 from typing import Final
 
@@ -27,14 +28,15 @@ def in_functional_call() -> bool:
     return is_below(_FUNCTIONAL_CALL)
 
 
-def lent_tensors() -> frozenset[int]:
-    """The ids of the tensors that the innermost ``functional_call`` was given; empty outside of one."""
+def has_lent_buffers(modules: Iterable[nn.Module]) -> bool:
+    """Whether the innermost ``functional_call`` has lent one of the modules a buffer in place of its own."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code is not _FUNCTIONAL_CALL:
         frame = frame.f_back
     lent = {} if frame is None else frame.f_locals.get("parameters_and_buffers")
     dicts = lent if isinstance(lent, (list, tuple)) else [lent]
-    return frozenset([id(tensor) for tensors in dicts if isinstance(tensors, dict) for tensor in tensors.values()])
+    ids = {id(tensor) for tensors in dicts if isinstance(tensors, dict) for tensor in tensors.values()}
+    return bool(ids) and any([id(buffer) in ids for module in modules for buffer in module._buffers.values()])
 
 
 def in_reentrant_checkpoint() -> bool:

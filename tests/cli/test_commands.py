@@ -186,6 +186,44 @@ def test_error_of_a_guard_names_what_the_command_line_has(script, tmp_path):
     assert "_sentry.py" not in done.stderr
 
 
+def test_pattern_for_a_model_that_is_never_called_itself(tmp_path):
+    """``training_step()`` calls its parts one by one: they have the names of the model's ``state_dict()``."""
+    (tmp_path / "train.py").write_text(
+        """
+import torch
+
+class Task(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.backbone = torch.nn.Sequential(torch.nn.BatchNorm1d(2))
+        self.head = torch.nn.BatchNorm1d(2)
+
+    def training_step(self, batch):
+        return self.head(self.backbone(batch))
+
+task = Task()
+for _ in range(3):
+    task.training_step(torch.randn(8, 2))
+print(int(task.backbone[0].num_batches_tracked), int(task.head.num_batches_tracked))
+"""
+    )
+    done = bnguard_("run", "--frozen", "backbone*", "--on-change", "restore", "train.py", cwd=tmp_path)
+    assert done.stdout.splitlines()[0] == "0 3"
+    assert "head (BatchNorm1d)" in done.stdout
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_first_forward_of_a_layer_is_neither_made_nor_counted(tmp_path):
+    """A layer that is a model of its own is held from its first forward on."""
+    (tmp_path / "train.py").write_text(
+        "import torch\nlayer = torch.nn.BatchNorm1d(2)\nlayer(torch.randn(8, 2))\nprint(int(layer.num_batches_tracked))\n"
+    )
+    done = bnguard_("run", "--frozen", "(root)", "--on-change", "restore", "train.py", cwd=tmp_path)
+    assert done.stdout.splitlines()[0] == "0"
+    assert "no update" in done.stdout
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_pattern_that_matches_nothing_is_told(script, tmp_path):
     """Silence would look like a guard."""
     script()

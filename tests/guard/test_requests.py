@@ -8,16 +8,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor, nn
 
 import bnguard
-from bnguard.guard import auto_guard as _auto_guard
-from bnguard.guard.hooks import guard_of
 from bnguard.guard.options import Settings
 from bnguard.guard.requests import GuardRequests, Precedence
-from tests.asserts import assert_clean, assert_same_bits, state_of
-from tests.nets import batch_norms, conv_net, images
+from tests.nets import conv_net, images
 
 
 @pytest.fixture
@@ -79,47 +75,3 @@ def test_warnings_of_other_code_come_through(requests: GuardRequests) -> None:
     assert {record.category for record in caught} == {UserWarning}
     assert len(texts) == 1
     assert "running_var" in texts[0]
-
-
-@pytest.fixture
-def auto_guard(requests: GuardRequests) -> Iterator[_auto_guard.AutoGuard]:
-    """Guards each model that runs."""
-    guard = _auto_guard.AutoGuard(requests, Settings("restore"))
-    guard.begin()
-    yield guard
-    guard.end(for_good=True)
-
-
-def test_open_guards_are_few(
-    auto_guard: _auto_guard.AutoGuard, monkeypatch: pytest.MonkeyPatch, requests: GuardRequests
-) -> None:
-    """The oldest ends for a newer one, and begins again when its model runs; no model is ever updated."""
-    monkeypatch.setattr(_auto_guard, "_MOST_OPEN", 2)
-    nets = [conv_net() for _ in range(4)]
-    before = state_of(nets[0])
-    for _ in range(2):
-        for number, net in enumerate(nets):
-            net(images())
-            open_ = [guard_of(batch_norms(other)[0]) is not None for other in nets]
-            assert open_[number]
-            assert sum(open_) <= 2
-            assert_same_bits(state_of(net), before)
-    assert requests.end(None) == []
-    for net in nets:
-        assert_clean(net)
-
-
-@pytest.mark.usefixtures("auto_guard")
-def test_replica_of_a_guarded_model_is_no_other_model() -> None:
-    """As DataParallel makes one for each forward: no guard is opened for it."""
-    net = conv_net()
-    before, layer = state_of(net), net.stem.bn
-    net(images())
-    replica = layer._replicate_for_data_parallel()
-    replica._buffers = {name: buffer.clone() for name, buffer in layer._buffers.items()}
-    replica.weight, replica.bias = layer.weight, layer.bias
-    replica(torch.ones(4, 3, 2, 2))
-    assert guard_of(layer) is not None
-    assert guard_of(replica) is None
-    assert replica.num_batches_tracked == layer.num_batches_tracked + 1
-    assert_same_bits(state_of(net), before)

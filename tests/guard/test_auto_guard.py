@@ -1,0 +1,232 @@
+"""Guards for every model that runs: from its first forward, under the names that its whole model gives it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import bnguard
+from bnguard.guard import auto_guard as _auto_guard
+from bnguard.guard.hooks import guard_of
+from bnguard.guard.options import Frontend, Settings
+from bnguard.guard.phrases import FROZEN
+from bnguard.guard.requests import GuardRequests
+from bnguard.layers.search import registered_root
+from tests.asserts import assert_clean, assert_same_bits, assert_same_gradients, state_of
+from tests.nets import batch_norms, conv_net, images
+
+EVERY = Frontend(FROZEN, has_coverage_warnings=False, is_outermost=True)
+
+
+@pytest.fixture
+def requests() -> Iterator[GuardRequests]:
+    """None so far; at the end all have ended."""
+    made = GuardRequests()
+    yield made
+    assert made.end(None) == []
+
+
+@pytest.fixture
+def auto_guard(requests: GuardRequests) -> Iterator[_auto_guard.AutoGuard]:
+    """Guards each model that runs."""
+    guard = _auto_guard.AutoGuard(requests, Settings("restore"))
+    guard.begin()
+    yield guard
+    guard.end(for_good=True)
+
+
+def test_open_guards_are_few(
+    auto_guard: _auto_guard.AutoGuard, monkeypatch: pytest.MonkeyPatch, requests: GuardRequests
+) -> None:
+    """The oldest ends for a newer one, and begins again when its model runs; no model is ever updated."""
+    monkeypatch.setattr(_auto_guard, "_MOST_OPEN", 2)
+    nets = [conv_net() for _ in range(4)]
+    before = state_of(nets[0])
+    for _ in range(2):
+        for number, net in enumerate(nets):
+            net(images())
+            open_ = [guard_of(batch_norms(other)[0]) is not None for other in nets]
+            assert open_[number]
+            assert sum(open_) <= 2
+            assert_same_bits(state_of(net), before)
+    assert requests.end(None) == []
+    for net in nets:
+        assert_clean(net)
+
+
+@pytest.mark.usefixtures("auto_guard")
+def test_replica_of_a_guarded_model_is_no_other_model() -> None:
+    """As DataParallel makes one for each forward: no guard is opened for it."""
+    net = conv_net()
+    before, layer = state_of(net), net.stem.bn
+    net(images())
+    replica = layer._replicate_for_data_parallel()
+    replica._buffers = {name: buffer.clone() for name, buffer in layer._buffers.items()}
+    replica.weight, replica.bias = layer.weight, layer.bias
+    replica(torch.ones(4, 3, 2, 2))
+    assert guard_of(layer) is not None
+    assert guard_of(replica) is None
+    assert replica.num_batches_tracked == layer.num_batches_tracked + 1
+    assert_same_bits(state_of(net), before)
+
+
+class Scaled(nn.BatchNorm2d):
+    """A layer with a forward of its own."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * 2
+
+
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "batch": lambda: nn.BatchNorm2d(2),
+    "instance": lambda: nn.InstanceNorm2d(2, track_running_stats=True, affine=True),
+    "own": lambda: Scaled(2),
+}
+
+
+@pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
+def test_first_forward_of_a_layer_that_is_called_itself_is_held(make: Callable[[], nn.Module]) -> None:
+    """Torch has chosen its forward before the guard is put on it: outputs and gradients are the twin's all the same."""
+    layer = make()
+    twin, before = copy.deepcopy(layer), state_of(layer)
+    requests = GuardRequests()
+    guard = _auto_guard.AutoGuard(requests, Settings("restore", frontend=EVERY))
+    guard.begin()
+    try:
+        for _ in range(2):
+            outputs = [module(images()) for module in (layer, twin)]
+            assert_same_bits(*outputs)
+            assert_same_bits(state_of(layer), before)
+            for output in outputs:
+                output.square().sum().backward()
+            assert_same_gradients(layer, twin)
+            assert len(layer._forward_hooks) == 0
+    finally:
+        guard.end(for_good=True)
+    assert requests.end(None) == []
+    assert_clean(layer)
+
+
+@pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
+def test_first_forward_that_fails(make: Callable[[], nn.Module]) -> None:
+    """The error is torch's own, the statistics are those from before it, and the next forward is held."""
+    layer = make()
+    before = state_of(layer)
+    requests = GuardRequests()
+    guard = _auto_guard.AutoGuard(requests, Settings("restore", frontend=EVERY))
+    guard.begin()
+    try:
+        with pytest.raises((ValueError, RuntimeError)) as error:
+            layer(torch.ones(1, 2, 1, 1))
+        with pytest.raises(error.type) as expected:
+            make()(torch.ones(1, 2, 1, 1))
+        assert str(error.value) == str(expected.value)
+        assert_same_bits(state_of(layer), before)
+        layer(images())
+        assert_same_bits(state_of(layer), before)
+    finally:
+        guard.end(for_good=True)
+    assert requests.end(None) == []
+    assert_clean(layer)
+
+
+@pytest.mark.parametrize("policy", ["raise", "warn", "restore"])
+def test_lent_tensors_never_become_the_models_own(policy: Any) -> None:
+    """A model that ``functional_call`` runs first: what it was lent is moved, and the model has its own afterwards."""
+    net = conv_net()
+    twin, own, before = copy.deepcopy(net), dict(net.named_buffers()), state_of(net)
+    lent, lent_to_twin = [{name: value.clone() for name, value in before.items()} for _ in range(2)]
+    requests = GuardRequests()
+    guard = _auto_guard.AutoGuard(requests, Settings(policy, frontend=EVERY))
+    guard.begin()
+    try:
+        torch.func.functional_call(net, lent, (images(),))
+        torch.func.functional_call(twin, lent_to_twin, (images(),))
+        net.eval()(images())
+    finally:
+        guard.end(for_good=True)
+    assert requests.end(None) == []
+    assert all(net.get_buffer(name) is tensor for name, tensor in own.items())
+    assert_same_bits(state_of(net), before)
+    assert_same_bits(lent, lent_to_twin)
+    assert lent["stem.bn.num_batches_tracked"] == before["stem.bn.num_batches_tracked"] + 1
+
+
+def test_model_whose_parameters_alone_are_lent_is_guarded() -> None:
+    """Its statistics are its own: the first forward is stopped."""
+    net = conv_net()
+    requests = GuardRequests()
+    guard = _auto_guard.AutoGuard(requests, Settings("raise", frontend=EVERY))
+    guard.begin()
+    try:
+        with pytest.raises(bnguard.StatsChangedError, match="would update") as error:
+            torch.func.functional_call(net, dict(net.named_parameters()), (images(),))
+    finally:
+        guard.end(for_good=True)
+    requests.end(error.value)
+
+
+class Task(nn.Module):
+    """A model that is never called itself, as a trainer's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = conv_net()
+        self.head = nn.BatchNorm2d(2)
+
+    def training_step(self, batch: Tensor) -> Tensor:
+        return self.head(batch).mean() + self.backbone(batch).mean()
+
+
+def test_patterns_are_for_the_names_of_the_whole_model() -> None:
+    """A part that is called from a method of a model has the name that the model's ``state_dict()`` gives it."""
+    task = Task()
+    before = state_of(task)
+    requests = GuardRequests()
+    guard = _auto_guard.AutoGuard(requests, Settings("restore", include=("backbone*",), frontend=EVERY))
+    guard.begin()
+    try:
+        for _ in range(2):
+            task.training_step(images())
+    finally:
+        guard.end(for_good=True)
+    assert requests.end(None) == []
+    assert guard.has_guarded
+    after = state_of(task)
+    assert after["head.num_batches_tracked"] == 2
+    assert_same_bits(*[{key: of[key] for key in of if key.startswith("backbone")} for of in (before, after)])
+
+
+def test_messages_name_layers_as_the_whole_model_does() -> None:
+    """Also where no pattern asked for names: the error, and what the end finds."""
+    task = Task()
+    requests = GuardRequests()
+    guard = _auto_guard.AutoGuard(requests, Settings("raise", frontend=EVERY))
+    guard.begin()
+    try:
+        with pytest.raises(bnguard.StatsChangedError, match=r"head \(BatchNorm2d\) is in train mode") as error:
+            task.training_step(images())
+        task.eval().training_step(images())
+        task.backbone.stem.bn.running_mean.data.add_(1)
+    finally:
+        guard.end(for_good=True)
+    requests.end(error.value)
+    assert {change.names for change in requests.changes} == {("backbone.stem.bn",), ("head",)}
+
+
+def test_registered_root() -> None:
+    """The largest module around a part, through several levels, shared parts and a cycle; else the part itself."""
+    layer = nn.BatchNorm1d(2)
+    assert registered_root(layer) is layer
+    small, large = nn.Sequential(layer), nn.Sequential(nn.Sequential(layer), nn.ReLU(), nn.ReLU())
+    assert registered_root(layer) is large
+    assert registered_root(small) is small
+    assert registered_root(large[0]) is large
+    layer.parent = large  # nonsense, but possible
+    assert registered_root(layer) is small
+    del layer.parent
