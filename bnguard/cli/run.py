@@ -33,6 +33,13 @@ def add_parser(commands: Commands) -> None:
     )
     parser.add_argument("--frozen", metavar="PATTERN", help="guard the layers that match, in every model that runs")
     parser.add_argument(
+        "--buffers",
+        action="append",
+        metavar="PATTERN",
+        help="record other buffers, too, and guard them with --frozen: a pattern on their names in the state dict, or "
+        "all; may be given several times",
+    )
+    parser.add_argument(
         "--on-change",
         choices=("raise", "warn", "restore"),
         default="raise",
@@ -78,6 +85,7 @@ def _run(options: argparse.Namespace, outputs: Outputs) -> int:
             fail_on=options.fail_on,
             frozen=options.frozen,
             on_change=options.on_change,
+            buffers=tuple(options.buffers or ()),
             every=options.every or ("auto" if has_figures else None),
             progress=options.progress or (_PROGRESS if sys.stderr.isatty() else None),
             outputs=outputs,

@@ -40,6 +40,7 @@ class RunOptions:
         fail_on: Codes of findings with which a run fails that would otherwise exit with 0.
         frozen: Pattern of the layers to guard; None guards none.
         on_change: What to do about an update of a guarded layer.
+        buffers: Patterns of other buffers to record and to guard.
         every: At which optimizer steps to measure the drift, as in ``watch``.
         progress: Seconds between two lines of progress on stderr; None prints none.
         outputs: The files to write.
@@ -52,6 +53,7 @@ class RunOptions:
     fail_on: frozenset[str]
     frozen: str | None
     on_change: OnChange
+    buffers: tuple[str, ...]
     every: int | Literal["auto"] | None
     progress: float | None
     outputs: Outputs
@@ -62,11 +64,11 @@ class WatchedRun:
 
     def __init__(self, options: RunOptions) -> None:
         self._options = options
-        self._record = watch(every=options.every)
+        self._record = watch(every=options.every, buffers=options.buffers or None)
         self._requests = GuardRequests()
         self._auto_guard: AutoGuard | None = None
         if options.frozen is not None:
-            self._auto_guard = AutoGuard(self._requests, _settings(options.frozen, options.on_change))
+            self._auto_guard = AutoGuard(self._requests, _settings(options.frozen, options))
 
     def run(self) -> int:
         """Runs it, and prints the report, however it ends.
@@ -174,7 +176,7 @@ class WatchedRun:
         return watch_pictures(self._record.drift, self._record.series, self._record.update_series)
 
 
-def _settings(pattern: str, on_change: OnChange) -> Settings:
+def _settings(pattern: str, options: RunOptions) -> Settings:
     place = f"bnguard run --frozen {pattern}"
     phrases = Phrases(
         place,
@@ -185,7 +187,7 @@ def _settings(pattern: str, on_change: OnChange) -> Settings:
         renamed=(('on_change="restore"', "--on-change restore"), ("use_running_stats=True", "")),
     )
     frontend = Frontend(phrases, has_coverage_warnings=False, is_outermost=True)
-    return Settings(on_change, include=(pattern,), frontend=frontend)
+    return Settings(options.on_change, include=(pattern,), buffers=options.buffers, frontend=frontend)
 
 
 def _flush() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeAlias
 
 from bnguard.findings.events import LayerEnd
@@ -14,10 +14,13 @@ Listeners: TypeAlias = tuple[Callable[..., None], ...]
 
 
 class LayerObserver:
-    """One instance of every rule for one layer.
+    """One instance of each of some rules for one layer.
 
     Each attribute below holds the bound methods of the rules that override the event of its name. They are called
     directly (``for listener in observer.on_update: listener(update)``), since most of the cost of a watch is calls.
+
+    Args:
+        rules: The rules.
 
     Attributes:
         on_update: Listeners to updates.
@@ -29,8 +32,8 @@ class LayerObserver:
 
     __slots__ = ("_rules", "on_evaluation", "on_held", "on_result", "on_step_end", "on_update")
 
-    def __init__(self) -> None:
-        self._rules = [rule() for rule in RULES.values()]
+    def __init__(self, rules: Iterable[type[Rule]] = RULES.values()) -> None:
+        self._rules = [rule() for rule in rules]
         self.on_update = self._listeners("on_update")
         self.on_held = self._listeners("on_held")
         self.on_evaluation = self._listeners("on_evaluation")

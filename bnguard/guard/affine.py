@@ -10,13 +10,15 @@ from typing import Final
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from bnguard.layers.kinds import StatsLayer
+from bnguard.layers.kinds import OTHER_BUFFERS, StatsLayer
 from bnguard.layers.swaps import own_tensors
 from bnguard.torch_internals.fork import renew_after_fork
 
 
 def affine_parameters(layer: StatsLayer) -> tuple[str, ...]:
     """Names of the layer's affine parameters: ``weight`` and ``bias``, if they have the shape of its statistics."""
+    if layer.kind is OTHER_BUFFERS:
+        return ()
     buffers, parameters = (own_tensors(layer.module, table) for table in ("_buffers", "_parameters"))
     shapes = {
         tensor.shape for name in layer.buffers if (tensor := buffers.get(name)) is not None and not is_lazy(tensor)

@@ -103,7 +103,7 @@ class AutoGuard:
             if is_replica or id(module) in self._known:
                 return
             try:
-                if self._settings.include and any_layer(module):
+                if self._settings.include and self._has_layers(module):
                     module = registered_root(module)  # the patterns are meant for its names
                 parts = {id(part): part for part in module.modules()}
             except TypeError:  # torch cannot walk a model that has no hash
@@ -126,8 +126,11 @@ class AutoGuard:
             if len(self._open) > _MOST_OPEN:
                 self._end_oldest()
 
+    def _has_layers(self, model: nn.Module) -> bool:
+        return bool(self._settings.buffers) or any_layer(model)
+
     def _guard(self, model: nn.Module) -> None:
-        if any_layer(model):
+        if self._has_layers(model):
             with suppress(ValueError):  # no layer of it is selected
                 self._open.append(self._requests.add(Precedence.EVERY_MODEL, model, self._settings))
                 self.has_guarded = True

@@ -13,21 +13,21 @@ from torch import Tensor, nn
 from bnguard.errors import BNGuardError, BNGuardWarning, StatsChangedError
 from bnguard.guard import messages
 from bnguard.guard.affine import AffineHold
-from bnguard.guard.bystanders import Bystanders, bystanders_of
+from bnguard.guard.bystanders import Bystanders, UnguardedBuffers, bystanders_of, unguarded_buffers
 from bnguard.guard.coverage import (
     refuse_batch_programs,
+    refuse_other_buffers,
     warn_about_added_layers,
     warn_about_pending_regions,
     warn_about_programs,
 )
 from bnguard.guard.exit_check import ExitCheck, compiled_layers
 from bnguard.guard.hooks import LayerGuard, add_entry, drop_entry, is_any_held
-from bnguard.guard.options import Settings
+from bnguard.guard.options import Settings, guarded_layers
 from bnguard.guard.outcome import Outcome
 from bnguard.guard.policy import Counts, PolicyEntry, count_update
 from bnguard.layers.kinds import StatsLayer, moving_statistics
 from bnguard.layers.search import registered_root
-from bnguard.layers.select import select_layers
 from bnguard.layers.swaps import own_tensors
 from bnguard.layers.tree import Tree
 from bnguard.records import GuardedLayer, StatsChange
@@ -52,8 +52,8 @@ class Block:
 
     __slots__ = (
         "_affine", "_bystanders", "_check", "_counts", "_entry", "_found", "_guards", "_has_named",
-        "_has_warned_of_program", "_layers", "_model", "_on_cuda", "_outcome", "_owners", "_process", "_regions", "_settings", "_tree",
-        "_verified", "_without_values",
+        "_has_warned_of_program", "_layers", "_model", "_on_cuda", "_others", "_outcome", "_owners", "_process",
+        "_regions", "_settings", "_tree", "_verified", "_without_values",
     )  # fmt: skip
 
     def __init__(self, model: nn.Module, settings: Settings, earlier: Block | None = None) -> None:
@@ -67,13 +67,14 @@ class Block:
             self._guards = earlier._guards
         else:
             self._tree = Tree(model)
-        self._layers = select_layers(model, self._tree.layers, settings.include, settings.exclude, settings.within)
+        self._layers = guarded_layers(model, self._tree.layers, settings)
         self._owners: dict[int, int] | None = None
         self._counts = Counts()
         self._entry: PolicyEntry  # while the block is open
         self._affine: AffineHold | None = None
         self._check: ExitCheck | None = None
         self._bystanders: Bystanders | None = None
+        self._others: UnguardedBuffers | None = None
         self._without_values: frozenset[int] = frozenset()  # owners
         self._found: Mapping[int, StatsChange] = _NONE  # by owner: what a comparison found
         self._verified: Mapping[int, int] = {}  # by layer: updates when it was last compared
@@ -97,6 +98,7 @@ class Block:
         )
         self._refuse_capture()
         refuse_batch_programs(self._model, layers, settings)
+        refuse_other_buffers(layers, settings)
         is_outermost = settings.frontend.is_outermost
         self._counts = Counts()
         self._entry = PolicyEntry(self, settings.policy, settings.updates, self._counts, outermost=is_outermost)
@@ -115,6 +117,7 @@ class Block:
             if settings.frontend.has_coverage_warnings:
                 warn_about_programs(settings)
                 self._bystanders = bystanders_of(self._model, (self._model,))
+                self._others = unguarded_buffers(self._model, self._tree, layers, settings)
         except BaseException:
             self._let_go()
             raise
@@ -148,7 +151,7 @@ class Block:
         try:
             self._act(found, error)
         finally:
-            self._check = self._bystanders = None  # a guard that is kept for later keeps no copies
+            self._check = self._bystanders = self._others = None  # a guard that is kept for later keeps no copies
 
     @property
     def changes(self) -> tuple[StatsChange, ...]:
@@ -286,6 +289,8 @@ class Block:
             warn_about_pending_regions(self._regions.values(), self._settings)
         if self._bystanders is not None:
             self._bystanders.tell(self._settings.frontend.phrases)
+        if self._others is not None:
+            self._others.tell(self._settings.frontend.phrases)
 
     def _refuse_capture(self) -> None:
         if self._on_cuda and torch.cuda.is_current_stream_capturing():

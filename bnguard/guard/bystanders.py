@@ -1,6 +1,7 @@
-"""Layers that a model runs without having them among its modules: in plain lists, dicts and objects.
+"""What moves beside the statistics that a block guards, and is told of once at its end.
 
-A block neither holds nor restores them. Its end says, once for each, which of them moved.
+Layers that a model runs without having them among its modules, in plain lists, dicts and objects; and buffers of the
+model that are no running statistics. A block neither holds nor restores them.
 """
 
 from __future__ import annotations
@@ -8,25 +9,32 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
-from torch import nn
+from torch import Tensor, nn
 
 from bnguard.errors import BNGuardWarning
 from bnguard.guard import messages
 from bnguard.guard.hold import guards
+from bnguard.guard.options import Settings
 from bnguard.guard.phrases import Phrases
+from bnguard.layers.bits import has_values
 from bnguard.layers.kinds import StatsLayer, statistics_of
+from bnguard.layers.other_buffers import other_buffers
 from bnguard.layers.search import named_modules_beside
+from bnguard.layers.select import is_selected
 from bnguard.layers.snapshot import Snapshot
-from bnguard.layers.tree import find_layers
+from bnguard.layers.swaps import own_tensors
+from bnguard.layers.tree import Tree, find_layers
 from bnguard.torch_internals.callsite import call_site
 
 _References = tuple[tuple[str, "weakref.ref[nn.Module]"], ...]
 
 # By the id of the model or other object, as long as it lives: they are looked for once.
 _known: Final[dict[int, tuple[weakref.ref[Any], _References]]] = {}
+_LARGEST: Final = 1 << 20  # values of a buffer that is looked at
 # Layers of which a user has been told, by id.
 _told: Final[dict[int, weakref.ref[nn.Module]]] = {}
 
@@ -112,3 +120,66 @@ def _places_of(tensor: Any) -> tuple[int, ...]:
 def _forget(key: int, _: object) -> None:
     _known.pop(key, None)
     _told.pop(key, None)
+
+
+class UnguardedBuffers:
+    """The buffers of a model that are no running statistics, at the beginning of a block.
+
+    Args:
+        layers: The modules that own them.
+    """
+
+    __slots__ = ("_layers", "_values")
+
+    def __init__(self, layers: Sequence[StatsLayer]) -> None:
+        self._layers = layers
+        self._values = Snapshot([layer.module for layer in layers], [layer.buffers for layer in layers])
+
+    def tell(self, phrases: Phrases) -> None:
+        """Warns once about those that have moved."""
+        moved = []
+        for difference in [] if self._values.is_intact() else self._values.changed():
+            layer = self._layers[difference.owner]
+            key = id(layer.module)
+            if key not in _told:
+                _told[key] = weakref.ref(layer.module, partial(_forget, key))
+                prefix = f"{layer.names[0]}." if layer.names[0] else ""
+                moved += [prefix + name for name in difference.names]
+        if moved:
+            warnings.warn(messages.others_text(moved, phrases), BNGuardWarning, stacklevel=call_site().stacklevel)
+
+
+def unguarded_buffers(
+    model: nn.Module, tree: Tree, guarded: Sequence[StatsLayer], settings: Settings
+) -> UnguardedBuffers | None:
+    """The buffers that a block does not guard, beside layers that it does; None if there are none to tell of.
+
+    Where the block lets updates happen, or is for training with frozen statistics, they are meant to move.
+
+    Args:
+        model: The model.
+        tree: Its modules.
+        guarded: What the block guards.
+        settings: The options of the block.
+    """
+    policy = settings.policy
+    if not guarded or settings.updates or not policy.puts_back or policy.normalises_with == "running":
+        return None
+    if not tree.has_other_buffers():
+        return None
+    names = {id(layer.module): layer.buffers for layer in guarded}
+    layers = []
+    for layer in other_buffers(model, tree.layers):
+        if id(layer.module) in _told or not is_selected(layer, settings.include, settings.exclude, settings.within):
+            continue
+        own = own_tensors(layer.module, "_buffers")
+        left = [name for name in layer.buffers if name not in names.get(id(layer.module), ())]
+        left = [name for name in left if (tensor := own[name]) is not None and _is_small(tensor)]
+        if left:
+            layers.append(replace(layer, buffers=tuple(left)))
+    return UnguardedBuffers(layers) if layers else None
+
+
+def _is_small(tensor: Tensor) -> bool:
+    """Whether a tensor can be copied at each block: not a queue of a million values, nor what has none."""
+    return has_values(tensor) and tensor.numel() <= _LARGEST

@@ -74,8 +74,19 @@ class InstancePatch:
         hooks, others = module._forward_pre_hooks, module._forward_hooks
         return len(hooks) + len(others) > (_KEY in hooks) + (_KEY in others)
 
-    def put_hooks(self, before: LayerHook, after: LayerHook | None) -> None:
-        """Puts a forward pre-hook on the layer, and a forward hook that runs before those of the user."""
+    def has_foreign_pre_hooks(self) -> bool:
+        """Whether the user has forward pre-hooks on the layer: old spectral normalisation moves buffers in one."""
+        hooks = self.module._forward_pre_hooks
+        return len(hooks) > (_KEY in hooks)
+
+    def put_hooks(self, before: LayerHook, after: LayerHook | None, *, comes_first: bool = False) -> None:
+        """Puts a forward pre-hook on the layer, and a forward hook that runs before those of the user.
+
+        Args:
+            before: The pre-hook.
+            after: The hook; None for none.
+            comes_first: Whether the pre-hook runs before those of the user, too.
+        """
         module = self.module
         self.put_copying()
         if self.has_forward:
@@ -85,6 +96,8 @@ class InstancePatch:
             return
         self.has_hooks = True
         module._forward_pre_hooks[_KEY] = before
+        if comes_first:
+            module._forward_pre_hooks.move_to_end(_KEY, last=False)
         if after is not None:
             self.put_after(after)
 

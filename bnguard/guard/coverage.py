@@ -13,7 +13,7 @@ from bnguard.guard.affine import affine_parameters
 from bnguard.guard.options import Settings
 from bnguard.guard.phrases import Phrases
 from bnguard.layers.bits import is_valueless, what_is_unreadable
-from bnguard.layers.kinds import SCRIPTED, StatsLayer
+from bnguard.layers.kinds import OTHER_BUFFERS, SCRIPTED, StatsLayer, is_observer
 from bnguard.layers.select import is_selected
 from bnguard.layers.snapshot import Snapshot
 from bnguard.layers.swaps import Table, own_tensors
@@ -64,6 +64,21 @@ def refuse_batch_programs(model: nn.Module, layers: Iterable[StatsLayer], settin
             continue
         is_fixed = layer.kind is not SCRIPTED or uses_batch is True
         raise BNGuardError(messages.batch_program_text(layer.names, type(layer.module).__name__, is_fixed))
+
+
+def refuse_other_buffers(layers: Iterable[StatsLayer], settings: Settings) -> None:
+    """Refuses buffers that eval mode does not hold under ``use_running_stats=True``.
+
+    Raises:
+        BNGuardError: There is such a buffer.
+    """
+    if not (settings.use_running_stats and settings.buffers):
+        return
+    for layer in layers:
+        module = layer.module
+        if layer.kind is OTHER_BUFFERS and (is_observer(module) or module._forward_pre_hooks):
+            text = messages.ignores_eval_text(layer, is_observer(module))
+            raise BNGuardError(text)
 
 
 def warn_about_programs(settings: Settings) -> None:

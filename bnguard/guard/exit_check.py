@@ -34,9 +34,9 @@ from bnguard.guard.options import Settings
 from bnguard.guard.policy import Counts, UpdateCount, spend
 from bnguard.layers.bits import count_of
 from bnguard.layers.drift import eps_of, largest_mean_shift
-from bnguard.layers.kinds import StatsLayer
+from bnguard.layers.kinds import OTHER_BUFFERS, StatsLayer
 from bnguard.layers.snapshot import Difference, Snapshot, holds
-from bnguard.layers.tree import find_layers
+from bnguard.layers.tree import Tree
 from bnguard.records import StatsChange
 from bnguard.torch_internals.compile import compiled_parts, was_compiled
 from bnguard.torch_internals.distributed import overwritten_by_ddp
@@ -151,9 +151,12 @@ class ExitCheck:
         unseen = {change.names for change in found if not change.updates}
         if unseen <= {layer.names for layer in compiled_layers(self._layers, model)}:
             return "compiled"
-        left = {id(layer.module) for layer in find_layers(model)}
+        left = set(map(id, Tree(model).modules))
         gone = {layer.names for layer in self._layers if id(layer.module) not in left}
-        return "replaced" if unseen <= gone else "unknown"
+        if unseen <= gone:
+            return "replaced"
+        others = {layer.names for layer in self._layers if layer.kind is OTHER_BUFFERS}
+        return "elsewhere" if unseen <= others else "unknown"
 
     @outside_modes()
     def _revert(self, owner: int) -> bool:

@@ -18,9 +18,9 @@ from bnguard.errors import BNGuardWarning
 from bnguard.guard import messages
 from bnguard.guard.block import Block
 from bnguard.guard.decorate import guard_function
-from bnguard.guard.options import PLAIN, Frontend, OnChange, Settings, check_settings
+from bnguard.guard.options import PLAIN, Frontend, OnChange, Settings, check_settings, guarded_layers
 from bnguard.guard.phrases import Phrases
-from bnguard.layers.select import Selector, select_layers
+from bnguard.layers.select import Selector
 from bnguard.layers.tree import any_layer, find_layers
 from bnguard.records import GuardedLayer, StatsChange
 from bnguard.torch_internals.callsite import call_site
@@ -91,6 +91,12 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
             it; the model itself is ``"(root)"``), modules, predicates ``(name, module) -> bool``, or a list of
             them.
         exclude: Do not guard these layers; as ``include``.
+        buffers: Guard other buffers that forwards move as well: codebooks, queues, observers of quantisation, vectors
+            of spectral normalisation. Glob patterns on their names in ``state_dict()`` (one that names a module selects
+            all of its buffers), or ``"all"``: every one of the layers that ``include`` selects. They are held like
+            statistics: by name, with the forward of the module that owns them. What the forward of another module or a
+            method moves is seen at the end of the block. Under ``use_running_stats=True`` a module that has one runs in
+            eval mode.
 
     Raises:
         TypeError: ``model`` is no module; an option has the wrong type.
@@ -118,9 +124,10 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
         updates: int = 0,
         include: Selector | Iterable[Selector] | None = None,
         exclude: Selector | Iterable[Selector] | None = None,
+        buffers: str | Iterable[str] | None = None,
     ) -> None:
         _check_is_module(model, self._frontend.phrases)
-        settings = check_settings(on_change, use_running_stats, affine, updates, include, exclude)
+        settings = check_settings(on_change, use_running_stats, affine, updates, include, exclude, buffers)
         settings = replace(settings, frontend=self._frontend)
         _check_model(model, settings)
         self._set(model, settings)
@@ -265,11 +272,11 @@ def _check_is_module(value: Any, phrases: Phrases) -> None:
 
 def _check_model(model: nn.Module, settings: Settings) -> None:
     """Warns of one without layers; of a selection that finds none ``select_layers`` says what is wrong."""
-    if not any_layer(model):
+    if not (settings.buffers or any_layer(model)):
         text = messages.unguarded_text(type(model).__name__, settings.frontend.phrases)
         warnings.warn(text, BNGuardWarning, stacklevel=call_site().stacklevel)
-    elif settings.include or settings.exclude:
-        select_layers(model, find_layers(model), settings.include, settings.exclude)
+    elif settings.include or settings.exclude or settings.buffers:
+        guarded_layers(model, find_layers(model), settings)
 
 
 def _no_module_text(value: Any) -> str:

@@ -46,7 +46,7 @@ from bnguard.guard.messages import script_text
 from bnguard.guard.policy import NO_RULING, Entries, PolicyEntry, Rulings
 from bnguard.guard.surroundings import refuse_graph, traced
 from bnguard.guard.watching import Before
-from bnguard.layers.kinds import BATCH_NORM, StatsLayer
+from bnguard.layers.kinds import BATCH_NORM, OTHER_BUFFERS, StatsLayer
 from bnguard.layers.swaps import own_values
 from bnguard.torch_internals.compile import GUARDS_GRAPHS, is_exporting
 from bnguard.torch_internals.fork import renew_after_fork
@@ -100,7 +100,9 @@ class LayerGuard(HeldLayer):
                 kind = self.kind
                 if guards.setdefault(self.layer_id, self) is self and kind.hold != "none":
                     rounds = kind.rounds_in_eval and ruling.action == "stop"
-                    if ruling.needs_forward or rounds or self.has_foreign_hooks():
+                    if kind is OTHER_BUFFERS and self.has_foreign_pre_hooks():
+                        self.put_hooks(_BeforeForward(self), _AfterForward(self), comes_first=True)
+                    elif ruling.needs_forward or rounds or self.has_foreign_hooks():
                         self.put_forward()
                     else:
                         after = None if kind.predict is not None else _AfterForward(self)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final, Literal
 
 from bnguard.guard.phrases import FROZEN, Phrases
+from bnguard.layers.kinds import is_statistic
 from bnguard.records import GuardedLayer, StatsChange
 from bnguard.torch_internals.compile import GUARDS_GRAPHS
 from bnguard.words import count_text, first_of, layer_text, listing, ranks_text, suggestion, times_text
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 _SHOWN = 3
 
 
-Cause = Literal["unknown", "compiled", "replaced"]
+Cause = Literal["unknown", "compiled", "replaced", "elsewhere"]
 _CAUSES: Final[dict[Cause, tuple[str, ...]]] = {
     "unknown": (
         "No forward that bnguard can see explains it: look for load_state_dict(), reset_running_stats(), assignments,",
@@ -30,6 +31,10 @@ _CAUSES: Final[dict[Cause, tuple[str, ...]]] = {
     "replaced": (
         "Another module has replaced them and uses their statistics (convert_sync_batchnorm(), prepare_qat(), or",
         "fusion): change the model before the block.",
+    ),
+    "elsewhere": (
+        "The forward of another module, a hook, or a method other than forward() moved them, which is seen at the end",
+        "only.",
     ),
 }
 _AFFINE: Final = frozenset(["weight", "bias"])
@@ -82,7 +87,7 @@ def kept_text(change: StatsChange, mode: str, budget: int, phrases: Phrases = FR
     if budget:
         what = f"has updated {times_text(budget)} inside {place} and updates once more"
     else:
-        what = f"is in {mode} mode inside {place} and updates its running statistics"
+        what = f"is in {mode} mode inside {place} and updates its {_noun(change.buffers)}"
     return (
         f"{layer_text(change.names, change.type)} {what}: {listing(change.buffers)}.\n"
         f"  at {change.place}\n"
@@ -119,11 +124,16 @@ def changed_text(
         causes = (*causes, *phrases.choices(('on_change="restore"', "holds the statistics, in compiled graphs too")))
     if affine:
         causes = (*causes, *_AFFINE_CAUSES)
-    parts = ["running statistics"] * bool(statistics) + ["affine parameters"] * bool(affine)
-    restored_parts = listing(["statistics", "parameters"][not statistics : 1 + bool(affine)])
+    noun = _noun([name for change in statistics for name in change.buffers])
+    parts = [noun] * bool(statistics) + ["affine parameters"] * bool(affine)
+    restored_parts = listing([noun.split()[-1], "parameters"][not statistics : 1 + bool(affine)])
     outcome = f"The original {restored_parts} have been restored." if restored else "The changes were kept."
     head = f"{listing(parts)} of {_layers(len(changes))} changed inside {phrases.place}:"
     return "\n".join([head, *_lines(changes), *causes, outcome])
+
+
+def _noun(buffers: Sequence[str]) -> str:
+    return "running statistics" if any(map(is_statistic, buffers)) else "buffers"
 
 
 def assertion_text(changes: Sequence[StatsChange], function: str) -> str:
@@ -148,6 +158,25 @@ def bystanders_text(layers: Sequence[tuple[str, str]], phrases: Phrases) -> str:
         f"also moved inside {phrases.place}, not guarded: {shown}.\n"
         "They are not among the modules of the guarded model: keep them in an nn.ModuleList or nn.ModuleDict, or as\n"
         "attributes of a module, or guard what they belong to as well."
+    )
+
+
+def others_text(names: Sequence[str], phrases: Phrases) -> str:
+    """The warning about buffers that are no running statistics and moved."""
+    return (
+        f"also moved inside {phrases.place}, not guarded: {first_of(names, _SHOWN)}.\n"
+        "They are buffers, but no running statistics of a normalisation layer. To guard them, or some of them:\n"
+        + "\n".join(phrases.choices(('buffers="all"', "or patterns on their names")))
+    )
+
+
+def ignores_eval_text(layer: StatsLayer, is_observer: bool) -> str:
+    """The error about buffers that move in eval mode, too, under ``use_running_stats=True``."""
+    what = "observes in eval mode, too" if is_observer else "has a forward pre-hook, which may move them first"
+    return (
+        f"{layer_text(layer.names, type(layer.module).__name__)} {what}: use_running_stats=True cannot hold "
+        f"{listing(layer.buffers)}.\n"
+        'Give on_change="restore" or "rollback" instead, or leave them out of buffers=.'
     )
 
 

@@ -6,9 +6,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal, TypeAlias, TypedDict
 
+from torch import nn
+
 from bnguard.guard.phrases import FROZEN, Phrases
 from bnguard.guard.policy import POLICIES, USE_RUNNING_STATS, WITHOUT_GRAD, Policy
-from bnguard.layers.select import Selector, as_selectors
+from bnguard.layers.kinds import StatsLayer
+from bnguard.layers.other_buffers import as_patterns, select_with_buffers
+from bnguard.layers.select import Selector, as_selectors, select_layers
 from bnguard.words import short_repr, suggestion
 
 OnChange: TypeAlias = Literal["raise", "warn", "restore", "rollback"]
@@ -22,6 +26,7 @@ class GuardOptions(TypedDict, total=False):
     updates: int
     include: Selector | Iterable[Selector] | None
     exclude: Selector | Iterable[Selector] | None
+    buffers: str | Iterable[str] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +58,13 @@ class Settings:
     """The options of ``frozen``, checked.
 
     Attributes:
-        on_change: See ``frozen``, as for the next five.
+        on_change: See ``frozen``, as for the next six.
         use_running_stats: See there.
         affine: See there.
         updates: See there.
         include: See there.
         exclude: See there.
+        buffers: See there.
         within: Paths of submodules: what is outside of them is not meant; empty for the whole model.
         frontend: What the guard does differently for the frontend that opened it.
     """
@@ -69,6 +75,7 @@ class Settings:
     updates: int = 0
     include: tuple[Selector, ...] = ()
     exclude: tuple[Selector, ...] = ()
+    buffers: tuple[str, ...] = ()
     within: tuple[str, ...] = ()
     frontend: Frontend = PLAIN
 
@@ -94,6 +101,7 @@ def check_settings(
     updates: Any = 0,
     include: Any = None,
     exclude: Any = None,
+    buffers: Any = None,
 ) -> Settings:
     """Checks the options of ``frozen``. See there for the errors."""
     if on_change not in POLICIES:
@@ -125,7 +133,25 @@ def check_settings(
         updates,
         as_selectors("include", include),
         as_selectors("exclude", exclude),
+        as_patterns(buffers),
     )
+
+
+def guarded_layers(model: nn.Module, layers: list[StatsLayer], settings: Settings) -> list[StatsLayer]:
+    """The layers that a guard with these settings protects, and of each the buffers.
+
+    Args:
+        model: The model.
+        layers: Its layers with running statistics.
+        settings: The settings.
+
+    Raises:
+        ValueError: ``include``, ``exclude`` or ``buffers`` selects nothing.
+    """
+    include, exclude, within = settings.include, settings.exclude, settings.within
+    if settings.buffers:
+        return select_with_buffers(model, layers, settings.buffers, include, exclude, within)
+    return select_layers(model, layers, include, exclude, within)
 
 
 def settings_for(frontend: Frontend, on_change: Any, options: GuardOptions, known: type = GuardOptions) -> Settings:

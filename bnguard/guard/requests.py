@@ -11,8 +11,7 @@ from torch import nn
 
 from bnguard.errors import BNGuardError, BNGuardWarning, StatsChangedError
 from bnguard.guard.frozen import frozen
-from bnguard.guard.options import Settings
-from bnguard.layers.select import select_layers
+from bnguard.guard.options import Settings, guarded_layers
 from bnguard.layers.tree import find_layers
 from bnguard.records import StatsChange
 from bnguard.torch_internals.callsite import causes_of
@@ -44,7 +43,7 @@ class GuardRequest:
         self.precedence = precedence
         self.model = model
         self.settings = settings
-        chosen = select_layers(model, find_layers(model), settings.include, settings.exclude)
+        chosen = guarded_layers(model, find_layers(model), settings)
         self.layers = frozenset([id(layer.module) for layer in chosen])
         self.guarded: frozenset[int] = frozenset()
         self.guard: frozen | None = None

@@ -47,6 +47,7 @@ def strict(
     updates: int = 0,
     include: Selector | Iterable[Selector] | None = None,
     exclude: Selector | Iterable[Selector] | None = None,
+    buffers: str | Iterable[str] | None = None,
 ) -> Callable[[F], F]: ...
 
 
@@ -61,6 +62,7 @@ def strict(
     updates: int = 0,
     include: Any = None,
     exclude: Any = None,
+    buffers: Any = None,
 ) -> Any:
     """Runs each call of a function inside ``frozen``, on the models that the call is about.
 
@@ -91,6 +93,7 @@ def strict(
         updates: See ``frozen``.
         include: See ``frozen``.
         exclude: See ``frozen``.
+        buffers: See ``frozen``.
 
     Raises:
         TypeError: At decoration: what is decorated is no function, or an option has the wrong type. At the call: no
@@ -99,7 +102,7 @@ def strict(
     """
     if isinstance(function, nn.Module):
         raise TypeError("strict decorates functions; to guard a model use frozen(model), or strict(model=model)")
-    settings = check_settings(on_change, use_running_stats, affine, updates, include, exclude)
+    settings = check_settings(on_change, use_running_stats, affine, updates, include, exclude, buffers)
     settings = replace(settings, frontend=_FRONTEND)
     if not (model is None or isinstance(model, (nn.Module, str)) or callable(model)):
         raise TypeError(f"model must be a module, the name of a parameter or a callable, got {short_repr(model)}")

@@ -23,6 +23,7 @@ _STATISTIC: Final = re.compile(
     r"(?:running|moving)_(?:\w+_)?(?:mean|var|variance|std|cov|covar|covariance|wm|projection)(?:_\w+)?"
     r"|num_batches_tracked|ra_mean|ra_var"
 )
+_OBSERVERS: Final = ("torch.ao.quantization.", "torchao.quantization.")
 _COUNTER: Final = re.compile(r"(?:\w+_)?(?:n|num|counts?|counter|steps?|total|seen|samples|batches|updates)(?:_\w+)?")
 _PAIRED: Final = {
     "_mean": ("_var", "_std"),
@@ -158,7 +159,7 @@ def statistics_of(module: nn.Module) -> tuple[tuple[str, ...], LayerKind]:
             return _BATCH_NORM_STATISTICS, BATCH_NORM
     present = tuple([name for name, tensor in buffers.items() if tensor is not None])
     names = _statistics_among(present)
-    kind = _kind(module) if names else OWN_FORWARD
+    kind = kind_of(module) if names else OWN_FORWARD
     if names and kind is OWN_FORWARD and not module._modules and len(names) < len(present):
         # What such a layer counts its batches with: held alone, its mean would have another weight afterwards.
         names = tuple([name for name in present if name in names or _is_counter(name, buffers[name])])
@@ -210,7 +211,8 @@ def _is_counter(name: str, tensor: Any) -> bool:
     return is_single and (not tensor.is_floating_point() or _COUNTER.fullmatch(name) is not None)
 
 
-def _kind(module: nn.Module) -> LayerKind:
+def kind_of(module: nn.Module) -> LayerKind:
+    """The kind of a module with running statistics."""
     if isinstance(module, _ScriptModule):
         return SCRIPTED
     cls = type(module)
@@ -227,6 +229,11 @@ def _kind(module: nn.Module) -> LayerKind:
     if unflatten is not None and isinstance(module, unflatten.InterpreterModule):
         return EXPORTED
     return OWN_FORWARD
+
+
+def is_observer(module: nn.Module) -> bool:
+    """Whether a module observes values for quantisation, which it does in eval mode, too."""
+    return any([cls.__module__.startswith(_OBSERVERS) for cls in type(module).__mro__])
 
 
 def moving_statistics(layer: StatsLayer) -> tuple[str, ...]:
@@ -277,6 +284,7 @@ INSTANCE_NORM: Final = LayerKind(
     eval_flags={"training": False, "track_running_stats": True},
 )
 OWN_FORWARD: Final = LayerKind()
+OTHER_BUFFERS: Final = LayerKind(counts=False)  # the layer has no running statistics
 EXPORTED: Final = LayerKind(keeps_mode=True)
 SCRIPTED: Final = LayerKind(hold="none", keeps_mode=True, exit_only="a ScriptModule runs no hooks")
 NO_FORWARD: Final = LayerKind(hold="none", exit_only="it has no forward of its own, as in an exported program")

@@ -84,11 +84,11 @@ def _selects(selector: Selector, layer: StatsLayer) -> bool:
     if isinstance(selector, nn.Module):
         return any(module is layer.module for module in selector.modules())
     if isinstance(selector, str):
-        return any(_matches(selector, name) for name in layer.names)
+        return any(matches(selector, name) for name in layer.names)
     return any(selector(name, layer.module) for name in layer.names)
 
 
-def _matches(pattern: str, name: str) -> bool:
+def matches(pattern: str, name: str) -> bool:
     """Whether a glob pattern matches the name of a layer or of a container around it."""
     if fnmatchcase(name or "(root)", pattern) or fnmatchcase(name, pattern):
         return True
@@ -103,7 +103,7 @@ def _no_match_text(model: nn.Module, layers: list[StatsLayer], option: str, sele
         return f"{option}: the given {type(selector).__name__} {what}"
     if not isinstance(selector, str):
         return f"{option}: the predicate selects none of the {number} with running statistics"
-    if any(_matches(selector, name) for name in walk_names(model)):
+    if any(matches(selector, name) for name in walk_names(model)):
         return f"{option}={selector!r} matches modules, but none of the {number} with running statistics"
     names = [name for layer in layers for name in layer.names]
     containers = [name[:end] for name in names for end, char in enumerate(name) if char == "."]

@@ -74,6 +74,10 @@ class Tree:
         """All modules of the model, each once."""
         return tuple(self._modules)
 
+    def has_other_buffers(self) -> bool:
+        """Whether the modules have buffers that are no running statistics."""
+        return sum(self._buffer_counts) > sum([len(layer.buffers) for layer in self.layers])
+
     def is_current(self) -> bool:
         """Whether a new walk would give the same result."""
         modules = self._modules
@@ -141,16 +145,21 @@ def _any_layer(module: nn.Module, seen: set[int]) -> bool:
 
 def walk_names(model: nn.Module) -> Iterator[str]:
     """Yields the names of all modules, without wrapper prefixes, in the order of ``named_modules()``."""
-    yield from _walk_names(model, "", set())
+    yield from [name for name, _ in walk_modules(model)]
 
 
-def _walk_names(module: nn.Module, name: str, path: set[int]) -> Iterator[str]:
-    yield name
+def walk_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yields all modules with their names as ``walk_names`` does; a shared one under each of its names."""
+    yield from _walk(model, "", set())
+
+
+def _walk(module: nn.Module, name: str, path: set[int]) -> Iterator[tuple[str, nn.Module]]:
+    yield name, module
     path.add(id(module))
     prefix, omitted = _prefix(module, name)
     for key, child in module._modules.items():
         if child is not None and id(child) not in path:
-            yield from _walk_names(child, name if key == omitted else prefix + key, path)
+            yield from _walk(child, name if key == omitted else prefix + key, path)
     path.discard(id(module))
 
 

@@ -99,8 +99,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--bn-frozen",
         choices=_WANTED,
         help="Fail every test that moves the running statistics of any model ('raise'), or only those in which a "
-        "forward without gradients does ('no-grad'), or warn about it ('warn'); 'off' overrides the configuration file. "
-        "Tests marked bn_updates may move them.",
+        "forward without gradients does ('no-grad'), or warn about it ('warn'); 'off' overrides the configuration "
+        "file. Tests marked bn_updates may move them.",
     )
     group.addoption(
         "--bn-report",

@@ -16,7 +16,7 @@ from bnguard.findings.observer import LayerObserver
 from bnguard.findings.rule import Evidence
 from bnguard.layers.bits import readable
 from bnguard.layers.drift import eps_of
-from bnguard.layers.kinds import StatsLayer
+from bnguard.layers.kinds import OTHER_BUFFERS, StatsLayer
 from bnguard.layers.swaps import own_tensors
 from bnguard.recording.model_calls import ModelCall
 from bnguard.recording.optimizer_steps import OptimizerSteps, StepCounter
@@ -104,7 +104,8 @@ class LayerLog:
         self._module = weakref.ref(layer.module)
         self._model = weakref.ref(model)
         self._momentum = getattr(layer.module, "momentum", None)
-        self._observer = LayerObserver()
+        # The rules are about statistics of batches.
+        self._observer = LayerObserver(()) if layer.kind is OTHER_BUFFERS else LayerObserver()
         self._sites: dict[tuple[str, tuple[bool, ...]], UpdateSite] = {}  # by line and mode
         self._step = 0
         self._forwards: list[Forward] = []  # updating ones of that step

@@ -18,6 +18,7 @@ from bnguard.guard.policy import decide
 from bnguard.layers.bits import readable
 from bnguard.layers.drift import DriftSample, sample_of
 from bnguard.layers.kinds import StatsLayer
+from bnguard.layers.other_buffers import select_with_buffers
 from bnguard.layers.search import registered_root
 from bnguard.layers.swaps import own_tensors
 from bnguard.layers.tree import Tree, any_layer, unwrapped
@@ -57,6 +58,7 @@ class Recorder:
     Args:
         model: The model; None for every model that runs.
         every: At which optimizer steps to measure the drift, as in ``watch``.
+        buffers: Patterns of other buffers to record.
 
     Attributes:
         logs: The logs of all layers, model by model, in the order of ``state_dict()``.
@@ -67,8 +69,11 @@ class Recorder:
         ranks: The ranks of a distributed run; None until a model is met in one.
     """
 
-    def __init__(self, model: nn.Module | None, every: int | Literal["auto"] | None) -> None:
+    def __init__(
+        self, model: nn.Module | None, every: int | Literal["auto"] | None, buffers: tuple[str, ...] = ()
+    ) -> None:
         self._model = model
+        self._buffers = buffers
         self._every = every
         self._lock = threading.RLock()
         self._by_id: dict[int, LayerLog] = {}  # by id of the layer
@@ -149,7 +154,7 @@ class Recorder:
         is_known = self._model is not None or id(module) in self._known
         if is_known or module.__dict__.get("_is_replica", False):  # made by DataParallel for one forward
             return None
-        self._take_in(registered_root(module) if any_layer(module) else module)
+        self._take_in(self._whole(module))
         return self._by_id.get(id(module))
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -180,7 +185,7 @@ class Recorder:
         if log is None and self._model is None and key not in self._known:
             model = object_at(key)
             if isinstance(model, nn.Module):
-                self._take_in(registered_root(model) if any_layer(model) else model)
+                self._take_in(self._whole(model))
             log = self._by_id.get(key)
         module = None if log is None else log.module
         if log is not None and module is not None:
@@ -189,13 +194,18 @@ class Recorder:
 
     # Parts.
 
+    def _whole(self, module: nn.Module) -> nn.Module:
+        """The model of which a module that runs is a part."""
+        return registered_root(module) if self._buffers or any_layer(module) else module
+
     @outside_modes()
     def _take_in(self, model: nn.Module) -> None:
         """Records the layers of a model from now on."""
         self.ranks = self.ranks or Ranks.here()
         with self._lock:
             tree = Tree(model)
-            if has_lent_buffers([layer.module for layer in tree.layers]):
+            layers = self._layers_of(model, tree)
+            if has_lent_buffers([layer.module for layer in layers]):
                 return
             if self._model is not None:
                 self._tree = tree
@@ -203,11 +213,19 @@ class Recorder:
                 for part in tree.modules:
                     key = id(part)
                     self._known[key] = weakref.ref(part, lambda _, key=key: self._forget(key))  # type: ignore[misc]  # a default
-            fresh = [layer for layer in tree.layers if not self._is_known(layer)]
+            fresh = [layer for layer in layers if not self._is_known(layer)]
             if fresh:
                 name = self._name_of(model)
                 for layer in fresh:
                     self._open_log(layer, model, name)
+
+    def _layers_of(self, model: nn.Module, tree: Tree) -> list[StatsLayer]:
+        if not self._buffers:
+            return tree.layers
+        try:
+            return select_with_buffers(model, tree.layers, self._buffers)
+        except ValueError:  # one of many models, none of whose buffers has such a name
+            return tree.layers
 
     def _is_known(self, layer: StatsLayer) -> bool:
         known = self._by_id.get(id(layer.module))

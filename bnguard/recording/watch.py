@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Final, Literal, Self
 
@@ -10,7 +11,9 @@ from torch import Tensor, nn
 from bnguard.findings.grouping import group_evidence
 from bnguard.layers.bits import count_of, digest_of
 from bnguard.layers.drift import drift_between, largest_mean_shift, series_of
+from bnguard.layers.other_buffers import as_patterns, select_with_buffers
 from bnguard.layers.snapshot import holds
+from bnguard.layers.tree import find_layers
 from bnguard.recording.layer_log import LayerLog
 from bnguard.recording.ranks import Merged, Recorded
 from bnguard.recording.recorder import Recorder, copies_of
@@ -53,22 +56,33 @@ class watch:  # noqa: N801  # lower case, as torch.no_grad
         every: Measure the drift at every ``every``-th optimizer step, for ``series``. ``"auto"`` measures at 128 to 256
             evenly spaced steps of any run, and at the end; None at the end only. One measurement reads and writes
             the statistics twice on their device, without a sync.
+        buffers: Record other buffers as well, as in ``frozen``; no finding is about them.
 
     Raises:
-        TypeError: ``model`` is no module, or ``every`` is no integer.
-        ValueError: ``every`` is not positive, or a string other than ``"auto"``.
+        TypeError: ``model`` is no module, ``every`` is no integer, or ``buffers`` is no pattern.
+        ValueError: ``every`` is not positive, or a string other than ``"auto"``; a pattern matches no buffer of
+            ``model``.
     """
 
-    def __init__(self, model: nn.Module | None = None, *, every: int | Literal["auto"] | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        *,
+        every: int | Literal["auto"] | None = None,
+        buffers: str | Iterable[str] | None = None,
+    ) -> None:
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"watch() takes a torch.nn.Module, or nothing for every model, got {type(model).__name__}")
         _check_every(every)
+        self._buffers = as_patterns(buffers)
+        if model is not None and self._buffers:
+            select_with_buffers(model, find_layers(model), self._buffers)  # a pattern that matches nothing
         self._model = model
         self._every = every
         self._forget_all()
 
     def _forget_all(self) -> None:
-        self._recorder = Recorder(self._model, self._every)
+        self._recorder = Recorder(self._model, self._every, self._buffers)
         self._is_open = False
         self._final: dict[int, dict[str, Tensor]] = {}  # by position: statistics at the end
         self._merged: Merged | None = None  # on rank 0, at the end

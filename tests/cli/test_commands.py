@@ -216,7 +216,8 @@ print(int(task.backbone[0].num_batches_tracked), int(task.head.num_batches_track
 def test_first_forward_of_a_layer_is_neither_made_nor_counted(tmp_path):
     """A layer that is a model of its own is held from its first forward on."""
     (tmp_path / "train.py").write_text(
-        "import torch\nlayer = torch.nn.BatchNorm1d(2)\nlayer(torch.randn(8, 2))\nprint(int(layer.num_batches_tracked))\n"
+        "import torch\nlayer = torch.nn.BatchNorm1d(2)\nlayer(torch.randn(8, 2))\n"
+        "print(int(layer.num_batches_tracked))\n"
     )
     done = bnguard_("run", "--frozen", "(root)", "--on-change", "restore", "train.py", cwd=tmp_path)
     assert done.stdout.splitlines()[0] == "0"

@@ -108,6 +108,7 @@ def test_child_that_writes_to_its_parent_is_kept(guard: str) -> None:
     assert not hasattr(net, "draft")
 
 
+@pytest.mark.filterwarnings("ignore:also moved")
 @EVERY_GUARD
 @pytest.mark.parametrize("on_instance", [False, True])
 def test_other_buffers_that_a_forward_assigns_are_kept(guard: str, on_instance: bool) -> None:

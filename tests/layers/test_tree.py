@@ -143,6 +143,7 @@ def _nothing_registered() -> None:
     bnguard.register_layer(Renamed, ["ema"]).remove()
 
 
+@pytest.mark.filterwarnings("ignore:also moved")
 @pytest.mark.usefixtures("_nothing_registered")
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 @pytest.mark.parametrize("policy", ["restore", "warn"])
