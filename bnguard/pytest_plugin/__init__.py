@@ -6,6 +6,7 @@ Loading it does not import torch: it costs nothing in a suite that uses none of 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, cast
@@ -13,7 +14,14 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, cast
 import pytest
 
 from bnguard.errors import BNGuardError, BNGuardWarning, StatsChangedError
-from bnguard.pytest_plugin.markers import guard_marked, nearest_mark, reason_in_file, reason_of
+from bnguard.pytest_plugin.markers import (
+    after_set_up,
+    guard_models,
+    nearest_mark,
+    reason_in_file,
+    reason_of,
+    settings_of,
+)
 from bnguard.pytest_plugin.report import (
     Move,
     TestMoves,
@@ -32,7 +40,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from bnguard.guard.auto_guard import AutoGuard
-    from bnguard.guard.options import GuardOptions, OnChange
+    from bnguard.guard.options import GuardOptions, OnChange, Settings
     from bnguard.pytest_plugin.requests import FixtureGuard, TestGuards
 
 __all__ = ["bn_frozen"]
@@ -87,7 +95,7 @@ class _TestState:
 _SWITCHES: Final = pytest.StashKey[_Switches]()
 _STATE: Final = pytest.StashKey[_TestState]()
 _AUTO_GUARD_CLASS: Final = pytest.StashKey["type[AutoGuard]"]()  # if it is needed, and torch is imported
-_WAITING: Final = pytest.StashKey[pytest.Item]()  # the test that is running, until it imports torch
+_WAITING: Final = pytest.StashKey[Callable[[], None]]()  # guards the test that is running, when it imports torch
 _AUTO_GUARD: Final = pytest.StashKey["AutoGuard"]()  # of the test that is running
 _MOVES: Final = pytest.StashKey[list[Move]]()
 
@@ -190,7 +198,7 @@ def _torch_is_there(config: pytest.Config) -> None:
         config.stash[_AUTO_GUARD_CLASS] = AutoGuard
         config.add_cleanup(global_hook.remove_hook)
         if _WAITING in config.stash:
-            _begin(config.stash[_WAITING])
+            config.stash[_WAITING]()
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -250,34 +258,50 @@ def _state_of(item: pytest.Item) -> _TestState:
 def _begin(item: pytest.Item) -> None:
     """Opens the guards that the markers and the switches ask for."""
     switches, mark = _switches(item), nearest_mark(item)
-    reason = None
+    settings = reason = None
     if mark is None:
         reason = reason_in_file(item, switches.may_update)
     elif mark.name == "bn_updates":
         reason = reason_of(mark)
     else:
-        guard_marked(item, mark, _state_of(item).guards)
+        settings = settings_of(mark)
+    if settings is not None or switches.reports or (switches.on_change != "off" and reason is None):
+        after_set_up(item, functools.partial(_open, item, settings, reason))
+
+
+def _open(item: pytest.Item, settings: Settings | None, reason: str | None) -> None:
+    """Guards the models of a marked test, then every model that runs.
+
+    Args:
+        item: The test.
+        settings: The options of its marker ``bn_frozen``.
+        reason: As in ``_TestState``.
+    """
+    if settings is not None:
+        guard_models(item, settings, _state_of(item).guards)
+    switches = _switches(item)
     acts = switches.on_change != "off" and reason is None
     if not acts and not switches.reports:
         return
     auto_guard = item.config.stash.get(_AUTO_GUARD_CLASS, None)
     if auto_guard is None:
-        item.config.stash[_WAITING] = item
+        item.config.stash[_WAITING] = lambda: _open(item, None, reason)
         return
     state = _state_of(item)
     state.reason = reason
-    from bnguard.guard.options import Frontend, Settings
+    from bnguard.guard import options
     from bnguard.pytest_plugin.requests import suite_phrases
 
     phrases = suite_phrases(switches.place)
-    frontend = Frontend(
+    frontend = options.Frontend(
         phrases,
         has_coverage_warnings=False,
         is_outermost=True,
         is_silent=not acts,
         only_without_grad=acts and switches.on_change == "no-grad",
     )
-    settings = Settings("raise" if acts and switches.on_change == "raise" else "warn", frontend=frontend)
+    on_change: OnChange = "raise" if acts and switches.on_change == "raise" else "warn"
+    settings = options.Settings(on_change, frontend=frontend)
     item.config.stash[_AUTO_GUARD] = state.auto_guard = auto_guard(state.guards, settings)
     state.auto_guard.begin()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import unittest
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -53,17 +53,12 @@ def reason_in_file(item: pytest.Item, patterns: Sequence[str]) -> str | None:
     )
 
 
-def guard_marked(item: pytest.Item, mark: pytest.Mark, requests: GuardRequests) -> None:
-    """Guards the models that reach a test with the marker ``bn_frozen``."""
+def settings_of(mark: pytest.Mark) -> Settings:
+    """The options of a ``bn_frozen`` marker."""
     try:
-        settings = _bn_frozen(*mark.args, **mark.kwargs)
+        return _bn_frozen(*mark.args, **mark.kwargs)
     except (TypeError, ValueError) as error:
         pytest.fail(f"@pytest.mark.bn_frozen: {error}", pytrace=False)
-    instance = getattr(item, "instance", None)
-    if isinstance(instance, unittest.TestCase):
-        _guard_after_set_up(item, instance, settings, requests)
-    else:
-        _guard_models(item, settings, requests)
 
 
 def _bn_frozen(on_change: Any = "raise", **options: Any) -> Settings:
@@ -73,23 +68,28 @@ def _bn_frozen(on_change: Any = "raise", **options: Any) -> Settings:
     return settings_for(Frontend(MARKER), on_change, options)  # type: ignore[arg-type]  # which it checks
 
 
-def _guard_after_set_up(item: pytest.Item, instance: Any, settings: Settings, requests: GuardRequests) -> None:
-    """Guards the models of a ``unittest.TestCase`` after ``setUp()``, which is a part of running the test."""
+def after_set_up(item: pytest.Item, begin: Callable[[], None]) -> None:
+    """Calls a function now; for a ``unittest.TestCase`` after ``setUp()``, which is a part of running the test."""
+    instance: Any = getattr(item, "instance", None)
+    if not isinstance(instance, unittest.TestCase):
+        begin()
+        return
     name = "asyncSetUp" if hasattr(instance, "asyncSetUp") else "setUp"
     set_up = getattr(instance, name)
 
-    async def wait_and_guard() -> None:
+    async def wait_and_begin() -> None:
         await set_up()
-        _guard_models(item, settings, requests)
+        begin()
 
-    def guard() -> None:
+    def set_up_and_begin() -> None:
         set_up()
-        _guard_models(item, settings, requests)
+        begin()
 
-    setattr(instance, name, wait_and_guard if name == "asyncSetUp" else guard)
+    setattr(instance, name, wait_and_begin if name == "asyncSetUp" else set_up_and_begin)
 
 
-def _guard_models(item: pytest.Item, settings: Settings, requests: GuardRequests) -> None:
+def guard_models(item: pytest.Item, settings: Settings, requests: GuardRequests) -> None:
+    """Guards the models that reach a test with the marker ``bn_frozen``."""
     from bnguard.guard.requests import Precedence
     from bnguard.layers.search import modules_reachable_from, roots_of
     from bnguard.layers.tree import any_layer

@@ -71,7 +71,7 @@ def test_wrong_values_are_refused(suite: Suite):
     suite.ini()
     result = suite.pytester.runpytest_inprocess("--bn-frozen=restore")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
-    result.stderr.fnmatch_lines(["*--bn-frozen: invalid choice: 'restore' (choose from *raise*, *warn*, *off*)"])
+    result.stderr.fnmatch_lines(["*--bn-frozen: invalid choice: 'restore' (choose from *raise*, *no-grad*, *warn*, *off*)"])
 
 
 def test_warn_lets_tests_pass(suite: Suite):
@@ -610,7 +610,7 @@ def test_markers_are_unknown_without_the_plugin(pytester: pytest.Pytester):
             "--help",
             [
                 "*running statistics of BatchNorm layers (bnguard):*",
-                "*--bn-frozen={raise,warn,off}*",
+                "*--bn-frozen={raise,no-grad,warn,off}*",
                 "*Fail every test that moves the running statistics*",
                 "*--bn-report=?FILE.json|github?*",
                 "*List which tests moved the running statistics of which*",
@@ -779,3 +779,73 @@ def test_no_grad_fails_forwards_without_gradients(suite: Suite):
     """A validation in train mode fails its test, also where the error is caught, and after a training step."""
     result = suite.fails(LEAKS, "--bn-frozen=no-grad", failed=5)
     result.stdout.fnmatch_lines(["E*is in train mode inside --bn-frozen=no-grad:"])
+
+
+def test_set_up_of_a_test_case_may_update(suite: Suite):
+    """As a fixture may: under the switch, alone and with a marker, which then guards as if there were no switch."""
+    suite.run(
+        """
+import unittest
+
+class TestPlain(unittest.TestCase):
+    def setUp(self):
+        self.model = make()
+        self.model(IMAGES)
+
+    def test_eval(self):
+        self.model.eval()(IMAGES)
+
+    def test_moves(self):
+        self.model(IMAGES)
+
+class TestAsync(unittest.IsolatedAsyncioTestCase):
+    async def asyncSetUp(self):
+        self.model = make()
+        self.model(IMAGES)
+
+    async def test_eval(self):
+        self.model.eval()(IMAGES)
+
+    async def test_moves(self):
+        self.model(IMAGES)
+
+@pytest.mark.bn_frozen("restore")
+class TestMarked(TestPlain):
+    def test_moves(self):
+        self.model(IMAGES)
+        assert self.model[1].num_batches_tracked == 1
+
+class TestFails(unittest.TestCase):
+    def setUp(self):
+        make()(IMAGES)
+        raise OSError("of the set-up")
+
+    def test_it(self):
+        pass
+""",
+        "--bn-frozen=raise",
+        passed=4,
+        failed=3,
+    )
+
+
+def test_set_up_that_imports_torch(suite: Suite):
+    """The guard of a suite that imports torch late begins after it."""
+    suite.pytester.makepyfile(
+        """
+import unittest
+
+class TestLate(unittest.TestCase):
+    def setUp(self):
+        import torch
+        self.layer, self.rows = torch.nn.BatchNorm1d(2), torch.randn(3, 2)
+        self.layer(self.rows)
+
+    def test_eval(self):
+        self.layer.eval()(self.rows)
+
+    def test_moves(self):
+        self.layer(self.rows)
+"""
+    )
+    suite.pytester.runpytest_subprocess("--bn-frozen=raise").assert_outcomes(passed=1, failed=1)
