@@ -94,6 +94,9 @@ class OutsideGraphs:
     Dynamo takes a wrapper of wrapt for the function that it wraps, and would trace that one.
     """
 
+    # Its __dict__ would come before that of older wrappers of wrapt, whose objects it does not fit: dynamo asks for it.
+    __slots__ = ()
+
     _torchdynamo_disable = True
     _torchdynamo_disable_msg = _REASON
 

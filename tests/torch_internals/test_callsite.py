@@ -211,10 +211,8 @@ def test_finding_through_the_standard_library_points_at_the_users_line() -> None
     call = functools.singledispatch(lambda batch: net(batch))
     line = here() - 1
     assert where_of(net, lambda: call(images())) == f"{FILE}:{line} in <lambda>"
-    line = here() + 1
-    assert where_of(net, lambda: functools.reduce(lambda x, y: y, map(net, [images()]), 0)).startswith(
-        f"{FILE}:{line} in <lambda>"
-    )
+    where = where_of(net, lambda: functools.reduce(lambda x, y: y, map(net, [images()]), 0))
+    assert where.startswith(f"{FILE}:{here() - 1} in <lambda>")  # older pytest counts the lines of an assert otherwise
 
 
 @pytest.mark.parametrize("key", ["purelib", "stdlib"])
