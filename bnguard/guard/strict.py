@@ -115,7 +115,7 @@ def strict(
         def opener(
             wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
         ) -> Callable[[], AbstractContextManager[Any]]:
-            models, holder = _models(model, wrapped, instance, args, kwargs)
+            models, holder = _models(model, settings, wrapped, instance, args, kwargs)
             return functools.partial(_AllFrozen, models, settings, holder)
 
         return guard_function(function, opener, "strict")
@@ -170,7 +170,12 @@ _PLACES: Final = "its arguments, self, the attributes of self, and what it reads
 
 
 def _models(
-    source: ModelSource | None, wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    source: ModelSource | None,
+    settings: Settings,
+    wrapped: Any,
+    instance: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> tuple[list[nn.Module], Any]:
     """The models that one call is about, none a part of another; and ``self``, if it may hold more of them."""
     if source is not None:
@@ -182,7 +187,7 @@ def _models(
     bare: list[nn.Module] = []
     for number, place in enumerate(_places(wrapped, instance, args, kwargs)):
         found = modules_in(place)
-        guarded = [module for module in found if any_layer(module)]
+        guarded = [module for module in found if settings.buffers or any_layer(module)]
         if guarded:
             return roots_of(guarded), instance if number > 1 else None
         bare = bare or found

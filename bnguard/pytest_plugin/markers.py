@@ -105,7 +105,7 @@ def guard_models(item: pytest.Item, settings: Settings, requests: GuardRequests)
             "attributes. Inside the test, call the fixture: bn_frozen(model)",
             pytrace=False,
         )
-    guarded = [model for model in models if any_layer(model)]
+    guarded = [model for model in models if settings.buffers or any_layer(model)]
     if not guarded:
         from bnguard.guard.messages import unguarded_text
 

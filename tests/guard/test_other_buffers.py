@@ -380,3 +380,6 @@ def test_strict_takes_it() -> None:
 
     validate(net)
     assert_same_bits(state_of(net), before)
+    codes = net[2]
+    validate(codes)
+    assert_same_bits(state_of(net), before)
