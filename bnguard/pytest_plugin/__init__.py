@@ -85,11 +85,13 @@ class _TestState:
         guards: Its guards.
         auto_guard: Guards every model that runs.
         reason: Why the test may update, ``""`` for no reason given; None if it may not.
+        of_subtest: The last error of ours that a subtest has reported.
     """
 
     guards: TestGuards
     auto_guard: AutoGuard | None = None
     reason: str | None = None
+    of_subtest: StatsChangedError | None = None
 
 
 _SWITCHES: Final = pytest.StashKey[_Switches]()
@@ -323,10 +325,11 @@ def _end(item: pytest.Item, error: BaseException | None) -> None:
         from bnguard.torch_internals.callsite import end_in_users_line  # imports torch
 
         end_in_users_line(error)
-    raised, error = error, error or error_of_test_case(item)
+    raised, error = error, error or error_of_test_case(item) or state.of_subtest
     earlier = len(getattr(error, "__notes__", ()))
     texts = _end_guards(item, state, error)
-    if not isinstance(item, pytest.Function) or isinstance(error, pytest.fail.Exception):
+    is_shown = isinstance(item, pytest.Function) and not isinstance(error, pytest.fail.Exception)
+    if not is_shown or error is state.of_subtest:
         for note in getattr(error, "__notes__", [])[earlier:]:
             item.add_report_section("call", "bnguard", note)  # pytest does not show the notes of these
     _warn(item, texts, raised)
@@ -369,7 +372,11 @@ def _warn(item: pytest.Item, texts: list[str], raised: BaseException | None) -> 
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Adds what a test moved to its report."""
+    """Adds what a test moved to its report. Subtests report while the test runs."""
+    state = item.stash.get(_STATE, None)
+    error = None if call.excinfo is None else call.excinfo.value
+    if state is not None and not state.guards.is_over and isinstance(error, StatsChangedError):
+        state.of_subtest = error
     report = yield
     if _MOVES in item.stash and call.when != "teardown" and _switches(item).reports:
         # Plain values, so that it reaches the main process of pytest-xdist.

@@ -71,7 +71,9 @@ def test_wrong_values_are_refused(suite: Suite):
     suite.ini()
     result = suite.pytester.runpytest_inprocess("--bn-frozen=restore")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
-    result.stderr.fnmatch_lines(["*--bn-frozen: invalid choice: 'restore' (choose from *raise*, *no-grad*, *warn*, *off*)"])
+    result.stderr.fnmatch_lines(
+        ["*--bn-frozen: invalid choice: 'restore' (choose from *raise*, *no-grad*, *warn*, *off*)"]
+    )
 
 
 def test_warn_lets_tests_pass(suite: Suite):
@@ -849,3 +851,46 @@ class TestLate(unittest.TestCase):
 """
     )
     suite.pytester.runpytest_subprocess("--bn-frozen=raise").assert_outcomes(passed=1, failed=1)
+
+
+def test_subtests_are_told_once(suite: Suite):
+    """The error of a subtest is not told again as one that was caught; what the end finds is shown all the same."""
+    pytest.importorskip("_pytest.subtests")
+    result = suite.run(
+        """
+import unittest
+
+class TestPlain(unittest.TestCase):
+    def test_it(self):
+        model = make()
+        for mode in (False, True):
+            with self.subTest(mode=mode):
+                model.train(mode)(IMAGES)
+
+def test_fixture(subtests, model):
+    for mode in (False, True):
+        with subtests.test(mode=mode):
+            model.train(mode)(IMAGES)
+
+def test_found_at_the_end(subtests, model):
+    with subtests.test():
+        model(IMAGES)
+    model[1].running_mean.data.add_(1)
+
+def test_fine(subtests, model):
+    with subtests.test():
+        model.eval()(IMAGES)
+
+def test_caught(model):
+    try:
+        model(IMAGES)
+    except bnguard.StatsChangedError:
+        pass
+""",
+        "--bn-frozen=raise",
+        passed=2,
+        failed=6,
+    )
+    text = str(result.stdout)
+    assert text.count("was caught") == 1
+    assert text.count("1 (BatchNorm2d): running_mean; mean moved") == 1
