@@ -127,6 +127,10 @@ class Block:
         policy = self._settings.policy
         self._act(self._verify(restores=policy.puts_back and not policy.hides), None)
 
+    def put_back(self) -> list[StatsChange]:
+        """Compares now, and puts back what has changed. Returns it."""
+        return self._verify(restores=True)
+
     def leave(self, error: BaseException | None) -> None:
         """Compares, lets go of the model and acts on what was found.
 
@@ -182,6 +186,11 @@ class Block:
             how = messages.protection_text(layer, settings.policy, settings.updates, is_compiled, has_values)
             layers.append(GuardedLayer(layer.names, type(layer.module).__name__, layer.buffers, how))
         return tuple(layers)
+
+    @property
+    def stats_layers(self) -> list[StatsLayer]:
+        """The guarded layers."""
+        return self._layers
 
     @property
     def guards_every_model(self) -> bool:

@@ -20,6 +20,7 @@ from bnguard.guard.block import Block
 from bnguard.guard.decorate import guard_function
 from bnguard.guard.options import PLAIN, Frontend, OnChange, Settings, check_settings, guarded_layers
 from bnguard.guard.phrases import Phrases
+from bnguard.layers.kinds import StatsLayer
 from bnguard.layers.select import Selector
 from bnguard.layers.tree import any_layer, find_layers
 from bnguard.records import GuardedLayer, StatsChange
@@ -256,6 +257,17 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
 
     def __setstate__(self, state: tuple[nn.Module, Settings]) -> None:
         self._set(*state)
+
+    @property
+    def _stats_layers(self) -> list[StatsLayer]:
+        """The layers of the current or last block."""
+        return [] if self._last is None else self._last.stats_layers
+
+    @outside_graphs
+    def _put_back(self) -> list[StatsChange]:
+        """Puts back what has changed, and returns it, without an error or a warning."""
+        block = self._innermost()
+        return [] if block is None else block.put_back()
 
     def _innermost(self) -> Block | None:
         """The block that this thread or task entered last, else the last of all."""

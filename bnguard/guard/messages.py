@@ -215,6 +215,13 @@ def checkpoint_text(changes: Sequence[StatsChange], phrases: Phrases) -> str:
     )
 
 
+def averaged_text(callback: str, changes: Sequence[StatsChange], phrases: Phrases) -> str:
+    """The warning about a callback that averages weights and has written to guarded layers."""
+    head = f"{callback} wrote to running statistics of {_layers(len(changes))} inside {phrases.place}:"
+    outcome = "The original statistics have been restored. There are no warnings about later writes of this callback."
+    return "\n".join([head, *_lines(changes), outcome])
+
+
 def no_part_text(path: str, there: str, name: str, children: Sequence[str], phrases: Phrases) -> str:
     """The error about a path to a submodule that does not exist."""
     parts = suggestion(name, children) if children else f"{there} has no submodules"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
@@ -13,6 +14,9 @@ from bnguard.guard.frozen import frozen
 from bnguard.guard.options import Frontend, OnChange, Settings, settings_for
 from bnguard.guard.phrases import Phrases
 from bnguard.integrations._phase import Phase, RunOptions, taken_from
+from bnguard.layers.kinds import StatsLayer
+from bnguard.layers.select import is_within
+from bnguard.layers.tree import find_layers
 from bnguard.records import GuardedLayer, StatsChange
 from bnguard.words import short_repr
 
@@ -80,13 +84,32 @@ class RunGuard:
             _check_path(model, path, self._settings.frontend.phrases)
         return model if self._part is None else self._part
 
+    def _layers_of(self, model: nn.Module) -> list[StatsLayer]:
+        """The layers in what is guarded, before ``include`` and ``exclude``."""
+        return [layer for layer in find_layers(self._guarded_of(model)) if is_within(layer, self._paths)]
+
+    def _part_name(self, model: nn.Module) -> str:
+        """The target, else the patterns, as a prefix that distinguishes the metrics of several guards."""
+        names = list(self._paths)
+        if self._part is not None:
+            names = [name for name, module in model.named_modules() if module is self._part]
+            names = names or [type(self._part).__name__]
+        elif not names:
+            names = [pattern for pattern in self._settings.include if isinstance(pattern, str)]
+        return f"{','.join(names)}/" if any(names) else ""
+
     def _prepare(self, model: nn.Module) -> frozen:
         """Makes the guard of a run. See ``frozen`` for the errors and the warning.
 
         Args:
             model: The model that the trainer trains.
         """
-        self._guard = frozen._with(self._guarded_of(model), replace(self._settings, within=self._paths))
+        settings = replace(self._settings, within=self._paths)
+        if multiprocessing.parent_process() is not None:  # ddp_spawn: the callback that the user has stays empty
+            phrases = settings.frontend.phrases
+            phrases = replace(phrases, everything=f"{phrases.everything}, in this process")
+            settings = replace(settings, frontend=replace(settings.frontend, phrases=phrases))
+        self._guard = frozen._with(self._guarded_of(model), settings)
         return self._guard
 
     def _begin_run(self, model: nn.Module, epoch: int = 0, step: int = 0) -> None:

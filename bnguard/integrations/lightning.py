@@ -33,58 +33,39 @@ installed (``lightning`` installs both), so it does not matter which of them is 
 
 from __future__ import annotations
 
-import importlib
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, Final, Unpack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
+from functools import partial
+from typing import Any, Final, Unpack
 
 from torch import nn
 
 from bnguard.errors import BNGuardError, BNGuardWarning, StatsChangedError
 from bnguard.guard import messages
+from bnguard.guard.frozen import frozen
 from bnguard.guard.options import OnChange
-from bnguard.integrations._base import RunGuard, Target, missing_text, phrases_of
+from bnguard.integrations._base import RunGuard, Target, phrases_of
+from bnguard.integrations._lightning_callback import LightningCallback
 from bnguard.integrations._phase import RunOptions
-from bnguard.layers.select import is_within
-from bnguard.layers.tree import find_layers
+from bnguard.integrations._wrapped import Around, Wrapped
+from bnguard.records import StatsChange
 from bnguard.torch_internals.callsite import call_site
-
-if TYPE_CHECKING:
-    from lightning.pytorch.callbacks import Callback as _Lightning
-    from pytorch_lightning.callbacks import Callback as _PytorchLightning
-
-    class _Callback(_Lightning, _PytorchLightning):  # type: ignore[misc]  # they differ in the type of Trainer
-        pass
-
-else:
-
-    def _callback_class() -> type:
-        """A class that derives from every ``Callback`` there is."""
-        found, broken = [], None
-        for name in ("lightning.pytorch", "pytorch_lightning"):
-            try:
-                found.append(importlib.import_module(name).Callback)
-            except ModuleNotFoundError as error:
-                if error.name not in (name, "lightning"):
-                    broken = broken or error
-            except Exception as error:  # the other one may work
-                broken = broken or error
-        if found:
-            return type("_Callback", tuple(found), {})
-        if broken is not None:
-            raise broken
-        raise ImportError(missing_text(__name__, "lightning", "lightning"))
-
-    _Callback = _callback_class()
 
 __all__ = ["BNGuardCallback"]
 
 _FIT: Final = "fit"
-_SAVE: Final = "save_checkpoint"
+# Callbacks that run the model while the trainer's callbacks are set aside, with the methods that do so.
+_FINDERS: Final = {"LearningRateFinder": "lr_find", "BatchSizeFinder": "scale_batch_size"}
+# Callbacks that average weights, with the hooks in which they write to the model.
+_AVERAGING: Final = {
+    "StochasticWeightAveraging": ("on_train_epoch_start", "on_train_end"),
+    "WeightAveraging": ("on_validation_epoch_start", "on_validation_epoch_end", "on_train_end"),
+}
 
 
-class BNGuardCallback(RunGuard, _Callback):  # type: ignore[misc]  # as _Callback
+class BNGuardCallback(RunGuard, LightningCallback):  # type: ignore[misc]  # as LightningCallback
     """Guards the running statistics of a ``LightningModule``, or of parts of it, during each run of a ``Trainer``.
 
     In ``Trainer.fit()`` the guard begins at ``on_fit_start``, after a checkpoint to resume from has been loaded, and
@@ -93,10 +74,11 @@ class BNGuardCallback(RunGuard, _Callback):  # type: ignore[misc]  # as _Callbac
     statistics, under ``"warn"`` a warning reports one that does not. ``Trainer.validate()``, ``test()`` and
     ``predict()`` are guarded from start to end.
 
-    Each comparison logs to the loggers of the trainer, on the process of rank zero: ``bnguard/changed_layers``, and for
-    each layer that changed ``bnguard/<layer>/mean_shift`` (the largest shift of a channel's mean since the beginning,
-    in standard deviations) and ``bnguard/<layer>/updates``; for updates that ``"raise"`` has stopped
-    ``bnguard/stopped_layers`` and ``bnguard/<layer>/stopped``. Between comparisons no tensor is read.
+    Each comparison logs to the loggers of the trainer, on the process of rank zero: ``bnguard/changed_layers`` (with a
+    target ``bnguard/<target>/changed_layers``), and for each layer that changed ``bnguard/<layer>/mean_shift`` (the
+    largest shift of a channel's mean since the beginning, in standard deviations) and ``bnguard/<layer>/updates``; for
+    updates that ``"raise"`` has stopped ``stopped_layers`` and ``bnguard/<layer>/stopped``. Between comparisons no
+    tensor is read.
 
     ``BaseFinetuning.freeze(train_bn=False)`` does not freeze running statistics: its layers normalise with each batch
     in training, and with the running statistics in evaluation. With ``use_running_stats=True`` they are frozen.
@@ -105,10 +87,15 @@ class BNGuardCallback(RunGuard, _Callback):  # type: ignore[misc]  # as _Callbac
     begins at ``on_sanity_check_start`` or ``on_train_start``. With several processes each guards its own copy of the
     model, and raises or warns about that.
 
-    Not covered: callbacks that average weights have a model of their own: with ``use_buffers=True`` their checkpoints
-    hold its statistics. What they copy back at the end of training is a change, and so is what
-    ``StochasticWeightAveraging`` does to statistics. If ``on_exception`` of another callback raises, Lightning does not
-    call the callbacks after it: then the guard ends when the next run begins.
+    ``StochasticWeightAveraging``, ``WeightAveraging`` and ``EMAWeightAveraging`` write statistics of their own to the
+    model. Except under ``"warn"``, a guarded layer gets its own back at once, with one warning that names the callback,
+    and their checkpoints hold these too. Trial runs of ``LearningRateFinder``, ``BatchSizeFinder`` and ``Tuner`` are
+    guarded, each by a block of its own. With ``updates`` they are not limited: Lightning undoes what they do.
+
+    Not covered: other callbacks that average weights: what they write is a change. If ``on_exception`` of another
+    callback raises, Lightning does not call the callbacks after it: then the guard ends when the next run begins. With
+    ``strategy="ddp_spawn"`` and others that start processes, ``changes`` and ``layers`` of the process that started
+    them stay empty.
 
     Args:
         target: What to guard: the path of a submodule of the ``LightningModule``, such as ``"backbone"`` or
@@ -147,18 +134,19 @@ class BNGuardCallback(RunGuard, _Callback):  # type: ignore[misc]  # as _Callbac
             if log_every < 1:
                 raise ValueError(f"log_every must be a positive integer, got {log_every}")
         self._log_every = log_every
+        self._undo: tuple[Callable[[], None], ...] = ()  # what was done to the trainer and its callbacks
         self._forget()
 
     def _forget(self) -> None:
         self._guard = None
-        self._save: _CheckedSave | None = None  # while a run is guarded
+        self._trainer: Any = None  # while its run is guarded
         self._awaits_checkpoint = False
         self._logged_step = 0
-        self._warned_of_checkpoint = False
+        self._told: set[str] = set()  # what was warned about in this run
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy, or the callback in a process that a launcher starts, guards nothing yet.
-        return {**self.__dict__, "_guard": None, "_save": None}
+        return {**self.__dict__, "_guard": None, "_trainer": None, "_undo": ()}
 
     # Hooks at the beginning and the end of a run.
 
@@ -168,14 +156,15 @@ class BNGuardCallback(RunGuard, _Callback):  # type: ignore[misc]  # as _Callbac
         Raises:
             BNGuardError: The run of another trainer has not ended.
         """
-        if self._save is None:
-            return
-        if not self._guards_run_of(trainer) and self._save.trainer.state.status == "running":
-            raise BNGuardError("this BNGuardCallback guards the run of another Trainer: make one for each")
-        try:
-            self._end_run(logs=False)
-        except StatsChangedError as error:
-            warnings.warn(str(error), BNGuardWarning, stacklevel=call_site().stacklevel)
+        if self._trainer is not None:
+            if not self._guards_run_of(trainer) and self._trainer.state.status == "running":
+                raise BNGuardError("this BNGuardCallback guards the run of another Trainer: make one for each")
+            try:
+                self._end_run(logs=False)
+            except StatsChangedError as error:
+                warnings.warn(str(error), BNGuardWarning, stacklevel=call_site().stacklevel)
+        self._unwrap()
+        self._wrap(trainer)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Begins the guard, unless a checkpoint will be loaded later."""
@@ -223,6 +212,7 @@ class BNGuardCallback(RunGuard, _Callback):  # type: ignore[misc]  # as _Callbac
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Ends the guard. What it found is added to the exception as a note."""
+        self._unwrap()
         if self._guards_run_of(trainer):
             notes = self._end_failed_run(exception)
             if notes and isinstance(exception, KeyboardInterrupt) and self._settings.on_change == "raise":
@@ -231,6 +221,7 @@ class BNGuardCallback(RunGuard, _Callback):  # type: ignore[misc]  # as _Callbac
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str = "") -> None:
         """Ends the guard, also of a run that ends without the hooks of its end, such as that of the tuner."""
+        self._unwrap()
         if self._guards_run_of(trainer):
             self._end_run()
 
@@ -253,23 +244,101 @@ class BNGuardCallback(RunGuard, _Callback):  # type: ignore[misc]  # as _Callbac
     def _check_before_save(self, trainer: Any) -> None:
         """Compares before a checkpoint is made; warns if it will hold changed statistics."""
         self._check(trainer)
-        changes = () if self._settings.on_change != "warn" or self._save is None else self.changes
-        if changes and trainer.is_global_zero and not self._warned_of_checkpoint:
-            self._warned_of_checkpoint = True
-            text = messages.checkpoint_text(changes, self._settings.frontend.phrases)
-            warnings.warn(text, BNGuardWarning, stacklevel=call_site().stacklevel)
+        if self._settings.on_change == "warn" and self._trainer is not None and trainer.is_global_zero:
+            self._tell_once("save_checkpoint", messages.checkpoint_text, self.changes)
+
+    def _tell_once(self, key: str, text: Callable[..., str], changes: Sequence[StatsChange]) -> None:
+        """Warns about changes, if there are any, once a run for each key."""
+        if changes and key not in self._told:
+            self._told.add(key)
+            words = text(changes, self._settings.frontend.phrases)
+            warnings.warn(words, BNGuardWarning, stacklevel=call_site().stacklevel)
+
+    # Around methods of the trainer and of other callbacks.
+
+    def _wrap(self, trainer: Any) -> None:
+        """Gets called around what other callbacks do to the model, and before each checkpoint.
+
+        ``on_save_checkpoint`` is not enough: it is not called for weights-only checkpoints, and when it is, the state
+        dict has already been taken.
+        """
+        around: list[tuple[Any, str, Around]] = [(trainer, "save_checkpoint", partial(self._around_save, trainer))]
+        for callback in trainer.callbacks:
+            for name in [cls.__name__ for cls in type(callback).__mro__]:
+                if name in _FINDERS:
+                    around.append((callback, _FINDERS[name], self._around_trial))
+                elif name in _AVERAGING:
+                    write = partial(self._around_average, type(callback).__name__)
+                    around += [(callback, hook, write) for hook in _AVERAGING[name]]
+                    around.append((callback, "on_save_checkpoint", self._around_average_save))
+        self._undo = tuple([Wrapped.add(*item) for item in around])
+
+    def _unwrap(self) -> None:
+        for undo in self._undo:
+            undo()
+        self._undo = ()
+
+    @contextmanager
+    def _around_save(self, trainer: Any, *args: Any, **kwargs: Any) -> Iterator[None]:
+        self._check_before_save(trainer)
+        yield
+
+    @contextmanager
+    def _around_trial(self, trainer: Any, pl_module: Any) -> Iterator[None]:
+        """Guards what a finder runs, as Lightning sets all callbacks aside for it."""
+        callbacks = trainer.callbacks
+        guard: frozen | nullcontext[None] = nullcontext()
+        if self._phase.covers(trainer.current_epoch, trainer.global_step) and self._layers_of(pl_module):
+            if self._settings.updates:  # Lightning restores the statistics of before, which would be a change
+                settings = replace(self._settings, on_change="rollback", updates=0, within=self._paths)
+                guard = frozen._with(self._guarded_of(pl_module), settings)
+            elif not self._is_on():
+                guard = self._prepare(pl_module)
+        try:
+            with guard:
+                yield
+        except BaseException:
+            trainer.callbacks = callbacks  # else none would be told of the error
+            raise
+
+    @contextmanager
+    def _around_average(self, name: str, trainer: Any, *args: Any) -> Iterator[None]:
+        """Puts back what a callback writes to guarded layers."""
+        holds = self._holds_against_averages()
+        if holds:
+            self.check()  # what has changed before is not of the callback
+        yield
+        if holds and self._guard is not None:
+            self._tell_once(name, partial(messages.averaged_text, name), self._guard._put_back())
+
+    @contextmanager
+    def _around_average_save(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> Iterator[None]:
+        """Puts the model's statistics of guarded layers into a checkpoint of averaged weights."""
+        yield
+        if self._holds_against_averages() and self._guard is not None and not self._settings.updates:
+            guarded = {id(layer.module): layer.buffers for layer in self._guard._stats_layers}
+            state, current = checkpoint["state_dict"], checkpoint.get("current_model_state", {})
+            for name, module in pl_module.named_modules(remove_duplicate=False):
+                for key in [f"{name}.{buffer}" for buffer in guarded.get(id(module), ())]:
+                    if key in state and key in current:
+                        state[key] = current[key]
+
+    def _holds_against_averages(self) -> bool:
+        policy = self._settings.policy
+        return self._trainer is not None and policy.puts_back and not policy.hides
+
+    # Parts.
 
     def _guards_run_of(self, trainer: Any) -> bool:
-        return self._save is not None and self._save.trainer is trainer
+        return self._trainer is not None and self._trainer is trainer
 
     def _begin(self, trainer: Any, pl_module: nn.Module) -> None:
-        if self._save is not None:  # the callback is in the list twice
+        if self._trainer is not None:  # the callback is in the list twice
             return
         self._forget()
-        phrases = self._settings.frontend.phrases
-        whole = self._guarded_of(pl_module)
-        if not any([is_within(layer, self._paths) for layer in find_layers(whole)]):
-            text = messages.unguarded_text(", ".join(self._paths) or type(whole).__name__, phrases)
+        if not self._layers_of(pl_module):
+            what = ", ".join(self._paths) or type(self._guarded_of(pl_module)).__name__
+            text = messages.unguarded_text(what, self._settings.frontend.phrases)
             warnings.warn(text, BNGuardWarning, stacklevel=call_site().stacklevel)
             return
         if trainer.state.fn == _FIT:
@@ -277,7 +346,7 @@ class BNGuardCallback(RunGuard, _Callback):  # type: ignore[misc]  # as _Callbac
         else:
             self._prepare(pl_module).start()
         self._logged_step = trainer.global_step
-        self._save = _CheckedSave.on(trainer, self)
+        self._trainer = trainer
 
     def _check(self, trainer: Any) -> None:
         if self._guards_run_of(trainer):
@@ -285,13 +354,10 @@ class BNGuardCallback(RunGuard, _Callback):  # type: ignore[misc]  # as _Callbac
                 self.check()
 
     def _end_run(self, error: BaseException | None = None, *, logs: bool = True) -> None:
-        save, self._save = self._save, None
-        if save is not None:
-            with self._logging(save.trainer if logs else None):
-                try:
-                    super()._end_run(error)
-                finally:
-                    save.remove(self)
+        trainer, self._trainer = self._trainer, None
+        if trainer is not None:
+            with self._logging(trainer if logs else None):
+                super()._end_run(error)
 
     @contextmanager
     def _logging(self, trainer: Any) -> Iterator[None]:
@@ -311,9 +377,10 @@ class BNGuardCallback(RunGuard, _Callback):  # type: ignore[misc]  # as _Callbac
     def _log(self, trainer: Any) -> None:
         changes = self.changes
         stopped = len([change for change in changes if change.prevented])
+        part = self._part_name(trainer.lightning_module)
         metrics = {
-            "bnguard/changed_layers": float(len(changes) - stopped),
-            "bnguard/stopped_layers": float(stopped),
+            f"bnguard/{part}changed_layers": float(len(changes) - stopped),
+            f"bnguard/{part}stopped_layers": float(stopped),
         }
         for change in changes:
             name = f"bnguard/{change.names[0] or '(root)'}"
@@ -325,41 +392,3 @@ class BNGuardCallback(RunGuard, _Callback):  # type: ignore[misc]  # as _Callbac
         step = trainer.fit_loop.epoch_loop._batches_that_stepped
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=step)
-
-
-class _CheckedSave:
-    """Replaces ``save_checkpoint`` of one trainer while callbacks guard its run, so that they compare before it.
-
-    ``Callback.on_save_checkpoint`` is not enough: it is not called for weights-only checkpoints, and when it is, the
-    state dict has already been taken.
-    """
-
-    def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
-        self._had_own = _SAVE in vars(trainer)
-        self._save = trainer.save_checkpoint
-        self._callbacks: list[BNGuardCallback] = []
-
-    @classmethod
-    def on(cls, trainer: Any, callback: BNGuardCallback) -> _CheckedSave:
-        """Adds a callback to the object that a trainer has already, or to a new one."""
-        present = vars(trainer).get(_SAVE)
-        save = present if isinstance(present, cls) else cls(trainer)
-        save._callbacks.append(callback)
-        setattr(trainer, _SAVE, save)
-        return save
-
-    def remove(self, callback: BNGuardCallback) -> None:
-        """Removes a callback. Without any, restores the trainer, unless other code has replaced ``save_checkpoint``."""
-        self._callbacks = [other for other in self._callbacks if other is not callback]
-        if self._callbacks or vars(self.trainer).get(_SAVE) is not self:
-            return
-        if self._had_own:
-            setattr(self.trainer, _SAVE, self._save)
-        else:
-            delattr(self.trainer, _SAVE)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        for callback in tuple(self._callbacks):
-            callback._check_before_save(self.trainer)
-        return self._save(*args, **kwargs)

@@ -20,8 +20,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
     inner: Any = model
     while isinstance(inner, nn.Module):
         model = inner
-        name = WRAPPERS.get(type(model).__name__)
-        inner = None if name is None else getattr(model, name, None)
+        names = WRAPPERS.get(type(model).__name__)
+        inner = None if names is None else getattr(model, names[0], None)
     return model
 
 
@@ -159,13 +159,13 @@ def _walk(module: nn.Module, name: str, path: set[int]) -> Iterator[tuple[str, n
     prefix, omitted = _prefix(module, name)
     for key, child in module._modules.items():
         if child is not None and id(child) not in path:
-            yield from _walk(child, name if key == omitted else prefix + key, path)
+            yield from _walk(child, name if key in omitted else prefix + key, path)
     path.discard(id(module))
 
 
-def _prefix(module: nn.Module, name: str) -> tuple[str, str | None]:
-    """The prefix of a module's children, and the key of the wrapped child, which has the module's own name."""
-    return f"{name}." if name else "", WRAPPERS.get(type(module).__name__)
+def _prefix(module: nn.Module, name: str) -> tuple[str, tuple[str, ...]]:
+    """The prefix of a module's children, and the keys of the wrapped child, which has the module's own name."""
+    return f"{name}." if name else "", WRAPPERS.get(type(module).__name__, ())
 
 
 def _visit(
@@ -178,7 +178,7 @@ def _visit(
         identity = id(child)
         if child is None or identity in path:
             continue
-        child_name = name if key == omitted else prefix + key
+        child_name = name if key in omitted else prefix + key
         modules[identity] = child
         if child._buffers:
             known = found.get(identity)

@@ -1,14 +1,15 @@
-"""Modules of torch that wrap a whole model and call it."""
+"""Modules of torch and Lightning that wrap a whole model and call it."""
 
 from __future__ import annotations
 
 from typing import Final
 
-# Wrapper classes, with the attribute that holds the wrapped module. Layer names leave this attribute out.
+# Wrapper classes, with the attributes that hold the wrapped module. Layer names leave these attributes out.
 WRAPPERS: Final = {
-    "DataParallel": "module",
-    "DistributedDataParallel": "module",
-    "FullyShardedDataParallel": "_fsdp_wrapped_module",
-    "OptimizedModule": "_orig_mod",
-    "CheckpointWrapper": "_checkpoint_wrapped_module",
+    "DataParallel": ("module",),
+    "DistributedDataParallel": ("module",),
+    "FullyShardedDataParallel": ("_fsdp_wrapped_module",),
+    "OptimizedModule": ("_orig_mod",),
+    "CheckpointWrapper": ("_checkpoint_wrapped_module",),
+    "_FabricModule": ("_forward_module", "_original_module"),  # the first may be a wrapper of the second
 }

@@ -82,6 +82,19 @@ def test_an_update_ends_the_run(model):
     assert_clean(model)
 
 
+@pytest.mark.parametrize("is_child", [False, True])
+def test_warning_says_in_which_process_the_changes_are_listed(model, is_child, monkeypatch):
+    """A launcher that starts processes copies the callback: the user's own stays empty."""
+    if is_child:
+        monkeypatch.setattr("multiprocessing.parent_process", object)
+    callback = Callback("warn")
+    with pytest.warns(bnguard.BNGuardWarning) as words:
+        Loop(model, callback).run()
+    end = ", in this process" if is_child else ""
+    assert str(words[0].message).endswith(f"; callback.changes lists them all{end}.")
+    assert len(callback.changes) == 1
+
+
 def test_a_write_is_found_before_the_validation(model):
     """No validation sees changed statistics."""
     before = values(statistics(model))

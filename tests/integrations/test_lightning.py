@@ -28,8 +28,10 @@ import pytest
 import pytorch_lightning
 import torch
 import torch.nn.functional as F
+from lightning.fabric import Fabric
 from lightning.pytorch.callbacks import (
     BaseFinetuning,
+    BatchSizeFinder,
     Callback,
     EMAWeightAveraging,
     LearningRateFinder,
@@ -40,12 +42,14 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities.exceptions import _TunerExitException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import bnguard
 from bnguard.integrations import lightning as integration
+from bnguard.integrations._wrapped import Wrapped
 from bnguard.integrations.lightning import BNGuardCallback
 from tests import forks
 from tests.asserts import assert_clean, assert_same_bits, statistics, values
@@ -158,6 +162,8 @@ class Run:
         """Model and trainer are without a trace."""
         assert_clean(self.net)
         assert "save_checkpoint" not in vars(self.trainer)
+        for callback in self.trainer.callbacks:
+            assert not any([isinstance(value, Wrapped) for value in vars(callback).values()])
 
 
 def fit(net: Any, trainer: Any, train: Any = None, val: Any = None, **options: Any) -> Run:
@@ -977,18 +983,247 @@ def test_weight_averaging_does_not_move_what_is_held(make, count, tmp_path):
     run.assert_held()
 
 
-def test_learning_rate_finder_does_not_move_what_is_held(tmp_path):
-    """Its trial run is guarded if it comes after the callback, and undone by Lightning in any case."""
+class ByHandAgainst(Callback):
+    """What people write beside a callback that averages: eval mode, and statistics that are put back after it."""
 
-    class WithRate(Net):
-        lr = 0.01
+    def __init__(self, part: nn.Module) -> None:
+        self.layers = [layer for layer in part.modules() if isinstance(layer, nn.BatchNorm2d)]
+        self.kept = [(layer, dict(layer.named_buffers()), values(dict(layer.named_buffers()))) for layer in self.layers]
 
+    def put_back(self, *args: Any) -> None:
+        for layer, objects, kept in self.kept:
+            for name, tensor in objects.items():
+                setattr(layer, name, tensor)
+                tensor.data.copy_(kept[name])
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        for layer in self.layers:
+            layer.eval()
+
+    on_train_epoch_start = on_validation_epoch_start = on_validation_epoch_end = on_train_end = put_back
+
+
+AVERAGING = {
+    "swa": lambda: StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1),
+    "ema": lambda: EMAWeightAveraging(decay=0.9),
+}
+EVERY_AVERAGE = pytest.mark.parametrize("name", AVERAGING)
+
+
+@EVERY_AVERAGE
+@pytest.mark.parametrize("on_change", ["raise", "restore"])
+def test_average_is_that_of_a_loop_that_puts_statistics_back_by_hand(name, on_change, tmp_path):
+    """The run reaches its end with every bit of the twin's; one warning names the callback, in whatever order."""
+    net = make_net()
+    twin = fit(net, make_trainer(tmp_path, AVERAGING[name](), ByHandAgainst(net.backbone)))
+    assert twin.error is None
     for order in (1, -1):
-        guard = BNGuardCallback("backbone", "restore")
-        callbacks = [guard, LearningRateFinder(num_training_steps=4, early_stop_threshold=None, update_attr=True)]
-        run = fit(WithRate(), make_trainer(tmp_path, *callbacks[::order]))
+        average = AVERAGING[name]()
+        guard = BNGuardCallback("backbone", on_change, use_running_stats=True)
+        with said() as words:
+            run = fit(make_net(), make_trainer(tmp_path, *[guard, average][::order]))
         assert run.error is None
+        [word] = words
+        text = str(word.message)
+        assert text.startswith(f"{type(average).__name__} wrote to running statistics of 2 layers inside BNGuardCall")
+        assert "backbone.1 (BatchNorm2d): running_mean" in text
+        assert word.filename == __file__
         run.assert_held()
+        assert_same_bits(run.net.state_dict(), twin.net.state_dict())
+        assert_same_bits(run.net.losses, twin.net.losses)
+        assert_same_bits(run.net.answers, twin.net.answers)
+
+
+@EVERY_AVERAGE
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_no_checkpoint_holds_statistics_of_an_average(name, weights_only, tmp_path):
+    """Neither those that are averaged nor those of the model; the rest is what the twin saves."""
+
+    def run(folder, guards):
+        net = make_net()
+        saver = ModelCheckpoint(folder, save_top_k=-1, every_n_train_steps=2, save_last=True)
+        saver.save_weights_only = weights_only
+        rest = guards or [ByHandAgainst(net.backbone)]
+        with said():
+            run = fit(net, make_trainer(folder, AVERAGING[name](), *rest, saver, enable_checkpointing=True))
+        assert run.error is None
+        files = sorted(folder.glob("*.ckpt"))
+        assert len(files) >= 6
+        return run, [torch.load(file, weights_only=False)["state_dict"] for file in files]
+
+    _, twin_states = run(tmp_path / "twin", [])
+    guarded, states = run(tmp_path / "run", [BNGuardCallback("backbone", use_running_stats=True)])
+    assert list(states[0]) == list(twin_states[0])
+    has_averages = False
+    for state, other in zip(states, twin_states, strict=True):
+        for key, value in state.items():
+            if key in guarded.statistics():
+                assert_same_bits(value, guarded.before[key])
+                has_averages |= not torch.equal(other[key], guarded.before[key])
+            else:
+                assert_same_bits(value, other[key])
+    assert has_averages == (name == "ema" and not weights_only)
+
+
+@EVERY_AVERAGE
+def test_write_before_an_average_is_no_work_of_its_callback(name, tmp_path):
+    """It is an error as ever, and the callback's own writes before it were put back."""
+    hook, epoch = ("on_train_end", 2) if name == "ema" else ("on_train_epoch_start", 2)
+    callbacks = (at(hook, write, epoch), AVERAGING[name](), BNGuardCallback("backbone", use_running_stats=True))
+    with said():
+        run = fit(make_net(), make_trainer(tmp_path, *callbacks))
+    assert isinstance(run.error, bnguard.StatsChangedError)
+    assert "of 1 layer changed inside BNGuardCallback():\n  backbone.1 (BatchNorm2d): running_mean;" in str(run.error)
+    run.assert_held()
+
+
+@EVERY_AVERAGE
+@pytest.mark.parametrize("on_change", ["warn", "rollback"])
+def test_average_stays_where_changes_are_let_happen(name, on_change, tmp_path):
+    """Every bit is the twin's; under rollback but for the backbone's statistics, at the end."""
+    twin = fit(make_net(), make_trainer(tmp_path, AVERAGING[name]()))
+    with said():
+        run = fit(make_net(), make_trainer(tmp_path, AVERAGING[name](), BNGuardCallback("backbone", on_change)))
+    assert run.error is None
+    assert_same_bits(run.statistics("head"), twin.statistics("head"))
+    assert_same_bits(run.weights, twin.weights)
+    assert_same_bits(run.net.answers, twin.net.answers)
+    assert_same_bits(
+        run.statistics(), twin.statistics() if on_change == "warn" else {n: run.before[n] for n in run.statistics()}
+    )
+    run.assert_nothing_left()
+
+
+class Tuned(Net):
+    """Has what the finders look for, and notes whether the backbone has moved at each of its forwards."""
+
+    lr, batch_size = 0.01, 8
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        self.counts.add(int(self.backbone[1].num_batches_tracked))
+        return super().training_step(batch, batch_idx)
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(batches().dataset, batch_size=self.batch_size)
+
+    def val_dataloader(self) -> DataLoader:
+        return batches(2, seed=2)
+
+    @property
+    def counts(self) -> set[int]:
+        return self.__dict__.setdefault("_counts", set())
+
+
+def find_rate(trainer: Any, net: Any) -> None:
+    """As a script does."""
+    Tuner(trainer).lr_find(net, num_training=4, early_stop_threshold=None)
+
+
+def find_batch_size(trainer: Any, net: Any) -> None:
+    """As a script does."""
+    Tuner(trainer).scale_batch_size(net, steps_per_trial=2, init_val=8, max_trials=2)
+
+
+class InAnEpoch(LearningRateFinder):
+    """As Lightning's documentation has it: after the guard has begun."""
+
+    def on_fit_start(self, *args: Any) -> None:
+        pass
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.current_epoch == 0:
+            self.lr_find(trainer, pl_module)
+
+
+RATES = {"num_training_steps": 4, "early_stop_threshold": None}
+FINDERS = {
+    "rate": lambda: LearningRateFinder(**RATES),
+    "rate in an epoch": lambda: InAnEpoch(**RATES),
+    "batch size": lambda: BatchSizeFinder(steps_per_trial=2, init_val=8, max_trials=2),
+}
+TUNERS = {"rate": find_rate, "batch size": find_batch_size}
+EVERY_FINDER = pytest.mark.parametrize("name", [*FINDERS, *[f"tuner: {name}" for name in TUNERS]])
+
+
+def try_out(name: str, folder: Path, *callbacks: Any) -> Run:
+    """A run with trial runs in it, or one of the tuner's."""
+    net, is_tuner = Tuned(), name.startswith("tuner")
+    trainer = make_trainer(folder, *([] if is_tuner else [FINDERS[name]()]), *callbacks)
+    before = statistics(net)
+    run = Run(net, trainer, values(before), before)
+    torch.manual_seed(5)
+    try:
+        if is_tuner:
+            TUNERS[name.partition(": ")[2]](trainer, net)
+        else:
+            trainer.fit(net)
+    except BaseException as error:
+        run.error = error
+    return run
+
+
+@EVERY_FINDER
+@pytest.mark.parametrize("options", [{"on_change": "restore"}, {"use_running_stats": True}], ids=["restore", "running"])
+def test_trial_runs_are_guarded(name, options, tmp_path):
+    """The twin's backbone moves in the trials of a finder; the guarded one does at no forward."""
+    twin = try_out(name, tmp_path)
+    assert twin.error is None
+    assert len(twin.net.counts) > 2
+    run = try_out(name, tmp_path, BNGuardCallback("backbone", **options))
+    assert run.error is None
+    assert run.net.counts == {1}
+    run.assert_held()
+    assert len(run.net.losses) == len(twin.net.losses)
+    if "on_change" in options:
+        assert_same_bits(run.net.losses, twin.net.losses)
+
+
+@EVERY_FINDER
+def test_trial_run_that_would_update_raises(name, tmp_path):
+    """Before anything moves, and nothing is left, although Lightning leaves other callbacks in the trainer."""
+    guard = BNGuardCallback("backbone")
+    run = try_out(name, tmp_path, guard)
+    assert isinstance(run.error, bnguard.StatsChangedError)
+    assert "in training_step" in str(run.error)
+    assert guard in run.trainer.callbacks
+    run.assert_held()
+    assert [change.names for change in guard.changes] == [("backbone.1",)]
+
+
+@EVERY_FINDER
+def test_trial_runs_of_a_layer_in_eval_mode_are_no_finding(name, tmp_path):
+    """Under raise, with statistics that nothing moves."""
+
+    class Careful(Tuned):
+        def training_step(self, batch, batch_idx):
+            self.backbone.eval()
+            return super().training_step(batch, batch_idx)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(globals(), "Tuned", Careful)
+        run = try_out(name, tmp_path, BNGuardCallback("backbone"))
+    assert run.error is None
+    run.assert_held()
+
+
+@EVERY_FINDER
+def test_trial_runs_spend_no_budget(name, tmp_path):
+    """Lightning undoes what they do, which is no change either."""
+    twin = try_out(name, tmp_path)
+    updates = int(twin.net.head[1].num_batches_tracked)
+    assert len(twin.net.losses) > max(updates, 1)
+    run = try_out(name, tmp_path, BNGuardCallback("head", updates=max(updates, 1)))
+    assert run.error is None
+    assert_same_bits(run.net.state_dict(), twin.net.state_dict())
+    run.assert_nothing_left()
+
+
+def test_trial_run_outside_of_the_phase_is_not_guarded(tmp_path):
+    """Nor is that of a model without layers to guard."""
+    for guard in (BNGuardCallback("backbone", from_epoch=1, until_epoch=2, on_change="restore"), None):
+        run = try_out("rate", tmp_path, *filter(None, [guard]))
+        assert run.error is None
+        assert {1, 2, 3, 4} <= run.net.counts
 
 
 def test_tuner_that_ends_a_run_in_its_own_way_ends_the_guard(tmp_path):
@@ -1009,6 +1244,18 @@ def test_double_precision_is_guarded_as_it_is(tmp_path):
     expected = {name: value.to(run.statistics()[name].dtype) for name, value in run.before.items() if "backb" in name}
     assert_same_bits(run.statistics(), expected)
     run.assert_nothing_left()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script.*` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("compiles", [False, True])
+def test_wrapper_of_fabric_is_seen_through(compiles):
+    """Names are those of the state dict, and patterns match them."""
+    net = make_net()
+    names = [name.removesuffix(".running_mean") for name in net.state_dict() if name.endswith("running_mean")]
+    model = Fabric(accelerator="cpu", devices=1).setup(torch.compile(net) if compiles else net)
+    assert [layer.names for layer in bnguard.frozen(model).layers] == [(name,) for name in names]
+    assert len(bnguard.frozen(model, include="backbone").layers) == 2
+    assert list(model.state_dict()) == list(net.state_dict())
 
 
 # Runs without training.
@@ -1100,7 +1347,7 @@ def test_drift_is_logged_at_validations_and_every_so_many_steps(log_every, steps
     rows = {int(row["step"]): row for row in logged(Path(logger.log_dir))}
     assert list(rows) == list(steps)
     for step, row in rows.items():
-        assert float(row["bnguard/changed_layers"]) == 2
+        assert float(row["bnguard/backbone/changed_layers"]) == 2
         assert float(row["bnguard/backbone.1/updates"]) == steps[step]
         assert float(row["bnguard/backbone.1/mean_shift"]) == expected[steps[step]]
         assert "bnguard/backbone.4/mean_shift" in row
@@ -1117,9 +1364,33 @@ def test_finding_is_logged_before_it_is_raised(tmp_path):
         run = fit(make_net(), make_trainer(tmp_path, *callbacks, logger=logger))
         assert isinstance(run.error, bnguard.StatsChangedError)
         row = logged(Path(logger.log_dir))[-1]
-        assert float(row[f"bnguard/{counter}"]) == 1
-        assert float(row["bnguard/changed_layers"]) + float(row["bnguard/stopped_layers"]) == 1
+        assert float(row[f"bnguard/backbone/{counter}"]) == 1
+        assert float(row["bnguard/backbone/changed_layers"]) + float(row["bnguard/backbone/stopped_layers"]) == 1
         assert float(row[f"bnguard/backbone.1/{key}"]) > 0
+
+
+def test_metrics_of_several_callbacks_have_keys_of_their_own(tmp_path):
+    """By the target: a path, several, a module, the whole model; else by the patterns."""
+    net, logger = make_net(), CSVLogger(tmp_path)
+    guards = [
+        BNGuardCallback("backbone.1", "warn"),
+        BNGuardCallback(["backbone.4", "head.1"], "warn"),
+        BNGuardCallback(net.head, "warn"),
+        BNGuardCallback(nn.BatchNorm1d(3), "restore"),
+        BNGuardCallback(on_change="warn"),
+        BNGuardCallback(on_change="warn", include="backbone.*"),
+    ]
+    with said():
+        assert fit(net, make_trainer(tmp_path, *guards, logger=logger)).error is None
+    row = {key: value for row in logged(Path(logger.log_dir)) for key, value in row.items()}
+    assert {key: float(value) for key, value in row.items() if key.endswith("changed_layers")} == {
+        "bnguard/backbone.1/changed_layers": 1,
+        "bnguard/backbone.4,head.1/changed_layers": 2,
+        "bnguard/head/changed_layers": 1,
+        "bnguard/BatchNorm1d/changed_layers": 0,
+        "bnguard/changed_layers": 3,
+        "bnguard/backbone.*/changed_layers": 2,
+    }
 
 
 def test_nothing_found_is_logged_as_zero(tmp_path):
@@ -1128,7 +1399,7 @@ def test_nothing_found_is_logged_as_zero(tmp_path):
     run = fit(make_net(), make_trainer(tmp_path, BNGuardCallback("backbone", "restore"), logger=logger))
     assert run.error is None
     rows = logged(Path(logger.log_dir))
-    nothing = {"bnguard/changed_layers": "0.0", "bnguard/stopped_layers": "0.0"}
+    nothing = {"bnguard/backbone/changed_layers": "0.0", "bnguard/backbone/stopped_layers": "0.0"}
     assert rows == [{**nothing, "step": step} for step in ("5", "11", "12")]
 
 
@@ -1155,7 +1426,7 @@ def test_every_batch_is_logged_where_it_steps_twice(tmp_path):
     with (Path(logger.log_dir) / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     own = [row["step"] for row in rows if row["loss"]]
-    ours = [row["step"] for row in rows if row["bnguard/changed_layers"]]
+    ours = [row["step"] for row in rows if row["bnguard/backbone/changed_layers"]]
     assert own == ["0", "1", "2", "3", "4", "5"]
     assert set(ours) == {*own[1:], "6"}  # all but the first batch, of one step; and the end
 
@@ -1283,6 +1554,36 @@ def test_several_processes(tmp_path):
         "running statistics of 1 layer changed inside BNGuardCallback():\n  backbone.1 (BatchNorm2d)" in zero["error"]
     )
     assert "StatsChangedError" not in (one["error"] or "")
+
+
+SPAWNING = """
+import lightning.pytorch as pl
+from bnguard.integrations.lightning import BNGuardCallback
+from tests.integrations.test_lightning import Net, batches
+
+if __name__ == "__main__":
+    guard = BNGuardCallback("backbone", "warn")
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=1, strategy="ddp_spawn", max_steps=2, logger=False, callbacks=[guard],
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, limit_val_batches=0,
+    )
+    trainer.fit(Net(), batches())
+    print("changes here:", len(guard.changes))
+"""
+
+
+@pytest.mark.slow
+def test_processes_that_lightning_starts_say_where_their_changes_are(tmp_path):
+    """The callback of the process that started them is another one, whose ``changes`` stay empty."""
+    script = tmp_path / "spawns.py"
+    script.write_text(SPAWNING)
+    path = {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        [sys.executable, script], cwd=tmp_path, env={**os.environ, **path}, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "without further warnings; callback.changes lists them all, in this process." in done.stderr
+    assert "changes here: 0\n" in done.stdout
 
 
 # What is refused, and what is told.
