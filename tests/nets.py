@@ -94,6 +94,39 @@ class FrozenNorm(nn.Module):
         return input * scale + (self.bias.view(1, -1, 1, 1) - self.running_mean.view(1, -1, 1, 1) * scale)
 
 
+class FrozenNormOfTorchvision(FrozenNorm):
+    """The forward that torchvision's FrozenBatchNorm2d has, which bnguard knows."""
+
+    eps = 1e-5
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.weight.reshape(1, -1, 1, 1)
+        b = self.bias.reshape(1, -1, 1, 1)
+        rv = self.running_var.reshape(1, -1, 1, 1)
+        rm = self.running_mean.reshape(1, -1, 1, 1)
+        scale = w * (rv + self.eps).rsqrt()
+        bias = b - rm * scale
+        return x * scale + bias
+
+
+class NearlyFrozenNorm(FrozenNormOfTorchvision):
+    """The same forward, but for one line: in the end it learns."""
+
+    forwards = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.weight.reshape(1, -1, 1, 1)
+        b = self.bias.reshape(1, -1, 1, 1)
+        rv = self.running_var.reshape(1, -1, 1, 1)
+        rm = self.running_mean.reshape(1, -1, 1, 1)
+        scale = w * (rv + self.eps).rsqrt()
+        bias = b - rm * scale
+        self.forwards += 1
+        if self.forwards > 3:
+            self.running_mean += 1
+        return x * scale + bias
+
+
 class PlainSubclass(nn.BatchNorm2d):
     """A subclass without a forward of its own."""
 

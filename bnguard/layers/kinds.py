@@ -16,7 +16,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 
 from bnguard.errors import BNGuardError
-from bnguard.torch_internals.known_forwards import is_known
+from bnguard.torch_internals.known_forwards import is_known, only_reads
 from bnguard.torch_internals.release import INSTANCE_NORM_ROUNDS
 
 _STATISTIC: Final = re.compile(
@@ -228,6 +228,8 @@ def kind_of(module: nn.Module) -> LayerKind:
     unflatten = sys.modules.get("torch.export.unflatten")
     if unflatten is not None and isinstance(module, unflatten.InterpreterModule):
         return EXPORTED
+    if "weight" in module._buffers and only_reads(forward):  # elsewhere it is a parameter
+        return FROZEN
     return OWN_FORWARD
 
 
@@ -285,6 +287,7 @@ INSTANCE_NORM: Final = LayerKind(
 )
 OWN_FORWARD: Final = LayerKind()
 OTHER_BUFFERS: Final = LayerKind(counts=False)  # the layer has no running statistics
+FROZEN: Final = LayerKind(_never, counts=False, reads_in_eval=_always)
 EXPORTED: Final = LayerKind(keeps_mode=True)
 SCRIPTED: Final = LayerKind(hold="none", keeps_mode=True, exit_only="a ScriptModule runs no hooks")
 NO_FORWARD: Final = LayerKind(hold="none", exit_only="it has no forward of its own, as in an exported program")

@@ -1,4 +1,4 @@
-"""Recognise the forwards of torch's own layers by their syntax trees."""
+"""Recognise the forwards of torch's own layers, and of some that only read their buffers, by their syntax trees."""
 
 from __future__ import annotations
 
@@ -25,17 +25,35 @@ _KNOWN: Final = frozenset(
         "f37973f71c7d765a",  # _InstanceNorm._apply_instance_norm, torch 2.4 to 2.15
     }
 )
+# Forwards that compute with the values of their buffers and write to none. Each is copied into many projects.
+_ONLY_READ: Final = frozenset(
+    {
+        "2347e4087e3c483a",  # FrozenBatchNorm2d of torchvision
+        "0432443185103486",  # that of DETR
+        "d108bd21af62d938",  # DetrFrozenBatchNorm2d of transformers, and its copies for other models
+        "955cd3d69363332e",  # FrozenBatchNormAct2d of timm
+    }
+)
 # Without effect on what a function does, or, for ``ctx``, implied by the position.
 _LEFT_OUT: Final = {"returns", "annotation", "type_comment", "kind", "ctx"}
 
 
-@functools.cache
 def is_known(function: Callable[..., Any]) -> bool:
     """Whether bnguard has been tested against this source of ``function``, which belongs to torch."""
+    return _digest(function) in _KNOWN
+
+
+def only_reads(function: Callable[..., Any]) -> bool:
+    """Whether ``function`` is a forward that is known to write to none of its layer's buffers."""
+    return _digest(function) in _ONLY_READ
+
+
+@functools.lru_cache(maxsize=64)
+def _digest(function: Callable[..., Any]) -> str:
     try:
-        return digest_of(inspect.getsource(function)) in _KNOWN
+        return digest_of(inspect.getsource(function))
     except (OSError, TypeError, SyntaxError):
-        return False
+        return ""
 
 
 def digest_of(source: str) -> str:

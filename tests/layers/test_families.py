@@ -18,7 +18,9 @@ from bnguard.layers import tree as _tree
 from tests.asserts import assert_clean, assert_same_bits, outcome, statistics, values, warns
 from tests.nets import (
     FrozenNorm,
+    FrozenNormOfTorchvision,
     MovingNorm,
+    NearlyFrozenNorm,
     OwnForward,
     PlainSubclass,
     ReassigningNorm,
@@ -419,10 +421,14 @@ def test_instance_norm_with_momentum_0_is_held() -> None:
 # FrozenBatchNorm and its like.
 
 
+FROZEN_NORMS = pytest.mark.parametrize("make", [FrozenNorm, FrozenNormOfTorchvision])
+
+
 @POLICIES
-def test_frozen_norm_is_no_finding(on_change: Any) -> None:
+@FROZEN_NORMS
+def test_frozen_norm_is_no_finding(make: Any, on_change: Any) -> None:
     """A layer that only reads its statistics runs as unguarded, under every policy."""
-    net = warmed(FrozenNorm(2))
+    net = warmed(make(2))
     twin = copy.deepcopy(net)
     with bnguard.frozen(net, on_change) as guard:
         assert_same_bits(outcome(net, images()), outcome(twin, images()))
@@ -430,12 +436,83 @@ def test_frozen_norm_is_no_finding(on_change: Any) -> None:
     assert [layer.buffers for layer in guard.layers] == [("running_mean", "running_var")]
 
 
-def test_frozen_norm_with_a_budget_spends_none_of_it() -> None:
+@FROZEN_NORMS
+def test_frozen_norm_with_a_budget_spends_none_of_it(make: Any) -> None:
     """Forwards that do not update are not counted."""
-    with bnguard.frozen(nn.Sequential(FrozenNorm(2)), updates=1) as guard:
+    with bnguard.frozen(nn.Sequential(make(2)), updates=1) as guard:
         for _ in range(3):
             guard._model(images())
     assert guard.changes == ()
+
+
+def operations(net: nn.Module) -> int:
+    """The number of operations in one forward, also of those outside of any mode."""
+    with torch.autograd.profiler.profile() as seen:
+        net(images())
+    return len([event for event in seen.function_events if event.name.startswith("aten::")])
+
+
+def norm_of_transformers() -> nn.Module:
+    """That of DETR."""
+    detr = pytest.importorskip("transformers.models.detr.modeling_detr")
+    return detr.DetrFrozenBatchNorm2d(2)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: FrozenNormOfTorchvision(2), norm_of_transformers], ids=["torchvision", "detr"]
+)
+@pytest.mark.parametrize("on_change", ["raise", "warn"])
+def test_known_frozen_norm_is_not_copied_and_compared_at_each_forward(make: Any, on_change: Any) -> None:
+    """It makes the operations of an unguarded one. One whose forward is not known is copied before each."""
+    net = nn.Sequential(make())
+    plain = operations(net)
+    with bnguard.frozen(net, on_change) as guard:
+        assert operations(net.train()) == operations(net.eval()) == plain
+    assert [layer.protection for layer in guard.layers] == ["checked before each forward; compared at exit"]
+    unknown = nn.Sequential(FrozenNorm(2))
+    plain = operations(unknown)
+    with bnguard.frozen(unknown, on_change):
+        assert operations(unknown) > plain
+
+
+def test_norm_that_looks_frozen_and_updates_later_is_stopped_at_that_forward() -> None:
+    """One more line in its forward, a subclass with one of its own, one that is put on the instance."""
+
+    class Subclass(FrozenNormOfTorchvision):
+        forwards = 0
+        forward = NearlyFrozenNorm.forward
+
+    patched = FrozenNormOfTorchvision(2)
+    patched.forwards = 0
+    patched.forward = NearlyFrozenNorm.forward.__get__(patched)
+    for norm in (NearlyFrozenNorm(2), Subclass(2), patched):
+        net = nn.Sequential(norm)
+        before = values(statistics(net))
+        outputs = []
+        with pytest.raises(bnguard.StatsChangedError, match=r"^0 \(\w+\) is in train mode inside"), bnguard.frozen(net):
+            for _ in range(9):
+                outputs.append(net(images()))  # noqa: PERF401  # kept up to the error
+        assert len(outputs) == 3
+        assert_same_bits(statistics(net), before)
+
+
+def test_write_to_a_known_frozen_norm_is_found_at_the_end() -> None:
+    """By whatever makes it."""
+    net = nn.Sequential(FrozenNormOfTorchvision(2))
+    before = values(statistics(net))
+    with pytest.raises(bnguard.StatsChangedError, match="running_mean"), bnguard.frozen(net):
+        net[0].running_mean.add_(1)
+        net(images())
+    assert_same_bits(statistics(net), before)
+
+
+def test_known_frozen_norm_normalises_with_the_statistics_of_entry() -> None:
+    """Under ``use_running_stats``, whatever is written to them."""
+    net = warmed(nn.Sequential(FrozenNormOfTorchvision(2)))
+    plain = net(images())
+    with warns(count=1), bnguard.frozen(net, "restore", use_running_stats=True):
+        net[0].running_mean.add_(1)
+        assert_same_bits(net(images()), plain)
 
 
 # Layers in other layers, and in several places.
