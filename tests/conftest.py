@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
@@ -117,3 +118,11 @@ def _nothing_stays_open() -> Iterator[None]:
     for table in (hooks, *tables):  # one failure must not become many
         table.clear()
     assert left == ([], []), "a guard, or a hook of its, outlived its test"
+
+
+@pytest.fixture
+def no_graphs() -> None:
+    """As in a process that has compiled nothing."""
+    utils = sys.modules.get("torch._dynamo.utils")
+    if utils is not None:
+        utils.counters.clear()

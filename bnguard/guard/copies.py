@@ -21,6 +21,7 @@ _ATTRIBUTES: Final = (*_HOLDING, *_COPYING)
 # Of hooks. Torch's own keys are numbers from a counter, which need not move for a hook that has no handle; and graphs
 # are compiled anew for another key.
 _KEY: Final = "bnguard"
+FIRST_CALL: Final = "bnguard: first call"
 _TABLES: Final = ("_forward_pre_hooks", "_forward_hooks", "_forward_hooks_always_called")
 
 
@@ -72,7 +73,7 @@ class InstancePatch:
         """
         module = self.module
         hooks, others = module._forward_pre_hooks, module._forward_hooks
-        return len(hooks) + len(others) > (_KEY in hooks) + (_KEY in others)
+        return len(hooks) + len(others) > (_KEY in hooks) + (FIRST_CALL in hooks) + (_KEY in others)
 
     def has_foreign_pre_hooks(self) -> bool:
         """Whether the user has forward pre-hooks on the layer: old spectral normalisation moves buffers in one."""
@@ -198,8 +199,10 @@ class InstancePatch:
             state["forward"] = self.previous
         for table in _TABLES:
             hooks = state.get(table)
-            if hooks and _KEY in hooks:  # else the handles of the user's hooks go on knowing this dictionary
-                state[table] = OrderedDict((key, hook) for key, hook in hooks.items() if key != _KEY)
+            if hooks and (
+                _KEY in hooks or FIRST_CALL in hooks
+            ):  # else the user's handles go on knowing this dictionary
+                state[table] = OrderedDict((key, hook) for key, hook in hooks.items() if key not in (_KEY, FIRST_CALL))
         parameters = state.get("_parameters")
         if parameters:
             state["_parameters"] = {name: p if p is None else unheld(p) for name, p in parameters.items()}

@@ -215,6 +215,15 @@ def checkpoint_text(changes: Sequence[StatsChange], phrases: Phrases) -> str:
     )
 
 
+def idle_text(layers: Sequence[GuardedLayer], phrases: Phrases) -> str:
+    """The warning about a run in which no guarded layer was called."""
+    shown = first_of([layer_text(layer.names, layer.type) for layer in layers], _SHOWN)
+    return (
+        f"no forward of a guarded layer ran inside {phrases.place}, while batches did: {shown}.\n"
+        "Guard the model that runs. Some libraries make or copy it (model_init=, clone(), deepcopy())."
+    )
+
+
 def averaged_text(callback: str, changes: Sequence[StatsChange], phrases: Phrases) -> str:
     """The warning about a callback that averages weights and has written to guarded layers."""
     head = f"{callback} wrote to running statistics of {_layers(len(changes))} inside {phrases.place}:"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from bnguard.guard import messages
 from bnguard.guard.frozen import frozen
+from bnguard.guard.idle import IdleCheck
 from bnguard.guard.options import Frontend, OnChange, Settings, settings_for
 from bnguard.guard.phrases import Phrases
 from bnguard.integrations._phase import Phase, RunOptions, taken_from
@@ -29,7 +31,8 @@ class RunGuard:
     An integration derives from this class and calls ``_begin_run(model)`` when a run begins, ``_reach(epoch, step)`` at
     the beginning of each epoch and step if the phase is not the whole run, ``check()`` before results are used that
     must not depend on changed statistics (a validation, a checkpoint), ``_end_run()`` when the run ends, and
-    ``_end_failed_run(error)`` when it ends with an exception.
+    ``_end_failed_run(error)`` when it ends with an exception. It adds to ``_batches`` after each batch: if none of the
+    guarded layers was called meanwhile, the end of the run warns about that.
 
     Args:
         phrases: What messages call the guard.
@@ -50,6 +53,11 @@ class RunGuard:
         self._phase: Phase = taken_from(others)
         self._settings: Settings = settings_for(Frontend(phrases), on_change, others, RunOptions)
         self._guard: frozen | None = None  # of the current run, else of the last one
+        self._block = ExitStack()  # while it is open
+        self._batches = 0  # that the trainer has run, as far as the integration counts them
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_block": ExitStack()}  # a copy of a guard is closed
 
     @property
     def changes(self) -> tuple[StatsChange, ...]:
@@ -122,7 +130,11 @@ class RunGuard:
         """
         guard = self._prepare(model)
         if self._phase.covers(epoch, step):
-            guard.start()
+            self._start(guard)
+
+    def _start(self, guard: frozen) -> None:
+        """Begins a block."""
+        self._block.enter_context(IdleCheck(guard, lambda: self._batches))
 
     def _reach(self, epoch: int, step: int) -> None:
         """Begins or ends the guard of a run, if the phase begins or ends here.
@@ -135,7 +147,7 @@ class RunGuard:
         if not self._phase.covers(epoch, step):
             RunGuard._end_run(self)  # not that of a subclass: the run goes on
         elif not self._is_on():
-            self._guard.start()
+            self._start(self._guard)
 
     def _is_on(self) -> bool:
         """Whether the model is guarded at the moment."""
@@ -150,8 +162,7 @@ class RunGuard:
         Raises:
             StatsChangedError: As at the end of a block, if ``error`` is None.
         """
-        if self._guard is not None:
-            self._guard.__exit__(None if error is None else type(error), error, None)
+        self._block.__exit__(None if error is None else type(error), error, None)
 
     def _end_failed_run(self, error: BaseException) -> list[str]:
         """Ends the guard of a run that ended with an exception, and raises nothing that would replace it.

@@ -33,6 +33,7 @@ from typing import Any, Unpack
 from torch import nn
 
 from bnguard.guard.frozen import frozen
+from bnguard.guard.idle import IdleCheck
 from bnguard.guard.options import OnChange
 from bnguard.integrations._base import RunGuard, missing_text, phrases_of
 from bnguard.integrations._phase import Phase, RunOptions
@@ -152,7 +153,7 @@ class _GuardedRun:
         with ExitStack() as self._block:
             self._is_in_block = self._phase.is_whole_run
             if self._is_in_block:
-                self._block.enter_context(guard)
+                self._enter(guard, self._block)
             return self._run(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _GuardedRun:
@@ -175,10 +176,14 @@ class _GuardedRun:
             return
         covers = self._phase.covers(state.epoch - 1, state.iteration - 1)
         if covers and not self._is_in_block:
-            block.enter_context(guard)
+            self._enter(guard, block)
         elif self._is_in_block and not covers:
             block.close()
         self._is_in_block = covers
+
+    def _enter(self, guard: frozen, block: ExitStack) -> None:
+        # Iterations that are over: the last one may have been ended before it called anything.
+        block.enter_context(IdleCheck(guard, lambda: max(self.engine.state.iteration - 1, 0)))
 
     def remove(self) -> None:
         """Restores ``run``. If other code has wrapped this object since, it stays, and only calls what it replaced."""

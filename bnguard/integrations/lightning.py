@@ -80,8 +80,8 @@ class BNGuardCallback(RunGuard, LightningCallback):  # type: ignore[misc]  # as 
     updates that ``"raise"`` has stopped ``stopped_layers`` and ``bnguard/<layer>/stopped``. Between comparisons no
     tensor is read.
 
-    ``BaseFinetuning.freeze(train_bn=False)`` does not freeze running statistics: its layers normalise with each batch
-    in training, and with the running statistics in evaluation. With ``use_running_stats=True`` they are frozen.
+    ``BaseFinetuning.freeze(train_bn=False)`` freezes no running statistics: its layers normalise with each batch in
+    training. With ``use_running_stats=True`` they are frozen.
 
     If the strategy loads the checkpoint after ``on_fit_start`` (FSDP, DeepSpeed, ``ModelParallelStrategy``), the guard
     begins at ``on_sanity_check_start`` or ``on_train_start``. With several processes each guards its own copy of the
@@ -93,9 +93,8 @@ class BNGuardCallback(RunGuard, LightningCallback):  # type: ignore[misc]  # as 
     guarded, each by a block of its own. With ``updates`` they are not limited: Lightning undoes what they do.
 
     Not covered: other callbacks that average weights: what they write is a change. If ``on_exception`` of another
-    callback raises, Lightning does not call the callbacks after it: then the guard ends when the next run begins. With
-    ``strategy="ddp_spawn"`` and others that start processes, ``changes`` and ``layers`` of the process that started
-    them stay empty.
+    callback raises, Lightning does not call the callbacks after it: then the guard ends when the next run begins. In
+    the process that starts others (``strategy="ddp_spawn"``) ``changes`` and ``layers`` stay empty.
 
     Args:
         target: What to guard: the path of a submodule of the ``LightningModule``, such as ``"backbone"`` or
@@ -146,7 +145,7 @@ class BNGuardCallback(RunGuard, LightningCallback):  # type: ignore[misc]  # as 
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy, or the callback in a process that a launcher starts, guards nothing yet.
-        return {**self.__dict__, "_guard": None, "_trainer": None, "_undo": ()}
+        return {**super().__getstate__(), "_guard": None, "_trainer": None, "_undo": ()}
 
     # Hooks at the beginning and the end of a run.
 
@@ -231,11 +230,18 @@ class BNGuardCallback(RunGuard, LightningCallback):  # type: ignore[misc]  # as 
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Compares at every ``log_every``-th optimizer step."""
+        self._batches += 1
         if self._log_every is not None:
             step = trainer.global_step  # may increase by more than one per batch, with several optimizers
             if step // self._log_every > self._logged_step // self._log_every:
                 self._logged_step = step
                 self._check(trainer)
+
+    def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        """Counts the batch."""
+        self._batches += 1
+
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Compares before a checkpoint that is not made by ``Trainer.save_checkpoint()``."""
@@ -330,7 +336,7 @@ class BNGuardCallback(RunGuard, LightningCallback):  # type: ignore[misc]  # as 
     # Parts.
 
     def _guards_run_of(self, trainer: Any) -> bool:
-        return self._trainer is not None and self._trainer is trainer
+        return trainer is not None and self._trainer is trainer
 
     def _begin(self, trainer: Any, pl_module: nn.Module) -> None:
         if self._trainer is not None:  # the callback is in the list twice
@@ -344,7 +350,7 @@ class BNGuardCallback(RunGuard, LightningCallback):  # type: ignore[misc]  # as 
         if trainer.state.fn == _FIT:
             self._begin_run(pl_module, trainer.current_epoch, trainer.global_step)
         else:
-            self._prepare(pl_module).start()
+            self._start(self._prepare(pl_module))
         self._logged_step = trainer.global_step
         self._trainer = trainer
 

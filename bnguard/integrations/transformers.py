@@ -169,6 +169,7 @@ class BNGuardCallback(RunGuard, TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Compares, if ``check_at`` says so."""
+        self._batches += 1
         self._check_if_asked("step_end", saves=control.should_save)
 
     def on_epoch_end(

@@ -192,6 +192,12 @@ def compiled_parts(model: nn.Module) -> set[int]:
     }
 
 
+def has_compiled() -> bool:
+    """Whether dynamo has compiled a graph in this process since the last reset."""
+    utils = sys.modules.get("torch._dynamo.utils")
+    return utils is not None and bool(utils.counters["stats"])
+
+
 def object_at(key: int) -> Any:
     """Finds an object by its id, for a function called at compile time, whose arguments must be constants."""
     return next((item for item in gc.get_objects() if id(item) == key), None)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 import bnguard
@@ -158,3 +161,134 @@ def test_a_run_that_never_began(model):
     callback.check()
     callback.on_end()
     assert (callback.changes, callback.layers) == ((), ())
+
+
+# A guard on a model that does not run.
+
+
+class CountingCallback(Callback):
+    """Counts the batches, as integrations do."""
+
+    def on_validate(self) -> None:
+        self._batches += 1
+
+
+class Elsewhere(Loop):
+    """A trainer that trains a copy of the model it was given, as skorch and ``model_init`` do."""
+
+    def run(self, steps: int = 2) -> None:
+        given, made = self.model, copy.deepcopy(self.model)
+        self.callback.on_begin(given)
+        self.model = made
+        begin, self.callback.on_begin = self.callback.on_begin, lambda model: None
+        try:
+            super().run(steps)
+        finally:
+            self.callback.on_begin = begin
+
+
+@pytest.mark.usefixtures("no_graphs")
+@pytest.mark.parametrize("options", [{}, {"on_change": "restore"}, {"use_running_stats": True}], ids=str)
+def test_guard_of_layers_that_never_ran_says_so_at_its_end(model, options):
+    """Batches ran, and moved the statistics of another model."""
+    callback = CountingCallback(**options)
+    with pytest.warns(bnguard.BNGuardWarning) as words:
+        Elsewhere(model, callback).run()
+    [word] = words
+    assert str(word.message) == (
+        "no forward of a guarded layer ran inside Callback(), while batches did: 1 (BatchNorm2d).\n"
+        "Guard the model that runs. Some libraries make or copy it (model_init=, clone(), deepcopy())."
+    )
+    assert word.filename == __file__
+    assert_clean(model)
+
+
+def run_in_eval_mode(callback: Any, model: nn.Module) -> None:
+    """The layer runs, and would not move anyway."""
+    model.eval()
+    callback.on_begin(model)
+    model(images())
+    callback.on_validate()
+    callback.on_end()
+
+
+def run_without_batches(callback: Any, model: nn.Module) -> None:
+    """A run that was resumed at its end."""
+    callback.on_begin(model)
+    callback.on_end()
+
+
+def run_one_of_two(callback: Any, model: nn.Module) -> None:
+    """A layer that this phase of the training leaves out."""
+    model.append(nn.BatchNorm2d(3))
+    callback.on_begin(model)
+    model[:2](images())
+    callback.on_validate()
+    callback.on_end()
+
+
+def run_once_and_then_something_else(callback: Any, model: nn.Module) -> None:
+    """A teacher that is used in one step only."""
+    callback.on_begin(model)
+    model(images())
+    for _ in range(3):
+        callback.on_validate()
+    callback.on_end()
+
+
+def run_compiled(callback: Any, model: nn.Module) -> None:
+    """A warm graph runs no hooks."""
+    run = torch.compile(model.eval(), backend="eager")
+    run(images())
+    callback.on_begin(model)
+    run(images())
+    callback.on_validate()
+    callback.on_end()
+
+
+def run_and_fail(callback: Any, model: nn.Module) -> None:
+    """The user has an error already."""
+    callback.on_begin(model)
+    callback.on_validate()
+    callback.on_error(ValueError())
+
+
+def run_inside_another(callback: Any, model: nn.Module) -> None:
+    """Two guards on one layer, of which one ends first."""
+    other = CountingCallback("restore")
+    callback.on_begin(model)
+    other.on_begin(model)
+    model(images())
+    for guard in (callback, other):
+        guard.on_validate()
+        guard.on_end()
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        run_in_eval_mode,
+        run_without_batches,
+        run_one_of_two,
+        run_once_and_then_something_else,
+        run_compiled,
+        run_and_fail,
+        run_inside_another,
+    ],
+)
+def test_guard_says_nothing_of_layers_that_ran_or_had_no_reason_to(model, run):
+    """Warnings are errors here."""
+    run(CountingCallback("restore"), model)
+    assert_clean(model)
+
+
+def test_layer_runs_without_a_hook_more_after_its_first_forward(model):
+    """And copies that were made before it are free of it."""
+    callback = CountingCallback("restore")
+    callback.on_begin(model)
+    assert_clean(copy.deepcopy(model))
+    pickle.loads(pickle.dumps(model))
+    assert not copy.deepcopy(model)[1]._forward_pre_hooks
+    model(images())
+    assert not model[1]._forward_pre_hooks
+    callback.on_end()

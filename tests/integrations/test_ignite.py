@@ -769,3 +769,19 @@ def test_examples_run() -> None:
     names["handler"].detach()
     names["trainer"].run(make_loader(), max_epochs=2)
     assert drifted(model)
+
+
+@pytest.mark.usefixtures("no_graphs")
+def test_guard_of_a_copy_says_that_it_never_ran() -> None:
+    """The engine runs the original. An engine that ends in its first iteration has run nothing that could tell."""
+    model = make_model()
+    other, trainer = copy.deepcopy(model), make_trainer(model)
+    BNGuardHandler(other, "restore").attach(trainer)
+    with pytest.warns(bnguard.BNGuardWarning, match=r"no forward of a guarded layer ran inside BNGuardHandler\(\)"):
+        run(trainer)
+    assert drifted(model)
+    assert_clean(other)
+    stopped = make_trainer(make_model())
+    stopped.add_event_handler(Events.ITERATION_STARTED, lambda engine: engine.terminate())
+    BNGuardHandler(other, "restore").attach(stopped)
+    run(stopped)

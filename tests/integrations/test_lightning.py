@@ -1649,6 +1649,35 @@ def test_path_that_leads_nowhere_ends_the_run_before_it_begins(arguments, option
     run.assert_held()
 
 
+@pytest.mark.usefixtures("no_graphs")
+@pytest.mark.parametrize("what", ["fit", "validate", "predict"])
+def test_guard_of_layers_that_never_ran_says_so(what, tmp_path):
+    """Of a module that is no part of the model, and of a part that has no place in its forward."""
+    net = make_net()
+    net.spare = nn.Sequential(nn.BatchNorm1d(4))
+    for target in (nn.BatchNorm1d(3), "spare"):
+        trainer = make_trainer(tmp_path, BNGuardCallback(target, "restore"))
+        with said() as words:
+            getattr(trainer, what)(net, batches(), *[batches(2)] * (what == "fit"))
+        [word] = words
+        assert str(word.message).startswith("no forward of a guarded layer ran inside BNGuardCallback(), while batches")
+        assert word.filename == __file__
+        assert_clean(net)
+
+
+def test_guard_of_a_run_without_batches_accuses_nobody(tmp_path):
+    """Nor where the model skips its epochs."""
+
+    class Skips(Net):
+        def on_train_batch_start(self, batch, batch_idx):
+            return -1
+
+    for net, options in ((Net(), {"max_epochs": 0}), (Skips(), {"limit_val_batches": 0})):
+        run = fit(net, make_trainer(tmp_path, BNGuardCallback("backbone", "restore"), **options))
+        assert run.error is None
+        run.assert_held()
+
+
 def test_part_without_statistics_is_a_warning(tmp_path):
     """Generic training code must keep running."""
     with said() as words:

@@ -592,6 +592,26 @@ def test_model_init_is_guarded(tmp_path: Path) -> None:
     assert drift(made[-1])
 
 
+@pytest.mark.usefixtures("no_graphs")
+def test_guard_of_a_model_that_model_init_replaces_says_that_it_never_ran(tmp_path: Path) -> None:
+    """The trainer makes another one, whose statistics move; with the path it is guarded."""
+    first, callbacks = Net(), []
+    for target in (first, None):
+        callback = BNGuardCallback(target, "restore")
+        trainer = Recording(
+            args=make_args(tmp_path), train_dataset=make_dataset(), model_init=Net, callbacks=[callback]
+        )
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            trainer.train()
+        callbacks.append([str(word.message) for word in said if word.category is bnguard.BNGuardWarning])
+        assert drift(trainer.model) == (target is first)
+    [word], silence = callbacks
+    assert word.startswith("no forward of a guarded layer ran inside BNGuardCallback(), while batches did: net.")
+    assert "model_init=" in word
+    assert not silence
+
+
 class Distilling(Recording):
     """Learns from a teacher that was left in train mode."""
 
