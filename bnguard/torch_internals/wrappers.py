@@ -1,4 +1,4 @@
-"""Modules of torch and Lightning that wrap a whole model and call it."""
+"""Modules of torch, Lightning and mmengine that wrap a whole model and call it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Final
 WRAPPERS: Final = {
     "DataParallel": ("module",),
     "DistributedDataParallel": ("module",),
+    "MMDistributedDataParallel": ("module",),
     "FullyShardedDataParallel": ("_fsdp_wrapped_module",),
     "OptimizedModule": ("_orig_mod",),
     "CheckpointWrapper": ("_checkpoint_wrapped_module",),

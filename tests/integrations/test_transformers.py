@@ -29,9 +29,11 @@ from tests.loops import (
     quiet_imports,
     run_code,
 )
+from tests.readme import LOOPS
 
 with quiet_imports():
-    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers import PretrainedConfig, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+    from transformers.modeling_layers import GradientCheckpointingLayer
 
     from bnguard.integrations import transformers as integration
     from bnguard.integrations.transformers import BNGuardCallback
@@ -610,6 +612,58 @@ def test_guard_of_a_model_that_model_init_replaces_says_that_it_never_ran(tmp_pa
     assert word.startswith("no forward of a guarded layer ran inside BNGuardCallback(), while batches did: net.")
     assert "model_init=" in word
     assert not silence
+
+
+class Stage(GradientCheckpointingLayer):
+    """Runs again in backward, if the model is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 1, 3, padding=1), nn.BatchNorm2d(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x)).relu()
+
+
+class Staged(PreTrainedModel):
+    """A model of transformers with such stages."""
+
+    config_class = PretrainedConfig
+    supports_gradient_checkpointing = True
+
+    def __init__(self) -> None:
+        super().__init__(PretrainedConfig())
+        torch.manual_seed(0)
+        self.stem, self.stages, self.head = nn.Conv2d(1, 1, 1), nn.Sequential(Stage(), Stage()), nn.Linear(64, 10)
+        self.post_init()
+
+    def forward(self, pixels: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        logits = self.head(self.stages(self.stem(pixels)).flatten(1))
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
+def test_recipe_of_gradient_checkpointing_updates_once_a_step(tmp_path: Path) -> None:
+    """The README's: bit for bit a run without checkpointing, while statistics move twice without the block."""
+    (recipe,) = LOOPS["transformers: gradient checkpointing"]
+    models = []
+    block = "with bnguard.recompute_frozen(model):"
+    assert block in recipe
+    plainly = recipe.replace("gradient_checkpointing=True", "gradient_checkpointing=False").replace(
+        'gradient_checkpointing_kwargs={"use_reentrant": False}, ', ""
+    )
+    for code in (recipe, recipe.replace(block, "if True:"), plainly.replace(block, "if True:")):
+        model = Staged()
+        args = "report_to=[], use_cpu=True, disable_tqdm=True, save_strategy='no', per_device_train_batch_size=16"
+        names = {"model": model, "folder": str(tmp_path), "dataset": make_dataset()}
+        torch.manual_seed(3)
+        run_code(code.replace("report_to=[]", args), names)
+        assert_clean(model)
+        models.append(model)
+    once, twice, twin = models
+    assert_same_bits(once.state_dict(), twin.state_dict())
+    assert int(once.stages[0].norm.num_batches_tracked) == 9
+    assert int(twice.stages[0].norm.num_batches_tracked) == 18
 
 
 class Distilling(Recording):
