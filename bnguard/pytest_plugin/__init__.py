@@ -23,15 +23,13 @@ from bnguard.pytest_plugin.markers import (
     settings_of,
 )
 from bnguard.pytest_plugin.report import (
+    REPORTS,
     Move,
-    TestMoves,
-    as_json,
+    Reporter,
     error_of_test_case,
-    github_lines,
     move_text,
     moves_of,
     raise_at_test,
-    report_lines,
 )
 
 if TYPE_CHECKING:
@@ -47,7 +45,6 @@ __all__ = ["bn_frozen"]
 
 Wanted: TypeAlias = Literal["raise", "no-grad", "warn", "off"]
 _WANTED: Final = ("raise", "no-grad", "warn", "off")
-_REPORTS: Final = ("terminal", "github")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -147,7 +144,7 @@ def pytest_configure(config: pytest.Config) -> None:
     on_line = config.getoption("bn_frozen")
     place = f"--bn-frozen={on_line}" if on_line else f"bn_frozen = {in_file}"
     report = config.getoption("bn_report")
-    if report is not None and report not in _REPORTS and not report.endswith(".json"):
+    if report is not None and report not in REPORTS and not report.endswith(".json"):
         raise pytest.UsageError(
             f"--bn-report={report}: give github or the path of a .json file; to test {report}, put it before "
             "--bn-report"
@@ -155,7 +152,7 @@ def pytest_configure(config: pytest.Config) -> None:
     switches = _Switches(cast("Wanted", on_line or in_file), place, report, config.getini("bn_updates"))
     config.stash[_SWITCHES] = switches
     if report is not None:
-        config.pluginmanager.register(_Reporter(report, config), "bnguard-report")
+        config.pluginmanager.register(Reporter(report, config), "bnguard-report")
 
 
 @pytest.fixture
@@ -383,40 +380,3 @@ def pytest_runtest_makereport(
         moves = [dataclasses.asdict(move) for move in item.stash[_MOVES]]
         report._bnguard_moves = moves  # type: ignore[attr-defined]  # reports take any, and xdist sends them along
     return report
-
-
-class _Reporter:
-    """Collects what tests moved, and writes it at the end.
-
-    Args:
-        report: As in ``_Switches``.
-        config: That of the process that collects.
-    """
-
-    def __init__(self, report: str, config: pytest.Config) -> None:
-        self._report = report
-        self._root = config.invocation_params.dir
-        self._tests: dict[tuple[str, int, str], TestMoves] = {}
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Collects one test, which may have run in another process."""
-        moves = getattr(report, "_bnguard_moves", None)
-        if moves:
-            file, line, _ = report.location
-            key = file, line or 0, report.nodeid  # in the order of the files, whoever was first
-            self._tests[key] = TestMoves(report.nodeid, [Move(**move) for move in moves])
-
-    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        """Writes the report."""
-        tests = [self._tests[key] for key in sorted(self._tests)]
-        if self._report == "github":
-            for line in github_lines(tests):
-                terminalreporter.line(line)
-            return
-        terminalreporter.section("running statistics")
-        for line in report_lines(tests):
-            terminalreporter.line(line)
-        if self._report not in _REPORTS:
-            path = self._root / self._report
-            path.write_text(as_json(tests), encoding="utf-8")
-            terminalreporter.line(f"as JSON: {self._report}")

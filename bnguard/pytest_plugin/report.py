@@ -16,6 +16,7 @@ import pytest
 from bnguard.records import StatsChange
 from bnguard.words import count_text, first_of, layer_text
 
+REPORTS: Final = ("terminal", "github")
 # How many are named: layers of a line, tests of a line, and lines.
 _SHOWN: Final = 3
 _TESTS: Final = 5
@@ -211,3 +212,40 @@ def _definition_of(item: pytest.Item) -> tuple[str, int, int] | None:
         if line.lstrip().startswith(("def ", "async def ")):
             return function.__code__.co_filename, first + number, len(line.rstrip())
     return None
+
+
+class Reporter:
+    """Collects what tests moved, and writes it at the end.
+
+    Args:
+        report: Where to: one of ``REPORTS``, or the path of a JSON file.
+        config: That of the process that collects.
+    """
+
+    def __init__(self, report: str, config: pytest.Config) -> None:
+        self._report = report
+        self._root = config.invocation_params.dir
+        self._tests: dict[tuple[str, int, str], TestMoves] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Collects one test, which may have run in another process."""
+        moves = getattr(report, "_bnguard_moves", None)
+        if moves:
+            file, line, _ = report.location
+            key = file, line or 0, report.nodeid  # in the order of the files, whoever was first
+            self._tests[key] = TestMoves(report.nodeid, [Move(**move) for move in moves])
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        """Writes the report."""
+        tests = [self._tests[key] for key in sorted(self._tests)]
+        if self._report == "github":
+            for line in github_lines(tests):
+                terminalreporter.line(line)
+            return
+        terminalreporter.section("running statistics")
+        for line in report_lines(tests):
+            terminalreporter.line(line)
+        if self._report not in REPORTS:
+            path = self._root / self._report
+            path.write_text(as_json(tests), encoding="utf-8")
+            terminalreporter.line(f"as JSON: {self._report}")
