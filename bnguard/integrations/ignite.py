@@ -70,7 +70,7 @@ class BNGuardHandler(RunGuard):
         target: What to guard: the model that the engines run, or a part of it, such as ``model.backbone``. No path: an
             engine does not know its model.
         on_change: What to do about an update: ``"raise"``, ``"warn"`` or ``"restore"``, as in ``bnguard.frozen``.
-        **options: ``use_running_stats``, ``affine``, ``updates`` (per run), ``include`` and ``exclude``, as in
+        **options: ``use_running_stats``, ``affine``, ``updates`` (per run), ``include``, ``exclude``, ``buffers``: see
             ``bnguard.frozen``. ``until_epoch=5`` ends the guard of a run when its epoch 5 begins, of which the first is
             0 (``engine.state.epoch`` counts from 1); ``from_epoch=2`` begins it with epoch 2. ``until_step`` and
             ``from_step`` count iterations.

@@ -102,7 +102,7 @@ class BNGuardCallback(RunGuard, LightningCallback):  # type: ignore[misc]  # as 
         on_change: What to do about an update, as in ``bnguard.frozen``. Under ``"raise"`` the error ends the run.
         log_every: Compare and log at every ``log_every``-th optimizer step as well; each comparison waits for the
             device once. None compares at validations and checkpoints only.
-        **options: ``use_running_stats``, ``affine``, ``updates`` (per run), ``include`` and ``exclude``, as in
+        **options: ``use_running_stats``, ``affine``, ``updates`` (per run), ``include``, ``exclude``, ``buffers``: see
             ``bnguard.frozen``. Names are those in the ``state_dict()`` of the ``LightningModule``, as in a checkpoint.
             ``until_epoch=5`` ends the guard of ``fit()`` when epoch 5 begins, of which the first is 0;
             ``from_epoch=2`` begins it with epoch 2. ``until_step`` and ``from_step`` count optimizer steps, as

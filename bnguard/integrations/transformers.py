@@ -79,7 +79,7 @@ class BNGuardCallback(RunGuard, TrainerCallback):
             ``"evaluate"``, ``"save"``, in order to find changes that are not made by forwards. ``"save"`` compares
             before a checkpoint is saved: under ``"raise"`` and ``"restore"`` every checkpoint holds the original
             statistics. Each comparison waits for the device. By default only the end of the run compares.
-        **options: ``use_running_stats``, ``affine``, ``updates`` (per run), ``include`` and ``exclude``, as in
+        **options: ``use_running_stats``, ``affine``, ``updates`` (per run), ``include``, ``exclude``, ``buffers``: see
             ``bnguard.frozen``. ``until_epoch=5`` ends the guard when epoch 5 begins, of which the first is 0;
             ``from_epoch=2`` begins it with epoch 2. ``until_step`` and ``from_step`` count optimizer steps, as
             ``state.global_step`` does.
