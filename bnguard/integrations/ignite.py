@@ -151,10 +151,14 @@ class _GuardedRun:
         if guard is None:
             return self._run(*args, **kwargs)
         with ExitStack() as self._block:
+            self._block.callback(self._forget)
             self._is_in_block = self._phase.is_whole_run
             if self._is_in_block:
                 self._enter(guard, self._block)
             return self._run(*args, **kwargs)
+
+    def _forget(self) -> None:
+        self._block, self._is_in_block = None, False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _GuardedRun:
         # Usually a copy of an engine shares its function, and so its model. Otherwise the model is in the memo by now.

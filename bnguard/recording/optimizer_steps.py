@@ -113,7 +113,8 @@ class StepCounter:
             steps = OptimizerSteps(optimizer, self.optimizers)
             kept = [other for other in self.optimizers if not (other.is_over() and steps.has_replaced(other))]
             self.optimizers = [*kept, steps]
-            self._by_id[id(optimizer)] = steps
+            alive = {key: other for key, other in self._by_id.items() if not other.is_over()}
+            self._by_id = {**alive, id(optimizer): steps}
             self.changes += 1
         return steps
 

@@ -655,6 +655,26 @@ def test_engine_that_nobody_keeps_can_run() -> None:
     assert alive() is None
 
 
+@pytest.mark.parametrize("options", [{}, {"until_epoch": 1}], ids=["whole", "phase"])
+def test_finished_run_keeps_nothing(options: Any) -> None:
+    """What an engine has between runs is what it had before the first, also after a run that failed."""
+    models = make_model(), make_model()
+    trainer, failing = map(make_trainer, models)
+    for model, engine in zip(models, (trainer, failing), strict=True):
+        BNGuardHandler(model, "restore", **options).attach(engine)
+    failing.add_event_handler(Events.ITERATION_STARTED, fail)
+    before = [dict(vars(engine.run)) for engine in (trainer, failing)]
+    trainer.run(make_loader(), max_epochs=2)
+    with pytest.raises(OSError, match="mine"):
+        failing.run(make_loader())
+    assert [dict(vars(engine.run)) for engine in (trainer, failing)] == before
+
+
+def fail(engine: Engine) -> None:
+    """A handler with an error."""
+    raise OSError("mine")
+
+
 def test_copy_of_an_engine_guards_the_copy_of_the_model() -> None:
     """A deep copy of an engine, its handler and its model is one of its own."""
     model = make_model()

@@ -624,6 +624,12 @@ def test_many_optimizers_cost_no_more_than_one() -> None:
         for _ in range(50):
             torch.optim.SGD(net.parameters(), 0.0).step()
         assert (len(counter.optimizers), counter.count) == (1, 50)
+        several = [torch.optim.SGD(net.parameters(), 0.0) for _ in range(50)]
+        for optimizer in several:
+            optimizer.step()
+        del several, optimizer
+        torch.optim.SGD(net.parameters(), 0.0).step()
+        assert (len(counter.optimizers), len(counter._by_id)) == (1, 1)
     finally:
         counter.close()
 
