@@ -11,7 +11,6 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Final
 
-import torch
 from torch import nn
 
 from bnguard.errors import BNGuardError, BNGuardWarning
@@ -24,6 +23,7 @@ from bnguard.torch_internals import global_hook
 from bnguard.torch_internals.callsite import call_site
 from bnguard.torch_internals.compile import object_at, record_compiled
 from bnguard.torch_internals.functional_call import has_lent_buffers
+from bnguard.torch_internals.tracing import is_capturing
 
 # Models with an open guard. The guard of the oldest is ended for a newer one, and begins again when its model runs.
 _MOST_OPEN: Final = 16
@@ -117,7 +117,7 @@ class AutoGuard:
             try:
                 self._guard(module)
             except BNGuardError as error:
-                if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+                if is_capturing():
                     return  # guarded at a later forward
                 text = f"{type(module).__name__} is not guarded. {error}"
                 warnings.warn(text, BNGuardWarning, stacklevel=call_site().stacklevel)

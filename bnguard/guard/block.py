@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Final
 
-import torch
 from torch import Tensor, nn
 
 from bnguard.errors import BNGuardError, BNGuardWarning, StatsChangedError
@@ -34,6 +33,7 @@ from bnguard.records import GuardedLayer, StatsChange
 from bnguard.torch_internals.callsite import call_site
 from bnguard.torch_internals.checkpointing import Region
 from bnguard.torch_internals.compile import GUARDS_GRAPHS, explain_break, forget_graphs
+from bnguard.torch_internals.tracing import are_on_cuda, is_capturing
 
 _NONE: Final[Mapping[int, StatsChange]] = {}
 
@@ -88,13 +88,8 @@ class Block:
         settings, layers = self._settings, self._layers
         self._process = os.getpid()
         self._outcome = Outcome(settings)
-        self._on_cuda = torch.cuda.is_initialized() and any(
-            [
-                tensor.is_cuda
-                for layer in layers
-                for tensor in own_tensors(layer.module, "_buffers").values()
-                if tensor is not None
-            ]
+        self._on_cuda = are_on_cuda(
+            tensor for layer in layers for tensor in own_tensors(layer.module, "_buffers").values()
         )
         self._refuse_capture()
         refuse_batch_programs(self._model, layers, settings)
@@ -302,7 +297,7 @@ class Block:
             self._others.tell(self._settings.frontend.phrases)
 
     def _refuse_capture(self) -> None:
-        if self._on_cuda and torch.cuda.is_current_stream_capturing():
+        if self._on_cuda and is_capturing():
             raise BNGuardError(messages.capture_text(self._settings.frontend.phrases))
 
     def _owner(self, layer: int) -> int:

@@ -34,7 +34,7 @@ from bnguard.torch_internals.compile import (
 )
 from bnguard.torch_internals.distributed import is_distributed
 from bnguard.torch_internals.functional_call import in_functional_call
-from bnguard.torch_internals.tracing import is_recorded
+from bnguard.torch_internals.tracing import are_on_cuda, is_capturing, is_recorded
 
 
 @at_compile_time
@@ -162,10 +162,8 @@ class Surroundings(InstancePatch):
     def is_captured(self) -> bool:
         """Whether the forward becomes part of a CUDA graph."""
         if self._on_cuda is None:
-            # A build without CUDA has fake CUDA tensors, and fails when it is asked about streams.
-            is_initialized = torch.cuda.is_initialized()
-            self._on_cuda = is_initialized and any([tensor is not None and tensor.is_cuda for tensor in self._known])
-        return self._on_cuda and torch.cuda.is_current_stream_capturing()
+            self._on_cuda = are_on_cuda(self._known)
+        return self._on_cuda and is_capturing()
 
     def surroundings(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]

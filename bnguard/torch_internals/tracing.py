@@ -56,6 +56,16 @@ def is_symbolic(args: Iterable[Any], kwargs: Mapping[str, Any]) -> bool:
     )
 
 
+def is_capturing() -> bool:
+    """Whether the current stream is being captured in a CUDA graph."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def are_on_cuda(tensors: Iterable[torch.Tensor | None]) -> bool:
+    """Whether any of the tensors is on a GPU. A build without CUDA has fake CUDA tensors, which do not count."""
+    return torch.cuda.is_initialized() and any(tensor is not None and tensor.is_cuda for tensor in tensors)
+
+
 def is_being_recorded() -> bool:
     """Whether code outside of any forward is being traced, including by ``torch.export``."""
     if is_exporting() or is_recorded((), {}):
