@@ -22,7 +22,7 @@ from bnguard.words import count_text
 
 
 @outside_graphs
-@outside_modes()
+@outside_modes
 def audit(model: nn.Module, optimizer: Optimizer | None = None) -> tuple[Finding, ...]:
     """Looks for what is wrong with a model's running statistics, without running it.
 

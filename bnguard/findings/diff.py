@@ -42,7 +42,7 @@ _SHOWN: Final = 20  # rows
 
 
 @outside_graphs
-@outside_modes()
+@outside_modes
 def diff(before: Source, after: Source, *, key: str | None = None) -> StatsDiff:
     """Compares the running statistics of two models, state dicts or checkpoint files.
 

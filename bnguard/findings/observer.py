@@ -40,7 +40,7 @@ class LayerObserver:
         self.on_result = self._listeners("on_result")
         self.on_step_end = self._listeners("on_step_end")
 
-    @outside_modes()
+    @outside_modes
     def evidence(self, end: LayerEnd) -> list[Evidence]:
         """What the rules have found about the layer so far."""
         return [evidence for rule in self._rules for evidence in rule.at_end(end)]

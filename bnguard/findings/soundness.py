@@ -35,7 +35,7 @@ def half_precision_of(statistics: Mapping[str, Tensor]) -> str | None:
     return str(dtypes.pop()).removeprefix("torch.") if dtypes else None
 
 
-@outside_modes()
+@outside_modes
 def has_broken(statistics: Mapping[str, Tensor]) -> bool:
     """Whether some of the statistics are NaN, infinite, or a negative variance. Waits for the device."""
     return any([are_numbers([tensor]) and _is_broken(name, tensor) for name, tensor in readable(statistics).items()])
@@ -51,7 +51,7 @@ def _is_broken(name: str, statistic: Tensor) -> bool:
     return bool(bad.any())
 
 
-@outside_modes()
+@outside_modes
 def is_initial(statistics: Mapping[str, Tensor]) -> bool:
     """Whether the statistics are those of a new layer: mean 0, variance 1, no batch counted. Waits for the device."""
     own = readable(statistics)

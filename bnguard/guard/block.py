@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Mapping
 from typing import Final
 
 from torch import Tensor, nn
@@ -70,7 +71,7 @@ class Block:
         self._layers = guarded_layers(model, self._tree.layers, settings)
         self._owners: dict[int, int] | None = None
         self._counts = Counts()
-        self._entry: PolicyEntry  # while the block is open
+        self._entry: PolicyEntry | None = None  # while the block is open
         self._affine: AffineHold | None = None
         self._check: ExitCheck | None = None
         self._bystanders: Bystanders | None = None
@@ -83,8 +84,8 @@ class Block:
         self._has_named = False
         self._regions: dict[int, Region] = {}  # checkpointed, held, and not recomputed so far
 
-    def enter(self) -> None:
-        """Guards the layers from now on. If that fails, the model is as it was."""
+    def enter(self, manager: object = None) -> None:
+        """Guards the layers from now on, at most as long as ``manager`` lives. If it fails, ``abandon()`` it."""
         settings, layers = self._settings, self._layers
         self._process = os.getpid()
         self._outcome = Outcome(settings)
@@ -96,26 +97,24 @@ class Block:
         refuse_other_buffers(layers, settings)
         is_outermost = settings.frontend.is_outermost
         self._counts = Counts()
-        self._entry = PolicyEntry(self, settings.policy, settings.updates, self._counts, outermost=is_outermost)
+        entry = PolicyEntry(self, settings.policy, settings.updates, self._counts, outermost=is_outermost)
         earlier, self._guards = self._guards, []
-        try:
-            # The entry first: what other threads run meanwhile is then held already.
-            if not settings.frontend.compares_only:
-                add_entry(layers, self._entry, self._guards, earlier)
-            if not GUARDS_GRAPHS and any([guard.has_forward for guard in self._guards]):
-                forget_graphs()
-            self._check = check = ExitCheck(layers, settings)
-            self._without_values = check.statistics.without_values()
-            if check.parameters is not None:
-                self._affine = AffineHold()
-                self._affine.take([p for i in range(len(layers)) for p in check.parameters.objects_of(i)])
-            if settings.frontend.has_coverage_warnings:
-                warn_about_programs(settings)
-                self._bystanders = bystanders_of(self._model, (self._model,))
-                self._others = unguarded_buffers(self._model, self._tree, layers, settings)
-        except BaseException:
-            self._let_go()
-            raise
+        self._entry = entry
+        entry.manager = None if manager is None else weakref.ref(manager, self.abandon)
+        # The entry first: what other threads run meanwhile is then held already.
+        if not settings.frontend.compares_only:
+            add_entry(layers, entry, self._guards, earlier)
+        if not GUARDS_GRAPHS and any([guard.has_forward for guard in self._guards]):
+            forget_graphs()
+        self._check = check = ExitCheck(layers, settings)
+        self._without_values = check.statistics.without_values()
+        if check.parameters is not None:
+            self._affine = AffineHold()
+            self._affine.take([p for i in range(len(layers)) for p in check.parameters.objects_of(i)])
+        if settings.frontend.has_coverage_warnings:
+            warn_about_programs(settings)
+            self._bystanders = bystanders_of(self._model, (self._model,))
+            self._others = unguarded_buffers(self._model, self._tree, layers, settings)
 
     def check(self) -> None:
         """Compares now, and acts as the end of the block would; under ``"rollback"`` nothing is put back."""
@@ -127,7 +126,7 @@ class Block:
         return self._verify(restores=True)
 
     def leave(self, error: BaseException | None) -> None:
-        """Compares, lets go of the model and acts on what was found.
+        """Compares, lets go of the model and acts on what was found. If that fails, ``abandon()`` it.
 
         Args:
             error: The exception on its way out of the block.
@@ -141,16 +140,27 @@ class Block:
             self._let_go()  # a forked child: what the shared statistics are to be is up to the parent
             return
         # While the entry is still there: what other threads run meanwhile is held.
-        try:
-            found = self._verify(restores=self._settings.policy.puts_back)
-        finally:
-            self._let_go()
+        found = self._verify(restores=self._settings.policy.puts_back)
+        self._let_go()
         if error is None and self._settings.frontend.has_coverage_warnings:
             self._warn_of_gaps()
         try:
             self._act(found, error)
         finally:
             self._check = self._bystanders = self._others = None  # a guard that is kept for later keeps no copies
+
+    def abandon(self, _: object = None) -> None:
+        """Lets go of a model that ``enter()`` or ``leave()`` have failed to, and says nothing; else does nothing."""
+        if self._entry is None:
+            return
+        try:
+            if self._check is not None and self._settings.policy.puts_back and os.getpid() == self._process:
+                self._put_back(self._check, is_compared=False)
+        finally:
+            try:
+                self._let_go()
+            finally:
+                self._entry = self._check = self._bystanders = self._others = None
 
     @property
     def changes(self) -> tuple[StatsChange, ...]:
@@ -245,15 +255,9 @@ class Block:
         check = self._check
         if check is None:
             return []
-        changes: dict[int, StatsChange] = {}
-        try:
-            changes = check.compare(self._counts, self._guards, self._name_layers)
-        finally:
-            # Also if comparing fails: the promise is about the statistics, not about the report.
-            if restores:
-                _run_to_its_end(check.restore)
-                for guard in self._guards:
-                    guard.restored()
+        changes = check.compare(self._counts, self._guards, self._name_layers)
+        if restores:
+            self._put_back(check)
         if self._settings.policy.puts_back:
             self._found = {**self._found, **changes}
         else:
@@ -267,24 +271,20 @@ class Block:
             cause = check.cause(found, self._model) if found else "unknown"
             self._outcome.act(found, check.broadcast, self.changes, cause, error)
 
+    def _put_back(self, check: ExitCheck, *, is_compared: bool = True) -> None:
+        check.restore(is_compared=is_compared)
+        for guard in self._guards:
+            guard.restored()
+
     def _let_go(self) -> None:
-        """Takes everything off the model, whatever fails on the way."""
-        failure: BaseException | None = None
-        for undo in (self._release, self._detach):
-            try:
-                _run_to_its_end(undo)
-            except BaseException as error:
-                failure = failure or error
-        del self._entry
-        if failure is not None:
-            raise failure
-
-    def _release(self) -> None:
-        if self._affine is not None:
-            self._affine.release()
-
-    def _detach(self) -> None:
-        drop_entry(self._guards, self._entry, self._model)
+        """Takes everything off the model. May be done again."""
+        try:
+            if self._affine is not None:
+                self._affine.release()
+        finally:
+            if self._entry is not None:
+                drop_entry(self._guards, self._entry, self._model)
+        self._entry = None
 
     def _warn_of_gaps(self) -> None:
         if self._check is not None and self._layers:
@@ -328,12 +328,3 @@ class Block:
 
 def _mode(layer: StatsLayer) -> str:
     return "train" if layer.module.training else "eval"
-
-
-def _run_to_its_end(undo: Callable[[], None]) -> None:
-    """Runs what may be run again, a second time if it was interrupted, by Ctrl-C say."""
-    try:
-        undo()
-    except BaseException:
-        undo()
-        raise

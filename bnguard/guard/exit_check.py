@@ -140,9 +140,9 @@ class ExitCheck:
         self._is_intact = is_intact
         return changes
 
-    def restore(self) -> None:
-        """Restores what has changed, unless the last comparison found no change."""
-        if not self._is_intact:
+    def restore(self, *, is_compared: bool = True) -> None:
+        """Restores what has changed, unless it has just been compared and found intact."""
+        if not (is_compared and self._is_intact):
             for snapshot in filter(None, (self.statistics, self.parameters)):
                 snapshot.restore()
 
@@ -158,7 +158,7 @@ class ExitCheck:
         others = {layer.names for layer in self._layers if layer.kind is OTHER_BUFFERS}
         return "elsewhere" if unseen <= others else "unknown"
 
-    @outside_modes()
+    @outside_modes
     def _revert(self, owner: int) -> bool:
         """Whether the last update within the budget built on what somebody else had written; if so, recaptures.
 
@@ -204,10 +204,10 @@ class ExitCheck:
                 paid.append(owner)
         return frozenset(paid)
 
+    @outside_modes
     def _has_counted(self, owner: int, count: UpdateCount) -> bool:
         """Whether the number of updates, by the layer's counter, is within the budget; if so, spends it."""
-        with outside_modes():
-            before, now = count_of(self.statistics.before(owner)), count_of(self.statistics.now(owner))
+        before, now = count_of(self.statistics.before(owner)), count_of(self.statistics.now(owner))
         return before is not None and now is not None and spend(count, self._budget, now - before)
 
     def _layer_id(self, owner: int) -> int:

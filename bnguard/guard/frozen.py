@@ -1,11 +1,25 @@
-"""``frozen``: keep the running statistics of a model fixed inside a ``with`` block."""
+"""``frozen``: keep the running statistics of a model fixed inside a ``with`` block.
+
+Note [Ctrl-C]
+~~~~~~~~~~~~~
+Python may raise KeyboardInterrupt after any call, and at the first line of any function. So:
+
+1. What a block undoes is registered before it is done, and every undo may be run again. If the end of a block is
+   interrupted, ``_abandon()`` runs all of it once more. See also Note [Interruption].
+2. A function that undoes something may be interrupted before its first ``try``. So its caller has one; and what is
+   switched off for a computation is switched on by a ``finally`` in the function itself (``outside_modes``), not by
+   the ``__exit__`` of a context manager.
+3. The caller of ``__exit__`` is the ``with`` statement, which has no ``try``. A block whose ``__exit__`` never began
+   ends when its guard is deleted: in ``with frozen(model):`` as soon as the exception is handled. A guard that is kept
+   in a variable remains open; ``stop()`` ends it.
+"""
 
 from __future__ import annotations
 
 import copy
 import itertools
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import replace
 from types import TracebackType
@@ -158,37 +172,48 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
     def __enter__(self) -> Self:
         return self._enter()
 
-    def _enter(self) -> Self:
-        """Begins a block."""
+    def _enter(self, *, is_started: bool = False) -> Self:
+        """Begins a block. One that was started stays until it is stopped, with or without a reference to the guard."""
         block, number = Block(self._model, self._settings, self._last), next(_numbers)
         self._open[block] = None
         self._last = block
         try:
-            block.enter()
-            self._open[block] = number
+            block.enter(None if is_started else self)
             _own.set((*_own.get()[1 - _MOST_OWN :], number))
+            self._open[block] = number
             return self
         except BaseException:
-            self._open.pop(block, None)
+            self._abandon([block])
             raise
 
     @outside_graphs
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._leave(error)
+        left: list[Block] = []
+        try:  # not in a function: see rule 2 of Note [Ctrl-C]
+            self._leave(error, left)
+        except BaseException:
+            self._abandon(left)
+            raise
 
-    def _leave(self, error: BaseException | None) -> None:
-        """Ends the innermost block, with the exception that leads out of it."""
-        block = self._innermost()
-        while block is not None and (number := self._open.pop(block, None)) is None:
-            block = self._innermost()  # another thread or a signal handler has ended it in the meantime
-        if block is not None:
-            _own.set(tuple([other for other in _own.get() if other != number]))
-            try:
-                block.leave(error)
-            finally:
+    def _leave(self, error: BaseException | None, left: list[Block]) -> None:
+        """Ends the innermost block, with the exception that leads out of it; ``left`` receives the block first."""
+        while (block := self._innermost()) is not None:
+            left.append(block)
+            if (number := self._open.pop(block, None)) is not None:
+                _own.set(tuple([other for other in _own.get() if other != number]))
                 self._last = block
+                block.leave(error)
+                return
+            left.pop()  # another thread or a signal handler has ended it in the meantime
+
+    def _abandon(self, left: Sequence[Block] = ()) -> None:
+        """Completes the end of a block that was interrupted: of the one in ``left``, else of the innermost."""
+        block = left[0] if left else self._innermost()
+        if block is not None:
+            self._open.pop(block, None)
+            block.abandon()
 
     def __call__(self, function: F) -> F:
         """Decorates ``function``: its code runs inside a block of this guard."""
@@ -198,7 +223,7 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
     @outside_graphs
     def start(self) -> Self:
         """Enters a block that lasts until ``stop()``; returns the guard."""
-        return self.__enter__()
+        return self._enter(is_started=True)
 
     @outside_graphs
     def stop(self) -> None:
@@ -209,7 +234,7 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
         Raises:
             StatsChangedError: As at the end of a ``with`` block.
         """
-        self._leave(None)
+        self.__exit__(None, None, None)
 
     @outside_graphs
     def check(self) -> None:

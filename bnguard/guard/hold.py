@@ -23,7 +23,7 @@ from torch.nn.parameter import is_lazy
 
 from bnguard.layers.bits import has_values, write
 from bnguard.layers.swaps import own_tensors
-from bnguard.torch_internals.tracing import outside_modes
+from bnguard.torch_internals.tracing import outside_modes, without_autograd
 from bnguard.torch_internals.transforms import PLAIN, is_wrapped, unwrapped_tensor
 
 # By id of the layer, as long as it has entries: what guards it, see ``hooks.LayerGuard``.
@@ -142,24 +142,24 @@ def copies(module: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
     if torch.compiler.is_compiling():
         own = module._buffers
         return {name: tensor.detach().clone() for name in names if (tensor := own.get(name)) is not None}
-    with torch.inference_mode(mode=False), torch.no_grad():
-        return _copies(own_tensors(module, "_buffers"), names)
+    return _copies(own_tensors(module, "_buffers"), names)
 
 
+@outside_modes
 def copies_outside_modes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Fresh copies of those tensors that can be read, to compare with later."""
-    with outside_modes():
-        return {name: cloned(unwrapped_tensor(tensor)) for name, tensor in tensors.items() if has_values(tensor)}
+    return {name: cloned(unwrapped_tensor(tensor)) for name, tensor in tensors.items() if has_values(tensor)}
 
 
+@without_autograd
 def converted(value: Tensor, now: Tensor) -> Tensor:
     """A copy of ``value`` with the dtype, the device and the strides of ``now``."""
-    with torch.inference_mode(mode=False), torch.no_grad():
-        copy = cloned(now)
-        write(copy, value.to(now.device, now.dtype))
-        return copy
+    copy = cloned(now)
+    write(copy, value.to(now.device, now.dtype))
+    return copy
 
 
+@without_autograd
 def _copies(buffers: Mapping[str, Tensor | None], names: Iterable[str]) -> dict[str, Tensor]:
     return {name: cloned(tensor) for name in names if (tensor := buffers.get(name)) is not None}
 
@@ -174,6 +174,8 @@ def cloned(tensor: Tensor) -> Tensor:
     write(clone, tensor)
     return clone
 
+
+_cloned_outside_modes: Final = outside_modes(cloned)
 
 # Only for F.batch_norm, which saves the statistics for backward and writes to them without a version counter increase.
 # An operation that increases it, such as instance_norm, would break the backward pass of every layer that shares them.
@@ -196,8 +198,7 @@ def scratch_like(tensor: Tensor | None, slot: int) -> Tensor | None:
     key = (slot, tensor.shape, tensor.stride(), tensor.dtype, tensor.device) if is_plain else ()
     found = _scratch.get(key) if is_plain else None
     if found is None:
-        with outside_modes():
-            found = cloned(tensor)
+        found = _cloned_outside_modes(tensor)
         if is_plain and type(found) is Tensor:  # not one that belongs to a mode
             _scratch[key] = found
     return found

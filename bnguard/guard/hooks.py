@@ -21,7 +21,7 @@ A block may end between any two lines of another one: the garbage collector clos
 or the user presses Ctrl-C. So the entries of a layer are a set, ``LayerGuard.members``. Adding or removing one is a
 single C call, and ``sync`` makes the layer conform to the set. It may be run any number of times, by any thread, and
 starts over if the set has changed in the meantime. The lock excludes other threads; it is never held while user code
-runs.
+runs. See also Note [Ctrl-C].
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
@@ -166,9 +167,10 @@ class PolicyEntry:
         budget: Updates that the block allows each layer.
         counts: The updates so far.
         order: Of the entries of one layer the innermost has the smallest.
+        manager: Ends the block when its context manager is deleted: see rule 3 of Note [Ctrl-C].
     """
 
-    __slots__ = ("block", "budget", "counts", "order", "policy")
+    __slots__ = ("block", "budget", "counts", "manager", "order", "policy")
 
     def __init__(
         self,
@@ -183,6 +185,7 @@ class PolicyEntry:
         self.policy = policy
         self.budget = budget
         self.counts = Counts() if counts is None else counts
+        self.manager: weakref.ref[object] | None = None
         self.order = next(_numbers) if outermost else -next(_numbers)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, ExitStack
+import weakref
+from contextlib import AbstractContextManager
 from types import TracebackType
 
 from torch import nn
 
 from bnguard.guard.hooks import LayerGuard, add_entry, drop_entry
-from bnguard.guard.policy import IN_BACKWARD, POLICIES, Policy, PolicyEntry
+from bnguard.guard.policy import IN_BACKWARD, POLICIES, PolicyEntry
 from bnguard.layers.tree import find_layers
 from bnguard.torch_internals.checkpointing import recomputed_held
 from bnguard.torch_internals.compile import outside_graphs
@@ -46,51 +47,52 @@ class recompute_frozen:  # noqa: N801  # lower case, as frozen
         if not isinstance(model, nn.Module):
             raise TypeError(f"recompute_frozen() takes a torch.nn.Module, got {type(model).__name__}")
         self._model = model
-        self._open: list[ExitStack] = []
+        self._policy = IN_BACKWARD
+        self._open: list[_Hold] = []
 
     @outside_graphs
     def __call__(self) -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
         """The contexts for the forward and for the recomputed forward, as ``context_fn`` returns them."""
-        return recomputed_held(), _Holding(self._model, POLICIES["restore"])
+        recomputed = recompute_frozen(self._model)
+        recomputed._policy = POLICIES["restore"]
+        return recomputed_held(), recomputed
 
     @outside_graphs
     def __enter__(self) -> recompute_frozen:
-        stack = ExitStack()
-        stack.enter_context(_Holding(self._model, IN_BACKWARD))
-        self._open.append(stack)
-        return self
+        hold = _Hold(self._model, PolicyEntry(None, self._policy))
+        hold.entry.manager = weakref.ref(self, hold.end)
+        try:
+            add_entry(find_layers(self._model), hold.entry, hold.guards)
+            self._open.append(hold)
+            return self
+        except BaseException:
+            hold.end()
+            raise
 
     @outside_graphs
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._open.pop().close()
+        hold = self._open.pop()
+        try:
+            hold.end()
+        except BaseException:  # see Note [Ctrl-C]
+            hold.end()
+            raise
 
     def __repr__(self) -> str:
         return f"<bnguard.recompute_frozen of a {type(self._model).__name__}>"
 
 
-class _Holding:
-    """Holds forwards of a model's layers, and compares nothing. Can be entered again after it was left."""
+class _Hold:
+    """Holds forwards of a model's layers, and compares nothing."""
 
-    @outside_graphs
-    def __init__(self, model: nn.Module, policy: Policy) -> None:
+    def __init__(self, model: nn.Module, entry: PolicyEntry) -> None:
+        self.entry = entry
+        self.guards: list[LayerGuard] = []
         self._model = model
-        self._policy = policy
-        self._undo = ExitStack()
 
-    @outside_graphs
-    def __enter__(self) -> None:
-        layers = find_layers(self._model)
-        entry = PolicyEntry(None, self._policy)
-        guards: list[LayerGuard] = []
-        with ExitStack() as undo:
-            undo.callback(drop_entry, guards, entry, self._model)
-            add_entry(layers, entry, guards)
-            self._undo = undo.pop_all()
-
-    @outside_graphs
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._undo.close()
+    def end(self, _: object = None) -> None:
+        """Lets go of the layers. May be done again."""
+        drop_entry(self.guards, self.entry, self._model)
+        self.entry.manager = None  # which knows this object

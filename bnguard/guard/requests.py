@@ -155,7 +155,7 @@ class GuardRequests:
         guard, request.guard, request.guarded = request.guard, None, frozenset()
         if guard is not None:
             try:
-                guard._leave(error)
+                guard.__exit__(None, error, None)
             except BaseException as failure:
                 self._failures.append(failure)
             self.changes += guard.changes

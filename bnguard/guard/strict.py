@@ -6,7 +6,7 @@ import dis
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from types import CodeType, FunctionType, TracebackType
 from typing import Any, Final, TypeVar, overload
@@ -140,11 +140,13 @@ class _AllFrozen:
 
     @outside_graphs
     def __enter__(self) -> None:
-        with ExitStack() as undo:
+        try:
             for guard in self._guards:
-                undo.enter_context(guard)
+                guard.__enter__()
             self._bystanders = None if self._holder is None else bystanders_of(self._holder, self._models)
-            undo.pop_all()
+        except BaseException:
+            self._abandon()
+            raise
 
     @outside_graphs
     def __exit__(
@@ -152,18 +154,26 @@ class _AllFrozen:
     ) -> None:
         # Not ExitStack.__exit__, whose frame the error would keep alive.
         failure: BaseException | None = None
-        for guard in reversed(self._guards):
-            try:
-                guard._leave(failure or error)
-            except BaseException as found:
-                failure = found
         try:
+            for guard in reversed(self._guards):
+                try:
+                    guard.__exit__(None, failure or error, None)
+                except BaseException as found:
+                    failure = found
             if failure is not None:
                 raise failure
             if error is None and self._bystanders is not None:
                 self._bystanders.tell(_FRONTEND.phrases)
+        except BaseException:
+            self._abandon()
+            raise
         finally:
             failure = None  # which knows this frame
+
+    def _abandon(self) -> None:
+        """Completes what an interrupt has kept from being done."""
+        for guard in reversed(self._guards):
+            guard._abandon()
 
 
 _PLACES: Final = "its arguments, self, the attributes of self, and what it reads from its closure and globals"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import weakref
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -43,7 +44,7 @@ class _Original:
     is_awaited: bool = False
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Before:
     """The state of a layer right before a forward.
 
@@ -64,10 +65,10 @@ class WatchedLayer(Surroundings):
     """A guarded layer whose statistics can be compared from one side of a forward to the other.
 
     Attributes:
-        under_way: Forwards that are watched at the moment.
+        under_way: Forwards that are watched at the moment. One that Ctrl-C has ended is forgotten with its exception.
     """
 
-    under_way = 0
+    under_way: weakref.WeakSet[Before] | None = None  # once there are some
     _original: _Original | None = None
 
     def is_watched(self, entries: Entries) -> bool:
@@ -78,8 +79,10 @@ class WatchedLayer(Surroundings):
     def look(self, entries: Entries) -> Before:
         """Copies the statistics right before a forward."""
         with _lock:
+            if self.under_way is None:
+                self.under_way = weakref.WeakSet()
             original = self._original
-            if original is not None:
+            if original is not None and self.under_way:
                 original.is_shared = True
             else:
                 own = own_tensors(self.module, "_buffers")
@@ -89,13 +92,15 @@ class WatchedLayer(Surroundings):
                     tensors = {name: tensor for name, tensor in tensors.items() if not is_wrapped(tensor)}
                 pointers = {name: unwrapped_tensor(tensors[name]).data_ptr() for name in values}
                 self._original = original = _Original(tensors, values, pointers)
-            self.under_way += 1
-        return Before(entries, original, sys.exception())
+            before = Before(entries, original, sys.exception())
+            self.under_way.add(before)
+        return before
 
     def forget(self, before: Before) -> None:
         """Ends the watch over a forward."""
         with _lock:
-            self.under_way -= 1
+            if self.under_way is not None:
+                self.under_way.discard(before)
             if not self.under_way:
                 self._original = None
                 if before.original.is_awaited:
@@ -134,7 +139,7 @@ class WatchedLayer(Surroundings):
             if entry.block is not None:
                 entry.block.allowed(self.layer_id, None if before.original.is_shared else before.original.values)
 
-    @outside_modes()
+    @outside_modes
     def put_back(self, before: Before) -> None:
         """Gives the layer the tensors and the values from before a forward. Past autograd: see the exit check."""
         own = own_tensors(self.module, "_buffers")
@@ -147,7 +152,7 @@ class WatchedLayer(Surroundings):
                 continue
             put_back(target, value, before.original.pointers[name])
 
-    @outside_modes()
+    @outside_modes
     def commit(self, after: dict[str, Tensor | None]) -> None:
         """Gives the layer's own statistics what a forward has made of clones of them."""
         own = own_tensors(self.module, "_buffers")
@@ -160,10 +165,10 @@ class WatchedLayer(Surroundings):
             elif has_values(tensor) and has_values(value):
                 write(tensor, value)
 
+    @outside_modes
     def _differ(self, values: dict[str, Tensor], buffers: dict[str, Any]) -> bool:
         pairs = [(value, unwrapped_tensor(buffers.get(name))) for name, value in values.items()]
-        with outside_modes():
-            return not all([same_bits(value, now) for value, now in pairs if now is not None and has_values(now)])
+        return not all([same_bits(value, now) for value, now in pairs if now is not None and has_values(now)])
 
     def apply(self, decision: Decision, args: tuple[Any, ...] = ()) -> None:
         """Raises or records what was decided about an update by a forward with these arguments."""

@@ -48,7 +48,7 @@ def what_is_unreadable(tensor: Any) -> str | None:
 
 
 @functools.cache
-@outside_modes()
+@outside_modes
 def _is_supported(dtype: torch.dtype) -> bool:
     """Whether torch copies and converts tensors of a dtype: no quantised one, no ``torch.uint4`` or ``bits8``."""
     try:

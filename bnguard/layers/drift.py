@@ -22,7 +22,7 @@ def eps_of(module: nn.Module, default: float = 0.0) -> float:
     return eps if isinstance(eps, float) else default
 
 
-@outside_modes()
+@outside_modes
 def drift_between(
     names: tuple[str, ...],
     type_name: str,
@@ -78,7 +78,7 @@ class DriftSample:
     values: list[Tensor]
 
 
-@outside_modes()
+@outside_modes
 def sample_of(
     step: int, layers: Sequence[tuple[int, Mapping[str, Tensor], Mapping[str, Tensor], float]]
 ) -> DriftSample:
@@ -115,7 +115,7 @@ def _columns(before: Mapping[str, Tensor], now: Mapping[str, Tensor], eps: float
     return []
 
 
-@outside_modes()
+@outside_modes
 def series_of(samples: Sequence[DriftSample], layers: Sequence[str]) -> DriftSeries:
     """Copies the samples to the CPU and arranges them in one table."""
     table = torch.full((2, len(samples), len(layers)), torch.nan, dtype=torch.float64, device="cpu")
@@ -126,7 +126,7 @@ def series_of(samples: Sequence[DriftSample], layers: Sequence[str]) -> DriftSer
     return DriftSeries(tuple([sample.step for sample in samples]), tuple(layers), table[0], table[1])
 
 
-@outside_modes()
+@outside_modes
 def largest_mean_shift(before: Mapping[str, Tensor], after: Mapping[str, Tensor], eps: float) -> float | None:
     """Computes the largest shift of a channel's mean: ``max |new - old| / sqrt(var_old + eps)``.
 

@@ -50,7 +50,7 @@ class Snapshot:
         "_transient", "modules",
     )  # fmt: skip
 
-    @outside_modes()
+    @outside_modes
     def __init__(
         self,
         modules: Sequence[nn.Module],
@@ -92,13 +92,16 @@ class Snapshot:
         for now, then in zip(self._current_columns(), self._columns, strict=True):
             if not all(map(is_, now, then)):
                 return False
-        with outside_modes():
-            try:
-                return all([copy.is_unchanged() for copy in self._copies])
-            except RuntimeError:  # converted in place through .data: other shapes or devices
-                return False
+        return self._has_same_bits()
 
-    @outside_modes()
+    @outside_modes
+    def _has_same_bits(self) -> bool:
+        try:
+            return all([copy.is_unchanged() for copy in self._copies])
+        except RuntimeError:  # converted in place through .data: other shapes or devices
+            return False
+
+    @outside_modes
     def changed(self) -> list[Difference]:
         """Lists the tensors that were removed, or whose bits differ from the captured ones.
 
@@ -113,7 +116,7 @@ class Snapshot:
                 differences.append(Difference(owner, differing))
         return differences
 
-    @outside_modes()
+    @outside_modes
     def restore(self) -> None:
         """Restores the captured objects and values.
 
@@ -125,7 +128,7 @@ class Snapshot:
         for owner, name, original, current in places:
             self._restore(owner, name, current, original)
 
-    @outside_modes()
+    @outside_modes
     def captured(self, owner: int) -> dict[str, Tensor]:
         """Copies of the captured values of one module's tensors by name, without tensors that had no values."""
         return {name: value.clone() for name, value in self.views(owner).items()}
@@ -139,12 +142,12 @@ class Snapshot:
             if (value := index[id(original)]) is not None
         }
 
-    @outside_modes()
+    @outside_modes
     def accept(self, owner: int) -> None:
         """Replaces the captured values of one module's tensors with their current values."""
         self.recapture(owner, {name: unwrapped_tensor(now) for name, _, now in self._pairs(owner) if now is not None})
 
-    @outside_modes()
+    @outside_modes
     def recapture(self, owner: int, values: Mapping[str, Tensor]) -> None:
         """Replaces the captured values of one module's tensors with ``values``, by name."""
         for name, original in zip(self._names[owner], self.objects_of(owner), strict=True):
@@ -169,7 +172,7 @@ class Snapshot:
         owners = range(len(self.modules))
         return frozenset([owner for owner in owners if any(id(tensor) in missing for tensor in self.objects_of(owner))])
 
-    @outside_modes()
+    @outside_modes
     def before(self, owner: int) -> dict[str, Tensor]:
         """Copies of the captured values of one module's tensors by name; initial values for uninitialised tensors."""
         values = {}
@@ -179,7 +182,7 @@ class Snapshot:
                 values[name] = value.clone()
         return values
 
-    @outside_modes()
+    @outside_modes
     def now(self, owner: int) -> dict[str, Tensor]:
         """The current tensors of one module by name, without tensors that cannot be read."""
         table = own_tensors(self.modules[owner], self._table)
@@ -281,7 +284,7 @@ class Snapshot:
             self._saved_by_id = self._index()
         return self._saved_by_id
 
-    @outside_modes()
+    @outside_modes
     def _index(self) -> dict[int, Tensor | None]:
         """The captured values by the id of their tensor."""
         return dict(itertools.chain.from_iterable([copy.views() for copy in self._copies]))

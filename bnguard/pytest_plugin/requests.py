@@ -53,12 +53,12 @@ class FixtureGuard(frozen):
         self.start()
         self._is_fresh = True
 
-    def _enter(self, *args: Any) -> Self:
+    def _enter(self, *args: Any, **options: Any) -> Self:
         if self._is_fresh:
             self._is_fresh = False
             return self
         self._on_enter()
-        return super()._enter(*args)
+        return super()._enter(*args, **options)
 
     def _leave(self, error: BaseException | None, *args: Any, **options: Any) -> None:
         self._is_fresh = False
@@ -107,7 +107,7 @@ class TestGuards(GuardRequests):
         guard = request.guard
         while guard is not None and guard._open:  # which calls _left()
             try:
-                guard._leave(error)
+                guard.__exit__(None, error, None)
             except BaseException as failure:
                 self._failures.append(failure)
 

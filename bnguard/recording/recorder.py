@@ -75,6 +75,7 @@ class Recorder:
         self._model = model
         self._buffers = buffers
         self._every = every
+        self._manager: weakref.ref[object] | None = None  # while it is open
         self._lock = threading.RLock()
         self._by_id: dict[int, LayerLog] = {}  # by id of the layer
         self._known: dict[int, weakref.ref[nn.Module]] = {}  # by id: modules of models that have been met
@@ -92,8 +93,10 @@ class Recorder:
         self.place = ""
         self.wants_results = False  # until there is a layer of which only results tell
 
-    def open(self) -> None:
-        """Records from now on."""
+    def open(self, manager: object = None) -> None:
+        """Records from now on, at most as long as ``manager`` lives."""
+        if manager is not None:
+            self._manager = weakref.ref(manager, self.detach)  # rule 3 of Note [Ctrl-C]
         where = call_site()
         what = "every model" if self._model is None else type(self._model).__name__
         self.place = f"watch of {what} at {os.path.basename(where.filename)}:{where.lineno}"  # folders may differ
@@ -105,9 +108,7 @@ class Recorder:
 
     def close(self) -> None:
         """Stops recording."""
-        global_hook.unlisten(self)
-        self.steps.close()
-        self._backwards.close()
+        self.detach()
         with self._lock:
             for log in self.logs:
                 log.close_step()
@@ -116,6 +117,13 @@ class Recorder:
                     self.samples.pop()  # measured again below, with what came after that step
                 self._measure(self.steps.count)
         self.ranks = self.ranks or Ranks.here()
+
+    def detach(self, _: object = None) -> None:
+        """Is no longer called by torch. May be done again."""
+        global_hook.unlisten(self)
+        self.steps.close()
+        self._backwards.close()
+        self._manager = None
 
     def model_of(self, log: LayerLog) -> str:
         """The name of a layer's model if several models were met, else an empty string."""
@@ -198,7 +206,7 @@ class Recorder:
         """The model of which a module that runs is a part."""
         return registered_root(module) if self._buffers or any_layer(module) else module
 
-    @outside_modes()
+    @outside_modes
     def _take_in(self, model: nn.Module) -> None:
         """Records the layers of a model from now on."""
         self.ranks = self.ranks or Ranks.here()
@@ -303,7 +311,7 @@ def _versions(log: LayerLog, module: nn.Module) -> list[tuple[int, int]] | None:
         return None
 
 
-@outside_modes()
+@outside_modes
 def copies_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Copies of those tensors that can be read."""
     return {name: tensor.detach().clone() for name, tensor in readable(tensors).items()}

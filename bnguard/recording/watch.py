@@ -91,13 +91,18 @@ class watch:  # noqa: N801  # lower case, as torch.no_grad
 
     @outside_graphs
     def __enter__(self) -> Self:
-        return self.start()
+        return self._begin(is_started=False)
 
     @outside_graphs
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.stop()
+        try:
+            self._end()
+        except BaseException:  # see Note [Ctrl-C]
+            self._is_open = False
+            self._recorder.detach()
+            raise
 
     @outside_graphs
     def start(self) -> Self:
@@ -106,30 +111,32 @@ class watch:  # noqa: N801  # lower case, as torch.no_grad
         Raises:
             RuntimeError: It is recording already.
         """
+        return self._begin(is_started=True)
+
+    def _begin(self, *, is_started: bool) -> Self:
         if self._is_open:
             raise RuntimeError("this watch records already: stop() it first, or make another one")
         self._forget_all()
         self._is_open = True
         try:
-            self._recorder.open()
+            self._recorder.open(None if is_started else self)
+            return self
         except BaseException:
             self._is_open = False
-            self._recorder.close()
+            self._recorder.detach()
             raise
-        return self
 
     @outside_graphs
     def stop(self) -> None:
         """Stops recording, and compares the statistics with those of the beginning. Twice has no effect."""
+        self.__exit__(None, None, None)
+
+    def _end(self) -> None:
         if not self._is_open:
             return
         self._is_open = False
         recorder = self._recorder
-        try:
-            recorder.close()
-        except BaseException:  # Ctrl-C: closing may be repeated
-            self._is_open = True
-            raise
+        recorder.close()
         self._final = {number: copies_of(log.now()) for number, log in enumerate(recorder.logs)}
         if recorder.ranks is not None:
             self._merged = recorder.ranks.exchange(self._recorded(), recorder.place)
@@ -257,7 +264,7 @@ class watch:  # noqa: N801  # lower case, as torch.no_grad
         return Recorded(self._own_updates(), self._own_findings(), digests)
 
     def _now(self, number: int, log: LayerLog) -> dict[str, Tensor]:
-        return log.now() if self._is_open else self._final.get(number, {})
+        return self._final[number] if number in self._final else log.now()  # open, or its end was interrupted
 
     def _unseen(self, number: int, log: LayerLog) -> int:
         """Updates that a compiled graph has made, if the layer counts them."""
@@ -280,6 +287,6 @@ def _check_every(every: object) -> None:
         raise ValueError(f"every={every}: the number of optimizer steps must be positive")
 
 
-@outside_modes()
+@outside_modes
 def _same(one: Tensor, other: Tensor) -> bool:
     return holds(other, one)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ContextDecorator, ExitStack
-from typing import Any, Final
+from contextlib import ExitStack, nullcontext
+from typing import Any, Final, TypeVar
 
 import torch
 from torch import is_grad_enabled, is_inference_mode_enabled
@@ -21,6 +22,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from bnguard.torch_internals.compile import is_exporting
 from bnguard.torch_internals.functional_call import is_below
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 # linearize() uses make_fx, but only to differentiate this one call of the guarded model: no program is left over.
 _LINEARIZE: Final = torch.func.linearize.__code__
@@ -73,43 +76,51 @@ def is_being_recorded() -> bool:
     return _is_fx_tracing() and not is_below(_LINEARIZE) and is_below(_FX_TRACE)
 
 
-class outside_modes(ContextDecorator):  # noqa: N801  # lower case, as torch.no_grad
-    """Disables autograd and every mode in which the user's code runs. A context manager and a decorator.
+def outside_modes(function: F) -> F:
+    """Makes ``function`` run without autograd, and outside of every mode in which the user's code runs.
 
     These modes are inference mode, tracing, dispatch modes (``FakeTensorMode``, ``make_fx``, a logger) and transforms
     of ``torch.func``. They do not record the operations inside, and tensors created inside are ordinary tensors.
     """
 
-    def __enter__(self) -> None:
-        self._grad = is_grad_enabled()
-        self._undo: ExitStack | None = None
-        trace = _get_tracing_state()
-        if (
-            trace is not None
-            or _len_torch_dispatch_stack()
-            or is_inference_mode_enabled()
-            or _functorch.peek_interpreter_stack() is not None
-        ):
-            self._undo = _disable_modes(trace)
-        try:
+    @functools.wraps(function)
+    def outside(*args: Any, **kwargs: Any) -> Any:
+        grad, undo = is_grad_enabled(), None
+        try:  # no context manager: see rule 2 of Note [Ctrl-C]
+            trace = _get_tracing_state()
+            if (
+                trace is not None
+                or _len_torch_dispatch_stack()
+                or is_inference_mode_enabled()
+                or _functorch.peek_interpreter_stack() is not None
+            ):
+                undo = _disable_modes(trace)
             _set_grad_enabled(False)  # noqa: FBT003  # takes no keyword
-        except BaseException:  # for example KeyboardInterrupt
-            self.__exit__()
-            raise
-
-    def __exit__(self, *_: object) -> None:
-        try:
-            if self._undo is not None:
-                self._undo.close()
+            return function(*args, **kwargs)
         finally:
             try:
-                _set_grad_enabled(self._grad)
-            except BaseException:
-                _set_grad_enabled(self._grad)
-                raise
+                if undo is not None:
+                    undo.close()
+            finally:
+                _set_grad_enabled(grad)
 
-    def _recreate_cm(self) -> outside_modes:
-        return type(self)()  # as a decorator: a new context for each call
+    return outside  # type: ignore[return-value]  # of the same signature
+
+
+def without_autograd(function: F) -> F:
+    """Makes ``function`` run outside of autograd and of inference mode, but inside every other mode."""
+
+    @functools.wraps(function)
+    def without(*args: Any) -> Any:
+        grad = is_grad_enabled()
+        try:
+            with torch.inference_mode(mode=False) if is_inference_mode_enabled() else nullcontext():
+                _set_grad_enabled(False)  # noqa: FBT003  # takes no keyword
+                return function(*args)
+        finally:
+            _set_grad_enabled(grad)
+
+    return without  # type: ignore[return-value]  # of the same signature
 
 
 def _disable_modes(trace: Any) -> ExitStack:

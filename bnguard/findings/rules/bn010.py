@@ -63,7 +63,7 @@ class BN010(Rule):
                     yield Evidence(cls.code, name, detail=type(optimizer).__name__)
 
 
-@outside_modes()
+@outside_modes
 def _copies_of(module: nn.Module) -> dict[str, tuple[Tensor, nn.Parameter]]:
     own = {name: below_transforms(parameter) for name, parameter in module._parameters.items()}
     present = {name: parameter for name, parameter in own.items() if parameter is not None and has_values(parameter)}
