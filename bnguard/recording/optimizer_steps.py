@@ -67,9 +67,6 @@ class StepCounter:
     Of several optimizers the one with the most steps counts: those of a GAN take turns, and one that wraps another, as
     SAM does, steps with it.
 
-    Args:
-        after_each: Called after each step that increases ``count``, with the new value.
-
     Attributes:
         optimizers: The optimizers that have made a step, without those that are deleted and replaced.
         count: The steps of the optimizer that has made most.
@@ -77,15 +74,16 @@ class StepCounter:
             outdated then.
     """
 
-    def __init__(self, after_each: Callable[[int], None] | None = None) -> None:
+    def __init__(self) -> None:
         self.optimizers: list[OptimizerSteps] = []
-        self._after_each = after_each
+        self._after_each: Callable[[int], None] | None = None  # while it is open
         self.count = 0
         self.changes = 0
         self._by_id: dict[int, OptimizerSteps] = {}
 
-    def open(self) -> None:
-        """Counts from now on."""
+    def open(self, after_each: Callable[[int], None] | None = None) -> None:
+        """Counts from now on. Calls ``after_each`` after each step that increases ``count``, with the new value."""
+        self._after_each = after_each
         _step_hook.add(self)
         _scaler_step.add(self)
 
@@ -93,6 +91,7 @@ class StepCounter:
         """Stops counting."""
         _scaler_step.remove(self)
         _step_hook.remove(self)
+        self._after_each = None
 
     def of(self, layer: nn.Module, model: nn.Module) -> tuple[tuple[OptimizerSteps, ...], bool]:
         """The optimizers by which the steps of a layer are counted, and whether they train it or its model.

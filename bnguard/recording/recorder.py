@@ -86,7 +86,7 @@ class Recorder:
         self._interval = 1 if every in (None, "auto") else int(every)
         self._model_names: Counter[str] = Counter()
         self.logs: list[LayerLog] = []
-        self.steps = StepCounter(None if every is None else self._sample)
+        self.steps = StepCounter()
         self.samples: list[DriftSample] = []
         self.timelines: defaultdict[str, Timeline] = defaultdict(Timeline)
         self.ranks: Ranks | None = None
@@ -103,7 +103,7 @@ class Recorder:
         if self._model is not None:
             self._take_in(self._model)
         self._backwards.open()
-        self.steps.open()
+        self.steps.open(None if self._every is None else self._sample)
         global_hook.listen(self)
 
     def close(self) -> None:
@@ -124,6 +124,7 @@ class Recorder:
         self.steps.close()
         self._backwards.close()
         self._manager = None
+        self._known.clear()  # whose callbacks know this object
 
     def model_of(self, log: LayerLog) -> str:
         """The name of a layer's model if several models were met, else an empty string."""
