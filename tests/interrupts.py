@@ -307,8 +307,8 @@ class Seen:
         interrupts: How many there were.
         inside: How many of them arrived in bnguard, or in what it had called.
         lost: Further signals, which arrived where Python drops exceptions, as in a callback of the garbage collector.
-        left: What was left behind: the case, the kind, and where the signal arrived.
-        window: How often something was left because it arrived before the first line of ``__exit__``.
+        left: What was left behind: for each interrupt the case, the kinds, and where the signal arrived.
+        window: How many of these arrived before the first line of ``__exit__``.
     """
 
     interrupts: int = 0
@@ -326,12 +326,13 @@ class Seen:
         self.window += other.window
 
     def __str__(self) -> str:
-        kinds = Counter(kind for _, kind, _ in self.left)
+        kinds = Counter(kind for _, several, _ in self.left for kind in several.split())
         what = ", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items())) or "nothing"
         places = Counter((case, place) for case, _, place in self.left)
         lines = [f"    {count}: {case}, {place}" for (case, place), count in places.most_common(20)]
-        head = f"{self.interrupts} interrupts, {self.inside} in bnguard, {self.lost} lost; left behind: {what}"
-        return "\n".join([f"{head} ({self.window} times because __exit__ had not begun)", *lines])
+        head = f"{self.interrupts} interrupts, {self.inside} in bnguard, {self.lost} lost"
+        tail = f"{len(self.left)} left something, {self.window} because __exit__ had not begun: {what}"
+        return "\n".join([f"{head}; {tail}", *lines])
 
 
 def _interrupt(number: int, frame: object) -> None:
@@ -369,7 +370,8 @@ def interrupt(name: str, case: Case, duration: float, seen: Seen) -> bool:
         kinds.append("lock")
     seen.interrupts += 1
     seen.inside += is_inside
-    seen.left += [(name, kind, place) for kind in kinds]
+    if kinds:
+        seen.left.append((name, " ".join(kinds), place))
     seen.window += bool(kinds) and is_window
     return "lock" not in kinds
 

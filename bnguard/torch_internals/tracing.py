@@ -102,7 +102,11 @@ def outside_modes(function: F) -> F:
                 if undo is not None:
                     undo.close()
             finally:
-                _set_grad_enabled(grad)
+                try:
+                    _set_grad_enabled(grad)
+                except BaseException:
+                    _set_grad_enabled(grad)
+                    raise
 
     return outside  # type: ignore[return-value]  # of the same signature
 
@@ -118,7 +122,11 @@ def without_autograd(function: F) -> F:
                 _set_grad_enabled(False)  # noqa: FBT003  # takes no keyword
                 return function(*args)
         finally:
-            _set_grad_enabled(grad)
+            try:
+                _set_grad_enabled(grad)
+            except BaseException:
+                _set_grad_enabled(grad)
+                raise
 
     return without  # type: ignore[return-value]  # of the same signature
 

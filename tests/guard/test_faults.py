@@ -119,6 +119,7 @@ SCENARIOS = {
 def assert_as_it_was(net: nn.Module, before: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
     """Statistics, objects, flags and gradients are those of before, and nothing of ours is left."""
     assert_clean(net)
+    assert torch.is_grad_enabled()
     for name, tensor in net.named_buffers():
         if not (name == "4.running_mean" and tensor.dtype == torch.float64):
             assert tensor is tensors[name], name
