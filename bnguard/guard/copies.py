@@ -1,22 +1,41 @@
-"""What a guard puts on a layer, how it comes off again, and how copies of the layer stay free of it."""
+"""What a guard puts on a layer, how it comes off again, and how copies of the layer stay free of it.
+
+Note [Clones]
+~~~~~~~~~~~~~
+Copies and pickles ask the layer for its state, and get one without anything of bnguard. Meta-learning libraries clone
+differently: they copy the ``__dict__``, with all that a guard has put there, and no code of ours runs. So
+
+1. The first forward of such a clone as a module takes everything off it again. If it has the layer's own statistics,
+   as the clones of learn2learn do, its forwards are those of the layer as far as a guard is concerned.
+2. A copy, a pickle or a guard of a clone that has not run takes everything off first. They, and a direct call of
+   ``forward``, do not say which module they are about, so it is looked for on the stack.
+3. The end of a block takes everything off the clones that are left. ``gc`` finds them; it is asked only if there are
+   some, which a reference count tells.
+"""
 
 from __future__ import annotations
 
 import copy
+import gc
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
+from sys import getrefcount
 from typing import Any, Final
 
 from torch import nn
 
+from bnguard.errors import BNGuardError
 from bnguard.guard.affine import unheld
+from bnguard.guard.messages import clones_text
 from bnguard.layers.swaps import is_swapped, own_mode, own_tensors
+from bnguard.torch_internals.functional_call import modules_on_stack
 
 # In the layer's __dict__, where Python finds them before those of the class.
 _HOLDING: Final = ("forward", "_replicate_for_data_parallel")
 _COPYING: Final = ("__getstate__", "__prepare_scriptable__", "__deepcopy__", "__reduce_ex__")
 _ATTRIBUTES: Final = (*_HOLDING, *_COPYING)
+_MARK: Final = "__prepare_scriptable__"  # always there, and hardly ever in use: see Note [Clones]
 
 # Of hooks. Torch's own keys are numbers from a counter, which need not move for a hook that has no handle; and graphs
 # are compiled anew for another key.
@@ -52,12 +71,14 @@ class InstancePatch:
         has_forward: Whether a ``forward`` of ours is on it.
         is_hook_elsewhere: Whether a hook was no longer on the layer when it was to be removed: fusing moves hooks to
             another module.
+        mark: What else only clones have, whose number its references tell; None while nothing of ours is on the layer.
         replicate: Makes a replica of the layer for ``nn.DataParallel``. These three are methods of a subclass.
         refuse_script: Refuses to be compiled by ``torch.jit.script``.
         is_watching: Whether the hooks watch a forward that is running.
     """
 
-    has_hooks = has_forward = is_hook_elsewhere = _has_copying = False
+    has_hooks = has_forward = is_hook_elsewhere = False
+    mark: Callable[[], nn.Module] | None = None
     module: Any
     previous: Any
     copies_itself: bool
@@ -73,12 +94,18 @@ class InstancePatch:
         """
         module = self.module
         hooks, others = module._forward_pre_hooks, module._forward_hooks
-        return len(hooks) + len(others) > (_KEY in hooks) + (FIRST_CALL in hooks) + (_KEY in others)
+        if not hooks and not others:
+            return False
+        # A clone shares the dictionaries of the layer, and with them the hooks of that one's guard.
+        return len(hooks) + len(others) > self._number_of_ours(hooks) + self._number_of_ours(others)
+
+    def _number_of_ours(self, hooks: Mapping[Any, Any]) -> int:
+        return self._is_hook(hooks.get(_KEY)) + (FIRST_CALL in hooks)
 
     def has_foreign_pre_hooks(self) -> bool:
         """Whether the user has forward pre-hooks on the layer: old spectral normalisation moves buffers in one."""
         hooks = self.module._forward_pre_hooks
-        return len(hooks) > (_KEY in hooks)
+        return len(hooks) > self._number_of_ours(hooks)
 
     def put_hooks(self, before: LayerHook, after: LayerHook | None, *, comes_first: bool = False) -> None:
         """Puts a forward pre-hook on the layer, and a forward hook that runs before those of the user.
@@ -117,9 +144,9 @@ class InstancePatch:
         if self.has_forward:
             self.strip(self.module, _HOLDING)
             self.has_forward = False
-        if self._has_copying:
+        if self.mark is not None:
             self.strip(self.module, _COPYING)
-            self._has_copying = False
+            self.mark = None
 
     def unhook(self, module: nn.Module) -> None:
         """Removes the hooks from a module to which they were moved, if they are there."""
@@ -131,14 +158,38 @@ class InstancePatch:
 
     def is_copied_to(self, module: nn.Module) -> bool:
         """Whether a module has copied the layer's ``__dict__``, and was not just given the layer's forward."""
-        return self._is_ours(module.__dict__.get("__getstate__"))
+        return self._is_ours(module.__dict__.get(_MARK))
+
+    def has_clones(self) -> bool:
+        """Whether there are clones that still have what is ours; after the block it is only they that can ask."""
+        return getrefcount(self.mark) > _REFERENCES
+
+    def module_in_question(self) -> Any:
+        """The layer, or the clone of it that is copied, pickled or run directly. See Note [Clones].
+
+        Raises:
+            BNGuardError: It may be several; the clones are then rid of what is ours, so that a second attempt succeeds.
+        """
+        if not self.has_clones():
+            return self.module
+        for modules in modules_on_stack():
+            found = {id(part): part for module in modules for part in module.modules() if self._may_be(part)}
+            if len(found) == 1:
+                return next(iter(found.values()))
+            if found:
+                strip_clones([self])
+                raise BNGuardError(clones_text(type(self.module).__name__))
+        return self.module
+
+    def _may_be(self, module: nn.Module) -> bool:
+        return module is self.module or self.is_copied_to(module)
 
     def strip(self, module: nn.Module, names: Iterable[str] = _ATTRIBUTES) -> None:
-        """Takes attributes off the layer, or off a module that has copied its ``__dict__``.
+        """Takes attributes off the layer, or off a module that has copied its ``__dict__``."""
+        self.strip_attributes(module.__dict__, names)
 
-        Only those that are still ours: code that has wrapped one goes on calling it.
-        """
-        attributes = module.__dict__
+    def strip_attributes(self, attributes: dict[str, Any], names: Iterable[str] = _ATTRIBUTES) -> None:
+        """Takes those off that are still ours: code that has wrapped one goes on calling it."""
         for name in names:
             if self._is_ours(attributes.get(name)):
                 del attributes[name]
@@ -147,17 +198,29 @@ class InstancePatch:
 
     def getstate(self) -> Any:
         """The layer's state for a copy or a pickle, without anything of bnguard."""
+        module = self.module_in_question()
+        if module is not self.module:
+            self.strip(module)
+            return module.__getstate__()
         cls: Any = type(self.module)
         state = cls.__getstate__(self.module)
         return self._without_ours(state) if isinstance(state, dict) else state
 
     def deepcopy(self, memo: dict[int, Any]) -> Any:
         """A deep copy of a layer whose class makes them itself, as that of a parametrized one: without ours."""
+        module = self.module_in_question()
+        if module is not self.module:
+            self.strip(module)
+            return copy.deepcopy(module, memo)
         memo[id(self.module)] = copied = copy.deepcopy(self.without_ours(), memo)
         return copied
 
     def reduce(self, protocol: Any) -> Any:
         """What a pickle of a layer holds whose class pickles itself, as that of a graph does: without ours."""
+        module = self.module_in_question()
+        if module is not self.module:
+            self.strip(module)
+            return module.__reduce_ex__(protocol)
         return self.without_ours().__reduce_ex__(protocol)
 
     def without_ours(self) -> Any:
@@ -169,12 +232,11 @@ class InstancePatch:
 
     def put_copying(self) -> None:
         """Puts on the layer what keeps copies of it free of us, unless it is there."""
-        if self._has_copying:
+        if self.mark is not None:
             return
-        self._has_copying = True
         attributes = self.module.__dict__
+        self.mark = attributes[_MARK] = self.refuse_script
         attributes["__getstate__"] = self.getstate
-        attributes["__prepare_scriptable__"] = self.refuse_script
         if self.copies_itself:  # else Python asks __getstate__
             attributes["__deepcopy__"] = self.deepcopy
         if self.reduces_itself:
@@ -217,3 +279,45 @@ class InstancePatch:
 
     def _is_ours(self, value: Any) -> bool:
         return getattr(value, "__self__", None) is self
+
+
+def strip_clone(module: nn.Module) -> None:
+    """Takes what the guard of another layer has left on a clone of that layer off it."""
+    attributes = module.__dict__
+    if _MARK in attributes and _is_of_clone(attributes):
+        attributes[_MARK].__self__.strip_attributes(attributes)
+
+
+def strip_clones(guards: Iterable[InstancePatch]) -> None:
+    """Takes what is ours off all clones of some layers that have not run yet. See Note [Clones]."""
+    for attributes in clones_of(guards):
+        attributes[_MARK].__self__.strip_attributes(attributes)
+
+
+def clones_of(guards: Iterable[InstancePatch]) -> list[dict[str, Any]]:
+    """The ``__dict__`` of each clone that has not run yet."""
+    marks = [guard.mark for guard in guards if guard.mark is not None and guard.has_clones()]
+    found = (
+        [each.__dict__ if isinstance(each, nn.Module) else each for each in gc.get_referrers(*marks)] if marks else ()
+    )
+    clones = [each for each in found if isinstance(each, dict) and _is_of_clone(each)]
+    return list({id(clone): clone for clone in clones}.values())
+
+
+def _is_of_clone(attributes: dict[str, Any]) -> bool:
+    owner = getattr(attributes.get(_MARK), "__self__", None)
+    return isinstance(owner, InstancePatch) and attributes is not owner.module.__dict__
+
+
+class _Probe:
+    """Has a mark like a guard whose layer has no clones."""
+
+    def __init__(self) -> None:
+        self.mark = object()
+        self.attributes = {_MARK: self.mark}
+
+    def references(self) -> int:
+        return getrefcount(self.mark)
+
+
+_REFERENCES: Final = _Probe().references()

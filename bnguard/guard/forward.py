@@ -8,13 +8,13 @@ import operator
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
-from sys import getrefcount
 from types import FunctionType, MethodType
 from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor, nn
 
+from bnguard.errors import BNGuardError
 from bnguard.guard.hold import (
     NO_STATISTICS,
     cloned,
@@ -28,12 +28,13 @@ from bnguard.guard.hold import (
     run_stand_in,
     scratch_like,
 )
+from bnguard.guard.messages import IN_GRAPH_OF_CLONE
 from bnguard.guard.policy import Action, Entries, Ruling, decide
-from bnguard.guard.surroundings import recorded, refuse_graph, traced
+from bnguard.guard.surroundings import is_cloned, recorded, refuse_graph, traced
 from bnguard.guard.watching import WatchedLayer
-from bnguard.layers.kinds import BATCH_NORM
-from bnguard.layers.swaps import NO_FLAGS, is_swapped, own_mode, swap_lock, swapped
-from bnguard.torch_internals.compile import is_called_by_graph, is_exporting, refused_in_graphs
+from bnguard.layers.kinds import BATCH_NORM, StatsLayer
+from bnguard.layers.swaps import NO_FLAGS, is_swapped, own_mode, own_values, swap_lock, swapped
+from bnguard.torch_internals.compile import is_called_by_graph, is_exporting, refused_in_graphs, run_as_python
 from bnguard.torch_internals.fork import call_in_children
 from bnguard.torch_internals.functional_call import calling_module
 from bnguard.torch_internals.tracing import is_symbolic
@@ -53,7 +54,6 @@ call_in_children(_renew_turns)
 class HeldLayer(WatchedLayer):
     """A guarded layer whose forward can run otherwise than without a guard."""
 
-    _method: MethodType | None = None  # while it is on the layer
     _scratch: tuple[Tensor | None, Tensor | None] = (None, None)  # of the last forward
 
     # The ``forward`` on the instance: a bound method of this object.
@@ -71,10 +71,9 @@ class HeldLayer(WatchedLayer):
         if not self.has_forward:
             self.has_forward = True
             function = forward_of_batch_norm if self.kind is BATCH_NORM else self._forward_like_own()
-            self._method = method = MethodType(function, self)
             attributes = self.module.__dict__
             attributes["_replicate_for_data_parallel"] = self.replicate
-            attributes["forward"] = method
+            attributes["forward"] = MethodType(function, self)
 
     def _forward_like_own(self) -> FunctionType:
         """A copy of ``forward`` that has the signature of the layer's own."""
@@ -89,17 +88,35 @@ class HeldLayer(WatchedLayer):
             function.__signature__ = signature  # type: ignore[attr-defined]  # functions take any
         return function
 
-    def may_be_copied(self) -> bool:
-        """Whether another module may have the method: after the block only such a one has it."""
-        return not self.ruling.entries or getrefcount(self._method) > _REFERENCES
-
-    def clone_that_calls(self) -> Any:
-        """The module that runs, if it has copied the layer's ``__dict__``; it is then rid of what is ours."""
+    @run_as_python
+    def forward_of_clone(self) -> Any:
+        """The forward to run, if it is that of a module that has copied the layer's ``__dict__``; else None."""
         caller = calling_module()
-        if caller is None or caller is self.module or not self.is_copied_to(caller):
+        if caller is None:
+            caller = self.module_in_question()
+        if caller is self.module or not self.is_copied_to(caller):
             return None
+        shared = self.shared_statistics(caller) if self.ruling.entries else ()
+        if shared:
+            guard = self.of_copy(caller, shared)
+            guard.members = self.members
+            return guard.forward
         self.strip(caller)
-        return caller
+        return caller.forward
+
+    def of_copy(self, module: nn.Module, names: tuple[str, ...]) -> HeldLayer:
+        """A guard like this one for a forward of a replica, or of a clone that has the statistics ``names`` of it."""
+        layer = StatsLayer(module, (), names, self.kind)
+        guard = type(self)(layer, *own_values([layer]))
+        guard.kind, guard.previous, guard._turn = self.kind, self.previous, self._turn
+        guard.ruling, guard.layer_id = self.ruling, self.layer_id
+        return guard
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward of a replica or a clone, as the guards around the layer want it."""
+        if self.kind is BATCH_NORM and "input" in kwargs:
+            args, kwargs = (kwargs["input"],), {}
+        return self.run(args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return copy.deepcopy(self.module, memo)  # the method is then bound to the copy of the layer
@@ -307,10 +324,13 @@ def forward(guard: HeldLayer, /, *args: Any, **kwargs: Any) -> Any:
         refuse_graph()
     if isinstance(guard, nn.Module):
         return _forward_bound_to(guard, *args, **kwargs)
-    if not torch.compiler.is_compiling() and guard.may_be_copied():
-        clone = guard.clone_that_calls()
-        if clone is not None:
-            return clone.forward(*args, **kwargs)
+    if torch.compiler.is_dynamo_compiling():
+        if is_cloned(id(guard.module)):
+            raise BNGuardError(IN_GRAPH_OF_CLONE)  # breaks the graph
+    elif guard.has_clones():
+        of_clone = guard.forward_of_clone()
+        if of_clone is not None:
+            return of_clone(*args, **kwargs)
     return guard.run(args, kwargs)
 
 
@@ -321,11 +341,14 @@ def forward_of_batch_norm(guard: HeldLayer, input: Tensor) -> Any:
         refuse_graph()
     if isinstance(guard, nn.Module):
         return _forward_bound_to(guard, input)
+    if torch.compiler.is_dynamo_compiling():
+        if is_cloned(id(guard.module)):
+            raise BNGuardError(IN_GRAPH_OF_CLONE)
+    elif guard.has_clones():
+        of_clone = guard.forward_of_clone()
+        if of_clone is not None:
+            return of_clone(input)
     if not torch.compiler.is_compiling():
-        if guard.may_be_copied():
-            clone = guard.clone_that_calls()
-            if clone is not None:
-                return clone.forward(input)
         action = guard.usual_action()
         if action == "hold":
             return guard.run_held((input,), {})
@@ -350,21 +373,3 @@ def _forward_bound_to(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
     if guard is None or guard.module is not module:
         return type(module).forward(module, *args, **kwargs)
     return guard.run(args, kwargs)
-
-
-class _Probe:
-    """Counts the references to a method while its module runs."""
-
-    def __init__(self) -> None:
-        self.references = 0
-        self.method = self.count
-        module = nn.Module()
-        module.__dict__["forward"] = self.method
-        module()
-
-    def count(self) -> None:
-        self.references = getrefcount(self.method)
-
-
-# To a method that is in one __dict__ only. A copy of the __dict__ has another one; then it matters which module runs.
-_REFERENCES: Final = _Probe().references

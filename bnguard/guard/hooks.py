@@ -39,14 +39,14 @@ import torch
 from torch import Tensor, nn
 
 from bnguard.errors import BNGuardError
-from bnguard.guard.copies import LayerHook
+from bnguard.guard.copies import LayerHook, strip_clone, strip_clones
 from bnguard.guard.forward import HeldLayer
 from bnguard.guard.hold import guards
 from bnguard.guard.messages import script_text
 from bnguard.guard.policy import NO_RULING, Entries, PolicyEntry, Rulings
 from bnguard.guard.surroundings import refuse_graph, traced
 from bnguard.guard.watching import Before
-from bnguard.layers.kinds import BATCH_NORM, OTHER_BUFFERS, StatsLayer
+from bnguard.layers.kinds import OTHER_BUFFERS, StatsLayer
 from bnguard.layers.swaps import own_values
 from bnguard.torch_internals.compile import GUARDS_GRAPHS, is_exporting
 from bnguard.torch_internals.fork import renew_after_fork
@@ -109,7 +109,6 @@ class LayerGuard(HeldLayer):
                         self.put_hooks(_BeforeForward(self), after)
             elif not self._before or not self.is_watching():
                 self.remove()
-                self._method = None  # which is bound to this object
                 if guards.get(self.layer_id) is self:  # not before: another guard would take ours for the user's
                     del guards[self.layer_id]
             if tuple(self.members) == members:
@@ -160,8 +159,9 @@ class LayerGuard(HeldLayer):
             if type(module) is not type(self.module):
                 self.unhook(module)  # fusing has moved the hook to another module
                 return
-            if module is not self.module and not module.__dict__.get("_is_replica", False):
-                self.strip(module)  # a copy of __dict__, which shares the hooks
+            is_clone = module is not self.module and not module.__dict__.get("_is_replica", False)
+            if is_clone and not self.shared_statistics(module):
+                self.strip(module)  # it shares the hooks
                 return
         predict = self.kind.predict
         if predict is not None and not predict(module):
@@ -238,15 +238,10 @@ class LayerGuard(HeldLayer):
 
     def run_replica(self, replica: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
         """The forward of a replica."""
-        layer = StatsLayer(replica, (), self.names, self.kind)
-        guard = LayerGuard(layer, *own_values([layer]))
-        guard.kind, guard.previous, guard._turn = self.kind, self.previous, self._turn
-        guard.ruling, guard.layer_id = self.ruling, self.layer_id
-        if self.kind is BATCH_NORM and "input" in kwargs:
-            args, kwargs = (kwargs["input"],), {}
+        guard = self.of_copy(replica, self.names)
         # The first replica shares the layer's statistics. What the others update is dropped with them.
-        if self.ruling.entries and (self.ruling.action == "running" or self.shares_statistics(replica)):
-            return guard.run(args, kwargs)
+        if self.ruling.entries and (self.ruling.action == "running" or self.shared_statistics(replica)):
+            return guard.forward(*args, **kwargs)
         return guard.original(*args, **kwargs)
 
 
@@ -269,6 +264,7 @@ def add_entry(
             while True:
                 guard = guards.get(key)
                 if guard is None:
+                    strip_clone(layer.module)
                     if candidate is not None and candidate.serves_again(layer, known):
                         guard = candidate
                     else:
@@ -290,6 +286,7 @@ def drop_entry(guards: Sequence[LayerGuard], entry: PolicyEntry, model: nn.Modul
     failure: BaseException | None = None
     rulings = Rulings()
     with _lock:
+        strip_clones(guards)
         for guard in guards:
             try:
                 guard.members.pop(entry, None)

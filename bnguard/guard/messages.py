@@ -290,6 +290,21 @@ def script_text(type_name: str) -> str:
     )
 
 
+IN_GRAPH_OF_CLONE: Final = (
+    "a graph cannot tell a guarded layer from a clone that was made in the block by copying its __dict__: call the\n"
+    "clone once before it is compiled"
+)
+
+
+def clones_text(type_name: str) -> str:
+    """The error about a layer that is copied, pickled or run directly while clones of it have not run yet."""
+    return (
+        f"a {type_name} was cloned inside a block by copying its __dict__, and this call does not tell the clone from\n"
+        "the layer. Call the module itself, model(input), not its forward(). Copy or pickle it again: the clones have\n"
+        "been detached from the guard now"
+    )
+
+
 def batch_program_text(names: Sequence[str], type_name: str, is_fixed: bool) -> str:
     """The error about ``use_running_stats=True`` for a layer in a program that normalises with the batch."""
     if is_fixed:

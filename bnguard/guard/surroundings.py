@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable, Mapping
 from types import FunctionType
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bnguard.errors import BNGuardError
-from bnguard.guard.copies import InstancePatch
+from bnguard.guard.copies import InstancePatch, clones_of
 from bnguard.guard.hold import NO_STATISTICS, converted, guards
 from bnguard.guard.policy import NO_RULING, PolicyEntry, decide
 from bnguard.layers.kinds import (
@@ -49,6 +50,13 @@ def traced(key: int) -> None:
 def refuse_graph() -> None:
     """Raises the error about a guard in a graph; for torch before 2.12."""
     raise BNGuardError(GRAPHS_REFUSED)
+
+
+@at_compile_time
+def is_cloned(key: int) -> bool:
+    """Whether there are clones of the layer with this id which have its ``forward``. A graph cannot say whose runs."""
+    guard = guards.get(key)
+    return guard is not None and any([_is_of_module(clone) for clone in clones_of([guard])])
 
 
 @at_compile_time
@@ -220,7 +228,7 @@ class Surroundings(InstancePatch):
                 if torch.compiler.is_compiling():
                     return _is_lent(id(self.module))
                 if module is not self.module:
-                    return not self.shares_statistics(module)
+                    return not self.shared_statistics(module)
                 if own_tensors(module, "_buffers").get(name) is tensor:
                     return False  # swapped by an overlapping forward
                 if in_functional_call():
@@ -229,10 +237,16 @@ class Surroundings(InstancePatch):
                 return False
         return False
 
-    def shares_statistics(self, replica: nn.Module) -> bool:
-        """Whether a replica has the layer's own statistics."""
-        theirs, own = replica._buffers, self.module._buffers
-        return all([theirs.get(name) is own.get(name) for name in self.names])
+    def shared_statistics(self, other: nn.Module) -> tuple[str, ...]:
+        """The statistics of the layer that a replica or a clone has, too; it may have assigned others itself."""
+        theirs, own = other._buffers, own_tensors(self.module, "_buffers")
+        return tuple([name for name in self.names if own.get(name) is not None and theirs.get(name) is own[name]])
+
+
+def _is_of_module(attributes: dict[str, Any]) -> bool:
+    """Whether a dictionary is in use. torch.export makes copies of those of the modules that it exports."""
+    owners = [each for each in gc.get_referrers(attributes) if isinstance(each, nn.Module)]
+    return any([owner.__dict__ is attributes for owner in owners])
 
 
 def _is_plain(cls: type) -> bool:

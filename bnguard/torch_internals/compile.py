@@ -56,6 +56,11 @@ def outside_graphs(function: F) -> F:
     return outside
 
 
+def run_as_python(function: F) -> F:
+    """From torch 2.12 on, keeps dynamo from compiling ``function`` after a graph break; before, no graph gets there."""
+    return outside_graphs(function) if GUARDS_GRAPHS else function
+
+
 def _outside_graphs_by_wrapper(function: Any) -> Any:
     """``outside_graphs`` for a torch that can skip the frame of one function, but not of those that it calls."""
 

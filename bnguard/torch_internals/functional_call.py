@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from types import CodeType, FrameType
 from typing import Final
 
@@ -54,3 +54,11 @@ def calling_module() -> nn.Module | None:
         return None
     module = frame.f_locals.get("self")
     return module if isinstance(module, nn.Module) else None
+
+
+def modules_on_stack() -> Iterator[list[nn.Module]]:
+    """Yields the modules among the local variables of each frame of this thread, those of the innermost frame first."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield [value for value in frame.f_locals.values() if issubclass(type(value), nn.Module)]
+        frame = frame.f_back
