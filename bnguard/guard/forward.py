@@ -19,6 +19,7 @@ from bnguard.guard.hold import (
     NO_STATISTICS,
     cloned,
     copies,
+    copies_for,
     guards,
     is_scratch_for,
     normalise_with_batch,
@@ -260,7 +261,8 @@ class HeldLayer(WatchedLayer):
         if surroundings == "record":
             return self._run_and_put_back(args, kwargs)
         if self.kind is not BATCH_NORM:
-            return self._run_with(copies(self.module, self.names), NO_FLAGS, args, kwargs)
+            inputs = () if surroundings == "graph" else (*args, *kwargs.values())
+            return self._run_with(copies_for(self.module, self.names, inputs), NO_FLAGS, args, kwargs)
         if surroundings == "graph":
             return normalise_with_batch_in_graph(self.module, *args)
         return normalise_with_batch(self.module, args[0], *self._scratch_pair())

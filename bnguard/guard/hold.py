@@ -24,7 +24,7 @@ from torch.nn.parameter import is_lazy
 from bnguard.layers.bits import has_values, write
 from bnguard.layers.swaps import own_tensors
 from bnguard.torch_internals.tracing import outside_modes, without_autograd
-from bnguard.torch_internals.transforms import PLAIN, is_wrapped, unwrapped_tensor
+from bnguard.torch_internals.transforms import PLAIN, for_each_example, is_batched, is_wrapped, unwrapped_tensor
 
 # By id of the layer, as long as it has entries: what guards it, see ``hooks.LayerGuard``.
 guards: Final[dict[int, Any]] = {}
@@ -95,7 +95,14 @@ def normalise_with_batch(module: Any, input: Tensor, mean: Tensor | None, var: T
     module._check_input_dim(input)
     factor = 0.0 if module.momentum is None else module.momentum
     weight, bias = _parameter(module, "weight"), _parameter(module, "bias")
-    return F.batch_norm(input, mean, var, weight, bias, True, factor, module.eps)  # noqa: FBT003  # by position, as torch
+    try:
+        return F.batch_norm(input, mean, var, weight, bias, True, factor, module.eps)  # noqa: FBT003  # by position, as torch
+    except RuntimeError:
+        if not is_batched(input) or mean is None or var is None:
+            raise
+    # Not asked before: it would cost each forward.
+    mean, var = for_each_example(mean, input), for_each_example(var, input)
+    return F.batch_norm(input, mean, var, weight, bias, True, factor, module.eps)  # noqa: FBT003
 
 
 def normalise_with_batch_in_graph(module: Any, input: Tensor) -> Tensor:
@@ -143,6 +150,13 @@ def copies(module: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
         own = module._buffers
         return {name: tensor.detach().clone() for name in names if (tensor := own.get(name)) is not None}
     return _copies(own_tensors(module, "_buffers"), names)
+
+
+def copies_for(module: nn.Module, names: Iterable[str], inputs: Iterable[Any]) -> dict[str, Tensor]:
+    """Fresh copies of some buffers for a forward with these inputs to write to; under ``vmap`` one for each example."""
+    found = copies(module, names)
+    batched = next(filter(is_batched, inputs), None)
+    return found if batched is None else {name: for_each_example(copy, batched) for name, copy in found.items()}
 
 
 @outside_modes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+import torch
 from torch import Tensor, nn
 from torch._C import _functorch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -20,6 +21,22 @@ def is_fake(tensor: Any) -> bool:
 def is_wrapped(tensor: Any) -> bool:
     """Whether the tensor is wrapped by a ``torch.func`` transform."""
     return _functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def is_batched(value: Any) -> bool:
+    """Whether the value is a tensor that ``vmap`` maps over, inside of whatever other transforms."""
+    while isinstance(value, Tensor) and _functorch.is_functorch_wrapped_tensor(value):
+        if _functorch.is_batchedtensor(value):
+            return True
+        value = _functorch.get_unwrapped(value)
+    return False
+
+
+def for_each_example(tensor: Tensor, input: Tensor) -> Tensor:
+    """``tensor`` once for each example that ``vmap`` makes of ``input``: it refuses to write to one that all share."""
+    with torch.no_grad():
+        never = torch.zeros_like(input.sum(), dtype=torch.bool)
+        return torch.where(never, tensor, tensor)
 
 
 def below_transforms(tensor: Any) -> Any:

@@ -167,6 +167,18 @@ def pure(net: nn.Module) -> Call:
     return lambda input: functional_call(net, (parameters_of(net), buffers_of(net)), (input,))
 
 
+def per_example(net: nn.Module) -> Call:
+    """``net`` as a function without side effects that gets copies of its buffers for each example of a ``vmap``."""
+
+    def call(input: Tensor) -> Tensor:
+        zeros = torch.zeros_like(input).sum()
+        return functional_call(
+            net, (parameters_of(net), {name: b + zeros.to(b.dtype) for name, b in buffers_of(net).items()}), (input,)
+        )
+
+    return call
+
+
 def on_its_own(net: nn.Module) -> Call:
     """``net`` with other parameters, and with its own buffers."""
     return lambda input: functional_call(net, parameters_of(net), (input,))
@@ -186,8 +198,19 @@ def expected(transform: str, kind: str, how: str) -> Expected:
     """A transform of an unguarded twin: on its own buffers, in eval mode, as a pure function, or on what it is lent."""
     twin = make_net(kind).train(how != "eval")
     lent = buffers_of(twin)
-    call = {"own": on_its_own, "eval": on_its_own, "pure": pure, "lent": lambda twin: lending(twin, lent)}[how](twin)
+    call = {
+        "own": on_its_own,
+        "eval": on_its_own,
+        "pure": pure,
+        "per-example": per_example,
+        "lent": lambda twin: lending(twin, lent),
+    }[how](twin)
     return Expected(attempt(lambda: TRANSFORMS[transform](call)), state_of(twin), lent)
+
+
+def without_side_effects(transform: str, kind: str) -> Expected:
+    """What a twin comes to that updates nothing of its own."""
+    return expected(transform, kind, "per-example" if transform in ("vmap", "vmap-grad") else "pure")
 
 
 # Buffers that are lent.
@@ -370,13 +393,46 @@ def test_transform_under_raise(transform: str, kind: str) -> None:
 @pytest.mark.parametrize(("transform", "kind"), CALLS + LINEARIZE)
 def test_transform_under_restore(transform: str, kind: str) -> None:
     """The model is a function without side effects: same results and errors as with fresh copies of its buffers."""
-    net, twin = make_net(kind), expected(transform, kind, "pure")
+    net, twin = make_net(kind), without_side_effects(transform, kind)
     before = state_of(net)
     with bnguard.frozen(net, "restore") as block:
         result = attempt(lambda: TRANSFORMS[transform](on_its_own(net)))
     assert_same_outcome(result, twin.outcome)
     assert_same_bits(net.state_dict(), before)
     assert block.changes == ()
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("kind", ["BatchNorm", "SyncBatchNorm", "subclass"])
+def test_vmap_under_restore_normalises_each_example(kind: str, depth: int) -> None:
+    """Which torch refuses without a guard: outputs and gradients of a twin that tracks nothing, and of a loop."""
+    net, twin = make_net(kind), make_net(kind)
+    torch.func.replace_all_batch_norm_modules_(twin)
+    before, examples = state_of(net), torch.stack([small() + number for number in range(4)])
+    results = []
+    for model in (net, twin):
+        call, input = model, examples.clone().requires_grad_()
+        for _ in range(depth):
+            call = torch.func.vmap(call)
+        with bnguard.frozen(net, "restore") if model is net else nullcontext():
+            output = call(input.unflatten(0, (2, 2)) if depth == 2 else input).reshape(examples.shape)
+            output.square().sum().backward()
+        results.append([output.detach(), input.grad, *[p.grad for p in model.parameters()]])
+    assert_same_bits(*results)
+    assert torch.allclose(results[0][0], torch.stack([twin(example) for example in examples]), atol=1e-6)
+    assert_same_bits(net.state_dict(), before)
+    with pytest.raises(RuntimeError, match="batched tensor"):
+        torch.func.vmap(net)(examples)
+
+
+@pytest.mark.parametrize("kind", ["BatchNorm", "own-forward"])
+def test_error_under_vmap_is_torchs(kind: str) -> None:
+    """A batch that torch refuses is refused in its words, with a guard that holds as with copies for each example."""
+    net, twin, wrong = make_net(kind), make_net(kind), torch.zeros(2, 3, 5, 2, 2)
+    with bnguard.frozen(net, "restore"):
+        result = attempt(lambda: torch.func.vmap(net[1])(wrong))
+    assert isinstance(result, tuple)
+    assert result == attempt(lambda: torch.func.vmap(per_example(twin[1]))(wrong))
 
 
 @EVERY_CALL
@@ -454,7 +510,9 @@ def test_block_inside_a_transform(transform: str, kind: str, guard: str, mode: s
         with bnguard.frozen(net, **GUARDS[guard]):
             return net(input)
 
-    twin = expected(transform, kind, {"raise": "eval", "restore": "pure", "budget": "own"}[guard])
+    twin = expected(transform, kind, {"raise": "eval", "budget": "own"}.get(guard, "pure"))
+    if guard == "restore":
+        twin = without_side_effects(transform, kind)
     assert_same_outcome(attempt(lambda: TRANSFORMS[transform](guarded)), twin.outcome)
     assert_same_bits(net.state_dict(), twin.state if guard == "budget" else before)
 
