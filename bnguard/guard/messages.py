@@ -37,6 +37,11 @@ _CAUSES: Final[dict[Cause, tuple[str, ...]]] = {
         "only.",
     ),
 }
+_WITH_BATCH: Final = (
+    "If a method made the change that the guard does not hold (a forward() that was kept from before the block or is",
+    "called through the class, or another method, such as inverse()), its outputs are wrong: it has normalised with the",
+    "batch, not with the running statistics. Call the layer itself, or put it in eval mode.",
+)
 _AFFINE: Final = frozenset(["weight", "bias"])
 _AFFINE_CAUSES: Final = (
     "Weight and bias get no gradient in the block, unless requires_grad_(True) is called again: look for it, and for",
@@ -107,7 +112,12 @@ def swallowed_text(stopped: Sequence[StatsChange], phrases: Phrases = FROZEN) ->
 
 
 def changed_text(
-    changes: Sequence[StatsChange], restored: bool, cause: Cause = "unknown", phrases: Phrases = FROZEN
+    changes: Sequence[StatsChange],
+    restored: bool,
+    cause: Cause = "unknown",
+    phrases: Phrases = FROZEN,
+    *,
+    in_eval_mode: bool = False,
 ) -> str:
     """The error or warning about changes found by the comparison at the end of a block or in ``check()``.
 
@@ -116,12 +126,15 @@ def changed_text(
         restored: Whether their original statistics have been restored.
         cause: The cause of changes that no observed forward explains, as far as it is known.
         phrases: How to name the guard.
+        in_eval_mode: Whether forwards were to normalise with the running statistics.
     """
     affine = [change for change in changes if not _AFFINE.isdisjoint(change.buffers)]
     statistics = [change for change in changes if not _AFFINE.issuperset(change.buffers)]
     causes = () if len([change for change in statistics if change.updates]) == len(statistics) else _CAUSES[cause]
     if causes and cause == "compiled":
         causes = (*causes, *phrases.choices(('on_change="restore"', "holds the statistics, in compiled graphs too")))
+    if causes and cause == "unknown" and in_eval_mode:
+        causes = (*causes, *_WITH_BATCH)
     if affine:
         causes = (*causes, *_AFFINE_CAUSES)
     noun = _noun([name for change in statistics for name in change.buffers])

@@ -100,9 +100,10 @@ class Outcome:
     ) -> str:
         """What there is to say; empty for nothing."""
         puts_back, phrases = self._settings.policy.puts_back, self._settings.frontend.phrases
+        in_eval_mode = self._settings.use_running_stats
         texts = []
         if found and (puts_back or not self._has_warned):
-            texts.append(messages.changed_text(found, puts_back, cause, phrases))
+            texts.append(messages.changed_text(found, puts_back, cause, phrases, in_eval_mode=in_eval_mode))
         if earlier and self._errors and not _reports(error, self._errors):
             texts.append(messages.swallowed_text(earlier, phrases))
         return "\n".join(texts)

@@ -119,3 +119,86 @@ def test_program_without_its_statistics_normalises_nothing() -> None:
     assert len(normalised_with_batch(program)) == 1
     del program.get_submodule("1").running_mean
     assert normalised_with_batch(program) == frozenset()
+
+
+class Flow(nn.Module):
+    """A layer of a normalizing flow: both directions use the batch's statistics in train mode, and move its own."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(features))
+        self.register_buffer("running_var", torch.ones(features))
+
+    def statistics(self, input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.training:
+            return self.running_mean, self.running_var
+        var, mean = torch.var_mean(input, 0, correction=0)
+        self.running_mean.lerp_(mean, 0.1)
+        self.running_var.lerp_(var, 0.1)
+        return mean, var
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        mean, var = self.statistics(input)
+        return (input - mean) * (var + 1e-5).rsqrt()
+
+    def inverse(self, input: torch.Tensor) -> torch.Tensor:
+        mean, var = self.statistics(input)
+        return input * (var + 1e-5).sqrt() + mean
+
+
+def rows() -> torch.Tensor:
+    """Eight rows of three features, off centre."""
+    return torch.randn(8, 3, generator=torch.Generator().manual_seed(0)) * 2 + 3
+
+
+Method = Callable[[torch.Tensor], torch.Tensor]
+# What no instance can hold: each takes the layer before the block, and gives what is called inside.
+UNHELD: dict[str, Callable[[Any], Method]] = {
+    "kept": lambda layer: layer.forward,
+    "of-the-class": lambda layer: lambda input: type(layer).forward(layer, input),
+    "inverse": lambda layer: layer.inverse,
+}
+WRONG = "its outputs are wrong: it has normalised with the\nbatch, not with the running statistics"
+
+
+@pytest.mark.parametrize("on_change", ["raise", "restore", "warn"])
+@pytest.mark.parametrize(
+    ("make", "method"),
+    [(nn.BatchNorm1d, "kept"), (nn.BatchNorm1d, "of-the-class"), *[(Flow, method) for method in UNHELD]],
+)
+def test_method_that_is_not_held_is_told_at_the_end(make: Any, method: str, on_change: Any) -> None:
+    """It has normalised with the batch, and the end of the block says so, and what to do."""
+    layer = make(3)
+    before = values(statistics(layer))
+    function = UNHELD[method](layer)
+    with told() as said, bnguard.frozen(layer, on_change, use_running_stats=True):
+        function(rows())
+    assert WRONG in "".join([*said.warnings, said.error or ""])
+    assert (said.error is None) == (on_change != "raise")
+    if on_change != "warn":
+        assert_same_bits(statistics(layer), before)
+
+
+@pytest.mark.parametrize("make", [nn.BatchNorm1d, Flow])
+@pytest.mark.filterwarnings("error::bnguard.BNGuardWarning")
+def test_forward_that_is_called_directly_is_the_eval_twins(make: Any) -> None:
+    """``layer.forward(x)`` inside finds the forward on the instance; in eval mode nothing is to be held."""
+    layer = make(3)
+    expected = make(3).eval().forward(rows())
+    kept = layer.forward
+    with bnguard.frozen(layer, use_running_stats=True):
+        assert_same_bits(layer.forward(rows()), expected)
+        layer.eval()
+        assert_same_bits(kept(rows()), expected)
+        if make is Flow:
+            layer.inverse(rows())
+
+
+def test_other_policies_do_not_speak_of_wrong_outputs() -> None:
+    """Under ``"raise"`` a forward normalises with its batch, or not at all."""
+    layer = nn.BatchNorm1d(3)
+    kept = layer.forward
+    with told() as said, bnguard.frozen(layer):
+        kept(rows())
+    assert "forward() called directly" in str(said.error)
+    assert "outputs are wrong" not in str(said.error)
