@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bnguard.errors import BNGuardError, BNGuardWarning, StatsChangedError
 from bnguard.guard import messages
 from bnguard.guard.affine import AffineHold
-from bnguard.guard.bystanders import Bystanders, UnguardedBuffers, bystanders_of, unguarded_buffers
+from bnguard.guard.beside import found_beside
 from bnguard.guard.coverage import (
     refuse_batch_programs,
     refuse_other_buffers,
@@ -52,8 +52,8 @@ class Block:
     """
 
     __slots__ = (
-        "_affine", "_bystanders", "_check", "_counts", "_entry", "_found", "_guards", "_has_named",
-        "_has_warned_of_program", "_layers", "_model", "_on_cuda", "_others", "_outcome", "_owners", "_process",
+        "_affine", "_beside", "_check", "_counts", "_entry", "_found", "_guards", "_has_named",
+        "_has_warned_of_program", "_layers", "_model", "_on_cuda", "_outcome", "_owners", "_process",
         "_regions", "_settings", "_tree", "_verified", "_without_values",
     )  # fmt: skip
 
@@ -74,8 +74,7 @@ class Block:
         self._entry: PolicyEntry | None = None  # while the block is open
         self._affine: AffineHold | None = None
         self._check: ExitCheck | None = None
-        self._bystanders: Bystanders | None = None
-        self._others: UnguardedBuffers | None = None
+        self._beside: list[Callable[[], None]] = []
         self._without_values: frozenset[int] = frozenset()  # owners
         self._found: Mapping[int, StatsChange] = _NONE  # by owner: what a comparison found
         self._verified: Mapping[int, int] = {}  # by layer: updates when it was last compared
@@ -113,8 +112,7 @@ class Block:
             self._affine.take([p for i in range(len(layers)) for p in check.parameters.objects_of(i)])
         if settings.frontend.has_coverage_warnings:
             warn_about_programs(settings)
-            self._bystanders = bystanders_of(self._model, (self._model,))
-            self._others = unguarded_buffers(self._model, self._tree, layers, settings)
+            self._beside = found_beside(self._model, self._tree, layers, settings)
 
     def check(self) -> None:
         """Compares now, and acts as the end of the block would; under ``"rollback"`` nothing is put back."""
@@ -147,7 +145,7 @@ class Block:
         try:
             self._act(found, error)
         finally:
-            self._check = self._bystanders = self._others = None  # a guard that is kept for later keeps no copies
+            self._check, self._beside = None, []  # a guard that is kept for later keeps no copies
 
     def abandon(self, _: object = None) -> None:
         """Lets go of a model that ``enter()`` or ``leave()`` have failed to, and says nothing; else does nothing."""
@@ -160,7 +158,7 @@ class Block:
             try:
                 self._let_go()
             finally:
-                self._entry = self._check = self._bystanders = self._others = None
+                self._entry, self._check, self._beside = None, None, []
 
     @property
     def changes(self) -> tuple[StatsChange, ...]:
@@ -291,10 +289,8 @@ class Block:
             warn_about_added_layers(self._model, self._settings, self._tree, self._check.statistics)
         if self._regions and not is_any_held(self._layers):
             warn_about_pending_regions(self._regions.values(), self._settings)
-        if self._bystanders is not None:
-            self._bystanders.tell(self._settings.frontend.phrases)
-        if self._others is not None:
-            self._others.tell(self._settings.frontend.phrases)
+        for tell in self._beside:
+            tell()
 
     def _refuse_capture(self) -> None:
         if self._on_cuda and is_capturing():

@@ -39,7 +39,7 @@ _CAUSES: Final[dict[Cause, tuple[str, ...]]] = {
 }
 _WITH_BATCH: Final = (
     "If a method made the change that the guard does not hold (a forward() that was kept from before the block or is",
-    "called through the class, or another method, such as inverse()), its outputs are wrong: it has normalised with the",
+    "called through the class, or another method, as inverse()), its outputs are wrong: it has normalised with the",
     "batch, not with the running statistics. Call the layer itself, or put it in eval mode.",
 )
 _AFFINE: Final = frozenset(["weight", "bias"])
@@ -190,6 +190,15 @@ def ignores_eval_text(layer: StatsLayer, is_observer: bool) -> str:
         f"{layer_text(layer.names, type(layer.module).__name__)} {what}: use_running_stats=True cannot hold "
         f"{listing(layer.buffers)}.\n"
         'Give on_change="restore" or "rollback" instead, or leave them out of buffers=.'
+    )
+
+
+def unregistered_text(modules: Sequence[tuple[str, str, Sequence[str]]], phrases: Phrases) -> str:
+    """The warning about running statistics that are no buffers and moved."""
+    shown = first_of([f"{listing(names)} of {layer_text((place,), cls)}" for place, cls, names in modules], _SHOWN)
+    return (
+        f"also moved inside {phrases.place}, not guarded: {shown}.\n"
+        "They are no buffers: with register_buffer() they are, and can be guarded."
     )
 
 

@@ -1,0 +1,99 @@
+"""Running statistics that are no buffers: parameters and plain attributes, which a block neither holds nor restores.
+
+Its end says, once for each module, which of them moved. They are recognised by their names.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, Final
+
+from torch import Tensor, nn
+
+from bnguard.errors import BNGuardWarning
+from bnguard.guard import messages
+from bnguard.guard.hold import copies_outside_modes
+from bnguard.guard.options import Settings
+from bnguard.layers.bits import has_values, same_bits
+from bnguard.layers.kinds import OWN_FORWARD, StatsLayer, is_statistic
+from bnguard.layers.select import is_selected
+from bnguard.torch_internals.callsite import call_site
+from bnguard.torch_internals.tracing import outside_modes
+from bnguard.torch_internals.transforms import unwrapped_tensor
+
+_Places = tuple[tuple[str, "weakref.ref[nn.Module]", tuple[str, ...]], ...]
+
+# By the id of the model, as long as it lives: they are looked for once.
+_known: Final[dict[int, tuple[weakref.ref[nn.Module], _Places]]] = {}
+# Modules of which a user has been told, by id.
+_told: Final[dict[int, weakref.ref[nn.Module]]] = {}
+
+
+class Unregistered:
+    """Such statistics at the beginning of a block.
+
+    Args:
+        before: For each module its name, and copies of the statistics by attribute.
+    """
+
+    __slots__ = ("_before",)
+
+    def __init__(self, before: list[tuple[str, nn.Module, dict[str, Tensor]]]) -> None:
+        self._before = before
+
+    def tell(self, settings: Settings) -> None:
+        """Warns about those that have moved in train mode. A copy that an average is written to is in eval mode."""
+        moved = []
+        for name, module, values in self._before:
+            layer = StatsLayer(module, (name,), tuple(values), OWN_FORWARD)
+            if module.training and is_selected(layer, settings.include, settings.exclude, settings.within):
+                names = _differing(module, values)
+                if names:
+                    moved.append((name, type(module).__name__, names))
+                    _told[id(module)] = weakref.ref(module, partial(_forget, id(module)))
+        if moved:
+            text = messages.unregistered_text(moved, settings.frontend.phrases)
+            warnings.warn(text, BNGuardWarning, stacklevel=call_site().stacklevel)
+
+
+def unregistered_in(model: nn.Module) -> Unregistered | None:
+    """The running statistics of a model that are no buffers; None if there are none."""
+    key = id(model)
+    known = _known.get(key)
+    if known is None or known[0]() is not model:
+        known = _known[key] = weakref.ref(model, partial(_forget, key)), tuple(_places_in(model))
+    before = []
+    for name, place, attributes in known[1]:
+        module = place()
+        if module is not None and id(module) not in _told:
+            values = copies_outside_modes(_tensors(module, attributes))
+            if values:
+                before.append((name, module, values))
+    return Unregistered(before) if before else None
+
+
+def _places_in(model: nn.Module) -> Iterator[tuple[str, weakref.ref[nn.Module], tuple[str, ...]]]:
+    for name, module in model.named_modules():
+        names = [key for key in (*module._parameters, *module.__dict__) if is_statistic(key)]
+        if names:
+            yield name, weakref.ref(module), tuple(names)
+
+
+def _tensors(module: nn.Module, attributes: tuple[str, ...]) -> dict[str, Tensor]:
+    """Those that are tensors at the moment, and that no optimizer trains."""
+    found: dict[str, Any] = {name: module._parameters.get(name, module.__dict__.get(name)) for name in attributes}
+    return {name: value for name, value in found.items() if isinstance(value, Tensor) and not value.requires_grad}
+
+
+@outside_modes
+def _differing(module: nn.Module, values: dict[str, Tensor]) -> list[str]:
+    now = {name: unwrapped_tensor(tensor) for name, tensor in _tensors(module, tuple(values)).items()}
+    return [name for name, tensor in now.items() if has_values(tensor) and not same_bits(tensor, values[name])]
+
+
+def _forget(key: int, _: object) -> None:
+    _known.pop(key, None)
+    _told.pop(key, None)
