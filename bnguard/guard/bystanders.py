@@ -16,7 +16,6 @@ from typing import Any, Final
 from torch import Tensor, nn
 
 from bnguard.errors import BNGuardWarning
-from bnguard.guard import messages
 from bnguard.guard.hold import guards
 from bnguard.guard.options import Settings
 from bnguard.guard.phrases import Phrases
@@ -29,11 +28,13 @@ from bnguard.layers.snapshot import Snapshot
 from bnguard.layers.swaps import own_tensors
 from bnguard.layers.tree import Tree, find_layers
 from bnguard.torch_internals.callsite import call_site
+from bnguard.words import first_of
 
 _References = tuple[tuple[str, "weakref.ref[nn.Module]"], ...]
 
 # By the id of the model or other object, as long as it lives: they are looked for once.
 _known: Final[dict[int, tuple[weakref.ref[Any], _References]]] = {}
+_SHOWN: Final = 3
 _LARGEST: Final = 1 << 20  # values of a buffer that is looked at
 # Layers of which a user has been told, by id.
 _told: Final[dict[int, weakref.ref[nn.Module]]] = {}
@@ -62,7 +63,7 @@ class Bystanders:
             key = id(layer.module)
             _told[key] = weakref.ref(layer.module, partial(_forget, key))
         described = [(layer.names[0], type(layer.module).__name__) for layer in moved]
-        warnings.warn(messages.bystanders_text(described, phrases), BNGuardWarning, stacklevel=call_site().stacklevel)
+        warnings.warn(_bystanders_text(described, phrases), BNGuardWarning, stacklevel=call_site().stacklevel)
 
 
 def bystanders_of(owner: Any, models: Iterable[nn.Module]) -> Bystanders | None:
@@ -146,7 +147,7 @@ class UnguardedBuffers:
                 prefix = f"{layer.names[0]}." if layer.names[0] else ""
                 moved += [prefix + name for name in difference.names]
         if moved:
-            warnings.warn(messages.others_text(moved, phrases), BNGuardWarning, stacklevel=call_site().stacklevel)
+            warnings.warn(_others_text(moved, phrases), BNGuardWarning, stacklevel=call_site().stacklevel)
 
 
 def unguarded_buffers(
@@ -183,3 +184,22 @@ def unguarded_buffers(
 def _is_small(tensor: Tensor) -> bool:
     """Whether a tensor can be copied at each block: not a queue of a million values, nor what has none."""
     return has_values(tensor) and tensor.numel() <= _LARGEST
+
+
+def _bystanders_text(layers: Sequence[tuple[str, str]], phrases: Phrases) -> str:
+    """The warning about layers that are not among the modules of the model and moved."""
+    shown = first_of([f"{place} ({name})" for place, name in layers], _SHOWN)
+    return (
+        f"also moved inside {phrases.place}, not guarded: {shown}.\n"
+        "They are not among the modules of the guarded model: keep them in an nn.ModuleList or nn.ModuleDict, or as\n"
+        "attributes of a module, or guard what they belong to as well."
+    )
+
+
+def _others_text(names: Sequence[str], phrases: Phrases) -> str:
+    """The warning about buffers that are no running statistics and moved."""
+    return (
+        f"also moved inside {phrases.place}, not guarded: {first_of(names, _SHOWN)}.\n"
+        "They are buffers, but no running statistics of a normalisation layer. To guard them, or some of them:\n"
+        + "\n".join(phrases.choices(('buffers="all"', "or patterns on their names")))
+    )

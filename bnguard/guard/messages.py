@@ -164,25 +164,6 @@ def added_text(names: Sequence[str], phrases: Phrases) -> str:
     )
 
 
-def bystanders_text(layers: Sequence[tuple[str, str]], phrases: Phrases) -> str:
-    """The warning about layers that are not among the modules of the model and moved."""
-    shown = first_of([f"{place} ({name})" for place, name in layers], _SHOWN)
-    return (
-        f"also moved inside {phrases.place}, not guarded: {shown}.\n"
-        "They are not among the modules of the guarded model: keep them in an nn.ModuleList or nn.ModuleDict, or as\n"
-        "attributes of a module, or guard what they belong to as well."
-    )
-
-
-def others_text(names: Sequence[str], phrases: Phrases) -> str:
-    """The warning about buffers that are no running statistics and moved."""
-    return (
-        f"also moved inside {phrases.place}, not guarded: {first_of(names, _SHOWN)}.\n"
-        "They are buffers, but no running statistics of a normalisation layer. To guard them, or some of them:\n"
-        + "\n".join(phrases.choices(('buffers="all"', "or patterns on their names")))
-    )
-
-
 def ignores_eval_text(layer: StatsLayer, is_observer: bool) -> str:
     """The error about buffers that move in eval mode, too, under ``use_running_stats=True``."""
     what = "observes in eval mode, too" if is_observer else "has a forward pre-hook, which may move them first"
@@ -190,15 +171,6 @@ def ignores_eval_text(layer: StatsLayer, is_observer: bool) -> str:
         f"{layer_text(layer.names, type(layer.module).__name__)} {what}: use_running_stats=True cannot hold "
         f"{listing(layer.buffers)}.\n"
         'Give on_change="restore" or "rollback" instead, or leave them out of buffers=.'
-    )
-
-
-def unregistered_text(modules: Sequence[tuple[str, str, Sequence[str]]], phrases: Phrases) -> str:
-    """The warning about running statistics that are no buffers and moved."""
-    shown = first_of([f"{listing(names)} of {layer_text((place,), cls)}" for place, cls, names in modules], _SHOWN)
-    return (
-        f"also moved inside {phrases.place}, not guarded: {shown}.\n"
-        "They are no buffers: with register_buffer() they are, and can be guarded."
     )
 
 

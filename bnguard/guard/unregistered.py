@@ -7,22 +7,23 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, Final
 
 from torch import Tensor, nn
 
 from bnguard.errors import BNGuardWarning
-from bnguard.guard import messages
 from bnguard.guard.hold import copies_outside_modes
 from bnguard.guard.options import Settings
+from bnguard.guard.phrases import Phrases
 from bnguard.layers.bits import has_values, same_bits
 from bnguard.layers.kinds import OWN_FORWARD, StatsLayer, is_statistic
 from bnguard.layers.select import is_selected
 from bnguard.torch_internals.callsite import call_site
 from bnguard.torch_internals.tracing import outside_modes
 from bnguard.torch_internals.transforms import unwrapped_tensor
+from bnguard.words import first_of, layer_text, listing
 
 _Places = tuple[tuple[str, "weakref.ref[nn.Module]", tuple[str, ...]], ...]
 
@@ -55,7 +56,7 @@ class Unregistered:
                     moved.append((name, type(module).__name__, names))
                     _told[id(module)] = weakref.ref(module, partial(_forget, id(module)))
         if moved:
-            text = messages.unregistered_text(moved, settings.frontend.phrases)
+            text = _unregistered_text(moved, settings.frontend.phrases)
             warnings.warn(text, BNGuardWarning, stacklevel=call_site().stacklevel)
 
 
@@ -97,3 +98,12 @@ def _differing(module: nn.Module, values: dict[str, Tensor]) -> list[str]:
 def _forget(key: int, _: object) -> None:
     _known.pop(key, None)
     _told.pop(key, None)
+
+
+def _unregistered_text(modules: Sequence[tuple[str, str, Sequence[str]]], phrases: Phrases) -> str:
+    """The warning about running statistics that are no buffers and moved."""
+    shown = first_of([f"{listing(names)} of {layer_text((place,), cls)}" for place, cls, names in modules], 3)
+    return (
+        f"also moved inside {phrases.place}, not guarded: {shown}.\n"
+        "They are no buffers: with register_buffer() they are, and can be guarded."
+    )
