@@ -121,5 +121,19 @@ def warn_about_added_layers(model: nn.Module, settings: Settings, tree: Tree, st
 def warn_about_pending_regions(regions: Iterable[Region], settings: Settings) -> None:
     """Warns about checkpointed regions whose backward pass has not been run yet."""
     if any([region.is_pending() for region in regions]):
-        text = messages.pending_text(settings.use_running_stats, settings.frontend.phrases)
+        text = _pending_text(settings.use_running_stats, settings.frontend.phrases)
         warnings.warn(text, BNGuardWarning, stacklevel=call_site().stacklevel)
+
+
+def _pending_text(in_eval_mode: bool, phrases: Phrases) -> str:
+    """The warning about a checkpointed region whose backward pass has not been run when the block ends."""
+    consequence = (
+        "normalise with the batch: torch raises CheckpointError, or computes wrong gradients (use_reentrant=True)"
+        if in_eval_mode
+        else "update the running statistics"
+    )
+    return (
+        f"a checkpointed region was run inside {phrases.place}, and its backward pass has not been run there.\n"
+        f"That pass recomputes the region, without the guard, and will {consequence}.\n"
+        "Call backward() inside the block, or run the region under torch.no_grad() if it needs no gradient."
+    )

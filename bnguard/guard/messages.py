@@ -174,20 +174,6 @@ def ignores_eval_text(layer: StatsLayer, is_observer: bool) -> str:
     )
 
 
-def pending_text(in_eval_mode: bool, phrases: Phrases) -> str:
-    """The warning about a checkpointed region whose backward pass has not been run when the block ends."""
-    consequence = (
-        "normalise with the batch: torch raises CheckpointError, or computes wrong gradients (use_reentrant=True)"
-        if in_eval_mode
-        else "update the running statistics"
-    )
-    return (
-        f"a checkpointed region was run inside {phrases.place}, and its backward pass has not been run there.\n"
-        f"That pass recomputes the region, without the guard, and will {consequence}.\n"
-        "Call backward() inside the block, or run the region under torch.no_grad() if it needs no gradient."
-    )
-
-
 def unguarded_text(type_name: str, phrases: Phrases = FROZEN) -> str:
     """The warning about a model that has no layer with running statistics."""
     return (
