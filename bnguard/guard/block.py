@@ -141,7 +141,7 @@ class Block:
         found = self._verify(restores=self._settings.policy.puts_back)
         self._let_go()
         if error is None and self._settings.frontend.has_coverage_warnings:
-            self._warn_of_gaps()
+            self._warn_of_gaps(has_found=bool(found))
         try:
             self._act(found, error)
         finally:
@@ -284,12 +284,12 @@ class Block:
                 drop_entry(self._guards, self._entry, self._model)
         self._entry = None
 
-    def _warn_of_gaps(self) -> None:
+    def _warn_of_gaps(self, *, has_found: bool) -> None:
         if self._check is not None and self._layers:
             warn_about_added_layers(self._model, self._settings, self._tree, self._check.statistics)
         if self._regions and not is_any_held(self._layers):
             warn_about_pending_regions(self._regions.values(), self._settings)
-        for tell in self._beside:
+        for tell in () if has_found else self._beside:  # one finding at a time
             tell()
 
     def _refuse_capture(self) -> None:

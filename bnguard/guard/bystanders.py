@@ -20,7 +20,7 @@ from bnguard.guard.hold import guards
 from bnguard.guard.options import Settings
 from bnguard.guard.phrases import Phrases
 from bnguard.layers.bits import has_values
-from bnguard.layers.kinds import StatsLayer, statistics_of
+from bnguard.layers.kinds import StatsLayer, is_observer, statistics_of
 from bnguard.layers.other_buffers import other_buffers
 from bnguard.layers.search import named_modules_beside
 from bnguard.layers.select import is_selected
@@ -137,15 +137,17 @@ class UnguardedBuffers:
         self._values = Snapshot([layer.module for layer in layers], [layer.buffers for layer in layers])
 
     def tell(self, phrases: Phrases) -> None:
-        """Warns once about those that have moved."""
+        """Warns once about those that have moved in train mode. One that was removed has not."""
         moved = []
         for difference in [] if self._values.is_intact() else self._values.changed():
             layer = self._layers[difference.owner]
             key = id(layer.module)
-            if key not in _told:
+            own = own_tensors(layer.module, "_buffers")
+            names = [name for name in difference.names if own.get(name) is not None]
+            if names and layer.module.training and key not in _told:
                 _told[key] = weakref.ref(layer.module, partial(_forget, key))
                 prefix = f"{layer.names[0]}." if layer.names[0] else ""
-                moved += [prefix + name for name in difference.names]
+                moved += [prefix + name for name in names]
         if moved:
             warnings.warn(_others_text(moved, phrases), BNGuardWarning, stacklevel=call_site().stacklevel)
 
@@ -155,7 +157,8 @@ def unguarded_buffers(
 ) -> UnguardedBuffers | None:
     """The buffers that a block does not guard, beside layers that it does; None if there are none to tell of.
 
-    Where the block lets updates happen, or is for training with frozen statistics, they are meant to move.
+    Where the block lets updates happen, or is for training with frozen statistics, they are meant to move; observers of
+    quantisation are until they are disabled.
 
     Args:
         model: The model.
@@ -171,7 +174,8 @@ def unguarded_buffers(
     names = {id(layer.module): layer.buffers for layer in guarded}
     layers = []
     for layer in other_buffers(model, tree.layers):
-        if id(layer.module) in _told or not is_selected(layer, settings.include, settings.exclude, settings.within):
+        is_meant = is_selected(layer, settings.include, settings.exclude, settings.within)
+        if id(layer.module) in _told or is_observer(layer.module) or not is_meant:
             continue
         own = own_tensors(layer.module, "_buffers")
         left = [name for name in layer.buffers if name not in names.get(id(layer.module), ())]

@@ -38,6 +38,7 @@ _ONLY_READ: Final = frozenset(
 _LEFT_OUT: Final = {"returns", "annotation", "type_comment", "kind", "ctx"}
 
 
+@functools.lru_cache(maxsize=64)  # every layer asks
 def is_known(function: Callable[..., Any]) -> bool:
     """Whether bnguard has been tested against this source of ``function``, which belongs to torch."""
     return _digest(function) in _KNOWN

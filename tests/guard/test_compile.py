@@ -726,6 +726,7 @@ class Storing(nn.BatchNorm2d):
         return super().forward(input)
 
 
+@pytest.mark.filterwarnings("ignore:also moved")  # another buffer, as it should
 def test_traced_forward_keeps_what_the_layer_stores_on_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attributes and other buffers are the twin's; the statistics stay."""
     layer, twin, x = Storing(), Storing(), torch.randn(4, 3, 2, 2)

@@ -59,8 +59,10 @@ def unknown_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     source = inspect.getsource
     monkeypatch.setattr(inspect, "getsource", lambda thing: source(thing) + "        pass\n")
     known_forwards.is_known.cache_clear()
+    known_forwards._digest.cache_clear()
     yield
     known_forwards.is_known.cache_clear()
+    known_forwards._digest.cache_clear()
 
 
 @pytest.mark.parametrize("function", _layers._STOCK, ids=lambda function: function.__qualname__)
@@ -118,6 +120,7 @@ def test_stock_layer_never_reads_its_statistics_in_train_mode() -> None:
     assert seen[0] is not layer.running_mean
 
 
+@pytest.mark.filterwarnings("ignore:also moved")  # another buffer, as it should
 def test_layer_keeps_what_it_set_on_itself() -> None:
     """Attributes, deleted attributes and other buffers end up on the layer; the statistics do not."""
     layer = Remembering()
@@ -279,6 +282,7 @@ def test_forward_on_the_instance_overlaps_with_itself(mode: str) -> None:
     assert layer.__dict__["forward"] is slow
 
 
+@pytest.mark.filterwarnings("ignore:also moved")  # another buffer, as it should
 def test_scratch_survives_a_layer_that_writes_its_own_in_place() -> None:
     """Layers of one shape share scratch statistics; none of them makes the backward pass of another fail."""
     norms = [nn.BatchNorm2d(3), nn.InstanceNorm2d(3, track_running_stats=True), nn.SyncBatchNorm(3), Remembering()]

@@ -550,7 +550,9 @@ def test_computed_parameters_are_the_twins(computed: str, norm: str, policy: str
             one[1].training = False
     with told() as said, bnguard.frozen(net, **POLICIES[policy]) as guard:
         results = [outcome(net, images(seed=seed)) for seed in range(2)]
-    assert (said.error, len(said.warnings)) == (None, policy == "warn")
+    # The vectors of spectral norm are named once, unless this is for training.
+    has_vectors = computed == "spectral_norm-hook" and policy in ("raise", "restore")
+    assert (said.error, len(said.warnings)) == (None, policy == "warn" or has_vectors)
     assert [layer.names for layer in guard.layers] == [("1",)]
     assert_same_bits(results, [outcome(twin, images(seed=seed)) for seed in range(2)])
     assert all(tensor is objects[name] for name, tensor in statistics(net).items())
