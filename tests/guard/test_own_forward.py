@@ -7,9 +7,11 @@ import functools
 import gc
 import inspect
 import io
+import warnings
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -539,9 +541,12 @@ def test_model_goes_with_its_last_reference() -> None:
     try:
         for options in GUARDS.values():
             net = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), Norm())
-            with told(), bnguard.frozen(net, **options) as guard:
-                net(batch())
-                net.eval()(batch())
+            # Not told(): the generator of a context manager keeps an exception in a cycle from Python 3.12 on.
+            with suppress(bnguard.StatsChangedError), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                with bnguard.frozen(net, **options) as guard:
+                    net(batch())
+                    net.eval()(batch())
             gone = weakref.ref(net)
             del net, guard
             assert gone() is None, options
