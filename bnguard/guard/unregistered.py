@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, Final
 
 from torch import Tensor, nn
+from torch.jit import ScriptModule
 
 from bnguard.errors import BNGuardWarning
 from bnguard.guard.hold import copies_outside_modes
@@ -78,6 +79,8 @@ def unregistered_in(model: nn.Module) -> Unregistered | None:
 
 def _places_in(model: nn.Module) -> Iterator[tuple[str, weakref.ref[nn.Module], tuple[str, ...]]]:
     for name, module in model.named_modules():
+        if isinstance(module, ScriptModule):  # whose tables are no dictionaries
+            continue
         names = [key for key in (*module._parameters, *module.__dict__) if is_statistic(key)]
         if names:
             yield name, weakref.ref(module), tuple(names)
