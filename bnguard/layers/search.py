@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import gc
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from itertools import compress
 from types import FunctionType, ModuleType
 from typing import Any, Final
 
@@ -70,10 +71,9 @@ def registered_root(module: nn.Module) -> nn.Module:
     all objects of the process.
     """
     parents: defaultdict[int, list[nn.Module]] = defaultdict(list)
-    for found in gc.get_objects():
-        if issubclass(type(found), nn.Module):  # isinstance() would run code of proxies and mocks
-            for child in list((found.__dict__.get("_modules") or {}).values()):
-                parents[id(child)].append(found)
+    for found in _all_modules():
+        for child in list((found.__dict__.get("_modules") or {}).values()):
+            parents[id(child)].append(found)
     above = {id(module): module}
     waiting = [module]
     while waiting:
@@ -83,6 +83,18 @@ def registered_root(module: nn.Module) -> nn.Module:
                 waiting.append(parent)
     roots = [found for key, found in above.items() if not parents[key]]
     return max(roots, key=lambda root: len(Tree(root).modules), default=module)
+
+
+def _all_modules() -> Iterator[nn.Module]:
+    """All modules of the process. There may be a million objects: what is done with each is done in C.
+
+    isinstance() would run code of proxies and mocks.
+    """
+    objects = gc.get_objects()
+    classes = list(map(type, objects))
+    keys = list(map(id, classes))
+    is_module = {key for key, cls in dict(zip(keys, classes, strict=True)).items() if issubclass(cls, nn.Module)}
+    return compress(objects, map(is_module.__contains__, keys))
 
 
 def _search(value: Any, name: str, found: dict[int, tuple[str, nn.Module]], seen: set[int]) -> None:

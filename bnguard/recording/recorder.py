@@ -19,9 +19,8 @@ from bnguard.layers.bits import readable
 from bnguard.layers.drift import DriftSample, sample_of
 from bnguard.layers.kinds import StatsLayer
 from bnguard.layers.other_buffers import select_with_buffers
-from bnguard.layers.search import registered_root
 from bnguard.layers.swaps import own_tensors
-from bnguard.layers.tree import Tree, any_layer, unwrapped
+from bnguard.layers.tree import Tree, unwrapped
 from bnguard.recording.layer_log import LayerLog
 from bnguard.recording.model_calls import ModelCall, ModelCalls
 from bnguard.recording.optimizer_steps import BackwardCounter, StepCounter
@@ -163,7 +162,7 @@ class Recorder:
         is_known = self._model is not None or id(module) in self._known
         if is_known or module.__dict__.get("_is_replica", False):  # made by DataParallel for one forward
             return None
-        self._take_in(self._whole(module))
+        self._take_in(module)
         return self._by_id.get(id(module))
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -194,7 +193,7 @@ class Recorder:
         if log is None and self._model is None and key not in self._known:
             model = object_at(key)
             if isinstance(model, nn.Module):
-                self._take_in(self._whole(model))
+                self._take_in(model)
             log = self._by_id.get(key)
         module = None if log is None else log.module
         if log is not None and module is not None:
@@ -202,10 +201,6 @@ class Recorder:
             record_compiled(module)
 
     # Parts.
-
-    def _whole(self, module: nn.Module) -> nn.Module:
-        """The model of which a module that runs is a part."""
-        return registered_root(module) if self._buffers or any_layer(module) else module
 
     @outside_modes
     def _take_in(self, model: nn.Module) -> None:

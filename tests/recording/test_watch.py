@@ -15,7 +15,7 @@ from torch.nn.modules import module as torch_module
 import bnguard
 from bnguard.recording import optimizer_steps
 from tests.asserts import assert_clean, assert_same_bits, state_of
-from tests.nets import conv_net, images, mlp, rows
+from tests.nets import conv_net, images
 from tests.old_torch import needs_traced_layers
 from tests.strategies import HandmadeNorm, OwnForward
 
@@ -282,22 +282,6 @@ def test_drift_is_from_the_beginning_to_the_end():
     assert not torch.equal(first.divergence, during)
     net(IMAGES)
     assert torch.equal(record.drift[0].divergence, first.divergence)
-
-
-def test_model_that_is_never_called_itself_names_its_layers():
-    """Its parts are called from a method of its own, such as ``training_step()``."""
-
-    class Task(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.backbone, self.head = mlp(), nn.BatchNorm1d(4)
-
-    task = Task()
-    with bnguard.watch() as record:
-        task.head(rows())
-        task.backbone(rows())
-    assert [update.names for update in record.updates] == [("backbone.1",), ("backbone.4",), ("head",)]
-    assert {update.model for update in record.updates} == {""}
 
 
 def test_series_is_measured_at_every_so_many_steps():
