@@ -22,7 +22,7 @@ def listing(words: Sequence[str]) -> str:
     return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
 
 
-def first_of(words: Sequence[str], shown: int) -> str:
+def first_of(words: Sequence[str], shown: int = 3) -> str:
     """The first words: ``a, b, c and 4 more``."""
     more = f" and {len(words) - shown} more" if len(words) > shown else ""
     return f"{', '.join(words[:shown])}{more}"

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-__all__ = ["EVERY_POLICY", "POLICIES"]
+__all__ = ["EVERY_GUARD", "EVERY_POLICY", "GUARDS", "POLICIES"]
 
 POLICIES: dict[str, dict[str, Any]] = {
     "raise": {},
@@ -17,3 +17,13 @@ POLICIES: dict[str, dict[str, Any]] = {
     "affine": {"on_change": "restore", "affine": True},
 }
 EVERY_POLICY = pytest.mark.parametrize("policy", POLICIES)
+# With a budget that several forwards exceed, and without affine.
+GUARDS: dict[str, dict[str, Any]] = {
+    "raise": {},
+    "warn": {"on_change": "warn"},
+    "restore": {"on_change": "restore"},
+    "running": {"use_running_stats": True},
+    "budget": {"on_change": "restore", "updates": 1},
+    "rollback": {"on_change": "rollback"},
+}
+EVERY_GUARD = pytest.mark.parametrize("guard", GUARDS)

@@ -59,7 +59,7 @@ class EvidenceGroup:
     @property
     def names(self) -> str:
         """The first three names, and how many more there are."""
-        return first_of([name or "(root)" for name in self.layers], 3)
+        return first_of([name or "(root)" for name in self.layers])
 
     @property
     def be(self) -> str:

@@ -79,9 +79,8 @@ class AutoGuard:
             self._meet(module)
             guard = guard_of(module)
             if guard is not None and not was_guarded:
-                guard.before_first(
-                    args, sys._getframe(3)
-                )  # torch looked up the hooks and the forward before it called this one
+                # torch looked up the hooks and the forward before it called this one.
+                guard.before_first(args, sys._getframe(3))
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Does nothing."""

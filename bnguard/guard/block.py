@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from bnguard.errors import BNGuardError, BNGuardWarning, StatsChangedError
 from bnguard.guard import messages
 from bnguard.guard.affine import AffineHold
-from bnguard.guard.beside import found_beside
 from bnguard.guard.coverage import (
+    found_beside,
     refuse_batch_programs,
     refuse_other_buffers,
     warn_about_added_layers,

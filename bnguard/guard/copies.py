@@ -261,9 +261,8 @@ class InstancePatch:
             state["forward"] = self.previous
         for table in _TABLES:
             hooks = state.get(table)
-            if hooks and (
-                _KEY in hooks or FIRST_CALL in hooks
-            ):  # else the user's handles go on knowing this dictionary
+            # Without ours the user's handles go on knowing this dictionary.
+            if hooks and (_KEY in hooks or FIRST_CALL in hooks):
                 state[table] = OrderedDict((key, hook) for key, hook in hooks.items() if key not in (_KEY, FIRST_CALL))
         parameters = state.get("_parameters")
         if parameters:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 from torch import nn
 
 from bnguard.errors import BNGuardError, BNGuardWarning
 from bnguard.guard import messages
 from bnguard.guard.affine import affine_parameters
+from bnguard.guard.bystanders import bystanders_of
 from bnguard.guard.options import Settings
 from bnguard.guard.phrases import Phrases
+from bnguard.guard.unguarded_buffers import unguarded_buffers
+from bnguard.guard.unregistered import unregistered_in
 from bnguard.layers.bits import is_valueless, what_is_unreadable
 from bnguard.layers.kinds import OTHER_BUFFERS, SCRIPTED, StatsLayer, is_observer
 from bnguard.layers.select import is_selected
@@ -75,10 +79,9 @@ def refuse_other_buffers(layers: Iterable[StatsLayer], settings: Settings) -> No
     if not (settings.use_running_stats and settings.buffers):
         return
     for layer in layers:
-        module = layer.module
-        if layer.kind is OTHER_BUFFERS and (is_observer(module) or module._forward_pre_hooks):
-            text = messages.ignores_eval_text(layer, is_observer(module))
-            raise BNGuardError(text)
+        observes = is_observer(layer.module)
+        if layer.kind is OTHER_BUFFERS and (observes or layer.module._forward_pre_hooks):
+            raise BNGuardError(messages.ignores_eval_text(layer, observes))
 
 
 def warn_about_programs(settings: Settings) -> None:
@@ -116,6 +119,25 @@ def warn_about_added_layers(model: nn.Module, settings: Settings, tree: Tree, st
         warnings.warn(
             messages.added_text(added, settings.frontend.phrases), BNGuardWarning, stacklevel=call_site().stacklevel
         )
+
+
+def found_beside(
+    model: nn.Module, tree: Tree, guarded: Sequence[StatsLayer], settings: Settings
+) -> list[Callable[[], None]]:
+    """Functions to call at the end of a block, which warn of what has moved since this call.
+
+    Args:
+        model: The model.
+        tree: Its modules.
+        guarded: What the block guards.
+        settings: The options of the block.
+    """
+    found = (
+        bystanders_of(model, (model,)),
+        unguarded_buffers(model, tree, guarded, settings),
+        unregistered_in(model, settings),
+    )
+    return [partial(beside.tell, settings.frontend.phrases) for beside in found if beside is not None]
 
 
 def warn_about_pending_regions(regions: Iterable[Region], settings: Settings) -> None:

@@ -102,7 +102,7 @@ def normalise_with_batch(module: Any, input: Tensor, mean: Tensor | None, var: T
             raise
     # Not asked before: it would cost each forward.
     mean, var = for_each_example(mean, input), for_each_example(var, input)
-    return F.batch_norm(input, mean, var, weight, bias, True, factor, module.eps)  # noqa: FBT003
+    return F.batch_norm(input, mean, var, weight, bias, True, factor, module.eps)  # noqa: FBT003  # by position, as torch
 
 
 def normalise_with_batch_in_graph(module: Any, input: Tensor) -> Tensor:

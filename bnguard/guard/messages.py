@@ -157,16 +157,16 @@ def assertion_text(changes: Sequence[StatsChange], function: str) -> str:
 
 def added_text(names: Sequence[str], phrases: Phrases) -> str:
     """The warning about layers that were added to the model inside a block."""
-    shown = first_of([name or "(root)" for name in names], _SHOWN)
+    shown = first_of([name or "(root)" for name in names])
     return (
         f"{shown} came into the model inside {phrases.place} and was not guarded there.\n"
         "Change the model before the block, or open another block after the change."
     )
 
 
-def ignores_eval_text(layer: StatsLayer, is_observer: bool) -> str:
+def ignores_eval_text(layer: StatsLayer, observes: bool) -> str:
     """The error about buffers that move in eval mode, too, under ``use_running_stats=True``."""
-    what = "observes in eval mode, too" if is_observer else "has a forward pre-hook, which may move them first"
+    what = "observes in eval mode, too" if observes else "has a forward pre-hook, which may move them first"
     return (
         f"{layer_text(layer.names, type(layer.module).__name__)} {what}: use_running_stats=True cannot hold "
         f"{listing(layer.buffers)}.\n"
@@ -197,7 +197,7 @@ def checkpoint_text(changes: Sequence[StatsChange], phrases: Phrases) -> str:
 
 def idle_text(layers: Sequence[GuardedLayer], phrases: Phrases) -> str:
     """The warning about a run in which no guarded layer was called."""
-    shown = first_of([layer_text(layer.names, layer.type) for layer in layers], _SHOWN)
+    shown = first_of([layer_text(layer.names, layer.type) for layer in layers])
     return (
         f"no forward of a guarded layer ran inside {phrases.place}, while batches did: {shown}.\n"
         "Guard the model that runs. Some libraries make or copy it (model_init=, clone(), deepcopy())."

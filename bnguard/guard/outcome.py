@@ -70,19 +70,14 @@ class Outcome:
             StatsChangedError: As the policy says, unless an exception leads out of the block.
         """
         policy, phrases = self._settings.policy, self._settings.frontend.phrases
-        tells = policy.tells_others != "nothing"
-        if not tells and not self._errors:
-            return
-        explained = [change for change in found if tells and change.names[0] in broadcast]
+        earlier = [change for change in changes if change not in found]
+        if policy.tells_others == "nothing":
+            found = ()  # what is left are errors of forwards that were caught
+        explained = [change for change in found if change.names[0] in broadcast]
         if explained and not self._settings.frontend.is_silent:
             sources = sorted({broadcast[change.names[0]] for change in explained})
             self._warn(messages.broadcast_text(explained, sources, policy.puts_back, phrases), error)
-        text = self._text(
-            [change for change in found if tells and change.names[0] not in broadcast],
-            [change for change in changes if change not in found],
-            cause,
-            error,
-        )
+        text = self._text([change for change in found if change not in explained], earlier, cause, error)
         if not text:
             return
         raises = policy.stops or policy.tells_others == "error"

@@ -8,7 +8,6 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any, Final
 
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from bnguard.guard.hold import copies_outside_modes
 from bnguard.guard.options import Settings
 from bnguard.guard.phrases import Phrases
 from bnguard.layers.bits import has_values, same_bits
+from bnguard.layers.by_identity import ByIdentity
 from bnguard.layers.kinds import OWN_FORWARD, StatsLayer, is_statistic
 from bnguard.layers.select import is_selected
 from bnguard.torch_internals.callsite import call_site
@@ -28,10 +28,8 @@ from bnguard.words import first_of, layer_text, listing
 
 _Places = tuple[tuple[str, "weakref.ref[nn.Module]", tuple[str, ...]], ...]
 
-# By the id of the model, as long as it lives: they are looked for once.
-_known: Final[dict[int, tuple[weakref.ref[nn.Module], _Places]]] = {}
-# Modules of which a user has been told, by id.
-_told: Final[dict[int, weakref.ref[nn.Module]]] = {}
+_known: Final[ByIdentity[_Places]] = ByIdentity()  # of a model: they are looked for once
+_told: Final[ByIdentity[bool]] = ByIdentity()  # modules of which a user has been told
 
 
 class Unregistered:
@@ -46,31 +44,37 @@ class Unregistered:
     def __init__(self, before: list[tuple[str, nn.Module, dict[str, Tensor]]]) -> None:
         self._before = before
 
-    def tell(self, settings: Settings) -> None:
+    def tell(self, phrases: Phrases) -> None:
         """Warns about those that have moved in train mode. A copy that an average is written to is in eval mode."""
         moved = []
         for name, module, values in self._before:
-            layer = StatsLayer(module, (name,), tuple(values), OWN_FORWARD)
-            if module.training and is_selected(layer, settings.include, settings.exclude, settings.within):
-                names = _differing(module, values)
-                if names:
-                    moved.append((name, type(module).__name__, names))
-                    _told[id(module)] = weakref.ref(module, partial(_forget, id(module)))
+            names = _differing(module, values) if module.training else []
+            if names:
+                moved.append((name, type(module).__name__, names))
+                _told.put(module, value=True)
         if moved:
-            text = _unregistered_text(moved, settings.frontend.phrases)
+            text = _unregistered_text(moved, phrases)
             warnings.warn(text, BNGuardWarning, stacklevel=call_site().stacklevel)
 
 
-def unregistered_in(model: nn.Module) -> Unregistered | None:
-    """The running statistics of a model that are no buffers; None if there are none."""
-    key = id(model)
-    known = _known.get(key)
-    if known is None or known[0]() is not model:
-        known = _known[key] = weakref.ref(model, partial(_forget, key)), tuple(_places_in(model))
+def unregistered_in(model: nn.Module, settings: Settings) -> Unregistered | None:
+    """The running statistics of a model that are no buffers; None if there are none.
+
+    Args:
+        model: The model.
+        settings: The options of the block, which select modules.
+    """
+    known = _known.get(model)
+    if known is None:
+        known = tuple(_places_in(model))
+        _known.put(model, known)
     before = []
-    for name, place, attributes in known[1]:
+    for name, place, attributes in known:
         module = place()
-        if module is not None and id(module) not in _told:
+        if module is None or _told.get(module):
+            continue
+        layer = StatsLayer(module, (name,), attributes, OWN_FORWARD)
+        if is_selected(layer, settings.include, settings.exclude, settings.within):
             values = copies_outside_modes(_tensors(module, attributes))
             if values:
                 before.append((name, module, values))
@@ -98,14 +102,9 @@ def _differing(module: nn.Module, values: dict[str, Tensor]) -> list[str]:
     return [name for name, tensor in now.items() if has_values(tensor) and not same_bits(tensor, values[name])]
 
 
-def _forget(key: int, _: object) -> None:
-    _known.pop(key, None)
-    _told.pop(key, None)
-
-
 def _unregistered_text(modules: Sequence[tuple[str, str, Sequence[str]]], phrases: Phrases) -> str:
     """The warning about running statistics that are no buffers and moved."""
-    shown = first_of([f"{listing(names)} of {layer_text((place,), cls)}" for place, cls, names in modules], 3)
+    shown = first_of([f"{listing(names)} of {layer_text((place,), cls)}" for place, cls, names in modules])
     return (
         f"also moved inside {phrases.place}, not guarded: {shown}.\n"
         "They are no buffers: with register_buffer() they are, and can be guarded."

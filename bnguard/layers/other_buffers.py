@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from bnguard.layers.kinds import EXPORTED, OTHER_BUFFERS, OWN_FORWARD, StatsLayer, kind_of
-from bnguard.layers.select import Selector, is_selected, matches, select_layers
+from bnguard.layers.select import Selector, is_selected, matches, names_hint, select_layers
 from bnguard.layers.tree import walk_modules
 from bnguard.words import short_repr
 
@@ -85,11 +84,10 @@ def select_with_buffers(
         ValueError: A pattern matches no buffer, a selector no layer, or no layer remains.
     """
     others = {id(layer.module): layer for layer in other_buffers(model, layers)}
+    all_names = [full_name(name, key) for layer in others.values() for name in layer.names for key in layer.buffers]
     for pattern in patterns:
-        if pattern != ALL and not any(
-            [_matches(pattern, layer, name) for layer in others.values() for name in layer.buffers]
-        ):
-            raise ValueError(_no_match_text(pattern, list(others.values())))
+        if pattern != ALL and not any([matches(pattern, name) for name in all_names]):
+            raise ValueError(_no_match_text(pattern, all_names))
     known = {id(layer.module) for layer in layers}
     everything = [*layers, *[layer for key, layer in others.items() if key not in known]]
     chosen = {id(layer.module) for layer in select_layers(model, everything, include, exclude, within)}
@@ -112,14 +110,17 @@ def select_with_buffers(
     return result
 
 
+def full_name(name: str, buffer: str) -> str:
+    """The name in ``state_dict()`` of a buffer of the module ``name``."""
+    return f"{name}.{buffer}" if name else buffer
+
+
 def _matches(pattern: str, layer: StatsLayer, buffer: str) -> bool:
-    return any([matches(pattern, f"{name}.{buffer}" if name else buffer) for name in layer.names])
+    return any([matches(pattern, full_name(name, buffer)) for name in layer.names])
 
 
-def _no_match_text(pattern: str, others: Sequence[StatsLayer]) -> str:
-    names = [f"{name}.{key}" if name else key for layer in others for name in layer.names for key in layer.buffers]
+def _no_match_text(pattern: str, names: Sequence[str]) -> str:
     if not names:
         return f"buffers={pattern!r}: the model has no other buffers in state_dict() than its running statistics"
-    nearest = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4)
-    hint = f"close names are {', '.join(nearest)}" if nearest else f"the first ones are {', '.join(names[:3])}"
-    return f"buffers={pattern!r} matches none of the {len(names)} buffers besides running statistics; {hint}"
+    what = f"buffers={pattern!r} matches none of the {len(names)} buffers besides running statistics"
+    return f"{what}; {names_hint(pattern, names)}"

@@ -107,6 +107,11 @@ def _no_match_text(model: nn.Module, layers: list[StatsLayer], option: str, sele
         return f"{option}={selector!r} matches modules, but none of the {number} with running statistics"
     names = [name for layer in layers for name in layer.names]
     containers = [name[:end] for name in names for end, char in enumerate(name) if char == "."]
-    nearest = difflib.get_close_matches(selector, dict.fromkeys([*names, *containers]), n=3, cutoff=0.4)
-    hint = f"; close names are {', '.join(nearest)}" if nearest else f"; the first ones are {', '.join(names[:3])}"
-    return f"{option}={selector!r} matches none of the {number} with running statistics{hint}"
+    hint = names_hint(selector, names, containers)
+    return f"{option}={selector!r} matches none of the {number} with running statistics; {hint}"
+
+
+def names_hint(pattern: str, names: Sequence[str], more: Sequence[str] = ()) -> str:
+    """Which names are close to a pattern that matches none of them, or of some more; else which are the first ones."""
+    nearest = difflib.get_close_matches(pattern, dict.fromkeys([*names, *more]), n=3, cutoff=0.4)
+    return f"close names are {', '.join(nearest)}" if nearest else f"the first ones are {', '.join(names[:3])}"

@@ -17,8 +17,7 @@ from bnguard.records import StatsChange
 from bnguard.words import count_text, first_of, layer_text
 
 REPORTS: Final = ("terminal", "github")
-# How many are named: layers of a line, tests of a line, and lines.
-_SHOWN: Final = 3
+# How many are named: tests of a line, and lines.
 _TESTS: Final = 5
 _LINES: Final = 20
 
@@ -72,7 +71,7 @@ def moves_of(changes: Iterable[StatsChange], reason: str | None) -> list[Move]:
 
 def move_text(move: Move) -> str:
     """What one line of code did, in one line."""
-    names = first_of(move.layers, _SHOWN)
+    names = first_of(move.layers)
     if move.where is None:
         return f"changed without a forward that could be seen: {names}"
     did = "stopped" if move.prevented else "made"
@@ -117,7 +116,7 @@ def _group_lines(group: Sequence[tuple[TestMoves, Move]], width: int) -> list[st
         head = f"{where} was stopped: {counts}, {count_text(updates, 'update')}:"
     else:
         head = f"{where} moved {counts}, {count_text(updates, 'update')}:"
-    shown = [first_of(layers, _SHOWN)]
+    shown = [first_of(layers)]
     for test, move in group[:_TESTS]:
         allowed = "" if move.reason is None else f"  (bn_updates: {move.reason})" if move.reason else "  (bn_updates)"
         shown.append(f"{test.name}{allowed}")

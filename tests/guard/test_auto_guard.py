@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -29,6 +30,17 @@ def requests() -> Iterator[GuardRequests]:
     made = GuardRequests()
     yield made
     assert made.end(None) == []
+
+
+@contextmanager
+def every_model(requests: GuardRequests, policy: Any, include: tuple[str, ...] = ()) -> Iterator[_auto_guard.AutoGuard]:
+    """Guards every model that runs inside; the requests are left open, for their end to be looked at."""
+    guard = _auto_guard.AutoGuard(requests, Settings(policy, include=include, frontend=EVERY))
+    guard.begin()
+    try:
+        yield guard
+    finally:
+        guard.end(for_good=True)
 
 
 @pytest.fixture
@@ -95,9 +107,7 @@ def test_first_forward_of_a_layer_that_is_called_itself_is_held(make: Callable[[
     layer = make()
     twin, before = copy.deepcopy(layer), state_of(layer)
     requests = GuardRequests()
-    guard = _auto_guard.AutoGuard(requests, Settings("restore", frontend=EVERY))
-    guard.begin()
-    try:
+    with every_model(requests, "restore"):
         for _ in range(2):
             outputs = [module(images()) for module in (layer, twin)]
             assert_same_bits(*outputs)
@@ -106,8 +116,6 @@ def test_first_forward_of_a_layer_that_is_called_itself_is_held(make: Callable[[
                 output.square().sum().backward()
             assert_same_gradients(layer, twin)
             assert len(layer._forward_hooks) == 0
-    finally:
-        guard.end(for_good=True)
     assert requests.end(None) == []
     assert_clean(layer)
 
@@ -118,9 +126,7 @@ def test_first_forward_that_fails(make: Callable[[], nn.Module]) -> None:
     layer = make()
     before = state_of(layer)
     requests = GuardRequests()
-    guard = _auto_guard.AutoGuard(requests, Settings("restore", frontend=EVERY))
-    guard.begin()
-    try:
+    with every_model(requests, "restore"):
         with pytest.raises((ValueError, RuntimeError)) as error:
             layer(torch.ones(1, 2, 1, 1))
         with pytest.raises(error.type) as expected:
@@ -129,8 +135,6 @@ def test_first_forward_that_fails(make: Callable[[], nn.Module]) -> None:
         assert_same_bits(state_of(layer), before)
         layer(images())
         assert_same_bits(state_of(layer), before)
-    finally:
-        guard.end(for_good=True)
     assert requests.end(None) == []
     assert_clean(layer)
 
@@ -142,14 +146,10 @@ def test_lent_tensors_never_become_the_models_own(policy: Any) -> None:
     twin, own, before = copy.deepcopy(net), dict(net.named_buffers()), state_of(net)
     lent, lent_to_twin = [{name: value.clone() for name, value in before.items()} for _ in range(2)]
     requests = GuardRequests()
-    guard = _auto_guard.AutoGuard(requests, Settings(policy, frontend=EVERY))
-    guard.begin()
-    try:
+    with every_model(requests, policy):
         torch.func.functional_call(net, lent, (images(),))
         torch.func.functional_call(twin, lent_to_twin, (images(),))
         net.eval()(images())
-    finally:
-        guard.end(for_good=True)
     assert requests.end(None) == []
     assert all(net.get_buffer(name) is tensor for name, tensor in own.items())
     assert_same_bits(state_of(net), before)
@@ -161,13 +161,8 @@ def test_model_whose_parameters_alone_are_lent_is_guarded() -> None:
     """Its statistics are its own: the first forward is stopped."""
     net = conv_net()
     requests = GuardRequests()
-    guard = _auto_guard.AutoGuard(requests, Settings("raise", frontend=EVERY))
-    guard.begin()
-    try:
-        with pytest.raises(bnguard.StatsChangedError, match="would update") as error:
-            torch.func.functional_call(net, dict(net.named_parameters()), (images(),))
-    finally:
-        guard.end(for_good=True)
+    with every_model(requests, "raise"), pytest.raises(bnguard.StatsChangedError, match="would update") as error:
+        torch.func.functional_call(net, dict(net.named_parameters()), (images(),))
     requests.end(error.value)
 
 
@@ -188,13 +183,9 @@ def test_patterns_are_for_the_names_of_the_whole_model() -> None:
     task = Task()
     before = state_of(task)
     requests = GuardRequests()
-    guard = _auto_guard.AutoGuard(requests, Settings("restore", include=("backbone*",), frontend=EVERY))
-    guard.begin()
-    try:
+    with every_model(requests, "restore", include=("backbone*",)) as guard:
         for _ in range(2):
             task.training_step(images())
-    finally:
-        guard.end(for_good=True)
     assert requests.end(None) == []
     assert guard.has_guarded
     after = state_of(task)
@@ -206,15 +197,11 @@ def test_messages_name_layers_as_the_whole_model_does() -> None:
     """Also where no pattern asked for names: the error, and what the end finds."""
     task = Task()
     requests = GuardRequests()
-    guard = _auto_guard.AutoGuard(requests, Settings("raise", frontend=EVERY))
-    guard.begin()
-    try:
+    with every_model(requests, "raise"):
         with pytest.raises(bnguard.StatsChangedError, match=r"head \(BatchNorm2d\) is in train mode") as error:
             task.training_step(images())
         task.eval().training_step(images())
         task.backbone.stem.bn.running_mean.data.add_(1)
-    finally:
-        guard.end(for_good=True)
     requests.end(error.value)
     assert {change.names for change in requests.changes} == {("backbone.stem.bn",), ("head",)}
 

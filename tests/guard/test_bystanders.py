@@ -207,8 +207,8 @@ def test_nothing_is_kept_of_a_model_that_is_gone() -> None:
     del net
     gc.collect()
     assert [reference() for reference in references] == [None, None]
-    assert not bystanders._known.keys() & set(ids)
-    assert not bystanders._told.keys() & set(ids)
+    assert not bystanders._known._entries.keys() & set(ids)
+    assert not bystanders._told._entries.keys() & set(ids)
 
 
 def test_data_is_not_searched() -> None:

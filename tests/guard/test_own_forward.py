@@ -23,16 +23,8 @@ import bnguard
 from bnguard.guard.hooks import guard_of
 from tests.asserts import assert_clean, assert_same_bits, state_of, told
 from tests.nets import images
+from tests.policies import EVERY_GUARD, GUARDS
 
-GUARDS: dict[str, dict[str, Any]] = {
-    "raise": {},
-    "warn": {"on_change": "warn"},
-    "restore": {"on_change": "restore"},
-    "running": {"use_running_stats": True},
-    "budget": {"on_change": "restore", "updates": 1},
-    "rollback": {"on_change": "rollback"},
-}
-EVERY_GUARD = pytest.mark.parametrize("guard", GUARDS)
 HOLDING = pytest.mark.parametrize("guard", ["restore", "running"])
 
 

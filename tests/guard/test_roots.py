@@ -16,16 +16,7 @@ from torch import Tensor, nn
 
 import bnguard
 from tests.asserts import assert_clean, assert_same_bits, state_of, told
-
-GUARDS: dict[str, dict[str, Any]] = {
-    "raise": {},
-    "warn": {"on_change": "warn"},
-    "restore": {"on_change": "restore"},
-    "running": {"use_running_stats": True},
-    "budget": {"on_change": "restore", "updates": 1},
-    "rollback": {"on_change": "rollback"},
-}
-EVERY_GUARD = pytest.mark.parametrize("guard", GUARDS)
+from tests.policies import EVERY_GUARD, GUARDS
 
 
 def batch(seed: int = 0) -> Tensor:

@@ -128,11 +128,11 @@ def test_buffers_of_these_names_are_guarded_instead() -> None:
 def test_nothing_of_a_model_is_kept() -> None:
     """What is remembered of it goes with it."""
     gc.collect()
-    before = len(unregistered._known), len(unregistered._told)
+    before = len(unregistered._known._entries), len(unregistered._told._entries)
     net = make_net(as_attribute)
     with told(), bnguard.frozen(net):
         net(rows())
-    assert len(unregistered._told) == before[1] + 1
+    assert len(unregistered._told._entries) == before[1] + 1
     del net
     gc.collect()
-    assert (len(unregistered._known), len(unregistered._told)) == before
+    assert (len(unregistered._known._entries), len(unregistered._told._entries)) == before
