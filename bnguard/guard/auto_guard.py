@@ -21,15 +21,18 @@ from bnguard.layers.search import registered_root
 from bnguard.layers.tree import any_layer, find_layers
 from bnguard.torch_internals import global_hook
 from bnguard.torch_internals.callsite import call_site
-from bnguard.torch_internals.compile import object_at, record_compiled
+from bnguard.torch_internals.compile import (
+    is_in_graphs,
+    models_in_graphs,
+    object_at,
+    record_compiled,
+    record_in_graph,
+)
 from bnguard.torch_internals.functional_call import has_lent_buffers
 from bnguard.torch_internals.tracing import is_capturing
 
 # Models with an open guard. The guard of the oldest is ended for a newer one, and begins again when its model runs.
 _MOST_OPEN: Final = 16
-
-# By id, models that a compiled graph has been seen to run.
-_in_graphs: Final[dict[int, weakref.ref[nn.Module]]] = {}
 
 
 class AutoGuard:
@@ -59,7 +62,7 @@ class AutoGuard:
     def begin(self) -> None:
         """Guards models that run from now on."""
         with self._lock:
-            for model in _models_in_graphs():
+            for model in models_in_graphs():
                 self._compare(model)
         global_hook.listen(self)
 
@@ -90,9 +93,9 @@ class AutoGuard:
         with self._lock:
             known = self._known.get(key)
             model = object_at(key) if known is None else known()
-            if model is None or not any_layer(model) or _is_in_graphs(key):
+            if model is None or not any_layer(model) or is_in_graphs(key):
                 return
-            _in_graphs[key] = weakref.ref(model, lambda _: _in_graphs.pop(key, None))
+            record_in_graph(model)
             if key not in self._known:
                 self._compare(model)
 
@@ -139,7 +142,8 @@ class AutoGuard:
             record_compiled(layer.module)
         frontend = replace(self._settings.frontend, compares_only=True)
         settings = replace(self._settings, frontend=frontend)
-        self._compared.append(self._requests.add(Precedence.EVERY_MODEL, model, settings))
+        with suppress(ValueError):  # no layer of it is selected
+            self._compared.append(self._requests.add(Precedence.EVERY_MODEL, model, settings))
 
     def _remember(self, module: nn.Module) -> None:
         key = id(module)
@@ -150,12 +154,3 @@ class AutoGuard:
         for part in oldest.model.modules():
             self._known.pop(id(part), None)
         self._requests.remove(oldest)
-
-
-def _is_in_graphs(key: int) -> bool:
-    """Whether the module with this id belongs to a model that a graph has been seen to run."""
-    return any([id(part) == key for model in _models_in_graphs() for part in model.modules()])
-
-
-def _models_in_graphs() -> list[nn.Module]:
-    return [model for reference in list(_in_graphs.values()) if (model := reference()) is not None]

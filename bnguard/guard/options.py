@@ -36,7 +36,6 @@ class Frontend:
     Attributes:
         phrases: What messages call the guard.
         has_coverage_warnings: Whether to warn about what a block does not cover.
-        is_silent: Whether changes that were kept are recorded without a warning.
         compares_only: Whether the guard adds no hooks and only compares the statistics at the end.
         is_outermost: Whether the guard encloses guards that were opened before it.
         only_without_grad: Whether only updates by forwards without gradients are stopped, and nothing else matters.
@@ -44,7 +43,6 @@ class Frontend:
 
     phrases: Phrases = FROZEN
     has_coverage_warnings: bool = True
-    is_silent: bool = False
     compares_only: bool = False
     is_outermost: bool = False
     only_without_grad: bool = False

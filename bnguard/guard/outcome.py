@@ -28,7 +28,7 @@ class Outcome:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._errors: list[str] = []  # texts of the errors that forwards raised, each once
-        self._has_warned = settings.frontend.is_silent
+        self._has_warned = False
 
     @property
     def is_due(self) -> bool:
@@ -74,7 +74,7 @@ class Outcome:
         if policy.tells_others == "nothing":
             found = ()  # what is left are errors of forwards that were caught
         explained = [change for change in found if change.names[0] in broadcast]
-        if explained and not self._settings.frontend.is_silent:
+        if explained:
             sources = sorted({broadcast[change.names[0]] for change in explained})
             self._warn(messages.broadcast_text(explained, sources, policy.puts_back, phrases), error)
         text = self._text([change for change in found if change not in explained], earlier, cause, error)

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
 from bnguard.errors import BNGuardError, BNGuardWarning, StatsChangedError
 from bnguard.pytest_plugin.markers import (
+    MARKERS,
     after_set_up,
     guard_models,
     nearest_mark,
@@ -23,7 +25,6 @@ from bnguard.pytest_plugin.markers import (
     settings_of,
 )
 from bnguard.pytest_plugin.report import (
-    REPORTS,
     Move,
     Reporter,
     error_of_test_case,
@@ -31,6 +32,7 @@ from bnguard.pytest_plugin.report import (
     moves_of,
     raise_at_test,
 )
+from bnguard.pytest_plugin.switches import Switches, add_switches, read_switches
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -39,39 +41,11 @@ if TYPE_CHECKING:
 
     from bnguard.guard.auto_guard import AutoGuard
     from bnguard.guard.options import GuardOptions, OnChange, Settings
+    from bnguard.pytest_plugin.recording import TestRecording
     from bnguard.pytest_plugin.requests import FixtureGuard, TestGuards
+    from bnguard.records import StatsChange
 
 __all__ = ["bn_frozen"]
-
-Wanted: TypeAlias = Literal["raise", "no-grad", "warn", "off"]
-_WANTED: Final = ("raise", "no-grad", "warn", "off")
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Switches:
-    """The command line and the configuration file.
-
-    Attributes:
-        on_change: What to do about an update in any test.
-        place: Where ``on_change`` was given, for messages.
-        report: Where to write a report: ``"terminal"``, ``"github"`` or the path of a JSON file; None for no report.
-        may_update: Patterns of test files whose tests may update.
-    """
-
-    on_change: Wanted
-    place: str
-    report: str | None
-    may_update: list[str]
-
-    @property
-    def reports(self) -> bool:
-        """Whether to write a report."""
-        return self.report is not None
-
-    @property
-    def needs_auto_guard(self) -> bool:
-        """Whether to see every model that runs."""
-        return self.on_change != "off" or self.reports
 
 
 @dataclasses.dataclass(slots=True)
@@ -81,78 +55,38 @@ class _TestState:
     Attributes:
         guards: Its guards.
         auto_guard: Guards every model that runs.
+        recording: Records instead what every model that runs does.
         reason: Why the test may update, ``""`` for no reason given; None if it may not.
         of_subtest: The last error of ours that a subtest has reported.
     """
 
     guards: TestGuards
     auto_guard: AutoGuard | None = None
+    recording: TestRecording | None = None
     reason: str | None = None
     of_subtest: StatsChangedError | None = None
 
 
-_SWITCHES: Final = pytest.StashKey[_Switches]()
+_SWITCHES: Final = pytest.StashKey[Switches]()
 _STATE: Final = pytest.StashKey[_TestState]()
-_AUTO_GUARD_CLASS: Final = pytest.StashKey["type[AutoGuard]"]()  # if it is needed, and torch is imported
+_HAS_TORCH: Final = pytest.StashKey[bool]()  # there if every model is to be seen, and torch is imported
 _WAITING: Final = pytest.StashKey[Callable[[], None]]()  # guards the test that is running, when it imports torch
-_AUTO_GUARD: Final = pytest.StashKey["AutoGuard"]()  # of the test that is running
+_EVERY_MODEL: Final = pytest.StashKey["AutoGuard | TestRecording"]()  # of the test that is running
 _MOVES: Final = pytest.StashKey[list[Move]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Adds the switches."""
-    group = parser.getgroup("bnguard", "running statistics of BatchNorm layers (bnguard)")
-    group.addoption(
-        "--bn-frozen",
-        choices=_WANTED,
-        help="Fail every test that moves the running statistics of any model ('raise'), or only those in which a "
-        "forward without gradients does ('no-grad'), or warn about it ('warn'); 'off' overrides the configuration "
-        "file. Tests marked bn_updates may move them.",
-    )
-    group.addoption(
-        "--bn-report",
-        nargs="?",
-        const="terminal",
-        metavar="FILE.json|github",
-        help="List which tests moved the running statistics of which layers, how often and from which line: in the "
-        "summary, in a JSON file, or as annotations of GitHub.",
-    )
-    parser.addini(
-        "bn_updates", "Patterns of test files, such as tests/train/*: their tests may move running statistics.",
-        type="linelist", default=[],
-    )  # fmt: skip
-    parser.addini("bn_frozen", "As --bn-frozen: what to do about tests that move running statistics.", default="off")
+    add_switches(parser)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Reads the switches, describes the markers."""
-    config.addinivalue_line(
-        "markers",
-        "bn_frozen(on_change='raise', **options): fail the test if it moves the running statistics of a model that it "
-        "gets from its fixtures and parameters; options are those of bnguard.frozen().",
-    )
-    config.addinivalue_line(
-        "markers",
-        "bn_updates(reason=''): let the test move running statistics although --bn-frozen, or a bn_frozen marker "
-        "on its class or module, would fail it.",
-    )
-    in_file = str(config.getini("bn_frozen")).strip() or "off"
-    if in_file not in _WANTED:
-        from bnguard.words import suggestion
-
-        raise pytest.UsageError(f"{config.inipath}: bn_frozen = {in_file}: {suggestion(in_file, _WANTED)}")
-    on_line = config.getoption("bn_frozen")
-    place = f"--bn-frozen={on_line}" if on_line else f"bn_frozen = {in_file}"
-    report = config.getoption("bn_report")
-    if report is not None and report not in REPORTS and not report.endswith(".json"):
-        raise pytest.UsageError(
-            f"--bn-report={report}: give github or the path of a .json file; to test {report}, put it before "
-            "--bn-report"
-        )
-    switches = _Switches(cast("Wanted", on_line or in_file), place, report, config.getini("bn_updates"))
-    config.stash[_SWITCHES] = switches
-    if report is not None:
-        config.pluginmanager.register(Reporter(report, config), "bnguard-report")
+    for description in MARKERS:
+        config.addinivalue_line("markers", description)
+    config.stash[_SWITCHES] = switches = read_switches(config)
+    if switches.report is not None:
+        config.pluginmanager.register(Reporter(switches.report, config), "bnguard-report")
 
 
 @pytest.fixture
@@ -181,7 +115,7 @@ def bn_frozen(request: pytest.FixtureRequest) -> Iterator[Callable[..., FixtureG
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Prepares to see every model that runs, if that is needed, as soon as something imports torch."""
     config = session.config
-    if session.items and config.stash[_SWITCHES].needs_auto_guard and not config.getoption("collectonly"):
+    if session.items and config.stash[_SWITCHES].sees_every_model and not config.getoption("collectonly"):
         import wrapt
 
         # Most suites have imported it by now: then this calls the function at once.
@@ -191,10 +125,9 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 def _torch_is_there(config: pytest.Config) -> None:
     """Guards the test that has just imported torch, and all later ones."""
     with suppress(ImportError):
-        from bnguard.guard.auto_guard import AutoGuard
         from bnguard.torch_internals import global_hook
 
-        config.stash[_AUTO_GUARD_CLASS] = AutoGuard
+        config.stash[_HAS_TORCH] = True
         config.add_cleanup(global_hook.remove_hook)
         if _WAITING in config.stash:
             config.stash[_WAITING]()
@@ -217,14 +150,14 @@ def pytest_runtest_setup(item: pytest.Item) -> Generator[None, Any, Any]:
 @pytest.hookimpl(wrapper=True)
 def pytest_fixture_setup(request: pytest.FixtureRequest) -> Generator[None, Any, Any]:
     """Pauses while a test asks for a fixture with ``request.getfixturevalue()``: fixtures may train models."""
-    auto_guard = request.config.stash.get(_AUTO_GUARD, None)
-    if auto_guard is None:
+    every_model = request.config.stash.get(_EVERY_MODEL, None)
+    if every_model is None:
         return (yield)
-    auto_guard.end()
+    every_model.end()
     try:
         return (yield)
     finally:
-        auto_guard.begin()
+        every_model.begin()
 
 
 @pytest.hookimpl(wrapper=True, trylast=True)
@@ -240,7 +173,7 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
     return result
 
 
-def _switches(item: pytest.Item) -> _Switches:
+def _switches(item: pytest.Item) -> Switches:
     return item.config.stash[_SWITCHES]
 
 
@@ -282,27 +215,29 @@ def _open(item: pytest.Item, settings: Settings | None, reason: str | None) -> N
     acts = switches.on_change != "off" and reason is None
     if not acts and not switches.reports:
         return
-    auto_guard = item.config.stash.get(_AUTO_GUARD_CLASS, None)
-    if auto_guard is None:
+    if _HAS_TORCH not in item.config.stash:
         item.config.stash[_WAITING] = lambda: _open(item, None, reason)
         return
     state = _state_of(item)
     state.reason = reason
-    from bnguard.guard import options
     from bnguard.pytest_plugin.requests import suite_phrases
 
     phrases = suite_phrases(switches.place)
-    frontend = options.Frontend(
-        phrases,
-        has_coverage_warnings=False,
-        is_outermost=True,
-        is_silent=not acts,
-        only_without_grad=acts and switches.on_change == "no-grad",
-    )
-    on_change: OnChange = "raise" if acts and switches.on_change == "raise" else "warn"
-    settings = options.Settings(on_change, frontend=frontend)
-    item.config.stash[_AUTO_GUARD] = state.auto_guard = auto_guard(state.guards, settings)
-    state.auto_guard.begin()
+    every_model: AutoGuard | TestRecording
+    if acts and switches.on_change != "warn":
+        from bnguard.guard import auto_guard, options
+
+        is_milder = switches.on_change == "no-grad"
+        frontend = options.Frontend(
+            phrases, has_coverage_warnings=False, is_outermost=True, only_without_grad=is_milder
+        )
+        every_model = state.auto_guard = auto_guard.AutoGuard(state.guards, options.Settings(frontend=frontend))
+    else:
+        from bnguard.pytest_plugin.recording import TestRecording
+
+        every_model = state.recording = TestRecording(state.guards, phrases if acts else None)
+    item.config.stash[_EVERY_MODEL] = every_model
+    every_model.begin()
 
 
 def _end(item: pytest.Item, error: BaseException | None) -> None:
@@ -317,22 +252,25 @@ def _end(item: pytest.Item, error: BaseException | None) -> None:
     state = item.stash.get(_STATE, None)
     if state is None:
         return
-    _end_auto_guard(item, state)
+    recorded, told = _end_every_model(item, state)
     if isinstance(error, StatsChangedError) and not item.config.getoption("fulltrace"):
         from bnguard.torch_internals.callsite import end_in_users_line  # imports torch
 
         end_in_users_line(error)
     raised, error = error, error or error_of_test_case(item) or state.of_subtest
     earlier = len(getattr(error, "__notes__", ()))
-    texts = _end_guards(item, state, error)
+    texts = _end_guards(item, state, error, recorded)
     is_shown = isinstance(item, pytest.Function) and not isinstance(error, pytest.fail.Exception)
     if not is_shown or error is state.of_subtest:
         for note in getattr(error, "__notes__", [])[earlier:]:
             item.add_report_section("call", "bnguard", note)  # pytest does not show the notes of these
+    _tell(item, told, raised)
     _warn(item, texts, raised)
 
 
-def _end_guards(item: pytest.Item, state: _TestState, error: BaseException | None) -> list[str]:
+def _end_guards(
+    item: pytest.Item, state: _TestState, error: BaseException | None, recorded: list[StatsChange]
+) -> list[str]:
     """Ends the guards of a test, and raises what they found unless the test has failed. Returns warnings."""
     # A skipped test has not failed, nor has an expected failure: a finding does fail them.
     is_failure = error is not None and not isinstance(error, (pytest.skip.Exception, pytest.xfail.Exception))
@@ -343,16 +281,26 @@ def _end_guards(item: pytest.Item, state: _TestState, error: BaseException | Non
             vars(item).pop("_excinfo", None)  # unittest's skip
         raise_at_test(item, found)
     finally:
-        item.stash[_MOVES] = moves = moves_of(state.guards.changes, state.reason)
+        item.stash[_MOVES] = moves = moves_of([*state.guards.changes, *recorded], state.reason)
         if _switches(item).reports:
             item.user_properties += [("bn_updates", move_text(move)) for move in moves]
 
 
-def _end_auto_guard(item: pytest.Item, state: _TestState) -> None:
-    if state.auto_guard is not None:
-        del item.config.stash[_AUTO_GUARD]
-        state.auto_guard.end()
-        state.auto_guard = None  # it refers to models
+def _end_every_model(item: pytest.Item, state: _TestState) -> tuple[list[StatsChange], list[str]]:
+    """Sees no further models. Returns what was recorded, and warnings about it."""
+    if _EVERY_MODEL in item.config.stash:
+        item.config.stash[_EVERY_MODEL].end()
+        del item.config.stash[_EVERY_MODEL]
+    recording, state.auto_guard, state.recording = state.recording, None, None  # they refer to models
+    return ([], []) if recording is None else recording.stop()
+
+
+def _tell(item: pytest.Item, texts: list[str], raised: BaseException | None) -> None:
+    """Warns, and changes no test: an error only for who asks for errors in place of these warnings, by name."""
+    with warnings.catch_warnings():
+        if not any([entry[0] == "error" and entry[2] is BNGuardWarning for entry in warnings.filters]):
+            warnings.simplefilter("always", BNGuardWarning)
+        _warn(item, texts, raised)
 
 
 def _warn(item: pytest.Item, texts: list[str], raised: BaseException | None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import unittest
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
@@ -14,6 +14,18 @@ from bnguard.errors import BNGuardWarning
 if TYPE_CHECKING:
     from bnguard.guard.options import Settings
     from bnguard.guard.requests import GuardRequests
+
+# As pytest --markers shows them.
+MARKERS: Final = (
+    (
+        "bn_frozen(on_change='raise', **options): fail the test if it moves the running statistics of a model that it "
+        "gets from its fixtures and parameters; options are those of bnguard.frozen()."
+    ),
+    (
+        "bn_updates(reason=''): let the test move running statistics although --bn-frozen, or a bn_frozen marker on "
+        "its class or module, would fail it."
+    ),
+)
 
 
 def nearest_mark(item: pytest.Item) -> pytest.Mark | None:

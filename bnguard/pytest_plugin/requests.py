@@ -90,6 +90,14 @@ class TestGuards(GuardRequests):
         self._of_fixture.append(request)
         guard.open(lambda: self._entered(request), lambda: self._left(request))
 
+    def guard_layer(self, layer: int) -> bool:
+        """Whether one of them guards the layer with this id now."""
+        return any([layer in request.layers for request in self._requests])
+
+    def have_guarded_layer(self, layer: int) -> bool:
+        """Whether one of them guards the layer with this id, or has guarded it."""
+        return any([layer in request.layers for request in [*self._requests, *self._of_fixture]])
+
     def end(self, error: BaseException | None) -> list[str]:
         """Ends all guards, for good. See ``GuardRequests.end``."""
         self.is_over = True

@@ -14,16 +14,15 @@ from torch import Tensor, nn
 from bnguard.findings.events import Evaluation, Forward, LayerEnd, Result, StepEnd, Update
 from bnguard.findings.observer import LayerObserver
 from bnguard.findings.rule import Evidence
-from bnguard.layers.bits import readable
-from bnguard.layers.drift import eps_of
 from bnguard.layers.kinds import OTHER_BUFFERS, StatsLayer
-from bnguard.layers.swaps import own_tensors
+from bnguard.recording.layer_listener import SeenLayer
 from bnguard.recording.model_calls import ModelCall
 from bnguard.recording.optimizer_steps import OptimizerSteps, StepCounter
 from bnguard.recording.timeline import Timeline
 from bnguard.records import FEW_VALUES, Mode, StatsUpdates
 from bnguard.torch_internals.checkpointing import is_in_backward
-from bnguard.torch_internals.functional_call import in_functional_call, in_reentrant_checkpoint
+from bnguard.torch_internals.distributed import differs_per_rank
+from bnguard.torch_internals.functional_call import in_reentrant_checkpoint
 from bnguard.torch_internals.tracing import is_recorded
 
 _MOST_FORWARDS: Final = 64  # of one step that are distinguished
@@ -65,43 +64,23 @@ class UpdateSite:
                 self.small_batches += 1
 
 
-class LayerLog:
+class LayerLog(SeenLayer):
     """What was seen of one layer, from the host alone: no tensor is read. Rules get every event through an observer.
 
     Attributes:
-        names: As in ``StatsUpdates``, like ``type``.
-        kind: How the layer updates.
-        buffers: The names of its statistics.
-        eps: What it adds to its variance.
         model_name: What to call its model if several were watched.
-        tensors: Its statistics as they hang on it, by name.
-        first: The name of the first of them.
-        first_tensor: The tensor of that name.
-        before: Copies of its statistics when it was met.
-        updates: How many updates there were.
         differs_per_rank: Whether several ranks train it, each with statistics of its own.
-        is_compiled: Whether a graph has been traced through it.
     """
 
     __slots__ = (
-        "_forward_count", "_forwards", "_is_owned", "_model", "_module", "_momentum", "_observer", "_optimizers",
-        "_optimizers_of", "_sites", "_step", "before", "buffers", "differs_per_rank", "eps", "first", "first_tensor",
-        "is_compiled", "kind", "model_name", "names", "tensors", "type", "updates",
+        "_forward_count", "_forwards", "_is_owned", "_model", "_momentum", "_observer", "_optimizers", "_optimizers_of",
+        "_sites", "_step", "differs_per_rank", "model_name",
     )  # fmt: skip
 
-    def __init__(self, layer: StatsLayer, model: nn.Module, model_name: str, before: dict[str, Tensor]) -> None:
+    def __init__(self, layer: StatsLayer, model: nn.Module, model_name: str) -> None:
+        super().__init__(layer)
         self.model_name = model_name
-        self.names = layer.names
-        self.type = type(layer.module).__name__
-        self.kind = layer.kind
-        self.buffers = layer.buffers
-        self.eps = eps_of(layer.module)
-        self.before = before
-        self._take_tensors(own_tensors(layer.module, "_buffers"))
-        self.updates = 0
-        self.differs_per_rank = False
-        self.is_compiled = False
-        self._module = weakref.ref(layer.module)
+        self.differs_per_rank = differs_per_rank(model)
         self._model = weakref.ref(model)
         self._momentum = getattr(layer.module, "momentum", None)
         # The rules are about statistics of batches.
@@ -113,11 +92,6 @@ class LayerLog:
         self._is_owned = False
         self._optimizers: tuple[OptimizerSteps, ...] = ()
         self._optimizers_of = -1  # the counter's ``changes`` for which those are right
-
-    @property
-    def module(self) -> nn.Module | None:
-        """The layer, as long as it exists."""
-        return self._module()
 
     @property
     def sites(self) -> list[UpdateSite]:
@@ -221,33 +195,7 @@ class LayerLog:
         end = LayerEnd(name, self.type, self._momentum, self.records(""), self.before, now, has_stepped, optimized)
         return self._observer.evidence(end)
 
-    def now(self) -> dict[str, Tensor]:
-        """The present statistics that can be read; the last known ones if the layer has been deleted."""
-        module = self._module()
-        buffers = self.tensors if module is None else own_tensors(module, "_buffers")
-        return readable({name: buffers.get(name) for name in self.buffers})
-
-    def has_own_tensors(self, module: nn.Module) -> bool:
-        """Whether a forward works on the layer's own statistics, and not on some that ``functional_call`` lends it.
-
-        Tensors that have replaced them for good, as after ``.double()``, are the layer's own from then on.
-        """
-        buffers = own_tensors(module, "_buffers")
-        for name, tensor in self.tensors.items():
-            if buffers.get(name) is not tensor:
-                if in_functional_call():
-                    return False
-                self._take_tensors(buffers)
-                return True
-        return True
-
     # Parts.
-
-    def _take_tensors(self, buffers: Mapping[str, Tensor | None]) -> None:
-        """Takes the present statistics as the layer's own."""
-        self.tensors = {name: tensor for name in self.before if (tensor := buffers.get(name)) is not None}
-        self.first = next(iter(self.tensors), "")
-        self.first_tensor = self.tensors.get(self.first)
 
     def _step_now(self, module: nn.Module, steps: StepCounter) -> int:
         if self._optimizers_of != steps.changes:

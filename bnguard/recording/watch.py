@@ -10,20 +10,19 @@ from torch import Tensor, nn
 
 from bnguard.findings.grouping import group_evidence
 from bnguard.layers.bits import count_of, digest_of
-from bnguard.layers.drift import drift_between, largest_mean_shift, series_of
+from bnguard.layers.drift import drift_between, series_of
 from bnguard.layers.other_buffers import as_patterns, select_with_buffers
-from bnguard.layers.snapshot import holds
 from bnguard.layers.tree import find_layers
+from bnguard.recording.layer_listener import copies_of
 from bnguard.recording.layer_log import LayerLog
 from bnguard.recording.ranks import Merged, Recorded
-from bnguard.recording.recorder import Recorder, copies_of
+from bnguard.recording.recorder import Recorder
 from bnguard.recording.summary import WatchSummary, watch_document
 from bnguard.recording.timeline import updates_over_steps
 from bnguard.records import Drift, DriftSeries, Finding, Mode, StatsChange, StatsUpdates, UpdateSeries
 from bnguard.report.document import as_text
 from bnguard.torch_internals.compile import outside_graphs, was_compiled
 from bnguard.torch_internals.distributed import modules_differing_per_rank
-from bnguard.torch_internals.tracing import outside_modes
 
 _COMPILED: Final = Mode(compiled=True)
 
@@ -174,11 +173,9 @@ class watch:  # noqa: N801  # lower case, as torch.no_grad
         """Layers whose statistics have changed although no forward was seen that did it."""
         changes = []
         for number, log in enumerate(self._recorder.logs):
-            now, before = self._now(number, log), log.before
-            differing = tuple([name for name in before if name not in now or not _same(before[name], now[name])])
-            if differing and not log.updates and not self._unseen(number, log):
-                shift = largest_mean_shift(before, now, log.eps)
-                changes.append(StatsChange(log.names, log.type, differing, 0, None, shift))
+            change = log.change(self._now(number, log))
+            if change is not None and not log.updates and not self._unseen(number, log):
+                changes.append(change)
         return tuple(changes)
 
     @property
@@ -285,8 +282,3 @@ def _check_every(every: object) -> None:
         raise TypeError(f"every must be a whole number of optimizer steps, or 'auto', got {every!r}")
     if every < 1:
         raise ValueError(f"every={every}: the number of optimizer steps must be positive")
-
-
-@outside_modes
-def _same(one: Tensor, other: Tensor) -> bool:
-    return holds(other, one)

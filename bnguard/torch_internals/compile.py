@@ -184,6 +184,25 @@ def was_compiled(module: nn.Module) -> bool:
     return id(module) in _compiled
 
 
+_in_graphs: Final[dict[int, weakref.ref[nn.Module]]] = {}
+
+
+def record_in_graph(model: nn.Module) -> None:
+    """Records that a compiled graph runs a model: no hook will tell."""
+    key = id(model)
+    _in_graphs[key] = weakref.ref(model, lambda _: _in_graphs.pop(key, None))
+
+
+def is_in_graphs(key: int) -> bool:
+    """Whether the module with this id belongs to a model that has been recorded."""
+    return any([id(part) == key for model in models_in_graphs() for part in model.modules()])
+
+
+def models_in_graphs() -> list[nn.Module]:
+    """The models that have been recorded."""
+    return [model for reference in list(_in_graphs.values()) if (model := reference()) is not None]
+
+
 def compiled_parts(model: nn.Module) -> set[int]:
     """The ids of the modules in ``model`` that ``torch.compile(module)`` or ``module.compile()`` covers."""
     dynamo = sys.modules.get("torch._dynamo.eval_frame")

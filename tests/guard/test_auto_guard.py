@@ -193,6 +193,20 @@ def test_patterns_are_for_the_names_of_the_whole_model() -> None:
     assert_same_bits(*[{key: of[key] for key in of if key.startswith("backbone")} for of in (before, after)])
 
 
+def test_model_in_a_graph_that_no_pattern_matches_is_left_alone() -> None:
+    """Whether it is compiled inside or was before: it runs as without a guard of every model, and nothing is said."""
+    net, twin = nn.Sequential(nn.BatchNorm2d(2)), nn.Sequential(nn.BatchNorm2d(2))
+    compiled = torch.compile(net, backend="eager")
+    for _ in range(2):
+        requests = GuardRequests()
+        with every_model(requests, "raise", include=("backbone*",)) as guard:
+            compiled(images())
+        assert requests.end(None) == []
+        assert not guard.has_guarded
+        twin(images())
+        assert_same_bits(state_of(net), state_of(twin))
+
+
 def test_messages_name_layers_as_the_whole_model_does() -> None:
     """Also where no pattern asked for names: the error, and what the end finds."""
     task = Task()

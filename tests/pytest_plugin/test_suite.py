@@ -93,7 +93,111 @@ def test_warn_lets_tests_pass(suite: Suite):
         "The update was kept. Later ones are recorded without further warnings; pytest --bn-report lists them all."
         in text
     )
-    suite.again("--bn-frozen=warn", "-W", "error", "-W", "ignore::pytest.PytestAssertRewriteWarning", failed=1)
+    # Errors in place of warnings are for who asks for them by name.
+    suite.again("--bn-frozen=warn", "-W", "error", "-W", "ignore::pytest.PytestAssertRewriteWarning", passed=1)
+    suite.again("--bn-frozen=warn", "-W", "error::bnguard.BNGuardWarning", failed=1)
+
+
+@pytest.mark.parametrize("switch", ["--bn-frozen=warn", "--bn-report"])
+def test_recording_leaves_no_trace_in_a_test(suite: Suite, switch):
+    """What a test can see of its models, in their forwards and after them, is what it sees without the switch."""
+    source = """
+import copy, gc, pickle, warnings, weakref
+from torch.utils.checkpoint import checkpoint
+
+class Running(nn.Module):  # torch knows no such layer: only a comparison shows that it updates
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(3))
+
+    def forward(self, x):
+        if self.training:
+            self.running_mean.lerp_(x.mean((0, 2, 3)).detach(), 0.1)
+        return x - self.running_mean[:, None, None]
+
+def state(layer):
+    tables = {name: value for name, value in vars(layer).items() if name not in ("_parameters", "_buffers")}
+    return repr(tables), sorted(vars(layer)), "forward" in dir(layer) and layer.forward.__func__
+
+LAYERS = [lambda: nn.BatchNorm2d(3), lambda: nn.InstanceNorm2d(3, track_running_stats=True), Running]
+
+@pytest.mark.parametrize("make_layer", LAYERS)
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("inside", [False, True])
+def test_it(make_layer, mode, inside):
+    layer = getattr(make_layer(), mode)()
+    net = nn.Sequential(layer) if inside else layer
+    plain, seen = state(layer), []
+    handle = net.register_forward_hook(lambda *args: seen.append(state(layer)))
+    gc.disable()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("error")
+        for _ in range(2):
+            net(IMAGES)
+        checkpoint(net, IMAGES.requires_grad_(), use_reentrant=False).sum().backward()
+        handle.remove()
+        copy.deepcopy(layer)
+        pickle.dumps(layer)
+    assert not caught
+    if inside:
+        assert seen[0] == state(layer) == plain
+    gone = [weakref.ref(thing) for thing in (net, layer, layer.running_mean)]
+    del net, layer
+    del seen
+    gc.enable()
+    gc.collect()
+    assert [reference() for reference in gone] == [None] * 3
+"""
+    result = suite.run(source, switch, "-W", "error", "-W", "ignore::pytest.PytestAssertRewriteWarning", passed=12)
+    if switch == "--bn-report":
+        result.stdout.fnmatch_lines(["6 tests moved running statistics: 22 updates."])
+
+
+@pytest.mark.parametrize("switch", ["--bn-frozen=warn", "--bn-report"])
+def test_recording_knows_what_blocks_of_the_test_do(suite: Suite, switch):
+    """What is held, put back, stopped, lent or somebody else's to tell did not happen; what was allowed did."""
+    source = """
+def test_held(model):
+    with bnguard.frozen(model, "restore"):
+        model(IMAGES)
+    with bnguard.frozen(model, "rollback"):
+        model(IMAGES)
+    with pytest.raises(bnguard.StatsChangedError), bnguard.frozen(model):
+        model(IMAGES)
+    stats = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    torch.func.functional_call(model, stats, (IMAGES,))
+    assert not moved(model)
+
+def test_told_by_the_fixture(model, bn_frozen):
+    with bn_frozen(model, "warn"), pytest.warns(bnguard.BNGuardWarning):
+        model(IMAGES)
+
+def test_allowed(model, bn_frozen):
+    with bnguard.frozen(model, updates=2):
+        model(IMAGES)
+        model(IMAGES)
+
+def test_around_the_fixture(model, bn_frozen):
+    model(IMAGES)
+    with bn_frozen(model, "restore"):
+        model(IMAGES)
+    model(IMAGES)
+
+def test_written(model):
+    model.eval()(IMAGES)
+    model[1].running_var.data.mul_(2)
+"""
+    result = suite.run(source, switch, passed=5)
+    text = "\n".join(result.outlines)
+    if switch == "--bn-report":
+        result.stdout.fnmatch_lines(["4 tests moved running statistics: 5 updates."])
+        assert text.count("test_it.py::test_around_the_fixture") == 1
+    else:
+        tests = ["test_allowed", "test_around_the_fixture", "test_written"]
+        assert [line for line in result.outlines if line.startswith("test_it.py::")] == [
+            f"test_it.py::{t}" for t in tests
+        ]
+        assert "changed inside --bn-frozen=warn:" in text
 
 
 def test_setup_and_teardown_may_update(suite: Suite):
