@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -13,6 +12,7 @@ from torch.nn.parameter import is_lazy
 from bnguard.layers.kinds import OTHER_BUFFERS, StatsLayer
 from bnguard.layers.swaps import own_tensors
 from bnguard.torch_internals.fork import renew_after_fork
+from bnguard.torch_internals.locks import RLock
 
 
 def affine_parameters(layer: StatsLayer) -> tuple[str, ...]:
@@ -68,7 +68,7 @@ class _Held:
 
 # Blocks of several threads may overlap and end in any order: the first one to begin saves, the last to end restores.
 _held: Final[dict[int, _Held]] = {}
-_lock: Final = threading.RLock()
+_lock: Final = RLock()
 renew_after_fork(_lock)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import threading
 import warnings
 import weakref
 from collections import deque
@@ -29,6 +28,7 @@ from bnguard.torch_internals.compile import (
     record_in_graph,
 )
 from bnguard.torch_internals.functional_call import has_lent_buffers
+from bnguard.torch_internals.locks import RLock
 from bnguard.torch_internals.tracing import is_capturing
 
 # Models with an open guard. The guard of the oldest is ended for a newer one, and begins again when its model runs.
@@ -56,7 +56,7 @@ class AutoGuard:
         self._known: dict[int, weakref.ref[nn.Module]] = {}  # by id: modules of models that have run
         self._open: deque[GuardRequest] = deque()
         self._compared: list[GuardRequest] = []  # for models in compiled graphs
-        self._lock = threading.RLock()
+        self._lock = RLock()
         self.has_guarded = False
 
     def begin(self) -> None:

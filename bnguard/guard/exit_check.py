@@ -19,7 +19,6 @@ compiled graph no forward can be counted; the layer's own ``num_batches_tracked`
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Final
@@ -40,6 +39,7 @@ from bnguard.layers.tree import Tree
 from bnguard.records import StatsChange
 from bnguard.torch_internals.compile import compiled_parts, was_compiled
 from bnguard.torch_internals.distributed import overwritten_by_ddp
+from bnguard.torch_internals.locks import RLock
 from bnguard.torch_internals.tracing import outside_modes
 
 # Pairs of copies that are kept of one layer. More are compared at once, which may wait for the device.
@@ -77,7 +77,7 @@ class ExitCheck:
         self._layers = layers
         self._policy = settings.policy
         self._budget = settings.updates
-        self._lock = threading.RLock()
+        self._lock = RLock()
         self._is_intact = False
         self._pairs: dict[int, list[tuple[dict[str, Tensor], Mapping[str, Tensor]]]] = {}  # by owner
         self.broadcast: Mapping[str, int] = {}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import operator
-import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from types import FunctionType, MethodType
@@ -38,6 +37,7 @@ from bnguard.layers.swaps import NO_FLAGS, is_swapped, own_mode, own_values, swa
 from bnguard.torch_internals.compile import is_called_by_graph, is_exporting, refused_in_graphs, run_as_python
 from bnguard.torch_internals.fork import call_in_children
 from bnguard.torch_internals.functional_call import calling_module
+from bnguard.torch_internals.locks import RLock
 from bnguard.torch_internals.tracing import is_symbolic
 
 _OF_BATCH_NORM: Final = {"running_mean", "running_var"}
@@ -46,7 +46,7 @@ _OF_BATCH_NORM: Final = {"running_mean", "running_var"}
 def _renew_turns() -> None:
     """In a forked child: another thread of the parent may have held one, and cannot release it here."""
     for guard in guards.values():
-        guard._turn = guard._turn and threading.RLock()
+        guard._turn = guard._turn and RLock()
 
 
 call_in_children(_renew_turns)

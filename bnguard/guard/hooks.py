@@ -50,9 +50,10 @@ from bnguard.layers.kinds import OTHER_BUFFERS, StatsLayer
 from bnguard.layers.swaps import own_values
 from bnguard.torch_internals.compile import GUARDS_GRAPHS, is_exporting
 from bnguard.torch_internals.fork import renew_after_fork
+from bnguard.torch_internals.locks import RLock
 from bnguard.torch_internals.tracing import is_symbolic
 
-_lock: Final = threading.RLock()
+_lock: Final = RLock()
 renew_after_fork(_lock)
 
 

@@ -16,7 +16,6 @@ the answer.
 from __future__ import annotations
 
 import itertools
-import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -30,6 +29,7 @@ from bnguard.errors import StatsChangedError
 from bnguard.torch_internals.callsite import CallSite
 from bnguard.torch_internals.checkpointing import Region, current_region, is_in_backward
 from bnguard.torch_internals.fork import renew_after_fork
+from bnguard.torch_internals.locks import RLock
 
 Normalisation = Literal["own", "batch", "running"]
 Action = Literal["update", "stop", "hold", "running"]
@@ -292,7 +292,7 @@ def decide(entries: Sequence[PolicyEntry], layer: int) -> Decision:
     return Decision("update", None, tuple(told), tuple(within)) if told or within else UPDATE
 
 
-_lock: Final = threading.RLock()
+_lock: Final = RLock()
 renew_after_fork(_lock)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
 import warnings
 from enum import IntEnum
 
@@ -15,6 +14,7 @@ from bnguard.guard.options import Settings, guarded_layers
 from bnguard.layers.tree import find_layers
 from bnguard.records import StatsChange
 from bnguard.torch_internals.callsite import causes_of
+from bnguard.torch_internals.locks import RLock
 
 
 class Precedence(IntEnum):
@@ -73,7 +73,7 @@ class GuardRequests:
         self._requests: list[GuardRequest] = []
         self._failures: list[BaseException] = []
         # Reentrant: leaving a guard of the fixture arranges the requests again.
-        self._lock = threading.RLock()
+        self._lock = RLock()
 
     def add(self, precedence: Precedence, model: nn.Module, settings: Settings) -> GuardRequest:
         """Guards the layers of a model that no request of a higher precedence covers.

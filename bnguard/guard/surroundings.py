@@ -35,6 +35,7 @@ from bnguard.torch_internals.compile import (
 )
 from bnguard.torch_internals.distributed import is_distributed
 from bnguard.torch_internals.functional_call import in_functional_call
+from bnguard.torch_internals.locks import RLock
 from bnguard.torch_internals.tracing import are_on_cuda, is_capturing, is_recorded
 
 
@@ -112,7 +113,7 @@ class Surroundings(InstancePatch):
             self.kind = kind = OWN_FORWARD
         self.is_plain = kind is BATCH_NORM or (previous is None and _is_plain(cls))
         if kind is not BATCH_NORM:
-            self._turn = threading.RLock()
+            self._turn = RLock()
         is_usual = cls in BATCH_NORMS  # to look for an attribute that is not there takes long
         self.copies_itself = not is_usual and hasattr(cls, "__deepcopy__")
         self.reduces_itself = not is_usual and (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import threading
 import weakref
 from dataclasses import dataclass
 from typing import Any, Final
@@ -16,10 +15,11 @@ from bnguard.guard.surroundings import Surroundings
 from bnguard.layers.bits import has_values, put_back, same_bits, write
 from bnguard.layers.swaps import own_tensors, put_tensor
 from bnguard.torch_internals.fork import renew_after_fork
+from bnguard.torch_internals.locks import RLock
 from bnguard.torch_internals.tracing import outside_modes
 from bnguard.torch_internals.transforms import is_wrapped, unwrapped_tensor
 
-_lock: Final = threading.RLock()
+_lock: Final = RLock()
 renew_after_fork(_lock)
 
 

@@ -14,7 +14,6 @@ user of a swap is an entry in a tuple. Removing it twice does nothing, so an int
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from operator import attrgetter
@@ -25,6 +24,7 @@ from torch.jit import ScriptModule as _ScriptModule
 
 from bnguard.layers.kinds import StatsLayer
 from bnguard.torch_internals.fork import renew_after_fork
+from bnguard.torch_internals.locks import RLock
 
 NO_FLAGS: Final[Mapping[str, bool]] = {}
 Table = Literal["_buffers", "_parameters"]
@@ -51,7 +51,7 @@ class Swap:
 
 
 swaps: Final[dict[int, Swap]] = {}  # by id of the layer
-swap_lock: Final = threading.RLock()  # no swap begins or ends while a thread holds it
+swap_lock: Final = RLock()  # no swap begins or ends while a thread holds it
 renew_after_fork(swap_lock)
 
 

@@ -22,6 +22,7 @@ from bnguard.records import StatsChange
 from bnguard.torch_internals import global_hook
 from bnguard.torch_internals.compile import object_at, record_compiled
 from bnguard.torch_internals.functional_call import has_lent_buffers, in_functional_call
+from bnguard.torch_internals.locks import RLock
 from bnguard.torch_internals.tracing import outside_modes
 
 _MOST_NESTED: Final = 16  # forwards of one layer inside each other
@@ -128,7 +129,7 @@ class LayerListener(Generic[L]):
     """
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
+        self._lock = RLock()
         self._by_id: dict[int, L] = {}  # by id of the layer
         self._known: dict[int, weakref.ref[nn.Module]] = {}  # by id: modules of models that have been met
         self._pending: dict[tuple[int, int], list[_Pending]] = {}  # by thread and layer

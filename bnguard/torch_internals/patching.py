@@ -18,7 +18,6 @@ process forks. A lock is not enough: the garbage collector and signal handlers r
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
@@ -26,6 +25,7 @@ from torch import autograd
 from torch.optim import optimizer as torch_optimizer
 
 from bnguard.torch_internals.fork import renew_after_fork
+from bnguard.torch_internals.locks import RLock
 
 U = TypeVar("U")
 
@@ -44,7 +44,7 @@ class Patch(Generic[U]):
     def __init__(self, conform: Callable[[tuple[U, ...]], None]) -> None:
         self.users: tuple[U, ...] = ()
         self._conform = conform
-        self._lock = threading.RLock()
+        self._lock = RLock()
         renew_after_fork(self._lock)  # rule 5
 
     def add(self, user: U) -> None:

@@ -89,7 +89,7 @@ def test_frozen_refuses_what_is_no_model(model: Any, text: str) -> None:
         bnguard.frozen(model)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.*is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.*is (deprecated|not supported in Python 3.14):DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:`torch.jit.*is deprecated:FutureWarning")  # from torch 2.14 on
 def test_frozen_refuses_a_traced_function() -> None:
     """It has no modules; the error says where they are."""

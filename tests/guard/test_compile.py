@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import subprocess
 import sys
+import sysconfig
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,6 +31,8 @@ pytestmark = [
         "ignore:The .grad attribute of a Tensor that is not a leaf",  # dynamo looks, after a graph break
     ),
 ]
+HAS_HEADERS = Path(sysconfig.get_path("include"), "Python.h").exists()
+HAS_COMPILER = HAS_HEADERS and any(map(shutil.which, ("g++", "clang++", "c++")))
 INDUCTOR = pytest.param("inductor", marks=pytest.mark.slow)
 BACKENDS = pytest.mark.parametrize("backend", ["eager", "aot_eager", INDUCTOR])
 FULLGRAPH = pytest.mark.parametrize(
@@ -186,6 +191,7 @@ def test_every_form_of_compiling_is_held(form: Callable[..., Any], options: dict
     assert_clean(net)
 
 
+@pytest.mark.skipif(not HAS_COMPILER, reason="inductor needs a C++ compiler and the headers of Python")
 @torch.no_grad()
 def test_warm_graph_of_inductor_is_held() -> None:
     """One layer in a graph of inductor, whose other tests are slow: held inside a block, and not before or after."""

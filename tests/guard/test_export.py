@@ -38,7 +38,7 @@ from tests.policies import EVERY_POLICY, POLICIES
 
 # torch's own: torch.jit is deprecated, a train-mode trace is never sure of itself.
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:`torch.jit.*is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.*is (deprecated|not supported in Python 3.14):DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:`torch.jit.*is deprecated:FutureWarning"),  # from torch 2.14 on
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
     pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning"),

@@ -24,7 +24,9 @@ from tests.asserts import assert_clean, assert_same_bits, state_of, statistics, 
 from tests.nets import NORMS, ReassigningNorm, SharedNet, images, warmed
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.torch.jit.*is deprecated:DeprecationWarning"),  # of torch's own jvp
+    pytest.mark.filterwarnings(
+        "ignore:.torch.jit.*is (deprecated|not supported in Python 3.14):DeprecationWarning"
+    ),  # of torch's own jvp
     pytest.mark.filterwarnings("ignore:.torch.jit.*is deprecated:FutureWarning"),  # from torch 2.14 on
     pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node:UserWarning"),
 ]

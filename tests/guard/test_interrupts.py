@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, suppress
@@ -127,6 +128,10 @@ def test_interrupted_block_leaves_nothing(name: str) -> None:
         assert torch.is_grad_enabled(), place
         assert not torch_module._global_forward_pre_hooks, place
         assert not _affine._held, place
+    other = threading.Thread(target=lambda: interrupted(name), daemon=True)
+    other.start()
+    other.join(60)
+    assert not other.is_alive(), "a lock was left behind"
 
 
 @pytest.mark.filterwarnings("ignore::bnguard.BNGuardWarning")
