@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from bnguard.findings.audit import audit as audit
     from bnguard.findings.diff import diff as diff
     from bnguard.guard.frozen import frozen as frozen
+    from bnguard.guard.recalibration import recalibrate as recalibrate
     from bnguard.guard.recompute import recompute_frozen as recompute_frozen
     from bnguard.guard.strict import strict as strict
     from bnguard.layers.kinds import LayerRegistration as LayerRegistration
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from bnguard.records import Finding as Finding
     from bnguard.records import GuardedLayer as GuardedLayer
     from bnguard.records import Mode as Mode
+    from bnguard.records import Recalibration as Recalibration
     from bnguard.records import StatsChange as StatsChange
     from bnguard.records import StatsDiff as StatsDiff
     from bnguard.records import StatsUpdates as StatsUpdates
@@ -44,6 +46,7 @@ _HOMES = {
     "GuardedLayer": "records",
     "LayerRegistration": "layers.kinds",
     "Mode": "records",
+    "Recalibration": "records",
     "StatsChange": "records",
     "StatsChangedError": "errors",
     "StatsDiff": "records",
@@ -52,6 +55,7 @@ _HOMES = {
     "audit": "findings.audit",
     "diff": "findings.diff",
     "frozen": "guard.frozen",
+    "recalibrate": "guard.recalibration",
     "recompute_frozen": "guard.recompute",
     "register_layer": "layers.kinds",
     "strict": "guard.strict",
@@ -67,6 +71,7 @@ __all__ = [
     "GuardedLayer",
     "LayerRegistration",
     "Mode",
+    "Recalibration",
     "StatsChange",
     "StatsChangedError",
     "StatsDiff",
@@ -76,6 +81,7 @@ __all__ = [
     "audit",
     "diff",
     "frozen",
+    "recalibrate",
     "recompute_frozen",
     "register_layer",
     "strict",

@@ -18,6 +18,7 @@ __all__ = [
     "Finding",
     "GuardedLayer",
     "Mode",
+    "Recalibration",
     "Severity",
     "StatsChange",
     "StatsDiff",
@@ -89,7 +90,7 @@ class Mode:
         inference: In ``torch.inference_mode()``.
         autocast: In ``torch.autocast`` for the device of the input.
         recompute: Inside a backward pass: activation checkpointing ran the forward again.
-        calibration: Inside ``torch.optim.swa_utils.update_bn``.
+        calibration: Inside ``torch.optim.swa_utils.update_bn`` or ``recalibrate``.
         compiled: In a compiled graph; the other fields are unknown then.
     """
 
@@ -303,3 +304,20 @@ class StatsDiff:
     def report(self) -> str:
         """All of it as text, the layers that moved most first."""
         return self._text
+
+
+@dataclass(frozen=True, slots=True)
+class Recalibration:
+    """What ``recalibrate`` has done. Names are key prefixes in ``model.state_dict()``; ``""`` is the model itself.
+
+    Attributes:
+        layers: Names of the layers that have new statistics, in the order of ``state_dict()``.
+        held: Names of selected layers that kept theirs: an open block of ``frozen`` holds them, or they never update.
+        unused: Names of selected layers that kept theirs because no batch reached them.
+        batches: How many batches there were; under ``reduce=True``, on all ranks together.
+    """
+
+    layers: tuple[str, ...]
+    held: tuple[str, ...]
+    unused: tuple[str, ...]
+    batches: int

@@ -585,6 +585,48 @@ def fsdp1():
 
 
 @scenario
+def recalibrated():
+    """Rank 0 has two batches, rank 1 one, any other none; all of them have a spare layer that does not run."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    shares = [[batch(5) * 2, batch(6)[:3] + 4], [batch(7)[:1] - 3], *[[] for _ in range(2, size)]]
+    net = nn.ModuleDict({"norm": nn.BatchNorm2d(3), "own": nn.InstanceNorm2d(3, track_running_stats=True)})
+    net.register_module("spare", nn.BatchNorm2d(3))
+    net = net.to(device()).eval()
+    twin, alone = copy.deepcopy(net), copy.deepcopy(net)
+    before = copy.deepcopy(net)
+
+    def forward(model, images):
+        model["own"](model["norm"](images))
+
+    ddp = DistributedDataParallel(net)
+    found = {}
+
+    def together(**options):
+        found["result"] = bnguard.recalibrate(ddp, shares[rank], forward=forward, reduce=True, **options)
+
+    result = outcome(together)
+    gathered = [None] * size
+    dist.all_gather_object(gathered, [tensor.cpu() for tensor in statistics(net)])
+    with suppress(ValueError):
+        bnguard.recalibrate(alone, shares[rank], forward=forward, exclude="spare")
+    outcome(lambda: bnguard.recalibrate(twin, [images for share in shares for images in share], forward=forward))
+    expected, learned = statistics(twin), statistics(net)
+    refused = outcome(lambda: together(include=["norm", "own", "spare"][: rank + 1]))
+    empty = outcome(lambda: bnguard.recalibrate(ddp, [], forward=forward, reduce=True))
+    return {
+        **result,
+        "result": [found["result"].layers, found["result"].unused, found["result"].batches],
+        "same_on_all_ranks": all(same(gathered[0], other) for other in gathered),
+        "pooled": all(torch.allclose(*pair, rtol=1e-6, atol=1e-6) for pair in zip(learned, expected, strict=True)),
+        "own_share": not same(statistics(alone), statistics(twin)),
+        "has_moved": not same(statistics(before), learned),
+        "refused": [refused["error"], refused["text"]],
+        "empty": [empty["error"], empty["text"]],
+        "kept": same(learned, statistics(net)),
+    }
+
+
+@scenario
 def destroyed_group():
     """The block outlives the process group; the last scenario of a job."""
     net = make().eval()

@@ -113,7 +113,8 @@ def test_calls_in_the_text_are_valid():
 
 def test_options_in_the_text_exist():
     """Every option that the README writes is one of ``frozen``, ``strict``, a callback, or a function of torch."""
-    functions = (bnguard.frozen, bnguard.strict, bnguard.watch, torch.compile, torch.jit.trace, nn.BatchNorm2d, DDP)
+    own = (bnguard.frozen, bnguard.strict, bnguard.watch, bnguard.recalibrate)
+    functions = (*own, torch.compile, torch.jit.trace, nn.BatchNorm2d, DDP)
     known = {name for function in functions for name in inspect.signature(function).parameters}
     known |= set(RunOptions.__annotations__)
     prose = re.sub(r"^```.*?^```$", "", README, flags=re.M | re.S)

@@ -233,6 +233,11 @@ def kind_of(module: nn.Module) -> LayerKind:
     return OWN_FORWARD
 
 
+def is_batch_norm(module: nn.Module) -> bool:
+    """Whether a module is of torch's BatchNorm family, or of a subclass, whatever its forward."""
+    return isinstance(module, _BatchNorm)
+
+
 def is_observer(module: nn.Module) -> bool:
     """Whether a module observes values for quantisation, which it does in eval mode, too."""
     return any([cls.__module__.startswith(_OBSERVERS) for cls in type(module).__mro__])

@@ -62,17 +62,18 @@ def swapped(
     """Runs a block with ``statistics`` and ``flags`` in place of the layer's own."""
     user = object()
     try:
-        _enter(module, statistics, flags, user)
+        begin_swap(module, statistics, flags, user)
         yield
     finally:
         try:
-            _leave(module, user)
+            end_swap(module, user)
         except BaseException:  # for example KeyboardInterrupt
-            _leave(module, user)
+            end_swap(module, user)
             raise
 
 
-def _enter(module: nn.Module, statistics: Mapping[str, Tensor], flags: Mapping[str, bool], user: object) -> None:
+def begin_swap(module: nn.Module, statistics: Mapping[str, Tensor], flags: Mapping[str, object], user: object) -> None:
+    """Puts ``statistics`` and ``flags`` in place of the layer's own, until ``user`` ends the swap."""
     with swap_lock:
         swap = swaps.get(id(module))
         if swap is not None:
@@ -87,7 +88,8 @@ def _enter(module: nn.Module, statistics: Mapping[str, Tensor], flags: Mapping[s
         module._buffers.update(statistics)
 
 
-def _leave(module: nn.Module, user: object) -> None:
+def end_swap(module: nn.Module, user: object) -> None:
+    """Ends the swap of ``user``; the last one restores the layer's own. May be done any number of times."""
     with swap_lock:
         swap = swaps.get(id(module))
         if swap is None or user not in swap.users:

@@ -9,11 +9,12 @@ from typing import Final, NamedTuple
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
+from bnguard.guard.recalibration import recalibrate
 from bnguard.torch_internals.callsite import MODULE_CALL, CallSite, function_of, origin_of
 from bnguard.torch_internals.wrappers import WRAPPERS
 
 # Unwrapped: all functions decorated with no_grad() share the code of the wrapper.
-_CALIBRATES: Final = inspect.unwrap(update_bn).__code__
+_CALIBRATES: Final = (inspect.unwrap(update_bn).__code__, inspect.unwrap(recalibrate).__code__)
 _MOST: Final = 4096
 
 
@@ -24,7 +25,7 @@ class ModelCall(NamedTuple):
         site: The user's line that called the outermost module other than a wrapper such as
             ``DistributedDataParallel``; for a forward that backward recomputes, the line that called ``backward()`` if
             it is known.
-        calibrates: Whether the call is part of ``torch.optim.swa_utils.update_bn``.
+        calibrates: Whether the call is part of ``torch.optim.swa_utils.update_bn`` or of ``recalibrate``.
         wraps: Whether the module is such a wrapper.
         number: The number of the outermost call, in the order in which they began.
     """
@@ -84,14 +85,14 @@ class ModelCalls:
         return self._user_line(outermost)
 
     def _user_line(self, frame: FrameType) -> tuple[str, bool]:
-        """The innermost line of user code outside of a frame, else of a package; whether update_bn lies in between."""
+        """The innermost line of user code outside of a frame, else of a package; whether it calibrates in between."""
         found: FrameType | None = None
         fallback: FrameType | None = None
         calibrates = False
         current = frame.f_back
         while current is not None:
             code = current.f_code
-            if code is _CALIBRATES:
+            if code in _CALIBRATES:
                 calibrates = True
             origin = origin_of(code.co_filename)
             if origin == "user":

@@ -20,13 +20,15 @@ import functools
 import gc
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Final, TypeVar
 
 import torch
 from torch import nn
 from torch._C._dynamo import eval_frame
 
+from bnguard.errors import BNGuardError
 from bnguard.torch_internals.release import RELEASE
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -37,6 +39,7 @@ GRAPHS_REFUSED: Final = (
     "guards inside torch.compile need torch 2.12 or later; this is {}: open the block around eager code, or upgrade"
 ).format(torch.__version__.partition("+")[0])
 
+_HAS_STANCES: Final = hasattr(torch.compiler, "set_stance")  # from torch 2.6 on
 _HAS_STRATEGIES: Final = hasattr(eval_frame, "_FrameAction")  # from torch 2.7 on
 # Part of torch's error message if fullgraph=True forbids the graph break; before torch 2.7 it has no such part.
 _REASON: Final = "a block of bnguard cannot begin or end inside a graph: open it around the compiled function"
@@ -214,6 +217,28 @@ def compiled_parts(model: nn.Module) -> set[int]:
         if isinstance(module, dynamo.OptimizedModule) or module._compiled_call_impl is not None
         for part in module.modules()
     }
+
+
+def refuse_compiled(model: nn.Module) -> None:
+    """Refuses a model with compiled parts in a torch that cannot run them eagerly.
+
+    Raises:
+        BNGuardError: It has some, and torch is older than 2.6.
+    """
+    if not _HAS_STANCES and compiled_parts(model):
+        raise BNGuardError(
+            "parts of the model are compiled, which takes torch 2.6 or later: pass one that is not compiled"
+        )
+
+
+@contextmanager
+def run_eagerly() -> Iterator[None]:
+    """Runs a block in which compiled functions and modules run as plain Python. Imports no compiler."""
+    if "torch._dynamo" in sys.modules and _HAS_STANCES:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    else:
+        yield
 
 
 def has_compiled() -> bool:

@@ -14,3 +14,7 @@ WRAPPERS: Final = {
     "CheckpointWrapper": ("_checkpoint_wrapped_module",),
     "_FabricModule": ("_forward_module", "_original_module"),  # the first may be a wrapper of the second
 }
+# Those that may be left out in one process: in them the same model runs, and computes the same.
+ONLY_CALL: Final = frozenset(
+    {"DataParallel", "DistributedDataParallel", "MMDistributedDataParallel", "OptimizedModule", "_FabricModule"}
+)

@@ -19,7 +19,7 @@ OF_PAIRS = [
 ]
 OF_ALL = [
     "clean", "change_on_one", "forward_stopped_on_one", "own_error_on_one", "guards_and_the_store", "ddp_broadcast",
-    "ddp_overwrites",
+    "ddp_overwrites", "recalibrated",
 ]  # fmt: skip
 OF_GPUS = [*OF_ALL, "warn_in_train_mode", "ddp_own_buffers", "sync_batch_norm", "watch_own_buffers", "fsdp2"]
 OF_FOUR = [*OF_ALL, "two_ddp_groups"]
@@ -124,6 +124,28 @@ def test_every_rank_warns_of_its_own_updates(two):
         (warning,) = result["warnings"]
         assert warning.startswith(f"[rank {rank}] 1 (BatchNorm2d) is in train mode inside frozen() and updates")
         assert result["twin"]
+
+
+def test_recalibrate_pools_the_shares_of_all_ranks(ranks):
+    """Every rank gets the same bits, which are those of one process with all of the data, up to rounding.
+
+    The layer that has not run on any rank is named on each. Ranks that have selected different layers are refused, and
+    so is a run in which nobody has data; the statistics stay.
+    """
+    for rank, result in enumerate(of(ranks, "recalibrated")):
+        assert (result["error"], result["result"]) == (None, [["norm", "own"], ["spare"], 3])
+        (warning,) = result["warnings"]
+        assert warning.startswith(f"[rank {rank}] spare (BatchNorm2d) did not run in 3 batches")
+        assert result["same_on_all_ranks"]
+        assert result["pooled"]
+        assert result["has_moved"]
+        assert result["own_share"]
+        assert result["refused"][0] == "BNGuardError"
+        assert result["refused"][1].startswith("the ranks have selected different layers to recalibrate")
+        assert result["empty"] == [
+            "ValueError", "the loader is empty: it has yielded no batch. The statistics are unchanged"
+        ]  # fmt: skip
+        assert result["kept"]
 
 
 def test_rank_0_validates_alone(two):

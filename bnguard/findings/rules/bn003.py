@@ -33,7 +33,8 @@ class BN003(Rule):
     title = "several updates per optimizer step"
     fix = (
         "run the batches through the model in one forward, or choose which forward counts: frozen(model, "
-        "'restore') around the others, or frozen(model, 'restore', updates=1) around the step"
+        "'restore') around the others, or frozen(model, 'restore', updates=1) around the step; "
+        "recalibrate(model, loader) learns the statistics anew"
     )
     short_fix = "run the batches in one forward, or use frozen(model, 'restore', updates=1)"
     in_run = "{g.of} updated up to {g.detail[0]} in {g.steps}, from {g.detail[1]}"

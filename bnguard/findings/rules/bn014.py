@@ -14,8 +14,8 @@ class BN014(Rule):
 
     code = "BN014"
     title = "statistics never learned"
-    fix = "call torch.optim.swa_utils.update_bn(loader, model) before the evaluation"
-    short_fix = "call torch.optim.swa_utils.update_bn() first"
+    fix = "call bnguard.recalibrate(model, loader) before the evaluation"
+    short_fix = "call bnguard.recalibrate() first"
     in_run = "{g.of} was trained while a guard held it and evaluated with mean 0 and variance 1, which it never left"
     in_brief = "{g.of} was evaluated with mean 0 and variance 1, which it never left"
     in_audit = "{g.of} {g.be} in eval mode with mean 0 and variance 1: no batch was ever counted"
