@@ -24,7 +24,7 @@ class FindingSpec:
 # The rule of a code is in rules/, in the file of the same name in lower case.
 CODES: Final[dict[str, FindingSpec]] = {
     "BN001": FindingSpec("frozen parameters, moving statistics", "warning"),
-    "BN002": FindingSpec("train-mode forward without gradients", "warning"),
+    "BN002": FindingSpec("train-mode forward that nothing learns from", "warning"),
     "BN003": FindingSpec("several updates per optimizer step", "warning"),
     "BN004": FindingSpec("one layer, several places", "warning"),
     "BN005": FindingSpec("recomputed forward", "warning"),
@@ -38,4 +38,8 @@ CODES: Final[dict[str, FindingSpec]] = {
     "BN013": FindingSpec("wrong gradients", "error"),
     "BN014": FindingSpec("statistics never learned", "warning"),
     "BN015": FindingSpec("statistics that differ between ranks", "warning"),
+    "BN016": FindingSpec("left behind", "warning"),
+    "BN017": FindingSpec("updates in eval mode", "warning"),
+    "BN018": FindingSpec("changed without a forward", "warning"),
+    "BN019": FindingSpec("a cumulative average that starts again", "warning"),
 }

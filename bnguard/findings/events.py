@@ -3,32 +3,77 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bnguard.layers.kinds import StatsLayer
-from bnguard.records import Mode, StatsUpdates
-
-# Named tuples, because a frozen dataclass takes three times as long to create, and these are in the path of a forward.
+from bnguard.records import Mode
 
 
-class Update(NamedTuple):
-    """One forward that updates the statistics of the layer.
+@dataclass(slots=True, eq=False)
+class UpdateSite:
+    """The updates of one layer from one line in one mode, as far as the run has come. For fields see ``StatsUpdates``.
 
     Attributes:
-        module: The layer.
         site: The user's line that called the model.
-        mode: How the forward runs.
-        is_frozen: Whether no parameter of the layer is trained; for a layer without any, no parameter of its model.
+        part: The line in the model that called the part without gradients to which the layer belongs; empty if the
+            model ran as a whole.
+        results: Of how many of them the result had a gradient function: only then can be told what ``learned`` says.
+        learned: Through how many of those results a backward pass went.
+        recalibrating: How many of them came after a reset of the statistics, before the next optimizer step.
+        momenta: The momenta of the layer, a few of them.
     """
 
-    module: nn.Module
     site: str
+    part: str
     mode: Mode
+    first_step: int
+    last_step: int
+    batch_shape: tuple[int, ...] | None
+    count: int = 0
+    fewest_values: int | None = None
+    small_batches: int = 0
+    results: int = 0
+    learned: int = 0
+    recalibrating: int = 0
+    momenta: set[Any] = field(default_factory=set)
+
+
+@dataclass(slots=True, eq=False)
+class Update:
+    """One forward that has updated the statistics of the layer.
+
+    Attributes:
+        of: The updates of which this is one.
+        is_frozen: Whether no parameter of the layer is trained; for a layer without any, none of the part of the model
+            around it.
+        call: Number of the call of the outermost module: equal for all forwards inside one call.
+        parent: Number of the call of the module that called the layer.
+        backward: How many backward passes had begun before.
+        has_learned: Whether a backward pass went through the result; None if that cannot be told.
+        is_undone: Whether the script has put back the statistics from before it.
+    """
+
+    of: UpdateSite
     is_frozen: bool
+    call: int
+    parent: int
+    backward: int
+    has_learned: bool | None = None
+    is_undone: bool = False
+
+    @property
+    def site(self) -> str:
+        """The line to name."""
+        return self.of.part or self.of.site
+
+    @property
+    def mode(self) -> Mode:
+        """How the forward ran."""
+        return self.of.mode
 
 
 class Evaluation(NamedTuple):
@@ -55,30 +100,20 @@ class Result(NamedTuple):
     site: str
 
 
-class Forward(NamedTuple):
-    """One updating forward of an optimizer step.
-
-    Attributes:
-        site: The user's line that called the model.
-        call: Number of the call of the outermost module: equal for all forwards inside one call.
-        backward: How many backward passes had begun before.
-    """
-
-    site: str
-    call: int
-    backward: int
-
-
 class StepEnd(NamedTuple):
-    """The end of one step of the layer's optimizer in which the layer updated while autograd was recording.
+    """What lies between two steps of any optimizers, in which the layer updated.
 
     Attributes:
-        forwards: The updating forwards of the step, the first 64 at most; recomputed ones are left out.
-        updates: How many there were.
+        updates: The updates, the first 64 at most.
+        total: How many there were.
+        is_trained: Whether the step is one of an optimizer of the layer's parameters; None if no step came.
+        is_of_rival: Whether the step is one of an optimizer of another model alone.
     """
 
-    forwards: tuple[Forward, ...]
-    updates: int
+    updates: tuple[Update, ...]
+    total: int
+    is_trained: bool | None
+    is_of_rival: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,18 +127,28 @@ class LayerEnd:
         updates: Its updates by line and mode, in the order in which they first happened.
         before: Its statistics when the watch met it, by name.
         now: Its statistics at the end, by name.
+        parameters_before: Its parameters when the watch met it, by name; empty if an optimizer trains it.
+        parameters_now: Its parameters at the end, by name.
         has_stepped: Whether any optimizer has made a step.
-        optimized: The ids of the parameters of each optimizer that the layer's steps are counted by.
+        is_trained: Whether an optimizer has trained the layer.
+        is_loaded: Whether a state dict was loaded into it.
+        rewritten: The line and number of writes between two evaluations that nothing explains.
+        optimized: The ids of the parameters of the optimizers that train the layer.
     """
 
     name: str
     type: str
     momentum: Any
-    updates: tuple[StatsUpdates, ...]
+    updates: tuple[UpdateSite, ...]
     before: Mapping[str, Tensor]
     now: Mapping[str, Tensor]
+    parameters_before: Mapping[str, Tensor]
+    parameters_now: Mapping[str, Tensor]
     has_stepped: bool
-    optimized: tuple[frozenset[int], ...]
+    is_trained: bool
+    is_loaded: bool
+    rewritten: int
+    optimized: frozenset[int]
 
 
 @dataclass(frozen=True, slots=True)

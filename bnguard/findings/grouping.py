@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Final
 
-from bnguard.findings.rule import Evidence, EvidenceGroup
+from bnguard.findings.rule import Evidence, EvidenceGroup, Rule, Variant
 from bnguard.findings.rules import RULES
 from bnguard.records import Finding, Severity
 
@@ -22,19 +22,20 @@ def group_evidence(evidence: Iterable[Evidence], *, is_audit: bool = False) -> t
     Returns:
         The findings, the most severe first, then by code, in the order of the evidence.
     """
-    groups: dict[tuple[str, str | None, Any], list[Evidence]] = {}
+    groups: dict[tuple[str, str | None, Any, str], list[Evidence]] = {}
     for one in evidence:
-        groups.setdefault((one.code, one.where, one.detail), []).append(one)
+        groups.setdefault((one.code, one.where, one.detail, one.variant), []).append(one)
     findings = []
-    for (code, where, detail), members in groups.items():
+    for (code, where, detail, variant), members in groups.items():
         rule = RULES[code]
+        words: type[Rule] | Variant = rule.variants[variant] if variant else rule
         layers = tuple(dict.fromkeys(one.layer for one in members))
         group = EvidenceGroup(layers, tuple([one.number for one in members]), detail, where)
-        what = ((rule.in_audit if is_audit else "") or rule.in_run).format(g=group)
-        short = what if is_audit else (rule.in_brief or rule.in_run).format(g=group)
-        severity = (rule.audit_severity if is_audit else None) or rule.severity
-        verdict = f"{short}: {rule.short_fix}"
-        findings.append(Finding(code, rule.title, severity, layers, where, what, rule.fix, verdict))
+        what = ((rule.in_audit if is_audit else "") or words.in_run).format(g=group)
+        short = what if is_audit else (words.in_brief or words.in_run).format(g=group)
+        severity = (rule.audit_severity if is_audit else None) or words.severity or rule.severity
+        verdict = f"{short}: {words.short_fix}"
+        findings.append(Finding(code, rule.title, severity, layers, where, what, words.fix, verdict))
     return by_severity(findings)
 
 

@@ -17,7 +17,7 @@ class LayerObserver:
     """One instance of each of some rules for one layer.
 
     Each attribute below holds the bound methods of the rules that override the event of its name. They are called
-    directly (``for listener in observer.on_update: listener(update)``), since most of the cost of a watch is calls.
+    directly (``for listener in observer.on_held: listener()``), since most of the cost of a watch is calls.
 
     Args:
         rules: The rules.
@@ -28,9 +28,10 @@ class LayerObserver:
         on_evaluation: Listeners to forwards that update nothing.
         on_result: Listeners to results of eval-mode forwards.
         on_step_end: Listeners to ends of optimizer steps.
+        on_eval_undone: Listeners to updates after an ``eval()`` was undone.
     """
 
-    __slots__ = ("_rules", "on_evaluation", "on_held", "on_result", "on_step_end", "on_update")
+    __slots__ = ("_rules", "on_eval_undone", "on_evaluation", "on_held", "on_result", "on_step_end", "on_update")
 
     def __init__(self, rules: Iterable[type[Rule]] = RULES.values()) -> None:
         self._rules = [rule() for rule in rules]
@@ -39,6 +40,7 @@ class LayerObserver:
         self.on_evaluation = self._listeners("on_evaluation")
         self.on_result = self._listeners("on_result")
         self.on_step_end = self._listeners("on_step_end")
+        self.on_eval_undone = self._listeners("on_eval_undone")
 
     @outside_modes
     def evidence(self, end: LayerEnd) -> list[Evidence]:

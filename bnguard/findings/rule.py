@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from torch import nn
+
 from bnguard.findings.events import AuditedModel, Evaluation, LayerEnd, Result, StepEnd, Update
 from bnguard.records import Severity
 from bnguard.words import count_text, first_of, times_text
@@ -21,6 +23,7 @@ class Evidence:
         where: The user's line; None if the finding has no line.
         number: How often it happened; what is counted depends on the rule.
         detail: What else the sentence needs. Evidence with different details makes different findings.
+        variant: Which of the rule's ``variants`` it is; empty for the usual case.
     """
 
     code: str
@@ -28,6 +31,18 @@ class Evidence:
     where: str | None = None
     number: int = 0
     detail: Any = None
+    variant: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """Words for one case of a finding, in place of the rule's own. For fields see ``Rule``."""
+
+    in_run: str
+    fix: str
+    short_fix: str
+    in_brief: str = ""
+    severity: Severity | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +125,7 @@ class Rule:
             ``g``, as in ``"{g.of} {g.have} momentum {g.detail}"``.
         in_brief: What happened in a run, in a few words; ``short_fix`` is appended. Empty if it is ``in_run``.
         in_audit: What is wrong with a model as it is. Empty if it is ``in_run``.
+        variants: Other words for some cases in a run, by name.
     """
 
     code: ClassVar[str]
@@ -121,9 +137,13 @@ class Rule:
     in_run: ClassVar[str]
     in_brief: ClassVar[str] = ""
     in_audit: ClassVar[str] = ""
+    variants: ClassVar[Mapping[str, Variant]] = {}
 
-    def on_update(self, update: Update) -> None:
-        """The layer is about to update, or has updated."""
+    def on_update(self, update: Update, module: nn.Module) -> None:
+        """The layer, ``module``, has updated."""
+
+    def on_eval_undone(self, site: str) -> None:
+        """The update from this line was the first after a ``train()`` that reached a layer in eval mode."""
 
     def on_held(self) -> None:
         """A guard has prevented an update of the layer."""
@@ -135,7 +155,7 @@ class Rule:
         """A forward of the layer in eval mode has returned, while autograd was recording."""
 
     def on_step_end(self, step: StepEnd) -> None:
-        """A step of the layer's optimizer is over, in which the layer updated."""
+        """The next step of any optimizer has come, or the end of the run, after updates of the layer."""
 
     def at_end(self, end: LayerEnd) -> Iterable[Evidence]:
         """The evidence that the layer has given so far. May be called several times."""

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bnguard.layers.bits import are_numbers, readable, wide
+from bnguard.layers.bits import are_numbers, has_values, readable, same_bits, wide
 from bnguard.torch_internals.tracing import outside_modes
+from bnguard.torch_internals.transforms import below_transforms, unwrapped_tensor
 
 
 def is_frozen(module: nn.Module) -> bool:
@@ -59,3 +60,33 @@ def is_initial(statistics: Mapping[str, Tensor]) -> bool:
     if mean is None or var is None or not are_numbers(own.values()):
         return False
     return bool(mean.eq(0).all()) and bool(var.eq(1).all()) and (count is None or not wide(count).any())
+
+
+@outside_modes
+def copies_of_parameters(module: nn.Module) -> dict[str, Tensor]:
+    """Copies of a layer's own parameters that can be read."""
+    own = {name: below_transforms(parameter) for name, parameter in module._parameters.items()}
+    return {
+        name: unwrapped_tensor(parameter).detach().clone()
+        for name, parameter in own.items()
+        if parameter is not None and has_values(parameter)
+    }
+
+
+@outside_modes
+def have_moved(before: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> bool:
+    """Whether parameters have other bits than their copies. Waits for the device."""
+    for name, copied in before.items():
+        parameter = now.get(name)
+        if parameter is None or not has_values(parameter) or parameter.device != copied.device:
+            continue
+        if parameter.shape == copied.shape and not same_bits(copied, unwrapped_tensor(parameter)):
+            return True
+    return False
+
+
+@outside_modes
+def are_learned(parameters: Mapping[str, Tensor]) -> bool:
+    """Whether a weight or bias differs between channels; those of a new layer are constants. Waits for the device."""
+    own = [parameter for parameter in readable(parameters).values() if parameter.dim() == 1 and parameter.numel() > 1]
+    return are_numbers(own) and any([bool((parameter != parameter[0]).any()) for parameter in own])

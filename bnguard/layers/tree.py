@@ -121,6 +121,22 @@ def find_layers(model: nn.Module) -> list[StatsLayer]:
     return Tree(model).layers
 
 
+def ancestors_of(layer: nn.Module, model: nn.Module) -> list[nn.Module]:
+    """The modules of a model around one of its layers, the smallest first; of a layer in several places, the first."""
+    parents: dict[int, nn.Module] = {}
+    for module in model.modules():
+        for child in module._modules.values():
+            if child is not None:
+                parents.setdefault(id(child), module)
+    found = []
+    current: nn.Module | None = layer
+    while current is not None and current is not model:
+        current = parents.pop(id(current), None)  # each once: a module may contain itself
+        if current is not None:
+            found.append(current)
+    return found
+
+
 def any_layer(model: nn.Module) -> bool:
     """Whether at least one layer of ``model`` owns running statistics."""
     _refuse_misregistered(model.modules())

@@ -147,7 +147,7 @@ class TestRecording(LayerListener[_Layer]):
             met.layers.append(log)
             self._add(log, layer)
 
-    def _updates(self, log: _Layer, module: nn.Module, args: tuple[Any, ...], call: Any) -> None:
+    def _updates(self, log: _Layer, module: nn.Module, args: tuple[Any, ...], output: Any, call: Any) -> None:
         log.updates += 1
         if log.count.site is not None:
             return

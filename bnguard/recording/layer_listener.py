@@ -106,16 +106,18 @@ L = TypeVar("L", bound=SeenLayer)
 
 
 @dataclass(slots=True)
-class _Pending:
-    """A running forward of a layer that can only be seen to update by comparing its statistics.
+class Pending:
+    """A running forward of which only its end tells whether it has updated.
 
     Attributes:
         versions: See ``_versions``; None if its statistics were uninitialised, and the forward initialises them.
         call: How the forward has come about.
+        is_sure: Whether it updates if it does not fail.
     """
 
     versions: list[tuple[int, int]] | None
     call: Any
+    is_sure: bool = False
 
 
 class LayerListener(Generic[L]):
@@ -132,7 +134,7 @@ class LayerListener(Generic[L]):
         self._lock = RLock()
         self._by_id: dict[int, L] = {}  # by id of the layer
         self._known: dict[int, weakref.ref[nn.Module]] = {}  # by id: modules of models that have been met
-        self._pending: dict[tuple[int, int], list[_Pending]] = {}  # by thread and layer
+        self._pending: dict[tuple[int, int], list[Pending]] = {}  # by thread and layer
         self._meets_models = True  # whatever runs
         self.logs: list[L] = []
         self.wants_results = False  # until there is a layer of which only results tell
@@ -143,9 +145,14 @@ class LayerListener(Generic[L]):
         """Has met layers of a model: calls ``_add()`` for those that it wants to see."""
         raise NotImplementedError
 
-    def _updates(self, log: L, module: nn.Module, args: tuple[Any, ...], call: Any) -> None:
-        """A forward with these arguments updates a layer, or has updated it."""
+    def _updates(self, log: L, module: nn.Module, args: tuple[Any, ...], output: Any, call: Any) -> None:
+        """A forward with these arguments has updated a layer, or, if there is no output yet, is about to."""
         raise NotImplementedError
+
+    def _predicted(self, log: L, module: nn.Module, args: tuple[Any, ...], call: Any) -> None:
+        """A forward will update, if it does not fail."""
+        with self._lock:
+            self._updates(log, module, args, None, call)
 
     def _evaluates(self, log: L, module: nn.Module) -> None:
         """A forward updates nothing, or has updated nothing."""
@@ -163,17 +170,18 @@ class LayerListener(Generic[L]):
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Sees what a forward has done of which its flags do not tell."""
-        log = self._by_id.get(id(module))
-        if log is None or log.kind.predict is not None:
-            return
         waiting = self._pending.get((threading.get_ident(), id(module)))
-        if waiting:
-            pending = waiting.pop()
-            if module.training if pending.versions is None else _versions(log, module) != pending.versions:
-                with self._lock:
-                    self._updates(log, module, args, pending.call)
-            else:
-                self._evaluates(log, module)
+        log = self._by_id.get(id(module))
+        if not waiting or log is None:
+            return
+        pending = waiting.pop()
+        if pending.is_sure or (
+            module.training if pending.versions is None else _versions(log, module) != pending.versions
+        ):
+            with self._lock:
+                self._updates(log, module, args, output, pending.call)
+        else:
+            self._evaluates(log, module)
 
     def traced(self, key: int) -> None:
         """Sees that a graph is traced through a module."""
@@ -207,8 +215,7 @@ class LayerListener(Generic[L]):
         elif not self._is_held(log, module) and (
             module._buffers.get(log.first) is log.first_tensor or log.has_own_tensors(module)
         ):
-            with self._lock:
-                self._updates(log, module, args, call)
+            self._predicted(log, module, args, call)
 
     @outside_modes
     def _take_in(self, model: nn.Module) -> None:
@@ -244,12 +251,14 @@ class LayerListener(Generic[L]):
         self._by_id.pop(key, None)  # what was seen of it stays
 
     def _wait(self, log: L, module: nn.Module, call: Any) -> None:
-        if self._is_held(log, module):
-            return
-        self._want_results()
+        if not self._is_held(log, module):
+            self._want_results()
+            self._pend(module, Pending(_versions(log, module), call))
+
+    def _pend(self, module: nn.Module, pending: Pending) -> None:
         waiting = self._pending.setdefault((threading.get_ident(), id(module)), [])
         del waiting[:-_MOST_NESTED]  # of forwards that have failed
-        waiting.append(_Pending(_versions(log, module), call))
+        waiting.append(pending)
 
     def _want_results(self) -> None:
         if not self.wants_results:

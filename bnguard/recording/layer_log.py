@@ -4,94 +4,88 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
-from bnguard.findings.events import Evaluation, Forward, LayerEnd, Result, StepEnd, Update
+from bnguard.findings.events import Evaluation, LayerEnd, Result, StepEnd, Update, UpdateSite
 from bnguard.findings.observer import LayerObserver
 from bnguard.findings.rule import Evidence
+from bnguard.findings.soundness import is_initial
 from bnguard.layers.kinds import OTHER_BUFFERS, StatsLayer
-from bnguard.recording.layer_listener import SeenLayer
+from bnguard.layers.snapshot import holds
+from bnguard.layers.swaps import Table, own_tensors
+from bnguard.recording.layer_listener import SeenLayer, copies_of
 from bnguard.recording.model_calls import ModelCall
-from bnguard.recording.optimizer_steps import OptimizerSteps, StepCounter
+from bnguard.recording.optimizer_steps import OptimizerSteps, StepCounter, has_stepped_since
 from bnguard.recording.timeline import Timeline
 from bnguard.records import FEW_VALUES, Mode, StatsUpdates
 from bnguard.torch_internals.checkpointing import is_in_backward
 from bnguard.torch_internals.distributed import differs_per_rank
 from bnguard.torch_internals.functional_call import in_reentrant_checkpoint
-from bnguard.torch_internals.tracing import is_recorded
+from bnguard.torch_internals.tracing import is_recorded, outside_modes
 
-_MOST_FORWARDS: Final = 64  # of one step that are distinguished
-
-
-@dataclass(slots=True)
-class UpdateSite:
-    """The updates of one layer from one line in one mode, as far as the run has come. For fields see ``StatsUpdates``.
-
-    Attributes:
-        timeline: The updates of this line over the steps, shared by all layers.
-    """
-
-    site: str
-    mode: Mode
-    count: int
-    first_step: int
-    last_step: int
-    batch_shape: tuple[int, ...] | None
-    fewest_values: int | None
-    timeline: Timeline
-    small_batches: int = 0
-
-    def add(self, step: int, input: Tensor | None) -> None:
-        """Adds one update.
-
-        Args:
-            step: The step of the layer's optimizer.
-            input: The input; None if its shape is unknown.
-        """
-        self.count += 1
-        self.timeline.add(step)
-        self.last_step = step
-        if input is not None and input.dim() > 1:
-            values = input.numel() // max(1, input.shape[1])
-            if self.fewest_values is None or values < self.fewest_values:
-                self.fewest_values = values
-            if values < FEW_VALUES:
-                self.small_batches += 1
+_MOST_UPDATES: Final = 64  # of one step that are distinguished
+_MOST_MOMENTA: Final = 4
+_MOST_COPIES: Final = 16
+_MOST_WRITES: Final = 64  # of somebody else that are looked at
 
 
 class LayerLog(SeenLayer):
     """What was seen of one layer, from the host alone: no tensor is read. Rules get every event through an observer.
 
+    Note [Put back by hand]
+    ~~~~~~~~~~~~~~~~~~~~~~~
+    Scripts save statistics, run forwards that should not count, and put them back. Such forwards are no updates. A
+    forward in train mode leaves the version and the place of the running mean alone, so whether somebody else has
+    written is seen at the next forward for nothing. Only then is the value compared with copies; these are taken before
+    forwards that may be put back: those without gradients, and those after the first of a step. Without success, copies
+    are taken of the first few only.
+
     Attributes:
         model_name: What to call its model if several were watched.
         differs_per_rank: Whether several ranks train it, each with statistics of its own.
+        is_loaded: Whether a state dict was loaded into it.
     """
 
     __slots__ = (
-        "_forward_count", "_forwards", "_is_owned", "_model", "_momentum", "_observer", "_optimizers", "_optimizers_of",
-        "_sites", "_step", "differs_per_rank", "model_name",
+        "_copies", "_copies_left", "_count", "_is_trained", "_last", "_model", "_momentum", "_observer",
+        "_optimizers", "_optimizers_of", "_parameters", "_parameters_before", "_parents", "_recalibrates",
+        "_rewritten", "_rivals", "_sites", "_tick", "_updates", "_was_evaluated", "_writes_left",
+        "differs_per_rank", "is_loaded", "model_name",
     )  # fmt: skip
 
-    def __init__(self, layer: StatsLayer, model: nn.Module, model_name: str) -> None:
+    def __init__(self, layer: StatsLayer, model: nn.Module, model_name: str, parents: Sequence[nn.Module]) -> None:
         super().__init__(layer)
         self.model_name = model_name
         self.differs_per_rank = differs_per_rank(model)
+        self.is_loaded = False
         self._model = weakref.ref(model)
+        self._parents = [weakref.ref(parent) for parent in parents]
         self._momentum = getattr(layer.module, "momentum", None)
+        own = own_tensors(layer.module, "_parameters")
+        self._parameters = {name: tensor for name, tensor in own.items() if tensor is not None}
+        self._parameters_before = copies_of(self._parameters)
         # The rules are about statistics of batches.
         self._observer = LayerObserver(()) if layer.kind is OTHER_BUFFERS else LayerObserver()
-        self._sites: dict[tuple[str, tuple[bool, ...]], UpdateSite] = {}  # by line and mode
-        self._step = 0
-        self._forwards: list[Forward] = []  # updating ones of that step
-        self._forward_count = 0
-        self._is_owned = False
+        self._sites: dict[tuple[str, str, tuple[bool, ...]], UpdateSite] = {}  # by line and mode
+        self._tick = 0
+        self._updates: list[Update] = []  # since that step of any optimizer
+        self._count = 0
+        self._is_trained = False
         self._optimizers: tuple[OptimizerSteps, ...] = ()
+        self._rivals: tuple[OptimizerSteps, ...] = ()
         self._optimizers_of = -1  # the counter's ``changes`` for which those are right
+        self._last = self._place()
+        self._copies: list[tuple[Update | None, dict[str, Tensor]]] = []  # the update after it
+        self._copies_left = _MOST_COPIES
+        self._recalibrates = -1  # at which tick the statistics were reset
+        self._was_evaluated = False
+        self._rewritten = 0
+        self._writes_left = _MOST_WRITES
 
     @property
     def sites(self) -> list[UpdateSite]:
@@ -100,10 +94,20 @@ class LayerLog(SeenLayer):
 
     # What happened.
 
+    def record_beginning(self, steps: StepCounter) -> None:
+        """Looks, right before a forward that may update, whether somebody else has written."""
+        if self._place() != self._last:
+            self._record_write(steps.ticks)
+        self._was_evaluated = False
+        if self._copies_left and (not torch.is_grad_enabled() or (self._updates and self._tick == steps.ticks)):
+            self._copies_left -= 1
+            self._copies.append((None, copies_of(self._present())))
+
     def record_update(
         self,
         call: ModelCall,
         args: tuple[Any, ...],
+        output: Any,
         steps: StepCounter,
         backwards: int,
         timelines: defaultdict[str, Timeline],
@@ -113,44 +117,66 @@ class LayerLog(SeenLayer):
         Args:
             call: How the forward has come about.
             args: Its arguments.
+            output: What it has returned; None if it is not over.
             steps: The optimizer steps so far.
             backwards: How many backward passes there were so far.
             timelines: The timeline of each line.
         """
-        module = self._module()
+        module = self.module
         if module is None:
             return
         input = args[0] if args and isinstance(args[0], Tensor) else None
         flags = _flags_of(module, input, call)
-        step = self._step_now(module, steps)
         if is_recorded((), {}):
             input = None  # the program would contain our arithmetic on its shape
-        self.updates += 1
-        site = self._sites.get((call.site, flags))
+        if self._tick != steps.ticks:
+            self.close_step(steps)
+        key = (call.site, call.part, flags)
+        site = self._sites.get(key)
         if site is None:
             shape = None if input is None else tuple(map(int, input.shape))
-            site = UpdateSite(call.site, Mode(*flags), 0, step, step, shape, None, timelines[call.site])
-            self._sites[call.site, flags] = site
-        site.add(step, input)
-        mode = site.mode
-        update = Update(module, call.site, mode, self._is_frozen(module))
+            site = UpdateSite(call.site, call.part, Mode(*flags), steps.count, steps.count, shape)
+            self._sites[key] = site
+        self.updates += 1
+        _count(site, input, steps.count, getattr(module, "momentum", None))
+        timelines[call.site].add(steps.count)
+        site.recalibrating += self._recalibrates == steps.ticks
+        update = Update(site, self._is_frozen(module), call.number, call.parent, backwards)
+        if site.mode.grad and not site.mode.recompute:
+            _watch_result(output, update)
         for listener in self._observer.on_update:
-            listener(update)
-        if mode.grad and not mode.recompute:
-            if step != self._step:
-                self.close_step()
-                self._step = step
-            self._forward_count += 1
-            if len(self._forwards) < _MOST_FORWARDS:
-                self._forwards.append(Forward(call.site, call.number, backwards))
+            listener(update, module)
+        self._count += 1
+        if len(self._updates) < _MOST_UPDATES:
+            self._updates.append(update)
+        if self._copies and self._copies[-1][0] is None:
+            self._copies[-1] = update, self._copies[-1][1]
+        self._last = self._place()
+
+    def record_reset(self, tick: int) -> None:
+        """Records that ``reset_running_stats()`` was called."""
+        self._recalibrates = tick
+        self._last = self._place()
+
+    def record_load(self) -> None:
+        """Records that a state dict was loaded."""
+        self.is_loaded = True
+        self._last = self._place()
+        self._copies.clear()
 
     def record_held(self) -> None:
         """Records an update that a guard has prevented."""
         for listener in self._observer.on_held:
             listener()
 
-    def record_evaluation(self, module: nn.Module) -> None:
+    def record_evaluation(self, module: nn.Module, steps: StepCounter) -> None:
         """Records a forward that updates nothing."""
+        self._find_optimizers(module, steps)
+        if self._place() != self._last:
+            was_evaluated = self._was_evaluated
+            if not self._record_write(steps.ticks) and was_evaluated and not module.training and self._is_trained:
+                self._rewritten += 1
+        self._was_evaluated = not module.training
         evaluation = Evaluation(module, self._model())
         for listener in self._observer.on_evaluation:
             listener(evaluation)
@@ -161,11 +187,33 @@ class LayerLog(SeenLayer):
         for listener in self._observer.on_result:
             listener(result)
 
-    def close_step(self) -> None:
-        """Ends the present step of the layer's optimizer."""
-        if self._forwards:
-            step = StepEnd(tuple(self._forwards), self._forward_count)
-            self._forwards, self._forward_count = [], 0
+    def record_eval_undone(self, call: ModelCall) -> None:
+        """Records that the last update was the first after a ``train()`` that undid an ``eval()`` of this layer."""
+        for listener in self._observer.on_eval_undone:
+            listener(call.site)
+
+    def close(self, steps: StepCounter) -> None:
+        """Ends the record."""
+        if self._place() != self._last:
+            self._record_write(steps.ticks)
+        self.close_step(steps)
+
+    def close_step(self, steps: StepCounter) -> None:
+        """Ends what lies between two steps of optimizers."""
+        updates, count = [update for update in self._updates if not update.is_undone], self._count
+        module = self.module
+        self._updates, self._count, tick = [], 0, self._tick
+        self._tick = steps.ticks
+        self._copies = [copied for copied in self._copies if copied[0] is None]
+        if module is not None:
+            self._find_optimizers(module, steps)
+        is_trained = None
+        if steps.ticks > tick:
+            is_trained = has_stepped_since(self._optimizers, tick)
+            self._is_trained = self._is_trained or is_trained
+        if updates:
+            is_of_rival = not is_trained and has_stepped_since(self._rivals, tick)
+            step = StepEnd(tuple(updates), count, is_trained, is_of_rival)
             for listener in self._observer.on_step_end:
                 listener(step)
 
@@ -173,15 +221,16 @@ class LayerLog(SeenLayer):
 
     def records(self, model_name: str) -> tuple[StatsUpdates, ...]:
         """The updates by line and mode, with the class of the model if several were watched."""
-        return tuple(
-            [
-                StatsUpdates(
+        records: dict[tuple[str, Mode], StatsUpdates] = {}
+        for site in self._sites.values():
+            if site.count:
+                record = StatsUpdates(
                     self.names, self.type, site.site, site.mode, site.count, site.first_step, site.last_step,
                     site.batch_shape, site.fewest_values, site.small_batches, model_name,
-                )
-                for site in self._sites.values()
-            ]
-        )  # fmt: skip
+                )  # fmt: skip
+                earlier = records.get((site.site, site.mode))
+                records[site.site, site.mode] = record if earlier is None else _joined(earlier, record)
+        return tuple(records.values())
 
     def evidence(self, name: str, now: Mapping[str, Tensor], *, has_stepped: bool) -> list[Evidence]:
         """What the rules have found so far.
@@ -191,43 +240,138 @@ class LayerLog(SeenLayer):
             now: Its present statistics.
             has_stepped: Whether any optimizer has made a step.
         """
-        optimized = tuple([optimizer.parameters for optimizer in self._optimizers])
-        end = LayerEnd(name, self.type, self._momentum, self.records(""), self.before, now, has_stepped, optimized)
+        optimized = frozenset().union(*[optimizer.parameters for optimizer in self._optimizers])
+        sites = tuple([site for site in self._sites.values() if site.count])
+        is_trained = self._is_trained or has_stepped_since(self._optimizers, 0)
+        end = LayerEnd(
+            name, self.type, self._momentum, sites, self.before, now, self._parameters_before,
+            self._present("_parameters"), has_stepped,
+            is_trained, self.is_loaded, self._rewritten, optimized,
+        )  # fmt: skip
         return self._observer.evidence(end)
 
     # Parts.
 
-    def _step_now(self, module: nn.Module, steps: StepCounter) -> int:
-        if self._optimizers_of != steps.changes:
-            self._optimizers, is_owned = steps.of(module, self._model() or module)
-            self._optimizers_of = steps.changes
-            if is_owned and not self._is_owned:
-                self._is_owned = True
-                for site in self._sites.values():  # these updates precede the first step of its optimizer
-                    site.first_step = site.last_step = 0
-        optimizers = self._optimizers
-        if len(optimizers) < 2:  # the usual case, without a list
-            return optimizers[0].count if optimizers else 0
-        return max([optimizer.count for optimizer in optimizers])
+    def _present(self, table: Table = "_buffers") -> dict[str, Tensor]:
+        """The statistics or the parameters; the last known ones if the layer has been deleted."""
+        known = self.tensors if table == "_buffers" else self._parameters
+        module = self.module
+        own = known if module is None else own_tensors(module, table)
+        return {name: tensor for name in known if (tensor := own.get(name)) is not None}
+
+    def _place(self) -> tuple[int, int, int] | None:
+        """The first statistic, its version and its place in memory, if it has them."""
+        module = self.module
+        tensor = self.first_tensor if module is None else module._buffers.get(self.first)
+        try:
+            return None if tensor is None else (id(tensor), tensor._version, tensor.data_ptr())
+        except (RuntimeError, ValueError):  # an inference tensor, a lazy one, or one of a transform
+            return None
+
+    @outside_modes
+    def _record_write(self, tick: int) -> bool:
+        """Somebody else has written. Returns whether that is explained: put back by hand, or reset."""
+        was, self._last = self._last, self._place()
+        self._writes_left -= 1
+        if self._writes_left < 0:
+            return True
+        now = self._present()
+        if is_initial({name: tensor for name, tensor in now.items() if name != "num_batches_tracked"}):
+            self._recalibrates = tick
+            return True
+        for position, (_, copied) in enumerate(self._copies):
+            if all([name in now and holds(now[name], value) for name, value in copied.items()]):
+                for update, _ in self._copies[position:]:
+                    if update is not None and not update.is_undone:
+                        self._undo(update)
+                del self._copies[position:]
+                self._copies_left = _MOST_COPIES
+                return True
+        # Other tensors are those of a conversion.
+        return was is None or self._last is None or was[0] != self._last[0]
+
+    def _undo(self, update: Update) -> None:
+        update.is_undone = True
+        self.updates -= 1
+        self._count -= 1
+        site = update.of
+        site.count -= 1
+        if update.has_learned is not None:
+            site.results -= 1
+            site.learned -= update.has_learned
+
+    def _find_optimizers(self, module: nn.Module, steps: StepCounter) -> None:
+        if self._optimizers_of == steps.changes:
+            return
+        self._optimizers_of = steps.changes
+        self._optimizers = steps.of(map(id, self._trainable(module)))
+        model = self._model()
+        of_model = () if model is None else steps.of([id(parameter) for parameter in model.parameters()])
+        self._rivals = tuple([one for one in steps.optimizers if one not in of_model and one not in self._optimizers])
+
+    def _trainable(self, module: nn.Module) -> list[Any]:
+        """The layer's parameters; for a layer without any, those of the smallest part of its model around it."""
+        own = [parameter for parameter in module._parameters.values() if parameter is not None]
+        if own:
+            return own
+        for reference in self._parents:
+            parent = reference()
+            found = [] if parent is None else list(parent.parameters())
+            if found:
+                return found
+        return []
 
     def _is_frozen(self, module: nn.Module) -> bool:
-        """Whether none of the layer's parameters is trained; for a layer without any, none of its model's."""
-        has_own = False
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                if parameter.requires_grad:
-                    return False
-                has_own = True
-        return has_own or not any(
-            parameter.requires_grad
-            for owner in (module, self._model())
-            if owner is not None
-            for parameter in owner.parameters()
-        )
+        parameters = self._trainable(module)
+        return not any([parameter.requires_grad for parameter in parameters])
+
+
+def _count(site: UpdateSite, input: Tensor | None, step: int, momentum: Any) -> None:
+    site.count += 1
+    site.last_step = step
+    if len(site.momenta) < _MOST_MOMENTA and not isinstance(momentum, Tensor):
+        site.momenta.add(momentum)
+    if input is not None and input.dim() > 1:
+        values = input.numel() // max(1, input.shape[1])
+        if site.fewest_values is None or values < site.fewest_values:
+            site.fewest_values = values
+        if values < FEW_VALUES:
+            site.small_batches += 1
+
+
+def _watch_result(output: Any, update: Update) -> None:
+    """Has an update learn whether a backward pass goes through the result of its forward."""
+    node = output.grad_fn if isinstance(output, Tensor) else None
+    if node is None:
+        return
+    update.has_learned = False
+    site = update.of
+    site.results += 1
+
+    def reached(_: Any) -> None:
+        if not update.has_learned:
+            update.has_learned = True
+            if not update.is_undone:
+                site.learned += 1
+
+    node.register_prehook(reached)
+
+
+def _joined(one: StatsUpdates, other: StatsUpdates) -> StatsUpdates:
+    """Two records that differ only in what a rule asks."""
+    values = [record.fewest_values for record in (one, other) if record.fewest_values is not None]
+    return replace(
+        one,
+        count=one.count + other.count,
+        first_step=min(one.first_step, other.first_step),
+        last_step=max(one.last_step, other.last_step),
+        fewest_values=min(values, default=None),
+        small_batches=one.small_batches + other.small_batches,
+    )
 
 
 def _flags_of(module: nn.Module, input: Tensor | None, call: ModelCall) -> tuple[bool, ...]:
-    """The first fields of ``Mode``, for a forward that is about to begin."""
+    """The first fields of ``Mode``, for a forward that is about to begin or has just ended."""
     is_inference = torch.is_inference_mode_enabled()
     return (
         module.training,

@@ -6,11 +6,13 @@ import inspect
 from types import CodeType, FrameType
 from typing import Final, NamedTuple
 
+import torch
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
 from bnguard.guard.recalibration import recalibrate
 from bnguard.torch_internals.callsite import MODULE_CALL, CallSite, function_of, origin_of
+from bnguard.torch_internals.functional_call import in_reentrant_checkpoint
 from bnguard.torch_internals.wrappers import WRAPPERS
 
 # Unwrapped: all functions decorated with no_grad() share the code of the wrapper.
@@ -28,12 +30,21 @@ class ModelCall(NamedTuple):
         calibrates: Whether the call is part of ``torch.optim.swa_utils.update_bn`` or of ``recalibrate``.
         wraps: Whether the module is such a wrapper.
         number: The number of the outermost call, in the order in which they began.
+        own: The number of this call.
+        parent: The number of the call of the module that called this one; 0 for the outermost.
+        has_grad: Whether autograd was recording when the outermost call began.
+        part: The line in the model that called the part to which the module belongs, if that runs without gradients
+            and the rest of the model with them; else empty.
     """
 
     site: str
     calibrates: bool
     wraps: bool
     number: int = 0
+    own: int = 0
+    parent: int = 0
+    has_grad: bool = True
+    part: str = ""
 
 
 _new_call: Final = tuple.__new__  # takes half the time of calling the class
@@ -62,9 +73,16 @@ class ModelCalls:
         if outer is None or outer.wraps:
             site, calibrates = self._user_line(frame) if parent is None or outer is not None else self._search(frame)
             self._begun += 1
-            call = ModelCall(site, calibrates, wraps, self._begun)
+            call = ModelCall(site, calibrates, wraps, self._begun, self._begun, 0, torch.is_grad_enabled())
         else:
-            call = _new_call(ModelCall, (outer.site, outer.calibrates, wraps, outer.number))
+            self._begun += 1
+            part = outer.part
+            if not part and outer.has_grad and not torch.is_grad_enabled() and not in_reentrant_checkpoint():
+                part, _ = self._user_line(frame)
+            fields = (
+                outer.site, outer.calibrates, wraps, outer.number, self._begun, outer.own, outer.has_grad, part
+            )  # fmt: skip
+            call = _new_call(ModelCall, fields)
         if len(self._by_frame) >= _MOST:
             self._by_frame.clear()
         self._by_frame[id(frame)] = call

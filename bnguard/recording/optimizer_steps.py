@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
-from torch import nn
+from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
@@ -14,32 +14,36 @@ from bnguard.torch_internals.patching import AttributePatch, Patch, backward_pat
 
 
 class OptimizerSteps:
-    """The steps of one optimizer, and of those before it with the same parameters.
+    """The steps of one optimizer.
 
     Attributes:
         count: How many there were, including those that a ``GradScaler`` skipped.
-        parameters: The ids of its parameters; empty once it is deleted, since other objects may then get these ids.
+        latest: The number of the latest one among those of all optimizers.
+        parameters: The ids of its parameters, without those with a learning rate of 0; empty once it is deleted, since
+            other objects may then get these ids.
     """
 
-    __slots__ = ("_optimizer", "_trained", "count", "parameters")
+    __slots__ = ("_groups", "_optimizer", "count", "latest", "parameters")
 
-    def __init__(self, optimizer: Optimizer, earlier: Iterable[OptimizerSteps] = ()) -> None:
+    def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = weakref.ref(optimizer, self._forget)
-        self.parameters = self._trained = _parameters_of(optimizer)
-        self.count: int = max([other.count for other in earlier if self.has_replaced(other)], default=0)
+        self._groups: list[tuple[int, bool]] = []
+        self.parameters: frozenset[int] = frozenset()
+        self.count = self.latest = 0
+        self.look_again()
 
-    def add_step(self) -> bool:
-        """Counts one step; returns whether the number of the optimizer's parameters has changed since the last."""
-        self.count += 1
+    def look_again(self) -> bool:
+        """Reads the parameters again; returns whether there are others than before."""
         optimizer = self._optimizer()
-        if optimizer is None or sum([len(group["params"]) for group in optimizer.param_groups]) == len(self.parameters):
+        if optimizer is None:
             return False
-        self.parameters = self._trained = _parameters_of(optimizer)
+        groups = [(len(group["params"]), _stands_still(group)) for group in optimizer.param_groups]
+        if groups == self._groups:
+            return False
+        self._groups = groups
+        learning = [group for group in optimizer.param_groups if not _stands_still(group)]
+        self.parameters = frozenset([id(parameter) for group in learning for parameter in group["params"]])
         return True
-
-    def has_replaced(self, other: OptimizerSteps) -> bool:
-        """Whether it trains what the other one trains, or did until it was deleted."""
-        return not self._trained.isdisjoint(other._trained)
 
     def is_of(self, optimizer: Optimizer) -> bool:
         """Whether these are the steps of this optimizer."""
@@ -49,27 +53,29 @@ class OptimizerSteps:
         """Whether the optimizer is deleted."""
         return self._optimizer() is None
 
-    def owns_any(self, module: nn.Module) -> bool:
-        """Whether the optimizer has a parameter of the module or of its children."""
-        return any([id(parameter) in self.parameters for parameter in module.parameters()])
+    def has_replaced(self, other: OptimizerSteps) -> bool:
+        """Whether it comes after the other one: that is deleted, or has the same parameters."""
+        return other.is_over() or not self.parameters.isdisjoint(other.parameters)
 
     def _forget(self, _: object) -> None:
         self.parameters = frozenset()
 
 
-def _parameters_of(optimizer: Optimizer) -> frozenset[int]:
-    return frozenset([id(parameter) for group in optimizer.param_groups for parameter in group["params"]])
+def _stands_still(group: dict[str, Any]) -> bool:
+    rate = group.get("lr")
+    return not isinstance(rate, Tensor) and rate == 0  # reading a tensor would wait for its device
 
 
 class StepCounter:
     """The steps of every optimizer in this process, while it is open. Closing twice has no effect.
 
-    Of several optimizers the one with the most steps counts: those of a GAN take turns, and one that wraps another, as
-    SAM does, steps with it.
+    Optimizers take turns, as those of a GAN do, follow each other, as those of two stages of training do, or wrap each
+    other. A round ends when one of them makes its next step, or another one takes its place.
 
     Attributes:
-        optimizers: The optimizers that have made a step, without those that are deleted and replaced.
-        count: The steps of the optimizer that has made most.
+        optimizers: The optimizers that have made a step and are not deleted.
+        count: The rounds so far: for a single optimizer, its steps.
+        ticks: The steps of all optimizers so far.
         changes: How often an optimizer or some of its parameters were added: what was derived from them before is
             outdated then.
     """
@@ -77,12 +83,13 @@ class StepCounter:
     def __init__(self) -> None:
         self.optimizers: list[OptimizerSteps] = []
         self._after_each: Callable[[int], None] | None = None  # while it is open
+        self._round: set[OptimizerSteps] = set()
         self.count = 0
+        self.ticks = 0
         self.changes = 0
-        self._by_id: dict[int, OptimizerSteps] = {}
 
     def open(self, after_each: Callable[[int], None] | None = None) -> None:
-        """Counts from now on. Calls ``after_each`` after each step that increases ``count``, with the new value."""
+        """Counts from now on. Calls ``after_each`` at the first step of each round, with the new ``count``."""
         self._after_each = after_each
         _step_hook.add(self)
         _scaler_step.add(self)
@@ -93,39 +100,41 @@ class StepCounter:
         _step_hook.remove(self)
         self._after_each = None
 
-    def of(self, layer: nn.Module, model: nn.Module) -> tuple[tuple[OptimizerSteps, ...], bool]:
-        """The optimizers by which the steps of a layer are counted, and whether they train it or its model.
-
-        They are the optimizers of its own parameters; if there are none, those of the rest of its model; for a model
-        that is not trained, such as a teacher, all optimizers.
-        """
-        for module in (layer, model):
-            own = tuple([optimizer for optimizer in self.optimizers if optimizer.owns_any(module)])
-            if own:
-                return own, True
-        return tuple(self.optimizers), False
+    def of(self, parameters: Iterable[int]) -> tuple[OptimizerSteps, ...]:
+        """The optimizers that train some of the parameters with these ids."""
+        wanted = frozenset(parameters)
+        return tuple([steps for steps in self.optimizers if not wanted.isdisjoint(steps.parameters)])
 
     def steps_of(self, optimizer: Optimizer) -> OptimizerSteps:
         """The steps of one optimizer."""
-        steps = self._by_id.get(id(optimizer))
-        if steps is None or not steps.is_of(optimizer):
-            steps = OptimizerSteps(optimizer, self.optimizers)
-            kept = [other for other in self.optimizers if not (other.is_over() and steps.has_replaced(other))]
-            self.optimizers = [*kept, steps]
-            alive = {key: other for key, other in self._by_id.items() if not other.is_over()}
-            self._by_id = {**alive, id(optimizer): steps}
-            self.changes += 1
+        for steps in self.optimizers:
+            if steps.is_of(optimizer):
+                return steps
+        steps = OptimizerSteps(optimizer)
+        self.optimizers = [*[other for other in self.optimizers if not other.is_over()], steps]
+        self.changes += 1
         return steps
 
     def add_step_of(self, optimizer: Optimizer) -> None:
         """Counts one step."""
         steps = self.steps_of(optimizer)
-        if steps.add_step():
-            self.changes += 1
-        if steps.count > self.count:
-            self.count = steps.count
-            if self._after_each is not None:
-                self._after_each(self.count)
+        self.changes += steps.look_again()
+        is_successor = not steps.count and any([steps.has_replaced(other) for other in self._round])
+        self.ticks += 1
+        steps.count += 1
+        steps.latest = self.ticks
+        if self._round and not is_successor and steps not in self._round:
+            self._round.add(steps)
+            return
+        self._round = {steps}
+        self.count += 1
+        if self._after_each is not None:
+            self._after_each(self.count)
+
+
+def has_stepped_since(optimizers: Sequence[OptimizerSteps], tick: int) -> bool:
+    """Whether one of the optimizers has made a step after this one of all optimizers."""
+    return any([steps.latest > tick for steps in optimizers])
 
 
 def _stepped(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

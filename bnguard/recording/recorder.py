@@ -14,15 +14,16 @@ from torch import nn
 from bnguard.layers.drift import DriftSample, sample_of
 from bnguard.layers.kinds import StatsLayer
 from bnguard.layers.other_buffers import select_with_buffers
-from bnguard.layers.tree import Tree, unwrapped
-from bnguard.recording.layer_listener import LayerListener
+from bnguard.layers.tree import Tree, ancestors_of, unwrapped
+from bnguard.recording.layer_listener import LayerListener, Pending
 from bnguard.recording.layer_log import LayerLog
 from bnguard.recording.model_calls import ModelCall, ModelCalls
 from bnguard.recording.optimizer_steps import BackwardCounter, StepCounter
 from bnguard.recording.ranks import Ranks
 from bnguard.recording.timeline import Timeline
-from bnguard.torch_internals import global_hook
+from bnguard.torch_internals import global_hook, model_events
 from bnguard.torch_internals.callsite import call_site
+from bnguard.torch_internals.checkpointing import is_in_backward
 from bnguard.words import name_text
 
 _MOST_SAMPLES: Final = 256
@@ -54,6 +55,11 @@ class Recorder(LayerListener[LayerLog]):
         self._every = every
         self._manager: weakref.ref[object] | None = None  # while it is open
         self._tree: Tree | None = None
+        # Modules that were not met so far.
+        self._loaded: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        # Modules that were put into eval mode, and the one on which eval() was called; then a train() has reached them.
+        self._evaluated: weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
+        self._undone: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._calls = ModelCalls()
         self._backwards = BackwardCounter()
         self._interval = 1 if every in (None, "auto") else int(every)
@@ -75,6 +81,7 @@ class Recorder(LayerListener[LayerLog]):
             self._take_in(self._model)
         self._backwards.open()
         self.steps.open(None if self._every is None else self._sample)
+        model_events.listen(self)
         global_hook.listen(self)
 
     def close(self) -> None:
@@ -82,7 +89,7 @@ class Recorder(LayerListener[LayerLog]):
         self.detach()
         with self._lock:
             for log in self.logs:
-                log.close_step()
+                log.close(self.steps)
             if self._every == "auto":
                 if self.samples and self.samples[-1].step == self.steps.count:
                     self.samples.pop()  # measured again below, with what came after that step
@@ -92,6 +99,7 @@ class Recorder(LayerListener[LayerLog]):
     def detach(self, _: object = None) -> None:
         """Is no longer called by torch. May be done again."""
         global_hook.unlisten(self)
+        model_events.unlisten(self)
         self.steps.close()
         self._backwards.close()
         self._manager = None
@@ -123,15 +131,60 @@ class Recorder(LayerListener[LayerLog]):
             if call is not None:
                 log.record_result(output, call)
 
+    def loaded(self, model: nn.Module) -> None:
+        """Records that a state dict was loaded."""
+        for module in model.modules():
+            log = self._by_id.get(id(module))
+            if log is not None:
+                log.record_load()
+            else:
+                self._loaded.add(module)
+
+    def was_reset(self, layer: nn.Module) -> None:
+        """Records that the statistics of a layer were reset."""
+        log = self._by_id.get(id(layer))
+        if log is not None:
+            log.record_reset(self.steps.ticks)
+
+    def mode_changed(self, module: nn.Module, *, training: bool, by_user: bool) -> None:
+        """Records which layers were put into eval mode by themselves, and which of them a ``train()`` reached."""
+        parts = list(module.modules())
+        for part in parts:
+            if training:
+                by = self._evaluated.pop(part, None)
+                alone = None if by is None else by()
+                if alone is not None and alone not in (module, unwrapped(module)) and alone in parts:
+                    self._undone.add(part)
+            else:
+                self._undone.discard(part)
+                if by_user:
+                    self._evaluated[part] = weakref.ref(module)
+
     # Parts.
 
-    def _updates(self, log: LayerLog, module: nn.Module, args: tuple[Any, ...], call: ModelCall) -> None:
-        log.record_update(call, args, self.steps, self._backwards.count, self.timelines)
+    def _predicted(self, log: LayerLog, module: nn.Module, args: tuple[Any, ...], call: ModelCall) -> None:
+        if getattr(module, "momentum", None) == 0:
+            return  # moves nothing but the counter
+        if is_in_backward():  # whose end may be cut off
+            super()._predicted(log, module, args, call)
+            return
+        log.record_beginning(self.steps)
+        self._want_results()
+        self._pend(module, Pending(None, call, is_sure=True))
+
+    def _updates(self, log: LayerLog, module: nn.Module, args: tuple[Any, ...], output: Any, call: ModelCall) -> None:
+        log.record_update(call, args, output, self.steps, self._backwards.count, self.timelines)
+        if module in self._undone:
+            self._undone.discard(module)
+            log.record_eval_undone(call)
 
     def _evaluates(self, log: LayerLog, module: nn.Module) -> None:
-        log.record_evaluation(module)
-        if not module.training and not self.wants_results and torch.is_grad_enabled():
-            self._want_results()
+        log.record_evaluation(module, self.steps)
+        if torch.is_grad_enabled():
+            if not module.training:
+                self._want_results()
+        else:
+            self._evaluated.pop(module, None)  # what eval() was called for
 
     def _is_held(self, log: LayerLog, module: nn.Module) -> bool:
         is_held = super()._is_held(log, module)
@@ -152,7 +205,9 @@ class Recorder(LayerListener[LayerLog]):
     def _met(self, model: nn.Module, layers: list[StatsLayer]) -> None:
         name = self._name_of(model)
         for layer in layers:
-            self._add(LayerLog(layer, model, name), layer)
+            log = LayerLog(layer, model, name, ancestors_of(layer.module, model))
+            log.is_loaded = layer.module in self._loaded
+            self._add(log, layer)
 
     def _layers_of(self, model: nn.Module, tree: Tree) -> list[StatsLayer]:
         if not self._buffers:

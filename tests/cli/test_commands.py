@@ -94,7 +94,7 @@ def test_findings_are_told_and_fail_only_if_asked(script, tmp_path):
     done = bnguard_("run", "--json", "out.json", "train.py", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "1 finding; 4 updates of 1 layer" in done.stdout
-    assert "BN002 train-mode forward without gradients at train.py:20 in validate" in done.stdout
+    assert "BN002 train-mode forward that nothing learns from at train.py:20 in validate" in done.stdout
     assert bnguard_("run", "--fail-on", "BN001,BN002", "train.py", cwd=tmp_path).returncode == 1
     assert bnguard_("run", "--fail-on", "BN001", "train.py", cwd=tmp_path).returncode == 0
     found = json.loads((tmp_path / "out.json").read_text())
@@ -239,7 +239,7 @@ def test_pattern_that_matches_nothing_is_told(script, tmp_path):
         (["run"], "bnguard run: needs a script, or -m and a module"),
         (["run", "nowhere.py"], "No such file or directory"),
         (["run", "-m", "nowhere.at.all"], "No module named"),
-        (["run", "--fail-on", "BN016", "x.py"], "unknown code 'BN016' (valid: BN001 to BN015)"),
+        (["run", "--fail-on", "BN020", "x.py"], "unknown code 'BN020' (valid: BN001 to BN019)"),
         (["audit", "models"], "'models' names no callable: write module:callable, such as models:make_net"),
         (["audit", "nowhere:make"], "'nowhere:make': No module named 'nowhere'"),
         (["audit", "json:dumps_"], "has no attribute 'dumps_'"),

@@ -27,7 +27,7 @@ net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
 
 def train():
     for _ in range(3):
-        net(torch.randn(8, 3, 8, 8))
+        net(torch.randn(8, 3, 8, 8)).sum().backward()
 
 
 {first}

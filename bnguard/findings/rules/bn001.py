@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
-from bnguard.findings.events import AuditedModel, LayerEnd, Update
+from torch import Tensor, nn
+
+from bnguard.findings.events import AuditedModel, LayerEnd, StepEnd, Update
 from bnguard.findings.rule import Evidence, Rule
-from bnguard.findings.soundness import is_frozen
+from bnguard.findings.soundness import copies_of_parameters, have_moved, is_frozen
 
 _MOST_LINES: Final = 16
+_SHORTEST: Final = 4  # steps, of a phase in which a layer is frozen that is trained at other times
+_LONG: Final = 16
+_FEW: Final = 3  # phases
 
 
 class BN001(Rule):
@@ -27,24 +32,60 @@ class BN001(Rule):
     in_audit = "{g.of} {g.be} in train mode although no parameter of theirs is trained: statistics will move"
 
     def __init__(self) -> None:
-        self._updates: dict[str, int] = {}  # by line
-        # Parameters may be frozen for a while, as those of a discriminator are in the step of the generator.
+        self._updates: dict[str, int] = {}  # of phases that are over, by line
+        self._phase: dict[str, int] = {}  # of the one that goes on
+        self._steps = 0  # of that
+        self._phases: list[int] = []  # how many steps each had
         self._was_trained = False
+        self._left_out: dict[str, Tensor] = {}  # parameters that no optimizer has, although they have gradients
 
-    def on_update(self, update: Update) -> None:
-        """Counts updates of a frozen layer."""
-        if not update.is_frozen:
-            self._was_trained = True
-        elif not (update.mode.grad and update.mode.training):
+    def on_update(self, update: Update, module: nn.Module) -> None:
+        """Copies parameters that seem to be trained: whether an optimizer has them is known after the step."""
+        if not (update.is_frozen or self._was_trained or self._left_out):
+            self._left_out = copies_of_parameters(module)
+
+    def on_step_end(self, step: StepEnd) -> None:
+        """Tells a step in which the layer was frozen from one in which it was trained."""
+        updates = [one for one in step.updates if one.mode.grad and one.mode.training and not one.mode.recompute]
+        if not updates:
             return
-        elif update.site in self._updates or len(self._updates) < _MOST_LINES:
-            self._updates[update.site] = self._updates.get(update.site, 0) + 1
+        is_left_out = step.is_trained is False and all([update.has_learned for update in updates])
+        if is_left_out or all([update.is_frozen for update in updates]):
+            self._steps += 1
+            for update in updates:
+                site = update.site
+                if site in self._phase or len(self._phase) < _MOST_LINES:
+                    self._phase[site] = self._phase.get(site, 0) + 1
+        else:
+            # Parameters may be frozen for a while, as those of a discriminator are in the step of the generator.
+            self._was_trained = True
+            self._left_out = {}
+            self._end_phase()
+
+    def _end_phase(self) -> None:
+        if self._steps >= _SHORTEST:
+            if len(self._phases) < _MOST_LINES:
+                self._phases.append(self._steps)
+            for site, count in self._phase.items():
+                if site in self._updates or len(self._updates) < _MOST_LINES:
+                    self._updates[site] = self._updates.get(site, 0) + count
+        self._phase, self._steps = {}, 0
 
     def at_end(self, end: LayerEnd) -> Iterator[Evidence]:
-        """Each line that updated the layer, unless its parameters were trained at some time."""
-        if not self._was_trained:
+        """Each line that updated the layer while it was frozen."""
+        counts = dict(self._phase)
+        phases = [*self._phases, self._steps]
+        if self._was_trained:
+            if self._steps < _SHORTEST:
+                counts, phases = {}, self._phases
             for site, count in self._updates.items():
-                yield Evidence(self.code, end.name, site, count)
+                counts[site] = counts.get(site, 0) + count
+            if len(phases) > _FEW and max(phases) < _LONG:
+                return
+        if self._left_out and have_moved(self._left_out, end.parameters_now):
+            return  # by other means than an optimizer
+        for site, count in counts.items():
+            yield Evidence(self.code, end.name, site, count)
 
     @classmethod
     def audit(cls, audited: AuditedModel) -> Iterator[Evidence]:

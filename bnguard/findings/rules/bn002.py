@@ -1,29 +1,98 @@
-"""BN002: train-mode forward without gradients."""
+"""BN002: train-mode forward that nothing learns from."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
+from typing import ClassVar, Final
 
-from bnguard.findings.events import LayerEnd
-from bnguard.findings.rule import Evidence, Rule
+import torch
+
+from bnguard.findings.events import Evaluation, LayerEnd, UpdateSite
+from bnguard.findings.rule import Evidence, Rule, Variant
+from bnguard.findings.soundness import have_moved
+
+_RECALIBRATION: Final = re.compile(
+    r"(?=.*(bn|norm|stat))(?=.*(updat|calib|precise|estimat|refresh|recomput|adapt))", re.I
+)
+_FEW: Final = 0.05  # of the forwards of a line: those may be a batch that was skipped
 
 
 class BN002(Rule):
-    """The layer updates in train mode while autograd does not record."""
+    """The layer updates in train mode, and no gradient comes of the forward."""
 
     code = "BN002"
-    title = "train-mode forward without gradients"
+    title = "train-mode forward that nothing learns from"
     fix = "call model.eval() before it; for a teacher that is to stay in train mode, frozen(teacher, 'restore')"
     short_fix = "call model.eval() before it"
     in_run = "{g.of} made {g.updates} in train mode where autograd did not record"
     in_brief = "{g.where} moved {g.count}, {g.updates}, without gradients"
+    variants: ClassVar[Mapping[str, Variant]] = {
+        "unused": Variant(
+            "{g.of} made {g.updates} in train mode, and no backward pass went through the results",
+            "call model.eval() before it, and torch.no_grad() around it; where the batch is to normalise, "
+            "frozen(model, 'restore')",
+            short_fix,
+            "{g.where} moved {g.count}, {g.updates}, in forwards that nothing learned from",
+        ),
+        "teacher": Variant(
+            "{g.of}, which {g.be} not trained, made {g.updates} in train mode without gradients{g.detail}",
+            "call eval() on the teacher, also after each train() of the model that contains it, or put "
+            "frozen(teacher, 'restore') around it: its statistics then stay those that it was trained with",
+            "put frozen(teacher, 'restore') around it, or call its eval()",
+            "{g.where} moved {g.count} of a part that is not trained, {g.updates}",
+        ),
+    }
+
+    def __init__(self) -> None:
+        self._evaluations = 0
+
+    def on_evaluation(self, evaluation: Evaluation) -> None:
+        """Counts forwards in eval mode with gradients, in which normalisers of reinforcement learning are trained."""
+        self._evaluations += not evaluation.module.training and torch.is_grad_enabled()
 
     def at_end(self, end: LayerEnd) -> Iterator[Evidence]:
-        """Each line that did so; calibration, and the first forward of a reentrant checkpoint, are meant."""
-        counts: dict[str | None, int] = {}
-        for update in end.updates:
-            mode = update.mode
-            if mode.training and not (mode.grad or mode.calibration or mode.recompute):
-                counts[update.where] = counts.get(update.where, 0) + update.count
-        for site, count in counts.items():
-            yield Evidence(self.code, end.name, site, count)
+        """Each line that did so, unless it was meant."""
+        learning = [site for site in end.updates if site.learned]
+        if self._evaluations and end.is_trained and not learning:
+            return
+        momenta = {momentum for site in learning for momentum in site.momenta}
+        counts: dict[tuple[str, str, str], int] = {}
+        for site in end.updates:
+            number = _wasted(site, is_alone=end.has_stepped or not end.is_loaded)
+            if number and not _recalibrates(site, momenta):
+                kind = "" if not site.mode.grad else "unused"
+                detail = ""
+                if not site.mode.grad and (site.part or (end.has_stepped and not end.is_trained)):
+                    if not site.part and have_moved(end.parameters_before, end.parameters_now):
+                        continue  # an average of the model that is trained
+                    if not end.is_trained:
+                        kind = "teacher"
+                        detail = f", inside the model that was called at {site.site}" if site.part else ""
+                key = site.part or site.site, kind, detail
+                counts[key] = counts.get(key, 0) + number
+        for (where, kind, detail), count in counts.items():
+            yield Evidence(self.code, end.name, where, count, detail or None if kind != "teacher" else detail, kind)
+
+
+def _wasted(site: UpdateSite, *, is_alone: bool) -> int:
+    """How many of the updates nothing learned from.
+
+    Args:
+        site: The updates of one line.
+        is_alone: Whether a single forward with gradients is no sign: it may look at shapes, or have been skipped.
+    """
+    mode = site.mode
+    if not mode.training or mode.calibration or mode.recompute or mode.compiled:
+        return 0
+    if not mode.grad:
+        return site.count - site.recalibrating
+    wasted = site.results - site.learned - site.recalibrating
+    return wasted if wasted >= max(1 + is_alone, _FEW * site.results) else 0
+
+
+def _recalibrates(site: UpdateSite, momenta: set[object]) -> bool:
+    """Whether the statistics are learned anew on purpose: by another momentum than in training, or by name."""
+    if momenta and site.momenta.isdisjoint(momenta):
+        return True
+    return _RECALIBRATION.search(site.site.rpartition(" ")[2]) is not None

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import ClassVar, Final
 
-from bnguard.findings.events import Forward, LayerEnd, StepEnd
-from bnguard.findings.rule import Evidence, Rule
+from bnguard.findings.events import LayerEnd, StepEnd, Update
+from bnguard.findings.rule import Evidence, Rule, Variant
 from bnguard.words import listing, times_text
 
 _MOST_PATTERNS: Final = 16
+_OFTEN: Final = 20  # steps of a critic for one of its rival
 
 
 @dataclass(slots=True)
@@ -20,10 +21,12 @@ class MultiUpdateSteps:
     Attributes:
         steps: How many steps there were.
         most: Most updates in one of them.
+        inside: In how many of them the updates were those of one call of the model.
     """
 
     steps: int = 0
     most: int = 0
+    inside: int = 0
 
 
 class BN003(Rule):
@@ -32,27 +35,52 @@ class BN003(Rule):
     code = "BN003"
     title = "several updates per optimizer step"
     fix = (
-        "run the batches through the model in one forward, or choose which forward counts: frozen(model, "
-        "'restore') around the others, or frozen(model, 'restore', updates=1) around the step; "
-        "recalibrate(model, loader) learns the statistics anew"
+        "choose which forward counts: frozen(model, 'restore') around the others, or frozen(model, 'restore', "
+        "updates=1) around the step, and each batch is normalised as now; or run the batches through the model in one "
+        "forward, which normalises them together. recalibrate(model, loader) learns the statistics anew"
     )
-    short_fix = "run the batches in one forward, or use frozen(model, 'restore', updates=1)"
+    short_fix = "use frozen(model, 'restore', updates=1) around the step"
     in_run = "{g.of} updated up to {g.detail[0]} in {g.steps}, from {g.detail[1]}"
     in_brief = "{g.detail[2]} moved {g.count} up to {g.detail[0]} an optimizer step"
+    variants: ClassVar[Mapping[str, Variant]] = {
+        "shared": Variant(
+            "one forward of the model ran {g.of} up to {g.detail[0]}, with the part around it, in {g.steps}",
+            "nothing, if all inputs are of one kind: the statistics are those of all of them. Else hold them in some "
+            "of the calls with frozen(part, 'restore'), or run the inputs through the part in one batch",
+            "nothing, if all inputs are of one kind",
+            "{g.where} runs {g.count} up to {g.detail[0]} in one forward of the model",
+            "note",
+        ),
+        "rival": Variant(
+            in_run,
+            "nothing, if the model is to learn the statistics of both, as discriminators often do. Else use "
+            "frozen(model, 'restore') around the forwards that should not count",
+            "nothing, if the model is to learn the statistics of both",
+            in_brief,
+            "note",
+        ),
+    }
 
     def __init__(self) -> None:
         self._steps: dict[tuple[str, ...], MultiUpdateSteps] = {}  # by the lines of all updates of the step
+        self._of_rivals = 0  # steps of an optimizer of another model, in which the layer updated
+        self._trained = 0
 
     def on_step_end(self, step: StepEnd) -> None:
         """Counts a step with several updates, unless they are those of gradient accumulation or of one forward."""
-        forwards = step.forwards
-        if not any([_is_extra(forward, forwards[:number]) for number, forward in enumerate(forwards)]):
+        self._of_rivals += step.is_of_rival
+        self._trained += bool(step.is_trained)
+        updates = [one for one in step.updates if _counts(one)]
+        shared = _is_shared(updates)
+        if not shared and not any([_is_extra(update, updates[:number]) for number, update in enumerate(updates)]):
             return
-        sites = tuple(sorted({forward.site for forward in forwards}))
+        sites = tuple(sorted({update.site for update in updates}))
         if sites in self._steps or len(self._steps) < _MOST_PATTERNS:
             steps = self._steps.setdefault(sites, MultiUpdateSteps())
             steps.steps += 1
-            steps.most = max(steps.most, step.updates)
+            most = len(updates) if len(updates) < len(step.updates) else step.total
+            steps.most = max(steps.most, most)
+            steps.inside += shared
 
     def at_end(self, end: LayerEnd) -> Iterator[Evidence]:
         """Each group of lines; two updates in a single step may be a first forward that only looks at shapes."""
@@ -61,13 +89,26 @@ class BN003(Rule):
                 if steps.steps >= 2 or steps.most >= 3:
                     lines = "that line" if len(sites) == 1 else " and ".join(sites)
                     detail = times_text(steps.most), lines, listing(sites)
-                    yield Evidence(self.code, end.name, sites[0], steps.steps, detail)
+                    is_rival = self._of_rivals >= 2 and _OFTEN * self._of_rivals >= self._trained
+                    variant = "shared" if steps.inside == steps.steps else "rival" if is_rival else ""
+                    yield Evidence(self.code, end.name, sites[0], steps.steps, detail, variant)
 
 
-def _is_extra(forward: Forward, earlier: tuple[Forward, ...]) -> bool:
-    """Whether a forward is one too many after the earlier ones of its step."""
-    if not earlier or any([other.call == forward.call for other in earlier]):  # one call of the model: see BN004
+def _counts(update: Update) -> bool:
+    """Whether it is one of a forward that is learned from; what nothing learns from is BN002."""
+    mode = update.mode
+    return mode.grad and mode.training and not mode.recompute and update.has_learned is not False
+
+
+def _is_shared(updates: Sequence[Update]) -> bool:
+    """Whether all are of one call of the model, in which the part around the layer ran several times."""
+    return len(updates) > 1 and len({one.call for one in updates}) == 1 and len({one.parent for one in updates}) > 1
+
+
+def _is_extra(update: Update, earlier: Sequence[Update]) -> bool:
+    """Whether an update is one too many after the earlier ones of its step."""
+    if not earlier or any([other.call == update.call for other in earlier]):  # one call of the model: see BN004
         return False
-    same_line = [other for other in earlier if other.site == forward.site]
+    same_line = [other for other in earlier if other.site == update.site]
     # A backward pass between two forwards of a line: gradients are accumulated.
-    return not same_line or any([other.backward == forward.backward for other in same_line])
+    return not same_line or any([other.backward == update.backward for other in same_line])

@@ -24,13 +24,14 @@ class BN004(Rule):
         self._steps = 0  # in which one call of the model called the layer several times
 
     def on_step_end(self, step: StepEnd) -> None:
-        """Counts a step in which one call of the model updated the layer several times."""
-        self._steps += len({forward.call for forward in step.forwards}) < len(step.forwards)
+        """Counts a step in which one call of the module around the layer updated it several times."""
+        places = [(one.call, one.parent) for one in step.updates if one.mode.grad and not one.mode.recompute]
+        self._steps += len(set(places)) < len(places)
 
     def at_end(self, end: LayerEnd) -> Iterator[Evidence]:
         """The line of the layer's first update."""
         if self._steps:
-            yield Evidence(self.code, end.name, end.updates[0].where, self._steps)
+            yield Evidence(self.code, end.name, end.updates[0].site, self._steps)
 
     @classmethod
     def audit(cls, audited: AuditedModel) -> Iterator[Evidence]:

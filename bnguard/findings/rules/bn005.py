@@ -20,9 +20,9 @@ class BN005(Rule):
 
     def at_end(self, end: LayerEnd) -> Iterator[Evidence]:
         """Each line from which recomputed forwards updated the layer."""
-        counts: dict[str | None, int] = {}
+        counts: dict[str, int] = {}
         for update in end.updates:
             if update.mode.recompute:
-                counts[update.where] = counts.get(update.where, 0) + update.count
+                counts[update.site] = counts.get(update.site, 0) + update.count
         for site, count in counts.items():
             yield Evidence(self.code, end.name, site, count)

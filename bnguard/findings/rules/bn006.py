@@ -28,4 +28,4 @@ class BN006(Rule):
         total = sum([update.count for update in end.updates])
         if "Sync" not in end.type and small >= 2 and 2 * small >= total:
             most = max(end.updates, key=lambda update: update.small_batches)
-            yield Evidence(self.code, end.name, most.where, small, most.fewest_values)
+            yield Evidence(self.code, end.name, most.site, small, most.fewest_values)

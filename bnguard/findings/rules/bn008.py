@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from torch import nn
 
 from bnguard.findings.events import AuditedModel, Evaluation, LayerEnd, Update
 from bnguard.findings.rule import Evidence, Rule
@@ -38,7 +39,11 @@ class BN008(Rule):
                 and any([parameter.requires_grad for parameter in module.parameters(recurse=False)])
             )
 
-    def on_update(self, update: Update) -> None:
+    def on_eval_undone(self, site: str) -> None:
+        """Sees that eval() was undone before any forward of the layer."""
+        self._site = self._site or site
+
+    def on_update(self, update: Update, module: nn.Module) -> None:
         """Sees the first update after that."""
         if self._was_alone and self._site is None and update.mode.training and not update.mode.calibration:
             self._site = update.site

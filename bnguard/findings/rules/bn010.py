@@ -29,18 +29,18 @@ class BN010(Rule):
         # By name: the value at the first update of the frozen layer, and the parameter.
         self._before: dict[str, tuple[Tensor, nn.Parameter]] = {}
 
-    def on_update(self, update: Update) -> None:
+    def on_update(self, update: Update, module: nn.Module) -> None:
         """Copies the parameters at the first update of a frozen layer; drops the copies when it is trained again."""
         if not update.is_frozen:
             self._before = {}
         elif not self._before and update.mode.grad and update.mode.training:
-            self._before = _copies_of(update.module)
+            self._before = _copies_of(module)
 
     def at_end(self, end: LayerEnd) -> Iterator[Evidence]:
         """The parameters of an optimizer that are frozen and have other bits than their copies."""
         moved = []
         for name, (before, now) in self._before.items():
-            if now.requires_grad or not any([id(now) in parameters for parameters in end.optimized]):
+            if now.requires_grad or id(now) not in end.optimized:
                 continue
             if not (has_values(now) and now.device == before.device and same_bits(before, unwrapped_tensor(now))):
                 moved.append(name)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from torch import nn
+
 from bnguard.findings.events import AuditedModel, Evaluation, LayerEnd
 from bnguard.findings.rule import Evidence, Rule
 
@@ -15,7 +17,8 @@ class BN011(Rule):
     title = "track_running_stats off on a layer that has statistics"
     fix = (
         "for a freeze, use frozen(model, use_running_stats=True): train mode now normalises with the batch, and "
-        "eval mode with the old statistics"
+        "eval mode with the old statistics; for a forward that should not count, as in VAT, "
+        "use frozen(model, 'restore')"
     )
     short_fix = "use frozen(model, use_running_stats=True)"
     in_run = "{g.of} ran {g.times} in train mode with track_running_stats=False"
@@ -25,9 +28,9 @@ class BN011(Rule):
         self._forwards = 0
 
     def on_evaluation(self, evaluation: Evaluation) -> None:
-        """Counts forwards in train mode that do not track."""
+        """Counts forwards in train mode that do not track, although eval mode will use what was tracked before."""
         module = evaluation.module
-        if module.training and getattr(module, "track_running_stats", True) is False:
+        if module.training and _is_off(module):
             self._forwards += 1
 
     def at_end(self, end: LayerEnd) -> Iterator[Evidence]:
@@ -39,5 +42,12 @@ class BN011(Rule):
     def audit(cls, audited: AuditedModel) -> Iterator[Evidence]:
         """Layers with the flag off."""
         for layer in audited.layers:
-            if getattr(layer.module, "track_running_stats", True) is False:
+            if _is_off(layer.module):
                 yield Evidence(cls.code, layer.names[0])
+
+
+def _is_off(module: nn.Module) -> bool:
+    """Whether the flag is off on a layer that has a mean or a variance."""
+    if getattr(module, "track_running_stats", True) is not False:
+        return False
+    return any([getattr(module, name, None) is not None for name in ("running_mean", "running_var")])

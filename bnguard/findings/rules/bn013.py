@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from bnguard.findings.events import LayerEnd, Result, Update
 from bnguard.findings.rule import Evidence, Rule
@@ -34,7 +34,7 @@ class BN013(Rule):
         self._backwards = 0  # through an eval-mode forward whose layer has updated since
         self._sites = ("", "")  # of that update and of that forward
 
-    def on_update(self, update: Update) -> None:
+    def on_update(self, update: Update, module: nn.Module) -> None:
         """Counts updates."""
         self._updates += 1
         self._last_site = update.site

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import ClassVar
 
 from bnguard.findings.events import AuditedModel, Evaluation, LayerEnd
-from bnguard.findings.rule import Evidence, Rule
-from bnguard.findings.soundness import is_initial, statistics_of_layer
+from bnguard.findings.rule import Evidence, Rule, Variant
+from bnguard.findings.soundness import are_learned, is_initial, statistics_of_layer
 
 
 class BN014(Rule):
@@ -19,6 +20,16 @@ class BN014(Rule):
     in_run = "{g.of} was trained while a guard held it and evaluated with mean 0 and variance 1, which it never left"
     in_brief = "{g.of} was evaluated with mean 0 and variance 1, which it never left"
     in_audit = "{g.of} {g.be} in eval mode with mean 0 and variance 1: no batch was ever counted"
+
+    variants: ClassVar[Mapping[str, Variant]] = {
+        "left behind": Variant(
+            "{g.of} {g.have} learned parameters and ran in eval mode with mean 0 and variance 1, those of a new layer",
+            "look whether the statistics were lost: other names in a checkpoint that was loaded with strict=False, or "
+            "an average of the parameters alone. Load or copy them, or call bnguard.recalibrate(model, loader)",
+            "load the statistics, or call bnguard.recalibrate(model, loader) first",
+            "{g.of} ran in eval mode with mean 0 and variance 1, although with learned parameters",
+        )
+    }
 
     def __init__(self) -> None:
         self._held = 0
@@ -34,8 +45,12 @@ class BN014(Rule):
 
     def at_end(self, end: LayerEnd) -> Iterator[Evidence]:
         """A layer that a guard has kept from learning, and that was evaluated all the same."""
-        if end.has_stepped and self._held and self._evaluations and not end.updates and is_initial(end.now):
+        if not self._evaluations or end.updates or not is_initial(end.now):
+            return
+        if end.has_stepped and self._held:
             yield Evidence(self.code, end.name, None, self._held)
+        elif end.is_loaded or (not end.is_trained and are_learned(end.parameters_now)):
+            yield Evidence(self.code, end.name, None, self._evaluations, None, "left behind")
 
     @classmethod
     def audit(cls, audited: AuditedModel) -> Iterator[Evidence]:

@@ -1,0 +1,41 @@
+"""BN016: left behind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from bnguard.findings.events import Evaluation, LayerEnd
+from bnguard.findings.rule import Evidence, Rule
+from bnguard.findings.soundness import have_moved, is_initial
+
+
+class BN016(Rule):
+    """Something other than an optimizer moves the parameters, and nothing the statistics."""
+
+    code = "BN016"
+    title = "left behind"
+    fix = (
+        "move the statistics along: average or copy the buffers, too (AveragedModel(model, use_buffers=True)), or call "
+        "bnguard.recalibrate(model, loader) before the evaluation"
+    )
+    short_fix = "copy the buffers, too, or call bnguard.recalibrate(model, loader) first"
+    in_run = (
+        "something other than an optimizer moved the parameters of {g.of}, nothing moved the statistics, and {g.times} "
+        "they ran in eval mode"
+    )
+    in_brief = "{g.of} ran in eval mode with statistics that did not follow the parameters"
+
+    def __init__(self) -> None:
+        self._evaluations = 0
+
+    def on_evaluation(self, evaluation: Evaluation) -> None:
+        """Counts forwards in eval mode."""
+        self._evaluations += not evaluation.module.training
+
+    def at_end(self, end: LayerEnd) -> Iterator[Evidence]:
+        """A layer of an average, a client or a target net; what was never learned is BN014."""
+        if not end.has_stepped or end.is_trained or end.updates or self._evaluations < 2:
+            return
+        has_followed = have_moved(end.before, end.now) or is_initial(end.now)
+        if not has_followed and have_moved(end.parameters_before, end.parameters_now):
+            yield Evidence(self.code, end.name, None, self._evaluations)
