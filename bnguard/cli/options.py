@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, TypedDict
 
 from bnguard.findings.codes import CODES
 
@@ -25,6 +25,15 @@ _EXTRAS: Final = {
     "demo": {"sklearn": "scikit-learn", "rich": "rich"},
     "plot": {"matplotlib": "matplotlib"},
 }
+
+
+class GuardOptions(TypedDict, total=False):
+    """The options of ``frozen`` that the command line has."""
+
+    on_change: Literal["raise", "warn", "restore"]
+    affine: bool
+    use_running_stats: bool
+    updates: int
 
 
 def add_outputs(command: argparse.ArgumentParser, *names: str) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, cast
 
 from bnguard.cli.exit_codes import UsageError
-from bnguard.cli.options import Commands, add_outputs, codes, positive_integer, seconds
+from bnguard.cli.options import Commands, GuardOptions, add_outputs, codes, positive_integer, seconds
 
 if TYPE_CHECKING:
     from bnguard.report.files import Outputs
@@ -42,8 +42,21 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--on-change",
         choices=("raise", "warn", "restore"),
-        default="raise",
-        help="what to do about an update of a guarded layer (default: raise)",
+        help="with --frozen: what to do about an update of a guarded layer (default: raise)",
+    )
+    parser.add_argument("--affine", action="store_true", help="with --frozen: hold weight and bias of the layers, too")
+    allowed = parser.add_mutually_exclusive_group()
+    allowed.add_argument(
+        "--use-running-stats",
+        action="store_true",
+        help="with --frozen: normalise with the frozen statistics, whatever train() says",
+    )
+    allowed.add_argument(
+        "--updates",
+        type=positive_integer,
+        default=0,
+        metavar="N",
+        help="with --frozen: allow each layer N updates in the whole run",
     )
     parser.add_argument(
         "--fail-on",
@@ -70,11 +83,12 @@ def add_parser(commands: Commands) -> None:
 
 
 def _run(options: argparse.Namespace, outputs: Outputs) -> int:
-    from bnguard.cli.watched_run import RunOptions, WatchedRun  # imports torch
-
     target, *args = [*(options.module or ()), *options.args] or [None]
     if target is None:
         raise UsageError("needs a script, or -m and a module")
+    guard_options = _checked_guard_options(options, options.frozen)
+    from bnguard.cli.watched_run import RunOptions, WatchedRun  # imports torch
+
     has_figures = outputs.plot is not None or outputs.html is not None
     run = WatchedRun(
         RunOptions(
@@ -84,7 +98,7 @@ def _run(options: argparse.Namespace, outputs: Outputs) -> int:
             ends_process=options.ends_process,
             fail_on=options.fail_on,
             frozen=options.frozen,
-            on_change=options.on_change,
+            guard_options=guard_options,
             buffers=tuple(options.buffers or ()),
             every=options.every or ("auto" if has_figures else None),
             progress=options.progress or (_PROGRESS if sys.stderr.isatty() else None),
@@ -92,3 +106,17 @@ def _run(options: argparse.Namespace, outputs: Outputs) -> int:
         )
     )
     return run.run()
+
+
+def _checked_guard_options(options: argparse.Namespace, frozen: str | None) -> GuardOptions:
+    """The options of the guard that were given.
+
+    Raises:
+        UsageError: There are some, but nothing to guard.
+    """
+    names = ("on_change", "affine", "use_running_stats", "updates")
+    given = {name: value for name in names if (value := getattr(options, name))}
+    if given and frozen is None:
+        option = next(iter(given)).replace("_", "-")
+        raise UsageError(f"--{option} needs --frozen PATTERN: without a pattern no layer is guarded")
+    return cast("GuardOptions", given)

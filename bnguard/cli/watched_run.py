@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Literal
 
 from bnguard.cli.execfile import Ending, NotFoundError, run_module, run_script, wait_for_threads
 from bnguard.cli.exit_codes import USAGE, UsageError, exit_code_of
+from bnguard.cli.options import GuardOptions
 from bnguard.cli.progress import Progress
 from bnguard.cli.sigterm import EXIT_CODE, BeforeTermination
 from bnguard.errors import StatsChangedError
 from bnguard.guard.auto_guard import AutoGuard
-from bnguard.guard.options import Frontend, OnChange, Settings
+from bnguard.guard.options import Frontend, Settings, check_settings
 from bnguard.guard.phrases import Phrases
 from bnguard.guard.requests import GuardRequests
 from bnguard.recording.summary import watch_content, watch_document
@@ -39,7 +40,7 @@ class RunOptions:
         ends_process: Whether the process ends with the run, which then waits for the threads of the script.
         fail_on: Codes of findings with which a run fails that would otherwise exit with 0.
         frozen: Pattern of the layers to guard; None guards none.
-        on_change: What to do about an update of a guarded layer.
+        guard_options: How to guard them, as in ``frozen``.
         buffers: Patterns of other buffers to record and to guard.
         every: At which optimizer steps to measure the drift, as in ``watch``.
         progress: Seconds between two lines of progress on stderr; None prints none.
@@ -52,7 +53,7 @@ class RunOptions:
     ends_process: bool
     fail_on: frozenset[str]
     frozen: str | None
-    on_change: OnChange
+    guard_options: GuardOptions
     buffers: tuple[str, ...]
     every: int | Literal["auto"] | None
     progress: float | None
@@ -178,16 +179,23 @@ class WatchedRun:
 
 def _settings(pattern: str, options: RunOptions) -> Settings:
     place = f"bnguard run --frozen {pattern}"
+    budget = options.guard_options.get("updates", 0)
     phrases = Phrases(
         place,
-        place_with_budget=place,
+        place_with_budget=place.replace("{", "{{").replace("}", "}}") + " --updates {}",
         choice="{}",
         everything="the report lists them all",
         expected="use --on-change restore",
-        renamed=(('on_change="restore"', "--on-change restore"), ("use_running_stats=True", "")),
+        renamed=(
+            ('on_change="restore"', "--on-change restore"),
+            (f'on_change="restore", updates={budget}', "--on-change restore"),
+            ("use_running_stats=True", "--use-running-stats"),
+        ),
+        is_of_run=budget > 0,
     )
     frontend = Frontend(phrases, has_coverage_warnings=False, is_outermost=True)
-    return Settings(options.on_change, include=(pattern,), buffers=options.buffers, frontend=frontend)
+    settings = check_settings(include=pattern, buffers=options.buffers or None, **options.guard_options)
+    return dataclasses.replace(settings, frontend=frontend)
 
 
 def _flush() -> None:

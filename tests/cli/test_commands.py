@@ -178,12 +178,54 @@ def test_error_of_a_guard_names_what_the_command_line_has(script, tmp_path):
     """Its own options, and no frames of bnguard."""
     script()
     done = bnguard_("run", "--frozen", "1", "train.py", cwd=tmp_path)
-    assert done.stderr.splitlines()[-3:] == [
+    assert done.stderr.splitlines()[-4:] == [
         "  at train.py:14 in train",
         "Call eval() on it after model.train(), or choose what you meant:",
+        "  --use-running-stats    normalise with the frozen statistics",
         "  --on-change restore    normalise with the batch, keep the statistics",
     ]
     assert "_sentry.py" not in done.stderr
+
+
+def test_guard_of_a_script_takes_the_options_of_frozen(script, tmp_path):
+    """Frozen statistics in train mode, held weights, and updates that are allowed: each does what frozen() says."""
+    script("print(*net[1].state_dict()['weight'].tolist(), torch.equal(net(images), net.eval()(images)))")
+    done = bnguard_("run", "--frozen", "1", "--use-running-stats", "--affine", "train.py", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "1.0 1.0 1.0 1.0 True" in done.stdout.splitlines()
+    done = bnguard_("run", "--frozen", "1", "--updates", "2", "--on-change", "restore", "train.py", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "2 updates of 1 layer" in done.stdout
+    assert re.search(r"^(?!1\.0 1\.0 1\.0 1\.0).* False$", done.stdout, re.M)
+    done = bnguard_("run", "--frozen", "1", "--updates", "2", "train.py", cwd=tmp_path)
+    assert done.returncode == 1
+    error = "bnguard.errors.StatsChangedError"
+    assert done.stderr.splitlines()[-5:] == [
+        f"{error}: 1 (BatchNorm2d) has updated twice inside bnguard run --frozen 1 --updates 2:",
+        "this forward would update running_mean, running_var and num_batches_tracked once more.",
+        "  at train.py:14 in train",
+        "The budget is that of the whole run. Leave it out where each step may update, or",
+        "  --on-change restore    let the first 2 update, not the rest",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("args", "problem"),
+    [
+        (["--on-change", "restore"], "bnguard run: --on-change needs --frozen PATTERN: without a pattern no layer is"),
+        (["--affine"], "--affine needs --frozen PATTERN"),
+        (["--use-running-stats"], "--use-running-stats needs --frozen PATTERN"),
+        (["--updates", "1"], "--updates needs --frozen PATTERN"),
+        (["--frozen", "1", "--updates", "0"], "argument --updates: must be a positive integer, got '0'"),
+        (["--frozen", "1", "--updates", "1", "--use-running-stats"], "not allowed with argument --updates"),
+    ],
+)
+def test_options_that_need_a_guard_are_refused_without_one(script, tmp_path, args, problem):
+    """They would do nothing, or contradict each other; before the script runs."""
+    script()
+    done = bnguard_("run", *args, "train.py", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert problem in done.stderr
 
 
 def test_pattern_for_a_model_that_is_never_called_itself(tmp_path):
