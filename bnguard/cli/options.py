@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, TypedDict
 
-from bnguard.findings.codes import CODES
+from bnguard.cli.exit_codes import ALL
+from bnguard.findings.codes import checked_code
+from bnguard.findings.ignores import Ignore, parse_ignore
 
 if TYPE_CHECKING:
     from bnguard.report.files import Outputs
@@ -15,6 +19,7 @@ if TYPE_CHECKING:
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
+COMMAND_LINE: Final = "command line"  # where an option was written
 _OUTPUTS: Final = {
     "json": "write everything as JSON; README.md has the schema",
     "plot": "write the figures: .png, .svg, .pdf (extra 'plot')",
@@ -106,9 +111,44 @@ def seed(text: str) -> int:
 
 
 def codes(text: str) -> frozenset[str]:
-    """Codes of findings, separated by commas."""
-    named = [code.strip().upper() for code in text.split(",")]
-    unknown = [code for code in named if code not in CODES]
-    if unknown:
-        raise argparse.ArgumentTypeError(f"unknown code {unknown[0]!r} (valid: {min(CODES)} to {max(CODES)})")
-    return frozenset(named)
+    """Codes of findings, separated by commas, or ``all``."""
+    try:
+        return checked_codes(text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def checked_codes(named: Iterable[str]) -> frozenset[str]:
+    """Codes of findings, in upper case, and ``all``.
+
+    Raises:
+        ValueError: There is no such code.
+    """
+    stripped = [code.strip() for code in named]
+    return frozenset([ALL if code.lower() == ALL else checked_code(code) for code in stripped])
+
+
+def ignores(text: str) -> tuple[Ignore, ...]:
+    """Entries that ignore findings, separated by commas."""
+    try:
+        return tuple([parse_ignore(entry, COMMAND_LINE) for entry in text.split(",")])
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def add_ignore(command: argparse.ArgumentParser) -> None:
+    """Adds the option that ignores findings. Without the option, the result's attribute is None."""
+    command.add_argument(
+        "--ignore",
+        type=ignores,
+        action="append",
+        metavar="CODE:FILE:LINE",
+        help="ignore findings that are meant: BN003, BN003:gan.py, BN003:gan.py:40 or gan.py:40; may be given several "
+        "times. In a file, '# bnguard: ignore[BN003]' on the line does the same (default: ignore in [tool.bnguard] of "
+        "pyproject.toml)",
+    )
+
+
+def chosen_ignores(options: argparse.Namespace) -> tuple[Ignore, ...] | None:
+    """All entries of the option; None without it."""
+    return None if options.ignore is None else tuple(chain.from_iterable(options.ignore))

@@ -6,8 +6,18 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Final, cast
 
+from bnguard.cli.config import load_config
 from bnguard.cli.exit_codes import UsageError
-from bnguard.cli.options import Commands, GuardOptions, add_outputs, codes, positive_integer, seconds
+from bnguard.cli.options import (
+    Commands,
+    GuardOptions,
+    add_ignore,
+    add_outputs,
+    chosen_ignores,
+    codes,
+    positive_integer,
+    seconds,
+)
 
 if TYPE_CHECKING:
     from bnguard.report.files import Outputs
@@ -31,7 +41,12 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "-m", dest="module", nargs=argparse.REMAINDER, metavar="MODULE", help="run a module instead, as python -m does"
     )
-    parser.add_argument("--frozen", metavar="PATTERN", help="guard the layers that match, in every model that runs")
+    parser.add_argument(
+        "--frozen",
+        metavar="PATTERN",
+        help="guard the layers that match, in every model that runs (default: frozen in [tool.bnguard] of "
+        "pyproject.toml)",
+    )
     parser.add_argument(
         "--buffers",
         action="append",
@@ -61,10 +76,11 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--fail-on",
         type=codes,
-        default=frozenset(),
         metavar="CODES",
-        help="exit with 1 if there is one of these findings: BN001,BN002",
+        help="exit with 1 if there is one of these findings: BN001,BN002, or all for every finding but notes (default: "
+        "fail-on in [tool.bnguard] of pyproject.toml, else none)",
     )
+    add_ignore(parser)
     parser.add_argument(
         "--every",
         type=positive_integer,
@@ -86,7 +102,9 @@ def _run(options: argparse.Namespace, outputs: Outputs) -> int:
     target, *args = [*(options.module or ()), *options.args] or [None]
     if target is None:
         raise UsageError("needs a script, or -m and a module")
-    guard_options = _checked_guard_options(options, options.frozen)
+    config, given = load_config(), chosen_ignores(options)
+    frozen = config.frozen if options.frozen is None else options.frozen
+    guard_options = _checked_guard_options(options, frozen)
     from bnguard.cli.watched_run import RunOptions, WatchedRun  # imports torch
 
     has_figures = outputs.plot is not None or outputs.html is not None
@@ -96,8 +114,10 @@ def _run(options: argparse.Namespace, outputs: Outputs) -> int:
             args,
             is_module=bool(options.module),
             ends_process=options.ends_process,
-            fail_on=options.fail_on,
-            frozen=options.frozen,
+            fail_on=config.fail_on if options.fail_on is None else options.fail_on,
+            ignores=config.ignore if given is None else given,
+            frozen=frozen,
+            frozen_source="" if options.frozen is not None else f" (from {config.path})",
             guard_options=guard_options,
             buffers=tuple(options.buffers or ()),
             every=options.every or ("auto" if has_figures else None),

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from bnguard.cli.execfile import Ending, NotFoundError, run_module, run_script, wait_for_threads
-from bnguard.cli.exit_codes import USAGE, UsageError, exit_code_of
+from bnguard.cli.exit_codes import USAGE, UsageError, exit_code_of, fails
+from bnguard.cli.ignores import RunIgnores
 from bnguard.cli.options import GuardOptions
 from bnguard.cli.progress import Progress
 from bnguard.cli.sigterm import EXIT_CODE, BeforeTermination
 from bnguard.errors import StatsChangedError
+from bnguard.findings.ignores import Ignore, with_ignored
 from bnguard.guard.auto_guard import AutoGuard
 from bnguard.guard.options import Frontend, Settings, check_settings
 from bnguard.guard.phrases import Phrases
@@ -38,8 +40,10 @@ class RunOptions:
         args: Its arguments.
         is_module: Whether ``target`` is a module.
         ends_process: Whether the process ends with the run, which then waits for the threads of the script.
-        fail_on: Codes of findings with which a run fails that would otherwise exit with 0.
+        fail_on: Codes of findings with which a run fails that would otherwise exit with 0, or ``"all"``.
+        ignores: Entries that ignore findings.
         frozen: Pattern of the layers to guard; None guards none.
+        frozen_source: Where the pattern was written, in brackets; empty for the command line.
         guard_options: How to guard them, as in ``frozen``.
         buffers: Patterns of other buffers to record and to guard.
         every: At which optimizer steps to measure the drift, as in ``watch``.
@@ -52,7 +56,9 @@ class RunOptions:
     is_module: bool
     ends_process: bool
     fail_on: frozenset[str]
+    ignores: tuple[Ignore, ...]
     frozen: str | None
+    frozen_source: str
     guard_options: GuardOptions
     buffers: tuple[str, ...]
     every: int | Literal["auto"] | None
@@ -66,6 +72,7 @@ class WatchedRun:
     def __init__(self, options: RunOptions) -> None:
         self._options = options
         self._record = watch(every=options.every, buffers=options.buffers or None)
+        self._ignores = RunIgnores(options.ignores)
         self._requests = GuardRequests()
         self._auto_guard: AutoGuard | None = None
         if options.frozen is not None:
@@ -100,7 +107,8 @@ class WatchedRun:
             _flush()
             notes = [] if failure is None else [str(failure)]
             if self._has_matched_nothing:
-                notes.append(f"--frozen {self._options.frozen} matched no layer of the models that ran.")
+                pattern = f"{self._options.frozen}{self._options.frozen_source}"
+                notes.append(f"--frozen {pattern} matched no layer of the models that ran.")
             is_written = self._report(ending.exit_code, notes)
         if ending.is_interrupt:
             _die_of_interrupt()
@@ -109,8 +117,8 @@ class WatchedRun:
         if self._has_matched_nothing:
             print(f"bnguard run: {notes[-1]}", file=sys.stderr)
             return USAGE
-        codes = [finding.code for finding in self._record.findings]
-        return exit_code_of(failure is not None or not self._options.fail_on.isdisjoint(codes), is_written)
+        kept = self._ignores.filter(self._record.findings).kept
+        return exit_code_of(failure is not None or fails(kept, self._options.fail_on), is_written)
 
     @property
     def _has_matched_nothing(self) -> bool:
@@ -165,10 +173,14 @@ class WatchedRun:
             return True
         options = self._options
         summary = self._record.summary()
-        document = watch_document(summary)
+        filtered = self._ignores.filter(summary.findings)
+        if exit_code:  # what a failed run has not reached is not unused
+            filtered = dataclasses.replace(filtered, unused=())
+        summary = dataclasses.replace(summary, findings=filtered.kept)
+        document = with_ignored(watch_document(summary), filtered)
         title = f"bnguard run {'-m ' if options.is_module else ''}{options.target}"
         document = dataclasses.replace(document, title=title, notes=(*document.notes, *notes))
-        content = {"target": options.target, "exit_code": exit_code, **watch_content(summary)}
+        content = {"target": options.target, "exit_code": exit_code, **watch_content(summary), **filtered.content()}
         return publish(document, content, options.outputs, "run", self._pictures)
 
     def _pictures(self) -> list[Picture]:

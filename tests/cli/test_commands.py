@@ -281,7 +281,10 @@ def test_pattern_that_matches_nothing_is_told(script, tmp_path):
         (["run"], "bnguard run: needs a script, or -m and a module"),
         (["run", "nowhere.py"], "No such file or directory"),
         (["run", "-m", "nowhere.at.all"], "No module named"),
-        (["run", "--fail-on", "BN016", "x.py"], "unknown code 'BN016' (valid: BN001 to BN015)"),
+        (
+            ["run", "--fail-on", "BN016", "x.py"],
+            "unknown code 'BN016': did you mean 'BN015'? (valid are BN001 to ",
+        ),
         (["audit", "models"], "'models' names no callable: write module:callable, such as models:make_net"),
         (["audit", "nowhere:make"], "'nowhere:make': No module named 'nowhere'"),
         (["audit", "json:dumps_"], "has no attribute 'dumps_'"),
@@ -313,7 +316,7 @@ def test_codes_of_the_command_line_are_those_of_the_findings():
     from bnguard.findings.codes import CODES
 
     assert codes(",".join(CODES).lower()) == set(CODES)
-    with pytest.raises(argparse.ArgumentTypeError, match=f"BN001 to {max(CODES)}"):
+    with pytest.raises(argparse.ArgumentTypeError, match=f"valid are BN001 to {max(CODES)}"):
         codes(f"BN{len(CODES) + 1:03}")
 
 
@@ -455,12 +458,13 @@ def test_json_is_as_documented(script, tmp_path):
         "    extra.running_mean.fill_(3)"
     )
     bnguard_("run", "--json", "run.json", "--every", "1", "train.py", cwd=tmp_path)
+    bnguard_("run", "--json", "ignored.json", "--ignore", "BN002", "train.py", cwd=tmp_path)
     torch.save({"bn.running_mean": torch.zeros(1), "bn.running_var": torch.ones(1)}, tmp_path / "a.pt")
     torch.save({"bn.running_mean": torch.ones(1), "bn.running_var": torch.ones(1)}, tmp_path / "b.pt")
     bnguard_("diff", "a.pt", "b.pt", "--json", "diff.json", cwd=tmp_path)
-    run, diff = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("run", "diff"))
+    run, ignored, diff = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("run", "ignored", "diff"))
     documented = {key: re.findall(r"\w+", fields) for key, fields in DOCUMENTED.items()}
-    for content in (run, diff):
+    for content in (run, ignored, diff):
         for key, value in content.items():
             assert f"`{key}`" in README, key
             rows = value if isinstance(value, list) else [value]
@@ -471,6 +475,7 @@ def test_json_is_as_documented(script, tmp_path):
         "findings", "updates", "unexplained", "drift", "series", "update_series"
     }  # fmt: skip
     assert diff["moved"]
+    assert ignored["ignored"]
     assert sorted(run["updates"][0]["mode"]) == sorted(documented["mode"])
 
 
