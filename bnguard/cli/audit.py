@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from bnguard.cli.config import load_config
 from bnguard.cli.exit_codes import ALL, UsageError, exit_code_of, fails
-from bnguard.cli.options import COMMAND_LINE, Commands, add_ignore, add_outputs, chosen_ignores
+from bnguard.cli.options import COMMAND_LINE, Commands, add_ignore, add_output_format, add_outputs, chosen_ignores
 from bnguard.findings.ignores import Ignore, filter_findings, with_ignored
+from bnguard.report.places import path_from
 
 if TYPE_CHECKING:
     from torch import nn
@@ -30,6 +31,7 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("target", metavar="module:callable", help="what returns the model, such as models:make_net")
     add_ignore(parser)
     add_outputs(parser, "json", "html")
+    add_output_format(parser)
     parser.set_defaults(execute=_audit)
 
 
@@ -59,7 +61,8 @@ def audit_target(target: str, ignores: tuple[Ignore, ...], outputs: Outputs) -> 
     # The entries of a project are about its runs: most have nothing to ignore in an audit.
     unused = tuple([one for one in filtered.unused if one.source == COMMAND_LINE])
     document = with_ignored(audit_document(filtered.kept), dataclasses.replace(filtered, unused=unused))
-    document = dataclasses.replace(document, title=f"bnguard audit {target}")
+    file = sys.modules[target.partition(":")[0]].__file__ or ""  # a package in several folders has none
+    document = dataclasses.replace(document, title=f"bnguard audit {target}", file=path_from(os.getcwd(), file))
     content = {"target": target, **findings_content(filtered.kept), **filtered.content()}
     is_written = publish(document, content, outputs, "audit")
     return exit_code_of(fails(filtered.kept, frozenset([ALL])), is_written)

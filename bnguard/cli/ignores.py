@@ -11,7 +11,7 @@ from types import ModuleType
 from bnguard.findings.comments import comments_in
 from bnguard.findings.ignores import FilteredFindings, Ignore, filter_findings
 from bnguard.records import Finding
-from bnguard.report.places import place_of
+from bnguard.report.places import path_from, place_of
 from bnguard.torch_internals.callsite import origin_of
 
 
@@ -20,29 +20,30 @@ class RunIgnores:
 
     Args:
         entries: Those of the command line or of ``pyproject.toml``.
+
+    Attributes:
+        folder: The working directory when the run began.
     """
 
     def __init__(self, entries: Sequence[Ignore]) -> None:
         self._entries = entries
-        self._folder = os.getcwd()  # which the script may change
+        self.folder = os.getcwd()  # which the script may change
 
     def filter(self, findings: Sequence[Finding]) -> FilteredFindings:
         """Takes out the findings that are meant. Reads the files that the script has loaded so far."""
         loaded = _loaded_files()
-        comments = [comments_in(path, self._shown(path)) for path in sorted({*loaded, *self._files_of(findings)})]
+        comments = [
+            comments_in(path, path_from(self.folder, path)) for path in sorted({*loaded, *self._files_of(findings)})
+        ]
         ignores = [*self._entries, *[one for comment in comments for one in comment.ignores]]
         problems = tuple([problem for comment in comments for problem in comment.problems])
-        filtered = filter_findings(findings, ignores, self._folder, loaded)
+        filtered = filter_findings(findings, ignores, self.folder, loaded)
         return dataclasses.replace(filtered, problems=problems)
 
     def _files_of(self, findings: Iterable[Finding]) -> list[str]:
         """The files of some findings, which may be those of a library."""
         places = [place_of(finding.where) for finding in findings]
-        return [os.path.normpath(os.path.join(self._folder, place.file)) for place in places if place is not None]
-
-    def _shown(self, path: str) -> str:
-        relative = os.path.relpath(path, self._folder)
-        return path if relative.startswith(os.pardir) else relative
+        return [os.path.normpath(os.path.join(self.folder, place.file)) for place in places if place is not None]
 
 
 def _loaded_files() -> set[str]:

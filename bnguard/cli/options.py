@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, TypedDict
 from bnguard.cli.exit_codes import ALL
 from bnguard.findings.codes import checked_code
 from bnguard.findings.ignores import Ignore, parse_ignore
+from bnguard.report.formats import FORMATS
 
 if TYPE_CHECKING:
     from bnguard.report.files import Outputs
@@ -48,7 +49,24 @@ def add_outputs(command: argparse.ArgumentParser, *names: str) -> None:
             command.add_argument(f"--{name}", type=Path, metavar="FILE", help=text)
         else:
             command.set_defaults(**{name: None})
-    command.set_defaults(has_figures="plot" in names, extras=())
+    command.set_defaults(has_figures="plot" in names, extras=(), output_format="text", output_file=None)
+
+
+def add_output_format(command: argparse.ArgumentParser) -> None:
+    """Adds the options for the format of the findings, for a command that has some."""
+    command.add_argument(
+        "--output-format",
+        choices=FORMATS,
+        default="text",
+        help="print the whole report as text, or the findings alone: as annotations of GitHub, or as SARIF "
+        "(default: text)",
+    )
+    command.add_argument(
+        "--output-file",
+        type=Path,
+        metavar="FILE",
+        help="write what --output-format says to a file, and print the report as text",
+    )
 
 
 def checked_outputs(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Outputs:
@@ -58,7 +76,7 @@ def checked_outputs(parser: argparse.ArgumentParser, options: argparse.Namespace
     """
     from bnguard.report.files import Outputs, problem_with
 
-    paths: dict[str, Any] = {name: getattr(options, name) for name in _OUTPUTS}
+    paths: dict[str, Any] = {name: getattr(options, name) for name in (*_OUTPUTS, "output_file")}
     for name, path in paths.items():
         problem = None if path is None else problem_with(path)
         if problem is None and name == "plot" and path is not None:
@@ -66,8 +84,9 @@ def checked_outputs(parser: argparse.ArgumentParser, options: argparse.Namespace
 
             problem = problem_with_format(path)
         if problem is not None:
-            parser.error(f"argument --{name}: {problem}")
-    return Outputs(**{name: None if path is None else path.absolute() for name, path in paths.items()})
+            parser.error(f"argument --{name.replace('_', '-')}: {problem}")
+    files = {name: None if path is None else path.absolute() for name, path in paths.items()}
+    return Outputs(findings=files.pop("output_file"), format=options.output_format, **files)
 
 
 def missing_packages(options: argparse.Namespace) -> str | None:

@@ -12,6 +12,7 @@ from bnguard.cli.options import (
     Commands,
     GuardOptions,
     add_ignore,
+    add_output_format,
     add_outputs,
     chosen_ignores,
     codes,
@@ -94,6 +95,7 @@ def add_parser(commands: Commands) -> None:
         help=f"print progress to stderr every SECONDS seconds (default: {_PROGRESS:g} on a terminal, else never)",
     )
     add_outputs(parser, "json", "plot", "html")
+    add_output_format(parser)
     parser.add_argument("args", nargs=argparse.REMAINDER, metavar="script [args]", help="the script and its arguments")
     parser.set_defaults(execute=_run)
 

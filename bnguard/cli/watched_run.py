@@ -26,6 +26,7 @@ from bnguard.guard.requests import GuardRequests
 from bnguard.recording.summary import watch_content, watch_document
 from bnguard.recording.watch import watch
 from bnguard.report.files import Outputs, publish
+from bnguard.report.places import path_from
 
 if TYPE_CHECKING:
     from bnguard.report.plots import Picture
@@ -179,7 +180,10 @@ class WatchedRun:
         summary = dataclasses.replace(summary, findings=filtered.kept)
         document = with_ignored(watch_document(summary), filtered)
         title = f"bnguard run {'-m ' if options.is_module else ''}{options.target}"
-        document = dataclasses.replace(document, title=title, notes=(*document.notes, *notes))
+        file = options.target
+        if options.is_module:
+            file = path_from(self._ignores.folder, str(vars(sys.modules["__main__"]).get("__file__") or ""))
+        document = dataclasses.replace(document, title=title, file=file, notes=(*document.notes, *notes))
         content = {"target": options.target, "exit_code": exit_code, **watch_content(summary), **filtered.content()}
         return publish(document, content, options.outputs, "run", self._pictures)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 
@@ -23,3 +24,9 @@ def place_of(where: str | None) -> Place | None:
     """The place that ``Finding.where`` or ``StatsChange.where`` names; None if it names none."""
     found = re.match(r"(?P<file>.+?):(?P<line>\d+) in ", where or "")
     return None if found is None else Place(found["file"], int(found["line"]))
+
+
+def path_from(folder: str, path: str) -> str:
+    """A path as ``Place.file`` has it: relative to the working directory ``folder`` if it is inside."""
+    relative = os.path.relpath(path, folder) if path else path
+    return path if relative.startswith(os.pardir) else relative

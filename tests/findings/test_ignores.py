@@ -90,7 +90,7 @@ def test_report_counts_what_is_ignored() -> None:
 
 def test_relative_path_of_a_program_that_changed_its_folder() -> None:
     """The only file of the program that ends so is meant."""
-    entry = [parse_ignore("BN003:project/src/gan.py", "command line")]
+    entry = [parse_ignore("BN003:/home/me/project/src/gan.py", "command line")]
     moved = finding(where="project/src/gan.py:40 in train_step")
     assert filter_findings([moved], entry, "/home/me/project/src", ["/home/me/project/src/gan.py"]).kept == ()
     files = ["/a/project/src/gan.py", "/b/project/src/gan.py"]
