@@ -129,6 +129,14 @@ def seed(text: str) -> int:
     return number
 
 
+def code(text: str) -> str:
+    """The code of a finding."""
+    try:
+        return checked_code(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def codes(text: str) -> frozenset[str]:
     """Codes of findings, separated by commas, or ``all``."""
     try:

@@ -110,6 +110,11 @@ class Rule:
             ``g``, as in ``"{g.of} {g.have} momentum {g.detail}"``.
         in_brief: What happened in a run, in a few words; ``short_fix`` is appended. Empty if it is ``in_run``.
         in_audit: What is wrong with a model as it is. Empty if it is ``in_run``.
+        meaning: As in an ``Explanation``. This and the next four are literals: ``explanations.py`` reads them.
+        harm: See there.
+        example: See there; indented.
+        remedies: See there.
+        fine: See there.
     """
 
     code: ClassVar[str]
@@ -121,6 +126,11 @@ class Rule:
     in_run: ClassVar[str]
     in_brief: ClassVar[str] = ""
     in_audit: ClassVar[str] = ""
+    meaning: ClassVar[str]
+    harm: ClassVar[str]
+    example: ClassVar[str]
+    remedies: ClassVar[tuple[str, ...]]
+    fine: ClassVar[str]
 
     def on_update(self, update: Update) -> None:
         """The layer is about to update, or has updated."""
