@@ -35,10 +35,16 @@ def ranks_text(ranks: Sequence[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {listing([str(rank) for rank in ranks])}"
 
 
-def suggestion(value: object, valid: Iterable[str]) -> str:
-    """A hint that lists the valid values, the closest match first if there is one."""
+def suggestion(value: object, valid: Iterable[str], listed: str = "") -> str:
+    """A hint that lists the valid values, the closest match first if there is one.
+
+    Args:
+        value: The value that is not valid.
+        valid: The valid values.
+        listed: How to list them, if not one by one.
+    """
     valid = list(valid)
-    everything = f"valid are {listing([repr(name) for name in valid])}"
+    everything = f"valid are {listed or listing([repr(name) for name in valid])}"
     nearest = difflib.get_close_matches(str(value), valid, n=1, cutoff=0.7)
     return f"did you mean {nearest[0]!r}? ({everything})" if nearest else everything
 

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from bnguard.cli import audit, demo, diff, run
+from bnguard.cli import audit, demo, diff, explain, run
 from bnguard.cli.exit_codes import USAGE, UsageError
 from bnguard.cli.options import checked_outputs, missing_packages
 from bnguard.cli.version import ShowVersion
@@ -45,6 +45,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=ShowVersion, nargs=0, help="print the versions of bnguard and torch")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (run, audit, diff, demo):
+    for command in (run, audit, diff, explain, demo):
         command.add_parser(commands)
     return parser

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import importlib
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from bnguard.cli.exit_codes import UsageError, exit_code_of
-from bnguard.cli.options import Commands, add_outputs
+from bnguard.cli.config import load_config
+from bnguard.cli.exit_codes import ALL, UsageError, exit_code_of, fails
+from bnguard.cli.options import COMMAND_LINE, Commands, add_ignore, add_output_format, add_outputs, chosen_ignores
+from bnguard.findings.ignores import Ignore, filter_findings, with_ignored
+from bnguard.report.places import path_from
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,12 +29,24 @@ def add_parser(commands: Commands) -> None:
         description="Prints the findings about the running statistics of the model that a callable returns.",
     )
     parser.add_argument("target", metavar="module:callable", help="what returns the model, such as models:make_net")
+    add_ignore(parser)
     add_outputs(parser, "json", "html")
-    parser.set_defaults(execute=lambda options, outputs: audit_target(options.target, outputs))
+    add_output_format(parser)
+    parser.set_defaults(execute=_audit)
 
 
-def audit_target(target: str, outputs: Outputs) -> int:
+def _audit(options: argparse.Namespace, outputs: Outputs) -> int:
+    given = chosen_ignores(options)
+    return audit_target(options.target, load_config().ignore if given is None else given, outputs)
+
+
+def audit_target(target: str, ignores: tuple[Ignore, ...], outputs: Outputs) -> int:
     """Prints the findings about the model that ``module:callable`` returns.
+
+    Args:
+        target: ``module:callable``.
+        ignores: Entries that ignore findings.
+        outputs: The files to write.
 
     Returns:
         1 if there are findings worse than a note, 2 if a file could not be written, else 0.
@@ -40,10 +57,15 @@ def audit_target(target: str, outputs: Outputs) -> int:
     from bnguard.findings.audit import audit, audit_document, findings_content  # imports torch
     from bnguard.report.files import publish
 
-    findings = audit(_model_of(target))
-    document = dataclasses.replace(audit_document(findings), title=f"bnguard audit {target}")
-    is_written = publish(document, {"target": target, **findings_content(findings)}, outputs, "audit")
-    return exit_code_of(any([finding.severity != "note" for finding in findings]), is_written)
+    filtered = filter_findings(audit(_model_of(target)), ignores, os.getcwd())
+    # The entries of a project are about its runs: most have nothing to ignore in an audit.
+    unused = tuple([one for one in filtered.unused if one.source == COMMAND_LINE])
+    document = with_ignored(audit_document(filtered.kept), dataclasses.replace(filtered, unused=unused))
+    file = sys.modules[target.partition(":")[0]].__file__ or ""  # a package in several folders has none
+    document = dataclasses.replace(document, title=f"bnguard audit {target}", file=path_from(os.getcwd(), file))
+    content = {"target": target, **findings_content(filtered.kept), **filtered.content()}
+    is_written = publish(document, content, outputs, "audit")
+    return exit_code_of(fails(filtered.kept, frozenset([ALL])), is_written)
 
 
 def _model_of(target: str) -> nn.Module:

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, TypedDict
 
-from bnguard.findings.codes import CODES
+from bnguard.cli.exit_codes import ALL
+from bnguard.findings.codes import checked_code
+from bnguard.findings.ignores import Ignore, parse_ignore
+from bnguard.report.formats import FORMATS
 
 if TYPE_CHECKING:
     from bnguard.report.files import Outputs
@@ -15,6 +20,7 @@ if TYPE_CHECKING:
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
+COMMAND_LINE: Final = "command line"  # where an option was written
 _OUTPUTS: Final = {
     "json": "write everything as JSON; README.md has the schema",
     "plot": "write the figures: .png, .svg, .pdf (extra 'plot')",
@@ -27,6 +33,15 @@ _EXTRAS: Final = {
 }
 
 
+class GuardOptions(TypedDict, total=False):
+    """The options of ``frozen`` that the command line has."""
+
+    on_change: Literal["raise", "warn", "restore"]
+    affine: bool
+    use_running_stats: bool
+    updates: int
+
+
 def add_outputs(command: argparse.ArgumentParser, *names: str) -> None:
     """Adds the options for output files. The result has an attribute for each of the three, None without the option."""
     for name, text in _OUTPUTS.items():
@@ -34,7 +49,24 @@ def add_outputs(command: argparse.ArgumentParser, *names: str) -> None:
             command.add_argument(f"--{name}", type=Path, metavar="FILE", help=text)
         else:
             command.set_defaults(**{name: None})
-    command.set_defaults(has_figures="plot" in names, extras=())
+    command.set_defaults(has_figures="plot" in names, extras=(), output_format="text", output_file=None)
+
+
+def add_output_format(command: argparse.ArgumentParser) -> None:
+    """Adds the options for the format of the findings, for a command that has some."""
+    command.add_argument(
+        "--output-format",
+        choices=FORMATS,
+        default="text",
+        help="print the whole report as text, or the findings alone: as annotations of GitHub, or as SARIF "
+        "(default: text)",
+    )
+    command.add_argument(
+        "--output-file",
+        type=Path,
+        metavar="FILE",
+        help="write what --output-format says to a file, and print the report as text",
+    )
 
 
 def checked_outputs(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Outputs:
@@ -44,7 +76,7 @@ def checked_outputs(parser: argparse.ArgumentParser, options: argparse.Namespace
     """
     from bnguard.report.files import Outputs, problem_with
 
-    paths: dict[str, Any] = {name: getattr(options, name) for name in _OUTPUTS}
+    paths: dict[str, Any] = {name: getattr(options, name) for name in (*_OUTPUTS, "output_file")}
     for name, path in paths.items():
         problem = None if path is None else problem_with(path)
         if problem is None and name == "plot" and path is not None:
@@ -52,8 +84,9 @@ def checked_outputs(parser: argparse.ArgumentParser, options: argparse.Namespace
 
             problem = problem_with_format(path)
         if problem is not None:
-            parser.error(f"argument --{name}: {problem}")
-    return Outputs(**{name: None if path is None else path.absolute() for name, path in paths.items()})
+            parser.error(f"argument --{name.replace('_', '-')}: {problem}")
+    files = {name: None if path is None else path.absolute() for name, path in paths.items()}
+    return Outputs(findings=files.pop("output_file"), format=options.output_format, **files)
 
 
 def missing_packages(options: argparse.Namespace) -> str | None:
@@ -96,10 +129,53 @@ def seed(text: str) -> int:
     return number
 
 
+def code(text: str) -> str:
+    """The code of a finding."""
+    try:
+        return checked_code(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def codes(text: str) -> frozenset[str]:
-    """Codes of findings, separated by commas."""
-    named = [code.strip().upper() for code in text.split(",")]
-    unknown = [code for code in named if code not in CODES]
-    if unknown:
-        raise argparse.ArgumentTypeError(f"unknown code {unknown[0]!r} (valid: {min(CODES)} to {max(CODES)})")
-    return frozenset(named)
+    """Codes of findings, separated by commas, or ``all``."""
+    try:
+        return checked_codes(text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def checked_codes(named: Iterable[str]) -> frozenset[str]:
+    """Codes of findings, in upper case, and ``all``.
+
+    Raises:
+        ValueError: There is no such code.
+    """
+    stripped = [code.strip() for code in named]
+    return frozenset([ALL if code.lower() == ALL else checked_code(code) for code in stripped])
+
+
+def ignores(text: str) -> tuple[Ignore, ...]:
+    """Entries that ignore findings, separated by commas."""
+    try:
+        return tuple([parse_ignore(entry, COMMAND_LINE) for entry in text.split(",")])
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def add_ignore(command: argparse.ArgumentParser) -> None:
+    """Adds the option that ignores findings. Without the option, the result's attribute is None."""
+    command.add_argument(
+        "--ignore",
+        type=ignores,
+        action="append",
+        metavar="CODE:FILE:LINE",
+        help="ignore findings that are meant: BN003, BN003:gan.py, BN003:gan.py:40 or gan.py:40; may be given several "
+        "times. In a file, '# bnguard: ignore[BN003]' on the line does the same (default: ignore in [tool.bnguard] of "
+        "pyproject.toml)",
+    )
+
+
+def chosen_ignores(options: argparse.Namespace) -> tuple[Ignore, ...] | None:
+    """All entries of the option; None without it."""
+    return None if options.ignore is None else tuple(chain.from_iterable(options.ignore))

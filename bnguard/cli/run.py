@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, cast
 
+from bnguard.cli.config import load_config
 from bnguard.cli.exit_codes import UsageError
-from bnguard.cli.options import Commands, add_outputs, codes, positive_integer, seconds
+from bnguard.cli.options import (
+    Commands,
+    GuardOptions,
+    add_ignore,
+    add_output_format,
+    add_outputs,
+    chosen_ignores,
+    codes,
+    positive_integer,
+    seconds,
+)
 
 if TYPE_CHECKING:
     from bnguard.report.files import Outputs
@@ -31,7 +42,12 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "-m", dest="module", nargs=argparse.REMAINDER, metavar="MODULE", help="run a module instead, as python -m does"
     )
-    parser.add_argument("--frozen", metavar="PATTERN", help="guard the layers that match, in every model that runs")
+    parser.add_argument(
+        "--frozen",
+        metavar="PATTERN",
+        help="guard the layers that match, in every model that runs (default: frozen in [tool.bnguard] of "
+        "pyproject.toml)",
+    )
     parser.add_argument(
         "--buffers",
         action="append",
@@ -42,16 +58,30 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--on-change",
         choices=("raise", "warn", "restore"),
-        default="raise",
-        help="what to do about an update of a guarded layer (default: raise)",
+        help="with --frozen: what to do about an update of a guarded layer (default: raise)",
+    )
+    parser.add_argument("--affine", action="store_true", help="with --frozen: hold weight and bias of the layers, too")
+    allowed = parser.add_mutually_exclusive_group()
+    allowed.add_argument(
+        "--use-running-stats",
+        action="store_true",
+        help="with --frozen: normalise with the frozen statistics, whatever train() says",
+    )
+    allowed.add_argument(
+        "--updates",
+        type=positive_integer,
+        default=0,
+        metavar="N",
+        help="with --frozen: allow each layer N updates in the whole run",
     )
     parser.add_argument(
         "--fail-on",
         type=codes,
-        default=frozenset(),
         metavar="CODES",
-        help="exit with 1 if there is one of these findings: BN001,BN002",
+        help="exit with 1 if there is one of these findings: BN001,BN002, or all for every finding but notes (default: "
+        "fail-on in [tool.bnguard] of pyproject.toml, else none)",
     )
+    add_ignore(parser)
     parser.add_argument(
         "--every",
         type=positive_integer,
@@ -65,16 +95,20 @@ def add_parser(commands: Commands) -> None:
         help=f"print progress to stderr every SECONDS seconds (default: {_PROGRESS:g} on a terminal, else never)",
     )
     add_outputs(parser, "json", "plot", "html")
+    add_output_format(parser)
     parser.add_argument("args", nargs=argparse.REMAINDER, metavar="script [args]", help="the script and its arguments")
     parser.set_defaults(execute=_run)
 
 
 def _run(options: argparse.Namespace, outputs: Outputs) -> int:
-    from bnguard.cli.watched_run import RunOptions, WatchedRun  # imports torch
-
     target, *args = [*(options.module or ()), *options.args] or [None]
     if target is None:
         raise UsageError("needs a script, or -m and a module")
+    config, given = load_config(), chosen_ignores(options)
+    frozen = config.frozen if options.frozen is None else options.frozen
+    guard_options = _checked_guard_options(options, frozen)
+    from bnguard.cli.watched_run import RunOptions, WatchedRun  # imports torch
+
     has_figures = outputs.plot is not None or outputs.html is not None
     run = WatchedRun(
         RunOptions(
@@ -82,9 +116,11 @@ def _run(options: argparse.Namespace, outputs: Outputs) -> int:
             args,
             is_module=bool(options.module),
             ends_process=options.ends_process,
-            fail_on=options.fail_on,
-            frozen=options.frozen,
-            on_change=options.on_change,
+            fail_on=config.fail_on if options.fail_on is None else options.fail_on,
+            ignores=config.ignore if given is None else given,
+            frozen=frozen,
+            frozen_source="" if options.frozen is not None else f" (from {config.path})",
+            guard_options=guard_options,
             buffers=tuple(options.buffers or ()),
             every=options.every or ("auto" if has_figures else None),
             progress=options.progress or (_PROGRESS if sys.stderr.isatty() else None),
@@ -92,3 +128,17 @@ def _run(options: argparse.Namespace, outputs: Outputs) -> int:
         )
     )
     return run.run()
+
+
+def _checked_guard_options(options: argparse.Namespace, frozen: str | None) -> GuardOptions:
+    """The options of the guard that were given.
+
+    Raises:
+        UsageError: There are some, but nothing to guard.
+    """
+    names = ("on_change", "affine", "use_running_stats", "updates")
+    given = {name: value for name in names if (value := getattr(options, name))}
+    if given and frozen is None:
+        option = next(iter(given)).replace("_", "-")
+        raise UsageError(f"--{option} needs --frozen PATTERN: without a pattern no layer is guarded")
+    return cast("GuardOptions", given)

@@ -12,17 +12,21 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from bnguard.cli.execfile import Ending, NotFoundError, run_module, run_script, wait_for_threads
-from bnguard.cli.exit_codes import USAGE, UsageError, exit_code_of
+from bnguard.cli.exit_codes import USAGE, UsageError, exit_code_of, fails
+from bnguard.cli.ignores import RunIgnores
+from bnguard.cli.options import GuardOptions
 from bnguard.cli.progress import Progress
 from bnguard.cli.sigterm import EXIT_CODE, BeforeTermination
 from bnguard.errors import StatsChangedError
+from bnguard.findings.ignores import Ignore, with_ignored
 from bnguard.guard.auto_guard import AutoGuard
-from bnguard.guard.options import Frontend, OnChange, Settings
+from bnguard.guard.options import Frontend, Settings, check_settings
 from bnguard.guard.phrases import Phrases
 from bnguard.guard.requests import GuardRequests
 from bnguard.recording.summary import watch_content, watch_document
 from bnguard.recording.watch import watch
 from bnguard.report.files import Outputs, publish
+from bnguard.report.places import path_from
 
 if TYPE_CHECKING:
     from bnguard.report.plots import Picture
@@ -37,9 +41,11 @@ class RunOptions:
         args: Its arguments.
         is_module: Whether ``target`` is a module.
         ends_process: Whether the process ends with the run, which then waits for the threads of the script.
-        fail_on: Codes of findings with which a run fails that would otherwise exit with 0.
+        fail_on: Codes of findings with which a run fails that would otherwise exit with 0, or ``"all"``.
+        ignores: Entries that ignore findings.
         frozen: Pattern of the layers to guard; None guards none.
-        on_change: What to do about an update of a guarded layer.
+        frozen_source: Where the pattern was written, in brackets; empty for the command line.
+        guard_options: How to guard them, as in ``frozen``.
         buffers: Patterns of other buffers to record and to guard.
         every: At which optimizer steps to measure the drift, as in ``watch``.
         progress: Seconds between two lines of progress on stderr; None prints none.
@@ -51,8 +57,10 @@ class RunOptions:
     is_module: bool
     ends_process: bool
     fail_on: frozenset[str]
+    ignores: tuple[Ignore, ...]
     frozen: str | None
-    on_change: OnChange
+    frozen_source: str
+    guard_options: GuardOptions
     buffers: tuple[str, ...]
     every: int | Literal["auto"] | None
     progress: float | None
@@ -65,6 +73,7 @@ class WatchedRun:
     def __init__(self, options: RunOptions) -> None:
         self._options = options
         self._record = watch(every=options.every, buffers=options.buffers or None)
+        self._ignores = RunIgnores(options.ignores)
         self._requests = GuardRequests()
         self._auto_guard: AutoGuard | None = None
         if options.frozen is not None:
@@ -99,7 +108,8 @@ class WatchedRun:
             _flush()
             notes = [] if failure is None else [str(failure)]
             if self._has_matched_nothing:
-                notes.append(f"--frozen {self._options.frozen} matched no layer of the models that ran.")
+                pattern = f"{self._options.frozen}{self._options.frozen_source}"
+                notes.append(f"--frozen {pattern} matched no layer of the models that ran.")
             is_written = self._report(ending.exit_code, notes)
         if ending.is_interrupt:
             _die_of_interrupt()
@@ -108,8 +118,8 @@ class WatchedRun:
         if self._has_matched_nothing:
             print(f"bnguard run: {notes[-1]}", file=sys.stderr)
             return USAGE
-        codes = [finding.code for finding in self._record.findings]
-        return exit_code_of(failure is not None or not self._options.fail_on.isdisjoint(codes), is_written)
+        kept = self._ignores.filter(self._record.findings).kept
+        return exit_code_of(failure is not None or fails(kept, self._options.fail_on), is_written)
 
     @property
     def _has_matched_nothing(self) -> bool:
@@ -164,10 +174,17 @@ class WatchedRun:
             return True
         options = self._options
         summary = self._record.summary()
-        document = watch_document(summary)
+        filtered = self._ignores.filter(summary.findings)
+        if exit_code:  # what a failed run has not reached is not unused
+            filtered = dataclasses.replace(filtered, unused=())
+        summary = dataclasses.replace(summary, findings=filtered.kept)
+        document = with_ignored(watch_document(summary), filtered)
         title = f"bnguard run {'-m ' if options.is_module else ''}{options.target}"
-        document = dataclasses.replace(document, title=title, notes=(*document.notes, *notes))
-        content = {"target": options.target, "exit_code": exit_code, **watch_content(summary)}
+        file = options.target
+        if options.is_module:
+            file = path_from(self._ignores.folder, str(vars(sys.modules["__main__"]).get("__file__") or ""))
+        document = dataclasses.replace(document, title=title, file=file, notes=(*document.notes, *notes))
+        content = {"target": options.target, "exit_code": exit_code, **watch_content(summary), **filtered.content()}
         return publish(document, content, options.outputs, "run", self._pictures)
 
     def _pictures(self) -> list[Picture]:
@@ -178,16 +195,23 @@ class WatchedRun:
 
 def _settings(pattern: str, options: RunOptions) -> Settings:
     place = f"bnguard run --frozen {pattern}"
+    budget = options.guard_options.get("updates", 0)
     phrases = Phrases(
         place,
-        place_with_budget=place,
+        place_with_budget=place.replace("{", "{{").replace("}", "}}") + " --updates {}",
         choice="{}",
         everything="the report lists them all",
         expected="use --on-change restore",
-        renamed=(('on_change="restore"', "--on-change restore"), ("use_running_stats=True", "")),
+        renamed=(
+            ('on_change="restore"', "--on-change restore"),
+            (f'on_change="restore", updates={budget}', "--on-change restore"),
+            ("use_running_stats=True", "--use-running-stats"),
+        ),
+        is_of_run=budget > 0,
     )
     frontend = Frontend(phrases, has_coverage_warnings=False, is_outermost=True)
-    return Settings(options.on_change, include=(pattern,), buffers=options.buffers, frontend=frontend)
+    settings = check_settings(include=pattern, buffers=options.buffers or None, **options.guard_options)
+    return dataclasses.replace(settings, frontend=frontend)
 
 
 def _flush() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Final
 
 from bnguard.records import Severity
+from bnguard.words import suggestion
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,3 +45,17 @@ CODES: Final[dict[str, FindingSpec]] = {
     "BN018": FindingSpec("changed without a forward", "warning"),
     "BN019": FindingSpec("a cumulative average that starts again", "warning"),
 }
+
+
+def checked_code(text: str) -> str:
+    """The code that a user has written, in upper case.
+
+    Raises:
+        ValueError: There is no such code. The text suggests the nearest.
+    """
+    code = text.upper()
+    if code not in CODES:
+        number = re.fullmatch(r"BN(\d+)", code)
+        padded = f"BN{int(number[1]):03}" if number else code  # nearer to BN003 than BN3 is
+        raise ValueError(f"unknown code {text!r}: {suggestion(padded, CODES, f'{min(CODES)} to {max(CODES)}')}")
+    return code

@@ -126,6 +126,11 @@ class Rule:
         in_brief: What happened in a run, in a few words; ``short_fix`` is appended. Empty if it is ``in_run``.
         in_audit: What is wrong with a model as it is. Empty if it is ``in_run``.
         variants: Other words for some cases in a run, by name.
+        meaning: As in an ``Explanation``. This and the next four are literals: ``explanations.py`` reads them.
+        harm: See there.
+        example: See there; indented.
+        remedies: See there.
+        fine: See there.
     """
 
     code: ClassVar[str]
@@ -138,6 +143,11 @@ class Rule:
     in_brief: ClassVar[str] = ""
     in_audit: ClassVar[str] = ""
     variants: ClassVar[Mapping[str, Variant]] = {}
+    meaning: ClassVar[str]
+    harm: ClassVar[str]
+    example: ClassVar[str]
+    remedies: ClassVar[tuple[str, ...]]
+    fine: ClassVar[str]
 
     def on_update(self, update: Update, module: nn.Module) -> None:
         """The layer, ``module``, has updated."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import inspect
 import json
-import re
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ from typing import Final, NoReturn
 import pytest
 
 from bnguard.records import StatsChange
+from bnguard.report.github import Kind, annotation
 from bnguard.words import count_text, first_of, layer_text
 
 REPORTS: Final = ("terminal", "github")
@@ -146,18 +146,9 @@ def github_lines(tests: Sequence[TestMoves]) -> list[str]:
     lines = []
     for test in tests:
         for move in test.moves:
-            kind = "notice" if move.reason is not None else "warning"
-            found = re.match(r"(?P<file>.+?):(?P<line>\d+) in ", move.where or "")
-            place = f" file={_escaped(found['file'], of_property=True)},line={found['line']}" if found else ""
-            lines.append(f"::{kind}{place}::{_escaped(f'{test.name}: {move_text(move)}')}")
+            kind: Kind = "notice" if move.reason is not None else "warning"
+            lines.append(annotation(kind, f"{test.name}: {move_text(move)}", move.where))
     return lines
-
-
-def _escaped(text: str, *, of_property: bool = False) -> str:
-    # As GitHub's own toolkit does.
-    for character in "%\r\n" + (":," if of_property else ""):
-        text = text.replace(character, f"%{ord(character):02X}")
-    return text
 
 
 def _what(tests: int, *, prevented: bool) -> str:

@@ -54,6 +54,7 @@ class Document:
         more: Where to find more.
         notes: Remarks printed after the tables, of one or more lines each.
         title: What was run, such as a command.
+        file: The file that findings without a line belong to; empty if there is none.
     """
 
     verdict: str
@@ -63,6 +64,7 @@ class Document:
     more: str = ""
     notes: tuple[str, ...] = ()
     title: str = ""
+    file: str = ""
 
 
 def as_text(document: Document) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -13,6 +13,7 @@ from bnguard.report import html as page
 from bnguard.report import json as json_file
 from bnguard.report import terminal
 from bnguard.report.document import Document
+from bnguard.report.formats import Format, formatted
 
 if TYPE_CHECKING:
     from bnguard.report.plots import Picture
@@ -31,16 +32,20 @@ class Outputs:
         json: Everything, for other programs.
         plot: The pictures in one file.
         html: A page with the tables and the pictures.
+        findings: The findings in ``format``.
+        format: The format of that file, or of what is printed if there is no such file.
     """
 
     json: Path | None = None
     plot: Path | None = None
     html: Path | None = None
+    findings: Path | None = None
+    format: Format = "text"
 
     @property
     def paths(self) -> list[Path]:
         """The paths of the files to write."""
-        return [path for field in fields(self) if (path := getattr(self, field.name)) is not None]
+        return [path for path in (self.json, self.plot, self.html, self.findings) if path is not None]
 
     def write(
         self, document: Document, content: Mapping[str, Any], pictures: Callable[[], list[Picture]] = no_pictures
@@ -48,7 +53,7 @@ class Outputs:
         """Writes all files. One that cannot be written does not keep the others from being written.
 
         Args:
-            document: The content of the page.
+            document: The content of the page, and of the file with the findings.
             content: The content of the JSON file.
             pictures: Returns the pictures; called only if they are needed.
 
@@ -62,10 +67,15 @@ class Outputs:
 
             save(drawn, cast("Path", self.plot))
 
+        def save_findings() -> None:
+            text = formatted(document, self.format)
+            cast("Path", self.findings).write_text(f"{text}\n" if text else "", encoding="utf-8")
+
         writers: list[tuple[Path | None, Callable[[], None]]] = [
             (self.json, lambda: json_file.write(cast("Path", self.json), content)),
             (self.plot, save),
             (self.html, lambda: page.write(cast("Path", self.html), document, drawn)),
+            (self.findings, save_findings),
         ]
         problems = []
         if self.plot is not None or self.html is not None:
@@ -98,7 +108,7 @@ def publish(
     command: str,
     pictures: Callable[[], list[Picture]] = no_pictures,
 ) -> bool:
-    """Prints a report, and writes the files.
+    """Prints a report, or its findings in the format that was asked for, and writes the files.
 
     Args:
         document: The report.
@@ -110,12 +120,19 @@ def publish(
     Returns:
         Whether all files could be written; problems are printed to stderr.
     """
-    if outputs.paths:
-        more = "\n".join([f"Written: {path}" for path in outputs.paths])
+    apart = command == "run"  # from what the script has printed
+    if outputs.format == "text" or outputs.findings is not None:
+        if outputs.paths:
+            more = "\n".join([f"Written: {path}" for path in outputs.paths])
+        else:
+            more = "More: --html FILE has all of it, --json FILE for programs."
+        terminal.show(replace(document, more=more if document.tables or outputs.paths else ""), apart=apart)
     else:
-        more = "More: --html FILE has all of it, --json FILE for programs."
-    shown = replace(document, more=more if document.tables or outputs.paths else "")
-    terminal.show(shown, apart=command == "run")  # from what the script has printed
+        text = formatted(document, outputs.format)
+        if text:
+            terminal.show_text(text, apart=apart)
+        for note in document.notes:  # which that format does not have
+            print(note, file=sys.stderr)
     problems = outputs.write(document, content, pictures)
     for problem in problems:
         print(f"bnguard {command}: {problem}", file=sys.stderr)

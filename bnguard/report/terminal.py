@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from collections.abc import Callable
 from typing import Any, Final, Literal
 
 from bnguard.report.document import Document, Table, as_text
@@ -21,13 +22,26 @@ def show(document: Document, *, apart: bool = False) -> None:
         document: The report.
         apart: Whether to print an empty line first.
     """
+
+    def write(stream: Any) -> None:
+        if _is_plain(stream):
+            print("\n" * apart + as_text(document), file=stream, flush=True)
+        else:
+            print("\n" * apart, end="", file=stream)
+            _show_with_rich(document, stream)
+
+    _on_stdout(write)
+
+
+def show_text(text: str, *, apart: bool = False) -> None:
+    """Prints a text on the same stream as ``show``, for a program to read."""
+    _on_stdout(lambda stream: print("\n" * apart + text, file=stream, flush=True))
+
+
+def _on_stdout(write: Callable[[Any], None]) -> None:
     for stream in (sys.stdout, sys.__stdout__):
         try:
-            if _is_plain(stream):
-                print("\n" * apart + as_text(document), file=stream, flush=True)
-            else:
-                print("\n" * apart, end="", file=stream)
-                _show_with_rich(document, stream)
+            write(stream)
         except (
             AttributeError,
             ValueError,

@@ -178,12 +178,54 @@ def test_error_of_a_guard_names_what_the_command_line_has(script, tmp_path):
     """Its own options, and no frames of bnguard."""
     script()
     done = bnguard_("run", "--frozen", "1", "train.py", cwd=tmp_path)
-    assert done.stderr.splitlines()[-3:] == [
+    assert done.stderr.splitlines()[-4:] == [
         "  at train.py:14 in train",
         "Call eval() on it after model.train(), or choose what you meant:",
+        "  --use-running-stats    normalise with the frozen statistics",
         "  --on-change restore    normalise with the batch, keep the statistics",
     ]
     assert "_sentry.py" not in done.stderr
+
+
+def test_guard_of_a_script_takes_the_options_of_frozen(script, tmp_path):
+    """Frozen statistics in train mode, held weights, and updates that are allowed: each does what frozen() says."""
+    script("print(*net[1].state_dict()['weight'].tolist(), torch.equal(net(images), net.eval()(images)))")
+    done = bnguard_("run", "--frozen", "1", "--use-running-stats", "--affine", "train.py", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "1.0 1.0 1.0 1.0 True" in done.stdout.splitlines()
+    done = bnguard_("run", "--frozen", "1", "--updates", "2", "--on-change", "restore", "train.py", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "2 updates of 1 layer" in done.stdout
+    assert re.search(r"^(?!1\.0 1\.0 1\.0 1\.0).* False$", done.stdout, re.M)
+    done = bnguard_("run", "--frozen", "1", "--updates", "2", "train.py", cwd=tmp_path)
+    assert done.returncode == 1
+    error = "bnguard.errors.StatsChangedError"
+    assert done.stderr.splitlines()[-5:] == [
+        f"{error}: 1 (BatchNorm2d) has updated twice inside bnguard run --frozen 1 --updates 2:",
+        "this forward would update running_mean, running_var and num_batches_tracked once more.",
+        "  at train.py:14 in train",
+        "The budget is that of the whole run. Leave it out where each step may update, or",
+        "  --on-change restore    let the first 2 update, not the rest",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("args", "problem"),
+    [
+        (["--on-change", "restore"], "bnguard run: --on-change needs --frozen PATTERN: without a pattern no layer is"),
+        (["--affine"], "--affine needs --frozen PATTERN"),
+        (["--use-running-stats"], "--use-running-stats needs --frozen PATTERN"),
+        (["--updates", "1"], "--updates needs --frozen PATTERN"),
+        (["--frozen", "1", "--updates", "0"], "argument --updates: must be a positive integer, got '0'"),
+        (["--frozen", "1", "--updates", "1", "--use-running-stats"], "not allowed with argument --updates"),
+    ],
+)
+def test_options_that_need_a_guard_are_refused_without_one(script, tmp_path, args, problem):
+    """They would do nothing, or contradict each other; before the script runs."""
+    script()
+    done = bnguard_("run", *args, "train.py", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert problem in done.stderr
 
 
 def test_pattern_for_a_model_that_is_never_called_itself(tmp_path):
@@ -239,7 +281,10 @@ def test_pattern_that_matches_nothing_is_told(script, tmp_path):
         (["run"], "bnguard run: needs a script, or -m and a module"),
         (["run", "nowhere.py"], "No such file or directory"),
         (["run", "-m", "nowhere.at.all"], "No module named"),
-        (["run", "--fail-on", "BN020", "x.py"], "unknown code 'BN020' (valid: BN001 to BN019)"),
+        (
+            ["run", "--fail-on", "BN099", "x.py"],
+            "unknown code 'BN099': did you mean 'BN019'? (valid are BN001 to ",
+        ),
         (["audit", "models"], "'models' names no callable: write module:callable, such as models:make_net"),
         (["audit", "nowhere:make"], "'nowhere:make': No module named 'nowhere'"),
         (["audit", "json:dumps_"], "has no attribute 'dumps_'"),
@@ -271,7 +316,7 @@ def test_codes_of_the_command_line_are_those_of_the_findings():
     from bnguard.findings.codes import CODES
 
     assert codes(",".join(CODES).lower()) == set(CODES)
-    with pytest.raises(argparse.ArgumentTypeError, match=f"BN001 to {max(CODES)}"):
+    with pytest.raises(argparse.ArgumentTypeError, match=f"valid are BN001 to {max(CODES)}"):
         codes(f"BN{len(CODES) + 1:03}")
 
 
@@ -413,12 +458,13 @@ def test_json_is_as_documented(script, tmp_path):
         "    extra.running_mean.fill_(3)"
     )
     bnguard_("run", "--json", "run.json", "--every", "1", "train.py", cwd=tmp_path)
+    bnguard_("run", "--json", "ignored.json", "--ignore", "BN002", "train.py", cwd=tmp_path)
     torch.save({"bn.running_mean": torch.zeros(1), "bn.running_var": torch.ones(1)}, tmp_path / "a.pt")
     torch.save({"bn.running_mean": torch.ones(1), "bn.running_var": torch.ones(1)}, tmp_path / "b.pt")
     bnguard_("diff", "a.pt", "b.pt", "--json", "diff.json", cwd=tmp_path)
-    run, diff = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("run", "diff"))
+    run, ignored, diff = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("run", "ignored", "diff"))
     documented = {key: re.findall(r"\w+", fields) for key, fields in DOCUMENTED.items()}
-    for content in (run, diff):
+    for content in (run, ignored, diff):
         for key, value in content.items():
             assert f"`{key}`" in README, key
             rows = value if isinstance(value, list) else [value]
@@ -429,6 +475,7 @@ def test_json_is_as_documented(script, tmp_path):
         "findings", "updates", "unexplained", "drift", "series", "update_series"
     }  # fmt: skip
     assert diff["moved"]
+    assert ignored["ignored"]
     assert sorted(run["updates"][0]["mode"]) == sorted(documented["mode"])
 
 

@@ -30,6 +30,41 @@ class BN001(Rule):
     in_run = "{g.of} made {g.updates} although no parameter of theirs is trained"
     in_brief = "{g.where} moved {g.count}, {g.updates}, whose parameters are frozen"
     in_audit = "{g.of} {g.be} in train mode although no parameter of theirs is trained: statistics will move"
+    meaning = (
+        "The parameters of a layer are frozen with requires_grad_(False), and forwards in train mode update its "
+        "running statistics all the same."
+    )
+    harm = (
+        "Running statistics are buffers. requires_grad_(False) is about parameters only, and model.train() reaches "
+        "every layer. The frozen part changes with each batch: in eval mode it computes other features than those that "
+        "it was trained for, and heads that were trained on it earlier no longer fit."
+    )
+    example = """
+        import torch
+        from torch import nn
+
+        backbone = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
+        backbone.requires_grad_(False)  # frozen, one would think
+        head = nn.Linear(8, 2)
+        model = nn.Sequential(backbone, head)
+        optimizer = torch.optim.SGD(head.parameters(), 0.1)
+        model.train()
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.randn(16, 4)).square().sum().backward()
+            optimizer.step()
+    """
+    remedies = (
+        (
+            "Put bnguard.frozen(backbone, use_running_stats=True) around the training: the layers normalise with their "
+            "running statistics, whatever train() says."
+        ),
+        "Or call backbone.eval() after each model.train().",
+    )
+    fine = (
+        "The statistics are to adapt to new data while the weights stay, as in AdaBN and other methods of domain "
+        "adaptation."
+    )
 
     def __init__(self) -> None:
         self._updates: dict[str, int] = {}  # of phases that are over, by line

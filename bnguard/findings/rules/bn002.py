@@ -43,6 +43,39 @@ class BN002(Rule):
             "{g.where} moved {g.count} of a part that is not trained, {g.updates}",
         ),
     }
+    meaning = (
+        "A forward in train mode updates running statistics, and no gradient comes of it: it runs without gradients, "
+        "as in a validation loop, or no backward pass goes through its result."
+    )
+    harm = (
+        "torch.no_grad() stops gradients and nothing else. The validation normalises with the batch, so its score "
+        "depends on the batch size and on the order of the data, and its data leak into the statistics that the "
+        "trained model uses."
+    )
+    example = """
+        import torch
+        from torch import nn
+
+        model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
+        model.train()
+
+
+        def validate(images):
+            with torch.no_grad():
+                return model(images)
+
+
+        validate(torch.randn(16, 4))
+    """
+    remedies = (
+        "Call model.eval() before the forward, and model.train() before the next step of training.",
+        "For a teacher that is to stay in train mode, put bnguard.frozen(teacher, 'restore') around its forward.",
+    )
+    fine = (
+        "The pass is there to estimate the statistics. Known are torch.optim.swa_utils.update_bn(), a loop after "
+        "reset_running_stats(), one with another momentum than the training has, and a function with a name such as "
+        "update_bn_stats()."
+    )
 
     def __init__(self) -> None:
         self._evaluations = 0

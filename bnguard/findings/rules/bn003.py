@@ -60,6 +60,40 @@ class BN003(Rule):
             "note",
         ),
     }
+    meaning = (
+        "Several forwards of one optimizer step update the same layer: anchor, positive and negative, real and fake "
+        "images, or both passes of SAM."
+    )
+    harm = (
+        "The running statistics become a mixture of the distributions of these batches, in which the last forward "
+        "counts most. In eval mode every input is normalised with that mixture, which is none of the distributions "
+        "that the model was trained with."
+    )
+    example = """
+        import torch
+        from torch import nn
+
+        model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        for _ in range(3):
+            real, fake = torch.randn(16, 4), torch.randn(16, 4) + 3
+            optimizer.zero_grad()
+            score_of_real = model(real)
+            score_of_fake = model(fake)
+            (score_of_fake.mean() - score_of_real.mean()).backward()
+            optimizer.step()
+    """
+    remedies = (
+        "Run the batches through the model in one forward: model(torch.cat([real, fake])).chunk(2).",
+        (
+            "Or choose the forward that counts: bnguard.frozen(model, 'restore') around the others, or "
+            "bnguard.frozen(model, 'restore', updates=1) around the step."
+        ),
+    )
+    fine = (
+        "The batches come from one distribution, or the recipe that you reproduce does the same, as most code for GANs "
+        "does."
+    )
 
     def __init__(self) -> None:
         self._steps: dict[tuple[str, ...], MultiUpdateSteps] = {}  # by the lines of all updates of the step

@@ -21,6 +21,29 @@ class BN006(Rule):
     short_fix = "use larger batches, or frozen(model, use_running_stats=True)"
     in_run = f"{{g.of}} made {{g.updates}} from fewer than {FEW_VALUES} values per channel, down to {{g.detail}}"
     in_brief = f"{{g.where}} moved {{g.count}} with fewer than {FEW_VALUES} values per channel, {{g.updates}}"
+    meaning = "At least half of the updates of a layer come from fewer than eight values for each channel."
+    harm = (
+        "A variance of so few values is mostly noise, and with two values every normalised output is nearly +1 or -1. "
+        "In train mode the model learns from that noise; the running statistics average it, so eval mode computes "
+        "something else than the model was trained for."
+    )
+    example = """
+        import torch
+        from torch import nn
+
+        model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
+        for _ in range(3):
+            model(torch.randn(2, 4)).sum().backward()
+    """
+    remedies = (
+        "Use larger batches. Gradient accumulation does not help: each forward normalises with its own batch.",
+        "On several devices, convert the model with nn.SyncBatchNorm.convert_sync_batchnorm().",
+        "With pretrained statistics, use bnguard.frozen(model, use_running_stats=True); without, use GroupNorm.",
+    )
+    fine = (
+        "The batches are that small in a smoke test only. The last, smaller batch of an epoch is not counted against "
+        "you unless there are as many of them as of the others."
+    )
 
     def at_end(self, end: LayerEnd) -> Iterator[Evidence]:
         """The line with most such updates, if they are half of all; the last batch of an epoch may be small."""

@@ -18,6 +18,25 @@ class BN007(Rule):
     short_fix = "write 0.1 for Keras' 0.9"
     in_run = "{g.of} {g.have} momentum {g.detail}: the running statistics are those of the last batches"
     in_brief = "{g.of} {g.have} momentum {g.detail}, and remember the last batches only"
+    meaning = (
+        "The momentum of a layer is 0.9 or larger, which is what Keras and TensorFlow write for torch's 0.1 or less."
+    )
+    harm = (
+        "In torch new = (1 - momentum) * old + momentum * batch. With 0.9 the running statistics are those of the last "
+        "batch or two, so the score in eval mode depends on which batches came last."
+    )
+    example = """
+        import torch
+        from torch import nn
+
+        model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8, momentum=0.9))
+        model(torch.randn(16, 4)).sum().backward()
+    """
+    remedies = ("Write 1 - momentum: 0.1 for Keras' 0.9, 0.01 for 0.99.",)
+    fine = (
+        "The statistics are to follow the latest batches, as in some kinds of test-time adaptation. momentum=1.0 and "
+        "momentum=None are taken for meant."
+    )
 
     def at_end(self, end: LayerEnd) -> Iterator[Evidence]:
         """The momentum of a layer that has updated."""

@@ -22,6 +22,34 @@ class BN008(Rule):
     in_run = "{g.of} had been put into eval mode, came back into train mode and updated from here on"
     in_brief = "{g.where} moved {g.count} that had been put into eval mode, before a train() undid it"
     in_audit = "{g.of} {g.be} in eval mode in a model in train mode: the next train() reaches them"
+    meaning = (
+        "A layer had been put into eval mode by itself, a later train() of the model put it back into train mode, and "
+        "it updates again."
+    )
+    harm = (
+        "train() sets the mode of every layer below. An eval() on single layers lasts until the next train(), which "
+        "may be in a trainer's loop or at the end of a validation. From there on the layers are frozen no longer, and "
+        "nothing says so."
+    )
+    example = """
+        import torch
+        from torch import nn
+
+        model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
+        model.train()
+        model[1].eval()  # meant for the whole training
+        for _ in range(2):
+            model(torch.randn(16, 4)).sum().backward()
+            model.train()  # the next epoch
+    """
+    remedies = (
+        (
+            "Guard the run and not the mode: bnguard.frozen(model, include='1', use_running_stats=True) around the "
+            "training."
+        ),
+        "Or repeat the eval() of the layers after each train().",
+    )
+    fine = "The layers were in eval mode for a while on purpose, for a warm-up for example, and train() is to end that."
 
     def __init__(self) -> None:
         self._was_alone = False  # in eval mode, in a model that was being trained

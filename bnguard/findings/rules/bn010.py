@@ -24,6 +24,33 @@ class BN010(Rule):
     in_run = "an optimizer moved {g.detail} of {g.of}, with requires_grad=False"
     in_brief = "an optimizer moved {g.detail} of {g.count}, with requires_grad=False"
     in_audit = "the next step of {g.detail} moves {g.parameters} with requires_grad=False, which still have a gradient"
+    meaning = "A parameter has requires_grad=False, and a step of the optimizer moves it all the same."
+    harm = (
+        "An optimizer skips parameters without a gradient, and a gradient of zero is one: momentum, Adam's averages "
+        "and weight decay still move the parameter. The layer that you took for frozen changes, and its running "
+        "statistics no longer fit."
+    )
+    example = """
+        import torch
+        from torch import nn
+
+        model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+        for step in range(3):
+            if step == 1:
+                model[1].requires_grad_(False)
+            optimizer.zero_grad(set_to_none=False)
+            model(torch.randn(16, 4)).square().sum().backward()
+            optimizer.step()
+    """
+    remedies = (
+        (
+            "Leave frozen parameters out of the optimizer, or set their gradients to None, which zero_grad() does by "
+            "default."
+        ),
+        "Or hold them: bnguard.frozen(model, affine=True).",
+    )
+    fine = "Weight decay is to shrink these parameters although the loss no longer trains them."
 
     def __init__(self) -> None:
         # By name: the value at the first update of the frozen layer, and the parameter.

@@ -23,6 +23,32 @@ class BN011(Rule):
     short_fix = "use frozen(model, use_running_stats=True)"
     in_run = "{g.of} ran {g.times} in train mode with track_running_stats=False"
     in_audit = "{g.of} {g.have} statistics, and track_running_stats=False"
+    meaning = "A layer has running statistics, and track_running_stats is False while it runs in train mode."
+    harm = (
+        "The flag stops the updates, and it does not freeze the layer: in train mode it still normalises with the "
+        "batch, and in eval mode with the old statistics, which do not belong to the weights that are trained now."
+    )
+    example = """
+        import torch
+        from torch import nn
+
+        model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
+        for layer in model.modules():
+            if isinstance(layer, nn.BatchNorm1d):
+                layer.track_running_stats = False
+        model(torch.randn(16, 4)).sum().backward()
+    """
+    remedies = (
+        "For a freeze, use bnguard.frozen(model, use_running_stats=True).",
+        (
+            "For a forward that normalises with the batch and updates nothing, use bnguard.frozen(model, 'restore'), "
+            "which is undone after an exception too."
+        ),
+    )
+    fine = (
+        "The flag is off for single forwards, as in virtual adversarial training, and is put back after each of them, "
+        "also after an exception."
+    )
 
     def __init__(self) -> None:
         self._forwards = 0

@@ -27,6 +27,31 @@ class BN013(Rule):
         "result {g.times}: its gradient was computed from the later statistics"
     )
     in_brief = "{g.where} moved {g.count} between an eval-mode forward and its backward: wrong gradients"
+    meaning = (
+        "A layer ran in eval mode, then updated in a forward in train mode, and then backward went through the result "
+        "of the first one."
+    )
+    harm = (
+        "In eval mode the backward pass reads the running statistics when it runs, and torch does not notice that they "
+        "have changed since the forward. The gradients are those of another function, without an error, and the "
+        "training goes on with them."
+    )
+    example = """
+        import torch
+        from torch import nn
+
+        model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
+        model.eval()
+        evaluated = model(torch.randn(16, 4))
+        model.train()
+        trained = model(torch.randn(16, 4))
+        (evaluated.square().sum() + trained.square().sum()).backward()
+    """
+    remedies = (
+        "Call backward() on the result of eval mode before the forward in train mode; gradients add up.",
+        "Or put bnguard.frozen(model, 'restore') around the forward in train mode.",
+    )
+    fine = "The gradients are not used."
 
     def __init__(self) -> None:
         self._updates = 0

@@ -20,6 +20,35 @@ class BN014(Rule):
     in_run = "{g.of} was trained while a guard held it and evaluated with mean 0 and variance 1, which it never left"
     in_brief = "{g.of} was evaluated with mean 0 and variance 1, which it never left"
     in_audit = "{g.of} {g.be} in eval mode with mean 0 and variance 1: no batch was ever counted"
+    meaning = (
+        "A guard has kept a layer from learning statistics, and the layer is evaluated with those of a new layer: mean "
+        "0 and variance 1."
+    )
+    harm = (
+        "Under 'restore' the model trains with the statistics of the batch, and eval mode then normalises with numbers "
+        "that no batch has ever had. The training looks well, and the evaluation is close to chance."
+    )
+    example = """
+        import torch
+        from torch import nn
+
+        import bnguard
+
+        model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))  # from scratch
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        with bnguard.frozen(model, "restore"):
+            for _ in range(3):
+                optimizer.zero_grad()
+                model(torch.randn(16, 4)).square().sum().backward()
+                optimizer.step()
+        model.eval()
+        model(torch.randn(16, 4))
+    """
+    remedies = (
+        "Call torch.optim.swa_utils.update_bn(loader, model) before the evaluation.",
+        "Or load pretrained statistics before the guard begins.",
+    )
+    fine = "The data are known to have mean 0 and variance 1 at this layer."
 
     variants: ClassVar[Mapping[str, Variant]] = {
         "left behind": Variant(

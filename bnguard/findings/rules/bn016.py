@@ -25,6 +25,45 @@ class BN016(Rule):
     )
     in_brief = "{g.of} ran in eval mode with statistics that did not follow the parameters"
 
+    meaning = (
+        "An average, a federated round or a load moves the parameters of a model, nothing moves its statistics, and "
+        "the model is evaluated."
+    )
+    harm = (
+        "The statistics are those of other features than the parameters now compute. The evaluation is of neither "
+        "model, and looks as if averaging did not work."
+    )
+    example = """
+        import copy
+        import torch
+        from torch import nn
+
+        model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+
+        def train():
+            for _ in range(3):
+                optimizer.zero_grad()
+                model(torch.randn(16, 4)).square().mean().backward()
+                optimizer.step()
+
+
+        train()
+        teacher = copy.deepcopy(model).eval()
+        for _ in range(3):
+            train()
+            with torch.no_grad():
+                for ours, theirs in zip(teacher.parameters(), model.parameters()):
+                    ours.lerp_(theirs, 0.5)
+                teacher(torch.randn(16, 4))
+    """
+    remedies = (
+        "Average or copy the buffers as well: torch.optim.swa_utils.AveragedModel(model, use_buffers=True).",
+        "Or call bnguard.recalibrate(model, loader) before the evaluation.",
+    )
+    fine = "The statistics are frozen on purpose, and so are those of the model that is averaged."
+
     def __init__(self) -> None:
         self._evaluations = 0
 

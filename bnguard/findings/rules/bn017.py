@@ -22,6 +22,29 @@ class BN017(Rule):
     in_run = "{g.of} made {g.updates} in eval mode"
     in_brief = "{g.where} moved {g.count} in eval mode, {g.updates}"
 
+    meaning = "A forward in eval mode updates running statistics."
+    harm = (
+        "Each evaluation changes the model that it evaluates: the score depends on how often and on what it was "
+        "evaluated before, and a checkpoint from after it is another model than one from before."
+    )
+    example = """
+        import torch
+        from torch import nn
+
+        norm = nn.InstanceNorm1d(8, track_running_stats=True)
+        model = nn.Sequential(nn.Conv1d(4, 8, 1), norm)
+        norm.track_running_stats = False
+        model.eval()
+        with torch.no_grad():
+            model(torch.randn(16, 4, 8))
+    """
+    remedies = (
+        "Leave track_running_stats as the layer was made with; to hold the statistics, use "
+        "bnguard.frozen(model, use_running_stats=True).",
+        "In a layer of your own, update only where self.training is True.",
+    )
+    fine = "The layer follows its inputs on purpose, in eval mode, too."
+
     def at_end(self, end: LayerEnd) -> Iterator[Evidence]:
         """Each line that did so."""
         counts: dict[str, int] = {}

@@ -27,6 +27,25 @@ class BN019(Rule):
         "{g.of} {g.have} learned statistics and num_batches_tracked 0: with momentum None the next batch replaces them"
     )
 
+    meaning = (
+        "With momentum None a layer averages over all batches that it has counted. This one has learned statistics, "
+        "and a counter of 0."
+    )
+    harm = "The first batch in train mode replaces the statistics as a whole: what was learned before is gone."
+    example = """
+        import torch
+        from torch import nn
+
+        layer = nn.BatchNorm1d(4, momentum=None)
+        layer.running_mean.fill_(3.0)
+        layer(torch.randn(16, 4))
+    """
+    remedies = (
+        "Load and save num_batches_tracked with the statistics.",
+        "Or give the layer a momentum, as 0.1.",
+    )
+    fine = "The statistics are to be learned anew from here on."
+
     def at_end(self, end: LayerEnd) -> Iterator[Evidence]:
         """A layer that began so, and has updated."""
         sites = [site for site in end.updates if not site.mode.calibration]
