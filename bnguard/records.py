@@ -150,7 +150,7 @@ class Finding:
     """A mistake in how running statistics are treated.
 
     Attributes:
-        code: ``"BN001"`` to ``"BN015"``.
+        code: ``"BN001"`` to ``"BN019"``.
         title: What the code is about.
         severity: ``"error"``: results are wrong; ``"warning"``: they very likely are not what was meant; ``"note"``:
             worth knowing.
@@ -281,8 +281,8 @@ class StatsDiff:
             variance of one shape.
         changed: Names of all layers with other statistics.
         unchanged: Names of layers with the same bits.
-        missing: Names of layers that only the earlier state has.
-        added: Names of layers that only the later state has.
+        missing: Names of layers that only the earlier state has, or some of whose statistics only it has.
+        added: Names of layers that only the later state has, or some of whose statistics only it has.
         broken_before: Names of layers with NaN, infinity or a negative variance in the earlier state.
         broken_after: Names of layers with NaN, infinity or a negative variance in the later state.
     """

@@ -75,7 +75,8 @@ def diff(before: Source, after: Source, *, key: str | None = None) -> StatsDiff:
 
 
 def _compared(old: Mapping[str, _Layer], new: Mapping[str, _Layer]) -> StatsDiff:
-    common = [name for name in new if name in old]
+    lost, gained = _only_in(old, new), _only_in(new, old)
+    common = [name for name in new if name in old and name not in (*lost, *gained)]
     unchanged = [name for name in common if _same(old[name].statistics, new[name].statistics)]
     changed = [name for name in common if name not in unchanged]
     drifts = [_drift(name, old[name], new[name]) for name in changed]
@@ -83,15 +84,22 @@ def _compared(old: Mapping[str, _Layer], new: Mapping[str, _Layer]) -> StatsDiff
         tuple(filter(None, drifts)),
         tuple(changed),
         tuple(unchanged),
-        _only_in(old, new),
-        _only_in(new, old),
+        lost,
+        gained,
         _broken(old),
         _broken(new),
     )
 
 
 def _only_in(one: Mapping[str, _Layer], other: Mapping[str, _Layer]) -> tuple[str, ...]:
-    return tuple([name for name in one if name not in other])
+    """The layers with statistics that only one of the states has."""
+    return tuple(
+        [
+            name
+            for name, layer in one.items()
+            if name not in other or not layer.statistics.keys() <= other[name].statistics.keys()
+        ]
+    )
 
 
 def _drift(name: str, earlier: _Layer, later: _Layer) -> Drift | None:

@@ -20,12 +20,12 @@ def group_evidence(evidence: Iterable[Evidence], *, is_audit: bool = False) -> t
         is_audit: Whether it is that of an audit, whose sentences differ from those of a run.
 
     Returns:
-        The findings, the most severe first, then by code, in the order of the evidence.
+        The findings, the most severe first, then those that happened most often, then by code.
     """
     groups: dict[tuple[str, str | None, Any, str], list[Evidence]] = {}
     for one in evidence:
         groups.setdefault((one.code, one.where, one.detail, one.variant), []).append(one)
-    findings = []
+    findings: list[tuple[int, Finding]] = []
     for (code, where, detail, variant), members in groups.items():
         rule = RULES[code]
         words: type[Rule] | Variant = rule.variants[variant] if variant else rule
@@ -35,10 +35,12 @@ def group_evidence(evidence: Iterable[Evidence], *, is_audit: bool = False) -> t
         short = what if is_audit else (words.in_brief or words.in_run).format(g=group)
         severity = (rule.audit_severity if is_audit else None) or words.severity or rule.severity
         verdict = f"{short}: {words.short_fix}"
-        findings.append(Finding(code, rule.title, severity, layers, where, what, words.fix, verdict))
-    return by_severity(findings)
+        finding = Finding(code, rule.title, severity, layers, where, what, words.fix, verdict)
+        findings.append((sum(group.numbers), finding))
+    findings.sort(key=lambda counted: (-counted[0], counted[1].code))
+    return by_severity([finding for _, finding in findings])
 
 
 def by_severity(findings: Iterable[Finding]) -> tuple[Finding, ...]:
-    """The findings, the most severe first, then by code."""
-    return tuple(sorted(findings, key=lambda finding: (_ORDER[finding.severity], finding.code)))
+    """The findings, the most severe first, else in their order."""
+    return tuple(sorted(findings, key=lambda finding: _ORDER[finding.severity]))

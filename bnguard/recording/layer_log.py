@@ -26,7 +26,7 @@ from bnguard.records import FEW_VALUES, Mode, StatsUpdates
 from bnguard.torch_internals.checkpointing import is_in_backward
 from bnguard.torch_internals.distributed import differs_per_rank
 from bnguard.torch_internals.functional_call import in_reentrant_checkpoint
-from bnguard.torch_internals.tracing import is_recorded, outside_modes
+from bnguard.torch_internals.tracing import is_capturing, is_recorded, outside_modes
 
 _MOST_UPDATES: Final = 64  # of one step that are distinguished
 _MOST_MOMENTA: Final = 4
@@ -99,7 +99,8 @@ class LayerLog(SeenLayer):
         if self._place() != self._last:
             self._record_write(steps.ticks)
         self._was_evaluated = False
-        if self._copies_left and (not torch.is_grad_enabled() or (self._updates and self._tick == steps.ticks)):
+        may_be_put_back = not torch.is_grad_enabled() or (self._updates and self._tick == steps.ticks)
+        if self._copies_left and may_be_put_back and not is_capturing():
             self._copies_left -= 1
             self._copies.append((None, copies_of(self._present())))
 
@@ -273,7 +274,7 @@ class LayerLog(SeenLayer):
         """Somebody else has written. Returns whether that is explained: put back by hand, or reset."""
         was, self._last = self._last, self._place()
         self._writes_left -= 1
-        if self._writes_left < 0:
+        if self._writes_left < 0 or is_capturing():
             return True
         now = self._present()
         if is_initial({name: tensor for name, tensor in now.items() if name != "num_batches_tracked"}):

@@ -22,6 +22,7 @@ class WatchSummary:
     """All that a watch has recorded, computed once. The first six fields are those of ``watch``.
 
     Attributes:
+        layers: How many layers were met in this process.
         rank: The rank of this process; 0 for a single process.
         has_all_ranks: Whether this includes the records of the other ranks; True for a single process.
         missing_ranks: Ranks whose records did not come in time.
@@ -33,6 +34,7 @@ class WatchSummary:
     drift: tuple[Drift, ...]
     series: DriftSeries
     update_series: UpdateSeries
+    layers: int
     rank: int
     has_all_ranks: bool
     missing_ranks: tuple[int, ...]
@@ -49,7 +51,7 @@ def watch_document(summary: WatchSummary) -> Document:
     has_more = bool(updates or summary.unexplained)
     return Document(
         verdict_text(findings),
-        f"{count_text(len(findings), 'finding') if findings else 'no finding'}; {_total(updates)}",
+        f"{count_text(len(findings), 'finding') if findings else 'no finding'}; {_total(updates, summary.layers)}",
         findings,
         tuple([table for table in tables if table.rows]),
         "More: record.updates, record.drift and record.findings have it all." if has_more else "",
@@ -81,9 +83,9 @@ def watch_content(summary: WatchSummary) -> dict[str, Any]:
     }
 
 
-def _total(updates: Sequence[StatsUpdates]) -> str:
+def _total(updates: Sequence[StatsUpdates], met: int) -> str:
     if not updates:
-        return "no update"
+        return "no update" if met else "no layer with running statistics has run"
     layers = len({(update.model, update.names) for update in updates})
     total = sum([update.count * max(1, len(update.ranks)) for update in updates])
     ranks = sorted({rank for update in updates for rank in update.ranks})

@@ -31,8 +31,9 @@ class watch:  # noqa: N801  # lower case, as torch.no_grad
     """Records what updates running statistics: which layer, from which line, in which mode, how often.
 
     Nothing is held and nothing raised: the statistics move as they would without it. Nothing is read from the device
-    until the end. Memory grows with the number of layers and calling lines, and with ``every=N`` with the number of
-    samples, but not with the length of the run.
+    until the end, but where something other than a forward has written into statistics, at most 64 times a layer.
+    Memory grows with the number of layers and calling lines, and with ``every=N`` with the number of samples, but not
+    with the length of the run.
 
     ::
 
@@ -213,6 +214,7 @@ class watch:  # noqa: N801  # lower case, as torch.no_grad
             self.drift,
             self.series,
             self.update_series,
+            len(self._recorder.logs),
             self.rank,
             self.speaks,
             self.missing_ranks,

@@ -32,7 +32,7 @@ def run(tmp_path):
 
 
 ANNOTATIONS = [
-    "::warning file=train.py,line=7,title=BN002 train-mode forward without gradients::1 layer (0) made 1 update",
+    "::warning file=train.py,line=7,title=BN002 train-mode forward that nothing learns from::1 layer (0) made 1 update",
     "::warning title=BN007 momentum by another convention::1 layer (0) has momentum 0.9",
 ]
 

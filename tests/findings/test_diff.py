@@ -292,3 +292,17 @@ def test_comparing_changes_nothing():
     net, later = pair()
     assert_stats_unchanged(net, lambda: bnguard.diff(net, later))
     assert_stats_unchanged(later, lambda: bnguard.diff(net, later))
+
+
+@pytest.mark.parametrize("as_model", [True, False])
+def test_lost_statistics_are_missing_and_have_not_moved(as_model: bool) -> None:
+    """A mean and a variance that were removed, with a counter that stayed; and the other way round they were added."""
+    before = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2))
+    after = copy.deepcopy(before)
+    after[0].running_mean = after[0].running_var = None
+    states = [before, after] if as_model else [before.state_dict(), after.state_dict()]
+    found = bnguard.diff(*states)
+    assert (found.missing, found.added, found.changed, found.unchanged) == (("0",), (), (), ("1",))
+    assert found.report().splitlines()[0] == "0 of 1 layer moved, 1 missing"
+    found = bnguard.diff(*states[::-1])
+    assert (found.missing, found.added, found.changed) == ((), ("0",), ())

@@ -728,3 +728,24 @@ def test_a_rule_is_all_that_a_finding_needs(monkeypatch):
     assert finding.verdict == f"{finding.what}: go on"
     (finding,) = [finding for finding in bnguard.audit(net) if finding.code == "BN999"]
     assert (finding.what, finding.layers) == ("1 layer (1) is there", ("1",))
+
+
+def test_what_happened_most_comes_first():
+    """A forward that a constructor runs to learn a shape does not lead, whatever its code."""
+    net = classifier()
+    optimizer = sgd(net)
+
+    def look():
+        with torch.no_grad():
+            net(IMAGES)
+
+    def steps():
+        for _ in range(5):
+            optimizer.zero_grad()
+            (net(IMAGES).mean() + net(IMAGES + 1).mean()).backward()
+            optimizer.step()
+
+    with bnguard.watch() as record:
+        look()
+        steps()
+    assert [finding.code for finding in record.findings] == ["BN003", "BN002"]

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 import bnguard
-from bnguard.recording import optimizer_steps
+from bnguard.recording import layer_log, optimizer_steps
 from tests.asserts import assert_clean, assert_same_bits, state_of
 from tests.nets import conv_net, images
 from tests.old_torch import needs_traced_layers
@@ -366,6 +366,9 @@ def test_report_of_nothing():
     with bnguard.watch(net) as record:
         net(IMAGES)
     assert record.report() == "no finding; no update"
+    with bnguard.watch() as record:
+        nn.Linear(2, 2)(torch.ones(1, 2))
+    assert record.report() == "no finding; no layer with running statistics has run"
     with bnguard.watch() as record:
         net(IMAGES)
         net[1].running_var.data.mul_(2)
@@ -732,3 +735,23 @@ def test_model_that_looks_up_its_attributes_itself_runs(is_given):
     assert [update.count for update in record.updates] == [1]
     with bnguard.frozen(net, "restore"):
         net(x)
+
+
+@pytest.mark.parametrize("captures", [True, False])
+def test_nothing_is_computed_while_a_cuda_graph_is_captured(monkeypatch, captures):
+    """Neither copies for what may be put back, nor comparisons after somebody else has written."""
+    computed = []
+    for name in ("copies_of", "holds", "is_initial"):
+        original = getattr(layer_log, name)
+        monkeypatch.setattr(
+            layer_log, name, lambda *args, original=original: computed.append(original) or original(*args)
+        )
+    net = net_of(nn.BatchNorm2d(4))
+    with bnguard.watch(net), monkeypatch.context() as patch, torch.no_grad():
+        patch.setattr(torch.cuda, "is_initialized", lambda: captures)
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captures)
+        computed.clear()
+        for _ in range(3):
+            net(IMAGES)
+            net[1].running_mean.add_(1)
+        assert bool(computed) is not captures

@@ -39,8 +39,10 @@ class BN017(Rule):
             model(torch.randn(16, 4, 8))
     """
     remedies = (
-        "Leave track_running_stats as the layer was made with; to hold the statistics, use "
-        "bnguard.frozen(model, use_running_stats=True).",
+        (
+            "Leave track_running_stats as the layer was made with; to hold the statistics, use "
+            "bnguard.frozen(model, use_running_stats=True)."
+        ),
         "In a layer of your own, update only where self.training is True.",
     )
     fine = "The layer follows its inputs on purpose, in eval mode, too."
