@@ -14,6 +14,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 import bnguard
+from tests.versions.table import TABLE, read_table
 
 ROOT = Path(__file__).parents[1]
 SETUP = configparser.ConfigParser()
@@ -74,6 +75,16 @@ def test_command_is_installed(command):
     done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
     torchs = f"torch {torch.__version__} (its normalisation layers are known)"
     assert done.stdout == f"bnguard {bnguard.__version__}, {torchs}\n"
+
+
+def test_classifiers_say_what_was_run():
+    """The Pythons of the table of versions, and the oldest torch of it."""
+    rows = [row for row in read_table(TABLE) if not row.failed]
+    pythons = {".".join(row.python.split(".")[:2]) for row in rows}
+    named = re.findall(r"Programming Language :: Python :: (3\.\d+)", SETUP["metadata"]["classifiers"])
+    assert set(named) == pythons
+    (torch_itself,) = [one for one in declared_requirements()[""] if one.name == "torch"]
+    assert str(torch_itself.specifier) == ">=" + ".".join(map(str, min(row.torch_numbers for row in rows)[:2]))
 
 
 def test_types_and_licence_ship():

@@ -234,11 +234,16 @@ def refuse_compiled(model: nn.Module) -> None:
 @contextmanager
 def run_eagerly() -> Iterator[None]:
     """Runs a block in which compiled functions and modules run as plain Python. Imports no compiler."""
-    if "torch._dynamo" in sys.modules and _HAS_STANCES:
-        with torch.compiler.set_stance("force_eager"):
-            yield
-    else:
+    dynamo: Any = sys.modules.get("torch._dynamo.eval_frame")
+    if dynamo is None or not _HAS_STANCES:
         yield
+        return
+    before = dynamo._stance
+    try:
+        torch.compiler.set_stance("force_eager")
+        yield
+    finally:
+        dynamo._stance = before  # not a call, which Ctrl-C may interrupt in its first line
 
 
 def has_compiled() -> bool:

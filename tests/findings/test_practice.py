@@ -265,6 +265,20 @@ def pictures_in_train_mode() -> None:
 
 
 @case()
+def targets_of_a_step_whose_other_forwards_are_held() -> None:
+    """Targets of a step whose other forwards are held."""
+    net = net_of()
+    optimizer = sgd(net)
+    for images, _ in batches():
+        targets = net(images).softmax(1).detach()
+        with bnguard.frozen(net, "restore"):
+            loss = F.kl_div(net(images + 0.1).log_softmax(1), targets, reduction="batchmean")
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+@case()
 def a_look_at_the_shapes() -> None:
     """A look at the shapes."""
     net = net_of()

@@ -154,7 +154,7 @@ def test_swap_is_undone_by_the_last_one() -> None:
 def test_interrupted_swap_is_undone(is_late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C before or after putting back does not leave other statistics in the layer."""
     layer = nn.BatchNorm2d(3)
-    mean, leave = layer.running_mean, _swaps._leave
+    mean, leave = layer.running_mean, _swaps.end_swap
     interrupts = [KeyboardInterrupt()]
 
     def interrupted(module: nn.Module, user: object) -> None:
@@ -163,7 +163,7 @@ def test_interrupted_swap_is_undone(is_late: bool, monkeypatch: pytest.MonkeyPat
         if interrupts:
             raise interrupts.pop()
 
-    monkeypatch.setattr(_swaps, "_leave", interrupted)
+    monkeypatch.setattr(_swaps, "end_swap", interrupted)
     with pytest.raises(KeyboardInterrupt), _swaps.swapped(layer, {"running_mean": torch.ones(3)}, {"training": False}):
         assert not layer.training
     assert layer.running_mean is mean

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import re
 from collections import UserDict
 from collections.abc import Callable, Iterator
@@ -672,6 +673,8 @@ def test_after_an_error_everything_is_as_before(place: str, error: BaseException
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a generator of torch's is dropped
 def test_interrupted_anywhere_leaves_the_old_statistics_or_the_new() -> None:
     """Wherever Python may raise KeyboardInterrupt: all statistics are the old ones or all are the new ones."""
+    dynamo = importlib.import_module("torch._dynamo.eval_frame")
+    stance = getattr(dynamo, "_stance", None)
 
     def run(target: int | None = None) -> tuple[nn.Sequential, list[Any]]:
         net, interrupt = make_net(), Interrupt(target)
@@ -691,6 +694,7 @@ def test_interrupted_anywhere_leaves_the_old_statistics_or_the_new() -> None:
         assert [module.training for module in net.modules()] == modes, place
         assert net[1].momentum == 0.1, place
         assert torch.is_grad_enabled(), place
+        assert getattr(dynamo, "_stance", None) is stance, place
         assert_clean(net)
 
 

@@ -79,6 +79,11 @@ class BN002(Rule):
 
     def __init__(self) -> None:
         self._evaluations = 0
+        self._held = 0
+
+    def on_held(self) -> None:
+        """Counts forwards that a guard holds: which ones count has been chosen then."""
+        self._held += 1
 
     def on_evaluation(self, evaluation: Evaluation) -> None:
         """Counts forwards in eval mode with gradients, in which normalisers of reinforcement learning are trained."""
@@ -93,7 +98,8 @@ class BN002(Rule):
         counts: dict[tuple[str, str, str], int] = {}
         for site in end.updates:
             number = _wasted(site, is_alone=end.has_stepped or not end.is_loaded)
-            if number and not _recalibrates(site, momenta):
+            is_chosen = site.mode.grad and self._held >= number
+            if number and not is_chosen and not _recalibrates(site, momenta):
                 kind = "" if not site.mode.grad else "unused"
                 detail = ""
                 if not site.mode.grad and (site.part or (end.has_stepped and not end.is_trained)):
