@@ -125,6 +125,7 @@ class LayerEnd:
         type: The class name.
         momentum: Its momentum when the watch met it.
         updates: Its updates by line and mode, in the order in which they first happened.
+        learned: By line, most updates of a layer that a backward pass went through.
         before: Its statistics when the watch met it, by name.
         now: Its statistics at the end, by name.
         parameters_before: Its parameters when the watch met it, by name; empty if an optimizer trains it.
@@ -140,6 +141,7 @@ class LayerEnd:
     type: str
     momentum: Any
     updates: tuple[UpdateSite, ...]
+    learned: Mapping[str, int]
     before: Mapping[str, Tensor]
     now: Mapping[str, Tensor]
     parameters_before: Mapping[str, Tensor]

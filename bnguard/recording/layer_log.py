@@ -211,7 +211,7 @@ class LayerLog(SeenLayer):
         is_trained = None
         if steps.ticks > tick:
             is_trained = has_stepped_since(self._optimizers, tick)
-            self._is_trained = self._is_trained or is_trained
+            self._is_trained = self._is_trained or (is_trained and not self._is_frozen(module))
         if updates:
             is_of_rival = not is_trained and has_stepped_since(self._rivals, tick)
             step = StepEnd(tuple(updates), count, is_trained, is_of_rival)
@@ -233,19 +233,23 @@ class LayerLog(SeenLayer):
                 records[site.site, site.mode] = record if earlier is None else _joined(earlier, record)
         return tuple(records.values())
 
-    def evidence(self, name: str, now: Mapping[str, Tensor], *, has_stepped: bool) -> list[Evidence]:
+    def evidence(
+        self, name: str, now: Mapping[str, Tensor], learned: Mapping[str, int], *, has_stepped: bool
+    ) -> list[Evidence]:
         """What the rules have found so far.
 
         Args:
             name: What to call the layer.
             now: Its present statistics.
+            learned: By line, most updates of a layer that were learned from.
             has_stepped: Whether any optimizer has made a step.
         """
         optimized = frozenset().union(*[optimizer.parameters for optimizer in self._optimizers])
         sites = tuple([site for site in self._sites.values() if site.count])
-        is_trained = self._is_trained or has_stepped_since(self._optimizers, 0)
+        is_frozen = self._is_frozen(self.module)
+        is_trained = self._is_trained or (has_stepped_since(self._optimizers, 0) and not is_frozen)
         end = LayerEnd(
-            name, self.type, self._momentum, sites, self.before, now, self._parameters_before,
+            name, self.type, self._momentum, sites, learned, self.before, now, self._parameters_before,
             self._present("_parameters"), has_stepped,
             is_trained, self.is_loaded, self._rewritten, optimized,
         )  # fmt: skip
@@ -322,8 +326,8 @@ class LayerLog(SeenLayer):
                 return found
         return []
 
-    def _is_frozen(self, module: nn.Module) -> bool:
-        parameters = self._trainable(module)
+    def _is_frozen(self, module: nn.Module | None) -> bool:
+        parameters = list(self._parameters.values()) if module is None else self._trainable(module)
         return not any([parameter.requires_grad for parameter in parameters])
 
 
@@ -342,7 +346,10 @@ def _count(site: UpdateSite, input: Tensor | None, step: int, momentum: Any) -> 
 
 def _watch_result(output: Any, update: Update) -> None:
     """Has an update learn whether a backward pass goes through the result of its forward."""
-    node = output.grad_fn if isinstance(output, Tensor) else None
+    if not isinstance(output, Tensor):
+        return
+    # An operation in place gives a view another function, and leaves that of its base in the graph.
+    node = output.grad_fn if output._base is None else output._base.grad_fn
     if node is None:
         return
     update.has_learned = False

@@ -85,7 +85,7 @@ def watch_content(summary: WatchSummary) -> dict[str, Any]:
 
 def _total(updates: Sequence[StatsUpdates], met: int) -> str:
     if not updates:
-        return "no update" if met else "no layer with running statistics has run"
+        return "no update" if met else "no layer with running statistics was seen"
     layers = len({(update.model, update.names) for update in updates})
     total = sum([update.count * max(1, len(update.ranks)) for update in updates])
     ranks = sorted({rank for update in updates for rank in update.ranks})

@@ -9,6 +9,7 @@ from typing import Final, Literal, Self
 from torch import Tensor, nn
 
 from bnguard.findings.grouping import group_evidence
+from bnguard.findings.rule import Evidence
 from bnguard.layers.bits import count_of, digest_of
 from bnguard.layers.drift import drift_between, series_of
 from bnguard.layers.other_buffers import as_patterns, select_with_buffers
@@ -243,13 +244,14 @@ class watch:  # noqa: N801  # lower case, as torch.no_grad
     def _own_findings(self) -> tuple[Finding, ...]:
         recorder = self._recorder
         has_stepped = recorder.steps.count > 0
-        return group_evidence(
-            [
-                evidence
-                for number, log in enumerate(recorder.logs)
-                for evidence in log.evidence(recorder.name_of(log), self._now(number, log), has_stepped=has_stepped)
-            ]
-        )
+        learned: dict[str, int] = {}
+        for site in [site for log in recorder.logs for site in log.sites]:
+            learned[site.site] = max(learned.get(site.site, 0), site.learned)
+        evidence: list[Evidence] = []
+        for number, log in enumerate(recorder.logs):
+            name, now = recorder.name_of(log), self._now(number, log)
+            evidence += log.evidence(name, now, learned, has_stepped=has_stepped)
+        return group_evidence(evidence)
 
     def _recorded(self) -> Recorded:
         """For the other ranks."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import json
 import subprocess
 import sys
@@ -119,4 +120,4 @@ def test_explanations_are_read_without_torch() -> None:
 def test_explanations_have_the_fields_that_rules_have() -> None:
     """A new field is documented with the rules."""
     for field in Explanation.__dataclass_fields__:
-        assert f"        {field}: " in (sys.modules["bnguard.findings.rule"].Rule.__doc__ or "")
+        assert f"    {field}: " in inspect.cleandoc(sys.modules["bnguard.findings.rule"].Rule.__doc__ or "")

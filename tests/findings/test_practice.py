@@ -171,25 +171,134 @@ def gan(critic_steps: int, generator_steps: int, *, freezes: bool) -> None:
             of_generator.step()
 
 
-@case("(BN003) BN002", "in gan")
+@case("(BN003)", "in gan")
 def gan_whose_samples_move_the_generator() -> None:
     """Gan whose samples move the generator."""
     gan(1, 1, freezes=False)
 
 
-@case("(BN003) BN002", "in gan")
+@case("(BN003)", "in gan")
 def gan_with_more_steps_of_the_critic() -> None:
     """Gan with more steps of the critic."""
     gan(5, 1, freezes=True)
 
 
-@case("(BN003) BN002", "in gan")
+@case("(BN003)", "in gan")
 def gan_with_more_steps_of_the_generator() -> None:
     """Gan with more steps of the generator."""
     gan(1, 3, freezes=True)
 
 
+def critic_steps_on_what_a_generator_made(*, detaches: bool) -> None:
+    """Twenty steps of a critic for one of the generator."""
+    generator, critic = net_of(), nn.Linear(4, 1)
+    of_generator, of_critic = sgd(generator, lr=1e-3), sgd(critic, lr=1e-3)
+    for number, (images, _) in enumerate(batches(42)):
+        made = generator(images)
+        of_critic.zero_grad()
+        (critic(made.detach() if detaches else made).mean() - critic(torch.randn(8, 4)).mean()).backward()
+        of_critic.step()
+        if number % 20 == 0:
+            of_generator.zero_grad()
+            (-critic(generator(images)).mean()).backward()
+            of_generator.step()
+
+
+@case()
+def a_critic_learns_from_a_detached_result() -> None:
+    """A critic learns from a detached result."""
+    critic_steps_on_what_a_generator_made(detaches=True)
+
+
+@case()
+def a_critic_learns_from_a_result_with_gradients() -> None:
+    """A critic learns from a result with gradients."""
+    critic_steps_on_what_a_generator_made(detaches=False)
+
+
+@case("BN001", "")
+def a_backbone_of_its_own_that_no_optimizer_has() -> None:
+    """A backbone of its own that no optimizer has."""
+    backbone, head = body(), nn.Linear(8, 4)
+    optimizer = sgd(head)
+    for images, labels in batches():
+        optimizer.zero_grad()
+        F.cross_entropy(head(backbone(images)), labels).backward()
+        optimizer.step()
+
+
+@case()
+def clones_of_meta_learning() -> None:
+    """Clones of meta learning."""
+    net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
+    optimizer = sgd(net)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        learner = copy.deepcopy(net)
+        for module, own in zip(learner, net, strict=True):
+            for name, parameter in own.named_parameters():
+                module._parameters[name] = parameter.clone()
+        learner(torch.randn(16, 4)).square().mean().backward()
+        optimizer.step()
+
+
 # Forwards that nothing learns from: BN002.
+
+
+@case()
+def an_operation_in_place_on_a_view() -> None:
+    """An operation in place on a view."""
+    norm = nn.InstanceNorm2d(4, affine=True, track_running_stats=True)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    fit(net, sgd(net))
+
+
+class DeadEnd(nn.Module):
+    """A block that computes a normalisation and does not use it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused, self.body = nn.BatchNorm2d(3), body()
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.unused(images)
+        output: Tensor = self.body(images)
+        return output
+
+
+@case()
+def a_layer_at_a_dead_end() -> None:
+    """A layer at a dead end."""
+    net = nn.Sequential(DeadEnd(), nn.Linear(8, 4))
+    fit(net, sgd(net))
+
+
+class Contrast(nn.Module):
+    """A key encoder that follows the query, inside one model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query = body()
+        self.key = copy.deepcopy(self.query).requires_grad_(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        query = self.query(images)
+        with torch.no_grad():
+            for theirs, ours in zip(self.query.parameters(), self.key.parameters(), strict=True):
+                ours.data = ours.data * 0.9 + theirs.data * 0.1
+            key = self.key(images + 0.1)
+        return F.mse_loss(query, key)
+
+
+@case()
+def a_key_encoder_inside_the_model_and_in_its_optimizer() -> None:
+    """A key encoder inside the model and in its optimizer."""
+    net = Contrast()
+    optimizer = sgd(net)
+    for images, _ in batches():
+        optimizer.zero_grad()
+        net(images).backward()
+        optimizer.step()
 
 
 @case("BN002", "in validate")

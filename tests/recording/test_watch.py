@@ -368,7 +368,7 @@ def test_report_of_nothing():
     assert record.report() == "no finding; no update"
     with bnguard.watch() as record:
         nn.Linear(2, 2)(torch.ones(1, 2))
-    assert record.report() == "no finding; no layer with running statistics has run"
+    assert record.report() == "no finding; no layer with running statistics was seen"
     with bnguard.watch() as record:
         net(IMAGES)
         net[1].running_var.data.mul_(2)

@@ -73,10 +73,13 @@ class BN001(Rule):
         self._phases: list[int] = []  # how many steps each had
         self._was_trained = False
         self._left_out: dict[str, Tensor] = {}  # parameters that no optimizer has, although they have gradients
+        self._beside: dict[str, int] = {}  # updates before steps of another model's optimizer, by line
 
     def on_update(self, update: Update, module: nn.Module) -> None:
         """Copies parameters that seem to be trained: whether an optimizer has them is known after the step."""
         if not (update.is_frozen or self._was_trained or self._left_out):
+            # Parameters that were computed, as those of a clone in meta-learning, are those of another module.
+            self._was_trained = any([getattr(one, "grad_fn", None) is not None for one in module._parameters.values()])
             self._left_out = copies_of_parameters(module)
 
     def on_step_end(self, step: StepEnd) -> None:
@@ -85,7 +88,12 @@ class BN001(Rule):
         if not updates:
             return
         is_left_out = step.is_trained is False and all([update.has_learned for update in updates])
-        if is_left_out or all([update.is_frozen for update in updates]):
+        is_frozen = all([update.is_frozen for update in updates])
+        if is_left_out and step.is_of_rival and not is_frozen:
+            for update in updates:
+                if update.site in self._beside or len(self._beside) < _MOST_LINES:
+                    self._beside[update.site] = self._beside.get(update.site, 0) + 1
+        elif is_left_out or is_frozen:
             self._steps += 1
             for update in updates:
                 site = update.site
@@ -117,6 +125,9 @@ class BN001(Rule):
                 counts[site] = counts.get(site, 0) + count
             if len(phases) > _FEW and max(phases) < _LONG:
                 return
+        if not (self._was_trained or end.is_trained):
+            for site, count in self._beside.items():
+                counts[site] = counts.get(site, 0) + count
         if self._left_out and have_moved(self._left_out, end.parameters_now):
             return  # by other means than an optimizer
         for site, count in counts.items():

@@ -8,13 +8,14 @@ from typing import ClassVar, Final
 
 import torch
 
-from bnguard.findings.events import Evaluation, LayerEnd, UpdateSite
+from bnguard.findings.events import Evaluation, LayerEnd, StepEnd, UpdateSite
 from bnguard.findings.rule import Evidence, Rule, Variant
 from bnguard.findings.soundness import have_moved
 
 _RECALIBRATION: Final = re.compile(
     r"(?=.*(bn|norm|stat))(?=.*(updat|calib|precise|estimat|refresh|recomput|adapt))", re.I
 )
+_MOST_LINES: Final = 16
 _FEW: Final = 0.05  # of the forwards of a line: those may be a batch that was skipped
 
 
@@ -80,6 +81,14 @@ class BN002(Rule):
     def __init__(self) -> None:
         self._evaluations = 0
         self._held = 0
+        self._for_rivals: dict[str, int] = {}  # by line: forwards for a step of another model's optimizer
+
+    def on_step_end(self, step: StepEnd) -> None:
+        """Counts forwards whose results another model learns from, as a critic does from what a generator makes."""
+        if step.is_of_rival:
+            for update in step.updates:
+                if not update.has_learned and (update.site in self._for_rivals or len(self._for_rivals) < _MOST_LINES):
+                    self._for_rivals[update.site] = self._for_rivals.get(update.site, 0) + 1
 
     def on_held(self) -> None:
         """Counts forwards that a guard holds: which ones count has been chosen then."""
@@ -97,13 +106,15 @@ class BN002(Rule):
         momenta = {momentum for site in learning for momentum in site.momenta}
         counts: dict[tuple[str, str, str], int] = {}
         for site in end.updates:
-            number = _wasted(site, is_alone=end.has_stepped or not end.is_loaded)
+            number = _wasted(site, end.learned.get(site.site, 0), is_alone=end.has_stepped or not end.is_loaded)
+            if learning:
+                number -= min(number, self._for_rivals.get(site.part or site.site, 0))
             is_chosen = site.mode.grad and self._held >= number
             if number and not is_chosen and not _recalibrates(site, momenta):
                 kind = "" if not site.mode.grad else "unused"
                 detail = ""
                 if not site.mode.grad and (site.part or (end.has_stepped and not end.is_trained)):
-                    if not site.part and have_moved(end.parameters_before, end.parameters_now):
+                    if not end.is_trained and have_moved(end.parameters_before, end.parameters_now):
                         continue  # an average of the model that is trained
                     if not end.is_trained:
                         kind = "teacher"
@@ -114,11 +125,12 @@ class BN002(Rule):
             yield Evidence(self.code, end.name, where, count, detail or None if kind != "teacher" else detail, kind)
 
 
-def _wasted(site: UpdateSite, *, is_alone: bool) -> int:
+def _wasted(site: UpdateSite, learned: int, *, is_alone: bool) -> int:
     """How many of the updates nothing learned from.
 
     Args:
         site: The updates of one line.
+        learned: How many of its forwards other layers learned from: this one may be at a dead end of the model.
         is_alone: Whether a single forward with gradients is no sign: it may look at shapes, or have been skipped.
     """
     mode = site.mode
@@ -126,7 +138,7 @@ def _wasted(site: UpdateSite, *, is_alone: bool) -> int:
         return 0
     if not mode.grad:
         return site.count - site.recalibrating
-    wasted = site.results - site.learned - site.recalibrating
+    wasted = site.results - max(site.learned, learned) - site.recalibrating
     return wasted if wasted >= max(1 + is_alone, _FEW * site.results) else 0
 
 

@@ -53,7 +53,7 @@ class BN003(Rule):
         ),
         "rival": Variant(
             in_run,
-            "nothing, if the model is to learn the statistics of both, as discriminators often do. Else use "
+            "nothing, if the model is to learn the statistics of both. Else use "
             "frozen(model, 'restore') around the forwards that should not count",
             "nothing, if the model is to learn the statistics of both",
             in_brief,
