@@ -27,3 +27,10 @@ class ByIdentity(Generic[V]):
         """
         key = id(owner)
         self._entries[key] = weakref.ref(owner, lambda _: self._entries.pop(key, None)), value
+
+    def drop(self, owner: object) -> bool:
+        """Forgets the value for this object. Returns whether there was one."""
+        entry = self._entries.get(id(owner))
+        if entry is None or entry[0]() is not owner:
+            return False
+        return self._entries.pop(id(owner), None) is not None

@@ -121,10 +121,27 @@ def find_layers(model: nn.Module) -> list[StatsLayer]:
     return Tree(model).layers
 
 
+def parts_of(model: nn.Module) -> list[nn.Module]:
+    """All modules of a model, each once. Unlike torch's ``modules()`` it needs no hash of theirs."""
+    found = {id(model): model}
+    waiting = [model]
+    while waiting:
+        for child in waiting.pop()._modules.values():
+            if child is not None and id(child) not in found:
+                found[id(child)] = child
+                waiting.append(child)
+    return list(found.values())
+
+
+def parameters_of(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a model; a shared one as often as it is there."""
+    return [one for part in parts_of(model) for one in part._parameters.values() if one is not None]
+
+
 def ancestors_of(layer: nn.Module, model: nn.Module) -> list[nn.Module]:
     """The modules of a model around one of its layers, the smallest first; of a layer in several places, the first."""
     parents: dict[int, nn.Module] = {}
-    for module in model.modules():
+    for module in parts_of(model):
         for child in module._modules.values():
             if child is not None:
                 parents.setdefault(id(child), module)

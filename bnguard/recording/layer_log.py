@@ -18,6 +18,7 @@ from bnguard.findings.soundness import is_initial
 from bnguard.layers.kinds import OTHER_BUFFERS, StatsLayer
 from bnguard.layers.snapshot import holds
 from bnguard.layers.swaps import Table, own_tensors
+from bnguard.layers.tree import parameters_of
 from bnguard.recording.layer_listener import SeenLayer, copies_of
 from bnguard.recording.model_calls import ModelCall
 from bnguard.recording.optimizer_steps import OptimizerSteps, StepCounter, has_stepped_since
@@ -267,10 +268,11 @@ class LayerLog(SeenLayer):
     def _place(self) -> tuple[int, int, int] | None:
         """The first statistic, its version and its place in memory, if it has them."""
         module = self.module
-        tensor = self.first_tensor if module is None else module._buffers.get(self.first)
         try:
+            # The table of a ScriptModule has no get().
+            tensor = self.first_tensor if module is None else module._buffers[self.first]
             return None if tensor is None else (id(tensor), tensor._version, tensor.data_ptr())
-        except (RuntimeError, ValueError):  # an inference tensor, a lazy one, or one of a transform
+        except (KeyError, RuntimeError, ValueError):  # an inference tensor, a lazy one, or one of a transform
             return None
 
     @outside_modes
@@ -311,7 +313,7 @@ class LayerLog(SeenLayer):
         self._optimizers_of = steps.changes
         self._optimizers = steps.of(map(id, self._trainable(module)))
         model = self._model()
-        of_model = () if model is None else steps.of([id(parameter) for parameter in model.parameters()])
+        of_model = () if model is None else steps.of(map(id, parameters_of(model)))
         self._rivals = tuple([one for one in steps.optimizers if one not in of_model and one not in self._optimizers])
 
     def _trainable(self, module: nn.Module) -> list[Any]:
@@ -321,7 +323,7 @@ class LayerLog(SeenLayer):
             return own
         for reference in self._parents:
             parent = reference()
-            found = [] if parent is None else list(parent.parameters())
+            found = [] if parent is None else parameters_of(parent)
             if found:
                 return found
         return []

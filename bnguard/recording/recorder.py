@@ -11,10 +11,11 @@ from typing import Any, Final, Literal
 import torch
 from torch import nn
 
+from bnguard.layers.by_identity import ByIdentity
 from bnguard.layers.drift import DriftSample, sample_of
 from bnguard.layers.kinds import StatsLayer
 from bnguard.layers.other_buffers import select_with_buffers
-from bnguard.layers.tree import Tree, ancestors_of, unwrapped
+from bnguard.layers.tree import Tree, ancestors_of, parts_of, unwrapped
 from bnguard.recording.layer_listener import LayerListener, Pending
 from bnguard.recording.layer_log import LayerLog
 from bnguard.recording.model_calls import ModelCall, ModelCalls
@@ -56,10 +57,10 @@ class Recorder(LayerListener[LayerLog]):
         self._manager: weakref.ref[object] | None = None  # while it is open
         self._tree: Tree | None = None
         # Modules that were not met so far.
-        self._loaded: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._loaded: ByIdentity[None] = ByIdentity()
         # Modules that were put into eval mode, and the one on which eval() was called; then a train() has reached them.
-        self._evaluated: weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
-        self._undone: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._evaluated: ByIdentity[weakref.ref[nn.Module]] = ByIdentity()
+        self._undone: ByIdentity[None] = ByIdentity()
         self._calls = ModelCalls()
         self._backwards = BackwardCounter()
         self._interval = 1 if every in (None, "auto") else int(every)
@@ -133,12 +134,12 @@ class Recorder(LayerListener[LayerLog]):
 
     def loaded(self, model: nn.Module) -> None:
         """Records that a state dict was loaded."""
-        for module in model.modules():
+        for module in parts_of(model):
             log = self._by_id.get(id(module))
             if log is not None:
                 log.record_load()
             else:
-                self._loaded.add(module)
+                self._loaded.put(module, None)
 
     def was_reset(self, layer: nn.Module) -> None:
         """Records that the statistics of a layer were reset."""
@@ -148,17 +149,19 @@ class Recorder(LayerListener[LayerLog]):
 
     def mode_changed(self, module: nn.Module, *, training: bool, by_user: bool) -> None:
         """Records which layers were put into eval mode by themselves, and which of them a ``train()`` reached."""
-        parts = list(module.modules())
+        parts = parts_of(module)
+        ids = {id(part) for part in parts} - {id(module), id(unwrapped(module))}
         for part in parts:
             if training:
-                by = self._evaluated.pop(part, None)
+                by = self._evaluated.get(part)
+                self._evaluated.drop(part)
                 alone = None if by is None else by()
-                if alone is not None and alone not in (module, unwrapped(module)) and alone in parts:
-                    self._undone.add(part)
+                if alone is not None and id(alone) in ids:
+                    self._undone.put(part, None)
             else:
-                self._undone.discard(part)
+                self._undone.drop(part)
                 if by_user:
-                    self._evaluated[part] = weakref.ref(module)
+                    self._evaluated.put(part, weakref.ref(module))
 
     # Parts.
 
@@ -174,8 +177,7 @@ class Recorder(LayerListener[LayerLog]):
 
     def _updates(self, log: LayerLog, module: nn.Module, args: tuple[Any, ...], output: Any, call: ModelCall) -> None:
         log.record_update(call, args, output, self.steps, self._backwards.count, self.timelines)
-        if module in self._undone:
-            self._undone.discard(module)
+        if self._undone.drop(module):
             log.record_eval_undone(call)
 
     def _evaluates(self, log: LayerLog, module: nn.Module) -> None:
@@ -184,7 +186,7 @@ class Recorder(LayerListener[LayerLog]):
             if not module.training:
                 self._want_results()
         else:
-            self._evaluated.pop(module, None)  # what eval() was called for
+            self._evaluated.drop(module)  # what eval() was called for
 
     def _is_held(self, log: LayerLog, module: nn.Module) -> bool:
         is_held = super()._is_held(log, module)
@@ -206,7 +208,7 @@ class Recorder(LayerListener[LayerLog]):
         name = self._name_of(model)
         for layer in layers:
             log = LayerLog(layer, model, name, ancestors_of(layer.module, model))
-            log.is_loaded = layer.module in self._loaded
+            log.is_loaded = self._loaded.drop(layer.module)
             self._add(log, layer)
 
     def _layers_of(self, model: nn.Module, tree: Tree) -> list[StatsLayer]:

@@ -755,3 +755,30 @@ def test_nothing_is_computed_while_a_cuda_graph_is_captured(monkeypatch, capture
             net(IMAGES)
             net[1].running_mean.add_(1)
         assert bool(computed) is not captures
+
+
+class Odd(nn.Sequential):
+    """Equal to everything, and without a hash."""
+
+    def __eq__(self, other):
+        return True
+
+    __hash__ = None
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.*is (deprecated|not supported in Python 3.14):DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.*is deprecated:FutureWarning")  # from torch 2.14 on
+@pytest.mark.parametrize("make", [lambda: Odd(nn.BatchNorm2d(4)), lambda: torch.jit.script(nn.BatchNorm2d(4))])
+def test_models_that_are_no_ordinary_objects_are_watched(make):
+    """Whatever is done to them works as without a watch, in the user's code."""
+    inner = make()
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), inner)
+    with bnguard.watch() as record:
+        inner.load_state_dict(inner.state_dict())
+        inner.eval()
+        inner.train()
+        net(IMAGES).sum().backward()
+        inner.eval()
+        with torch.no_grad():
+            net(IMAGES)
+    assert sum(update.count for update in record.updates) == 1
