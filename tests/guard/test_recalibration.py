@@ -540,7 +540,8 @@ def test_statistics_without_values_are_refused(make: Callable[[], nn.Module]) ->
         bnguard.recalibrate(nn.Sequential(make()), BATCHES)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.*is (deprecated|not supported in Python 3.14):DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.*is deprecated:FutureWarning")  # from torch 2.14 on
 def test_script_module_is_refused() -> None:
     """It runs no hooks of a layer."""
     net = torch.jit.script(nn.Sequential(nn.BatchNorm2d(2)))
