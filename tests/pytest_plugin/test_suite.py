@@ -132,6 +132,7 @@ def test_it(make_layer, mode, inside):
     gc.disable()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "`torch.cpu.amp.autocast", FutureWarning)  # of checkpoint() in torch 2.4
         for _ in range(2):
             net(IMAGES)
         checkpoint(net, IMAGES.requires_grad_(), use_reentrant=False).sum().backward()
@@ -876,8 +877,12 @@ def test_own_forward(model):
 
 
 def test_no_grad_lets_training_steps_pass(suite: Suite):
-    """With ``no-grad`` a test may train: recomputed, compiled, with loaded statistics and frozen weights."""
-    suite.run(WITHOUT_GRAD, "--bn-frozen=no-grad", passed=8)
+    """With ``no-grad`` a test may train: recomputed, compiled, with loaded statistics and frozen weights.
+
+    Before torch 2.12 a graph that is traced through a guarded layer is refused.
+    """
+    outcomes = {"passed": 8} if guards_graphs else {"passed": 7, "failed": 1}
+    suite.run(WITHOUT_GRAD, "--bn-frozen=no-grad", **outcomes)
     suite.again("--bn-frozen=raise", passed=1, failed=7)
 
 
