@@ -133,7 +133,8 @@ class LayerEnd:
         has_stepped: Whether any optimizer has made a step.
         is_trained: Whether an optimizer has trained the layer.
         is_loaded: Whether a state dict was loaded into it.
-        rewritten: The line and number of writes between two evaluations that nothing explains.
+        evaluations: How many forwards in eval mode updated nothing.
+        rewritten: How many writes between two evaluations nothing explains.
         optimized: The ids of the parameters of the optimizers that train the layer.
     """
 
@@ -149,6 +150,7 @@ class LayerEnd:
     has_stepped: bool
     is_trained: bool
     is_loaded: bool
+    evaluations: int
     rewritten: int
     optimized: frozenset[int]
 

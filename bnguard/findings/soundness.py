@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from bnguard.layers.bits import are_numbers, has_values, readable, same_bits, wide
 from bnguard.torch_internals.tracing import outside_modes
-from bnguard.torch_internals.transforms import below_transforms, unwrapped_tensor
+from bnguard.torch_internals.transforms import unwrapped_tensor
 
 
 def is_frozen(module: nn.Module) -> bool:
@@ -60,17 +60,6 @@ def is_initial(statistics: Mapping[str, Tensor]) -> bool:
     if mean is None or var is None or not are_numbers(own.values()):
         return False
     return bool(mean.eq(0).all()) and bool(var.eq(1).all()) and (count is None or not wide(count).any())
-
-
-@outside_modes
-def copies_of_parameters(module: nn.Module) -> dict[str, Tensor]:
-    """Copies of a layer's own parameters that can be read."""
-    own = {name: below_transforms(parameter) for name, parameter in module._parameters.items()}
-    return {
-        name: unwrapped_tensor(parameter).detach().clone()
-        for name, parameter in own.items()
-        if parameter is not None and has_values(parameter)
-    }
 
 
 @outside_modes

@@ -121,21 +121,22 @@ def find_layers(model: nn.Module) -> list[StatsLayer]:
     return Tree(model).layers
 
 
-def parts_of(model: nn.Module) -> list[nn.Module]:
+def parts_of(model: nn.Module) -> Iterator[nn.Module]:
     """All modules of a model, each once. Unlike torch's ``modules()`` it needs no hash of theirs."""
-    found = {id(model): model}
+    found = {id(model)}
     waiting = [model]
     while waiting:
-        for child in waiting.pop()._modules.values():
+        module = waiting.pop()
+        yield module
+        for child in module._modules.values():
             if child is not None and id(child) not in found:
-                found[id(child)] = child
+                found.add(id(child))
                 waiting.append(child)
-    return list(found.values())
 
 
-def parameters_of(model: nn.Module) -> list[nn.Parameter]:
+def parameters_of(model: nn.Module) -> Iterator[nn.Parameter]:
     """The parameters of a model; a shared one as often as it is there."""
-    return [one for part in parts_of(model) for one in part._parameters.values() if one is not None]
+    return (one for part in parts_of(model) for one in part._parameters.values() if one is not None)
 
 
 def ancestors_of(layer: nn.Module, model: nn.Module) -> list[nn.Module]:

@@ -54,14 +54,12 @@ class _TestState:
 
     Attributes:
         guards: Its guards.
-        auto_guard: Guards every model that runs.
-        recording: Records instead what every model that runs does.
+        recording: Records what every model that runs does; None where every model is guarded, or left alone.
         reason: Why the test may update, ``""`` for no reason given; None if it may not.
         of_subtest: The last error of ours that a subtest has reported.
     """
 
     guards: TestGuards
-    auto_guard: AutoGuard | None = None
     recording: TestRecording | None = None
     reason: str | None = None
     of_subtest: StatsChangedError | None = None
@@ -231,7 +229,7 @@ def _open(item: pytest.Item, settings: Settings | None, reason: str | None) -> N
         frontend = options.Frontend(
             phrases, has_coverage_warnings=False, is_outermost=True, only_without_grad=is_milder
         )
-        every_model = state.auto_guard = auto_guard.AutoGuard(state.guards, options.Settings(frontend=frontend))
+        every_model = auto_guard.AutoGuard(state.guards, options.Settings(frontend=frontend))
     else:
         from bnguard.pytest_plugin.recording import TestRecording
 
@@ -291,7 +289,7 @@ def _end_every_model(item: pytest.Item, state: _TestState) -> tuple[list[StatsCh
     if _EVERY_MODEL in item.config.stash:
         item.config.stash[_EVERY_MODEL].end()
         del item.config.stash[_EVERY_MODEL]
-    recording, state.auto_guard, state.recording = state.recording, None, None  # they refer to models
+    recording, state.recording = state.recording, None
     return ([], []) if recording is None else recording.stop()
 
 

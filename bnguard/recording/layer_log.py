@@ -53,7 +53,7 @@ class LayerLog(SeenLayer):
     """
 
     __slots__ = (
-        "_copies", "_copies_left", "_count", "_is_trained", "_last", "_model", "_momentum", "_observer",
+        "_copies", "_copies_left", "_count", "_evaluations", "_is_trained", "_last", "_model", "_momentum", "_observer",
         "_optimizers", "_optimizers_of", "_parameters", "_parameters_before", "_parents", "_recalibrates",
         "_rewritten", "_rivals", "_sites", "_tick", "_updates", "_was_evaluated", "_writes_left",
         "differs_per_rank", "is_loaded", "model_name",
@@ -85,6 +85,7 @@ class LayerLog(SeenLayer):
         self._copies_left = _MOST_COPIES
         self._recalibrates = -1  # at which tick the statistics were reset
         self._was_evaluated = False
+        self._evaluations = 0
         self._rewritten = 0
         self._writes_left = _MOST_WRITES
 
@@ -179,6 +180,7 @@ class LayerLog(SeenLayer):
             if not self._record_write(steps.ticks) and was_evaluated and not module.training and self._is_trained:
                 self._rewritten += 1
         self._was_evaluated = not module.training
+        self._evaluations += self._was_evaluated
         evaluation = Evaluation(module, self._model())
         for listener in self._observer.on_evaluation:
             listener(evaluation)
@@ -252,7 +254,7 @@ class LayerLog(SeenLayer):
         end = LayerEnd(
             name, self.type, self._momentum, sites, learned, self.before, now, self._parameters_before,
             self._present("_parameters"), has_stepped,
-            is_trained, self.is_loaded, self._rewritten, optimized,
+            is_trained, self.is_loaded, self._evaluations, self._rewritten, optimized,
         )  # fmt: skip
         return self._observer.evidence(end)
 
@@ -323,7 +325,7 @@ class LayerLog(SeenLayer):
             return own
         for reference in self._parents:
             parent = reference()
-            found = [] if parent is None else parameters_of(parent)
+            found = [] if parent is None else list(parameters_of(parent))
             if found:
                 return found
         return []

@@ -149,9 +149,9 @@ class Recorder(LayerListener[LayerLog]):
 
     def mode_changed(self, module: nn.Module, *, training: bool, by_user: bool) -> None:
         """Records which layers were put into eval mode by themselves, and which of them a ``train()`` reached."""
-        parts = parts_of(module)
+        parts = list(parts_of(module))
         ids = {id(part) for part in parts} - {id(module), id(unwrapped(module))}
-        for part in parts:
+        for part in [part for part in parts if part._buffers]:  # layers are among them
             if training:
                 by = self._evaluated.get(part)
                 self._evaluated.drop(part)

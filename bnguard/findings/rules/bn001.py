@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
-from torch import Tensor, nn
+from torch import nn
 
 from bnguard.findings.events import AuditedModel, LayerEnd, StepEnd, Update
+from bnguard.findings.line_counts import LineCounts
 from bnguard.findings.rule import Evidence, Rule
-from bnguard.findings.soundness import copies_of_parameters, have_moved, is_frozen
+from bnguard.findings.soundness import have_moved, is_frozen
 
-_MOST_LINES: Final = 16
+_MOST_PHASES: Final = 16
 _SHORTEST: Final = 4  # steps, of a phase in which a layer is frozen that is trained at other times
 _LONG: Final = 16
 _FEW: Final = 3  # phases
@@ -67,20 +68,20 @@ class BN001(Rule):
     )
 
     def __init__(self) -> None:
-        self._updates: dict[str, int] = {}  # of phases that are over, by line
-        self._phase: dict[str, int] = {}  # of the one that goes on
+        self._updates = LineCounts()  # of phases that are over
+        self._phase = LineCounts()  # of the one that goes on
         self._steps = 0  # of that
         self._phases: list[int] = []  # how many steps each had
         self._was_trained = False
-        self._left_out: dict[str, Tensor] = {}  # parameters that no optimizer has, although they have gradients
-        self._beside: dict[str, int] = {}  # updates before steps of another model's optimizer, by line
+        self._has_gradients = False  # of an update: whether an optimizer has its parameters is known after the step
+        self._beside = LineCounts()  # updates before steps of another model's optimizer
 
     def on_update(self, update: Update, module: nn.Module) -> None:
-        """Copies parameters that seem to be trained: whether an optimizer has them is known after the step."""
-        if not (update.is_frozen or self._was_trained or self._left_out):
+        """Sees whether the parameters seem to be trained."""
+        if not (update.is_frozen or self._was_trained or self._has_gradients):
             # Parameters that were computed, as those of a clone in meta-learning, are those of another module.
             self._was_trained = any([getattr(one, "grad_fn", None) is not None for one in module._parameters.values()])
-            self._left_out = copies_of_parameters(module)
+            self._has_gradients = True
 
     def on_step_end(self, step: StepEnd) -> None:
         """Tells a step in which the layer was frozen from one in which it was trained."""
@@ -91,28 +92,23 @@ class BN001(Rule):
         is_frozen = all([update.is_frozen for update in updates])
         if is_left_out and step.is_of_rival and not is_frozen:
             for update in updates:
-                if update.site in self._beside or len(self._beside) < _MOST_LINES:
-                    self._beside[update.site] = self._beside.get(update.site, 0) + 1
+                self._beside.add(update.site)
         elif is_left_out or is_frozen:
             self._steps += 1
             for update in updates:
-                site = update.site
-                if site in self._phase or len(self._phase) < _MOST_LINES:
-                    self._phase[site] = self._phase.get(site, 0) + 1
+                self._phase.add(update.site)
         else:
             # Parameters may be frozen for a while, as those of a discriminator are in the step of the generator.
             self._was_trained = True
-            self._left_out = {}
             self._end_phase()
 
     def _end_phase(self) -> None:
         if self._steps >= _SHORTEST:
-            if len(self._phases) < _MOST_LINES:
+            if len(self._phases) < _MOST_PHASES:
                 self._phases.append(self._steps)
             for site, count in self._phase.items():
-                if site in self._updates or len(self._updates) < _MOST_LINES:
-                    self._updates[site] = self._updates.get(site, 0) + count
-        self._phase, self._steps = {}, 0
+                self._updates.add(site, count)
+        self._phase, self._steps = LineCounts(), 0
 
     def at_end(self, end: LayerEnd) -> Iterator[Evidence]:
         """Each line that updated the layer while it was frozen."""
@@ -128,7 +124,8 @@ class BN001(Rule):
         if not (self._was_trained or end.is_trained):
             for site, count in self._beside.items():
                 counts[site] = counts.get(site, 0) + count
-        if self._left_out and have_moved(self._left_out, end.parameters_now):
+        is_left_out = self._has_gradients and not self._was_trained
+        if is_left_out and have_moved(end.parameters_before, end.parameters_now):
             return  # by other means than an optimizer
         for site, count in counts.items():
             yield Evidence(self.code, end.name, site, count)

@@ -9,13 +9,13 @@ from typing import ClassVar, Final
 import torch
 
 from bnguard.findings.events import Evaluation, LayerEnd, StepEnd, UpdateSite
+from bnguard.findings.line_counts import LineCounts
 from bnguard.findings.rule import Evidence, Rule, Variant
 from bnguard.findings.soundness import have_moved
 
 _RECALIBRATION: Final = re.compile(
     r"(?=.*(bn|norm|stat))(?=.*(updat|calib|precise|estimat|refresh|recomput|adapt))", re.I
 )
-_MOST_LINES: Final = 16
 _FEW: Final = 0.05  # of the forwards of a line: those may be a batch that was skipped
 
 
@@ -81,14 +81,14 @@ class BN002(Rule):
     def __init__(self) -> None:
         self._evaluations = 0
         self._held = 0
-        self._for_rivals: dict[str, int] = {}  # by line: forwards for a step of another model's optimizer
+        self._for_rivals = LineCounts()  # forwards for a step of another model's optimizer
 
     def on_step_end(self, step: StepEnd) -> None:
         """Counts forwards whose results another model learns from, as a critic does from what a generator makes."""
         if step.is_of_rival:
             for update in step.updates:
-                if not update.has_learned and (update.site in self._for_rivals or len(self._for_rivals) < _MOST_LINES):
-                    self._for_rivals[update.site] = self._for_rivals.get(update.site, 0) + 1
+                if not update.has_learned:
+                    self._for_rivals.add(update.site)
 
     def on_held(self) -> None:
         """Counts forwards that a guard holds: which ones count has been chosen then."""
@@ -134,7 +134,7 @@ def _wasted(site: UpdateSite, learned: int, *, is_alone: bool) -> int:
         is_alone: Whether a single forward with gradients is no sign: it may look at shapes, or have been skipped.
     """
     mode = site.mode
-    if not mode.training or mode.calibration or mode.recompute or mode.compiled:
+    if not mode.training or mode.calibration or mode.recompute:
         return 0
     if not mode.grad:
         return site.count - site.recalibrating

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
-from bnguard.findings.events import AuditedModel, Evaluation, LayerEnd
+from bnguard.findings.events import AuditedModel, LayerEnd
 from bnguard.findings.rule import Evidence, Rule, Variant
 from bnguard.findings.soundness import are_learned, is_initial, statistics_of_layer
 
@@ -62,24 +62,19 @@ class BN014(Rule):
 
     def __init__(self) -> None:
         self._held = 0
-        self._evaluations = 0
 
     def on_held(self) -> None:
         """Counts updates that a guard has prevented."""
         self._held += 1
 
-    def on_evaluation(self, evaluation: Evaluation) -> None:
-        """Counts forwards in eval mode."""
-        self._evaluations += not evaluation.module.training
-
     def at_end(self, end: LayerEnd) -> Iterator[Evidence]:
         """A layer that a guard has kept from learning, and that was evaluated all the same."""
-        if not self._evaluations or end.updates or not is_initial(end.now):
+        if not end.evaluations or end.updates or not is_initial(end.now):
             return
         if end.has_stepped and self._held:
             yield Evidence(self.code, end.name, None, self._held)
         elif end.is_loaded or (not end.is_trained and are_learned(end.parameters_now)):
-            yield Evidence(self.code, end.name, None, self._evaluations, None, "left behind")
+            yield Evidence(self.code, end.name, None, end.evaluations, None, "left behind")
 
     @classmethod
     def audit(cls, audited: AuditedModel) -> Iterator[Evidence]:

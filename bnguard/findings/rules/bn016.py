@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bnguard.findings.events import Evaluation, LayerEnd
+from bnguard.findings.events import LayerEnd
 from bnguard.findings.rule import Evidence, Rule
 from bnguard.findings.soundness import have_moved, is_initial
 
@@ -64,17 +64,10 @@ class BN016(Rule):
     )
     fine = "The statistics are frozen on purpose, and so are those of the model that is averaged."
 
-    def __init__(self) -> None:
-        self._evaluations = 0
-
-    def on_evaluation(self, evaluation: Evaluation) -> None:
-        """Counts forwards in eval mode."""
-        self._evaluations += not evaluation.module.training
-
     def at_end(self, end: LayerEnd) -> Iterator[Evidence]:
         """A layer of an average, a client or a target net; what was never learned is BN014."""
-        if not end.has_stepped or end.is_trained or end.updates or self._evaluations < 2:
+        if not end.has_stepped or end.is_trained or end.updates or end.evaluations < 2:
             return
         has_followed = have_moved(end.before, end.now) or is_initial(end.now)
         if not has_followed and have_moved(end.parameters_before, end.parameters_now):
-            yield Evidence(self.code, end.name, None, self._evaluations)
+            yield Evidence(self.code, end.name, None, end.evaluations)
