@@ -1,4 +1,4 @@
-"""``python -m tests.versions.wheel``: builds what is published, and runs the README's quickstart with nothing else."""
+"""``python -m tests.versions.wheel``: builds what is published, and runs the quickstart with nothing else."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.readme import SECTIONS, code
+from tests.readme import PAGES, code, is_suite
 from tests.versions.environment import CONSTRAINTS, ROOT, Environment
 
 
@@ -40,8 +40,8 @@ def build(folder: Path) -> list[Path]:
 
 
 def quickstart() -> str:
-    """The blocks of the section, one after the other; the complete test file is for pytest."""
-    return "\n".join([block for block in code(SECTIONS["Quickstart"]) if not block.startswith("# test_model.py\n")])
+    """The blocks of the page, one after the other; the complete test file is for pytest."""
+    return "\n".join([block for block in code(PAGES["docs/quickstart.md"]) if not is_suite(block)])
 
 
 if __name__ == "__main__":
