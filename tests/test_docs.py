@@ -5,11 +5,14 @@ import re
 
 import pytest
 
+import bnguard
+from bnguard import testing
 from bnguard.findings.codes import CODES
 from docs import diagrams, pages
 from tests import forks
-from tests.readme import README
+from tests.readme import PAGES, README
 
+INTEGRATIONS = sorted((pages.ROOT / "bnguard/integrations").glob("[a-z]*.py"))
 ROWS = json.loads((pages.RESULTS / "cpu.json").read_text(encoding="utf-8"))["rows"]
 
 
@@ -52,6 +55,16 @@ def test_pages_from_elsewhere_link_to_pages_only():
             folder = (pages.DOCS / name).parent
             made = {(pages.DOCS / page).resolve() for page in pages.made()}
             assert (folder / target).resolve().is_file() or (folder / target).resolve() in made, target
+
+
+def test_every_public_name_is_in_the_reference():
+    """What ``dir()`` lists, and what the public modules list."""
+    reference = "".join(PAGES[path] for path in PAGES if path.startswith("docs/api/"))
+    names = [f"bnguard.{name}" for name in bnguard.__all__ if name != "__version__"]
+    names += [f"bnguard.testing.{name}" for name in testing.__all__]
+    names += [f"bnguard.integrations.{path.stem}" for path in INTEGRATIONS]
+    for name in names:
+        assert re.search(rf":: {re.escape(name)}$", reference, re.MULTILINE), name
 
 
 def test_picture_has_a_panel_for_each_policy():
