@@ -1,4 +1,7 @@
-"""``python -m benchmarks.transcript``: makes the transcript of ``bnguard run`` and the README's pictures, anew."""
+"""``python -m benchmarks.transcript``: makes the transcript of ``bnguard run`` and the README's pictures, anew.
+
+The transcript is written into the README and the page of ``bnguard run`` as well.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +24,10 @@ TRANSCRIPT: Final = FOLDER / "digits.txt"
 PICTURE: Final = FOLDER / "digits.png"
 ERROR: Final = FOLDER / "finetune.txt"  # the end of the traceback
 _COMMAND: Final = ("run", "--plot", "drift.png", "digits.py")
-_README: Final = Path(__file__).parents[1] / "README.md"
+_ROOT: Final = Path(__file__).parents[1]
+_PAGES: Final = (_ROOT / "README.md", _ROOT / "docs" / "run.md")
 _COLUMNS: Final = 92
+_ERROR: Final = r"bnguard\.(?:\w+\.)*StatsChangedError"
 # As rich's own, without a font from the network: every letter has its place, whatever the font.
 _SVG: Final = """\
 <svg viewBox="0 0 {width} {height}" xmlns="http://www.w3.org/2000/svg">
@@ -56,15 +61,15 @@ def transcript(folder: Path) -> str:
 
 def traceback_of(folder: Path) -> tuple[str, str]:
     """Runs the first block of the README; the traceback in the files of the user, and the error."""
-    found = re.search(r"^```python\n(.*?)^```$", _README.read_text(encoding="utf-8"), re.M | re.S)
+    found = re.search(r"^```python\n(.*?)^```$", _PAGES[0].read_text(encoding="utf-8"), re.M | re.S)
     assert found is not None
     (folder / "finetune.py").write_text(found[1], encoding="utf-8")
     done = subprocess.run([sys.executable, "finetune.py"], cwd=folder, capture_output=True, text=True, check=False)
-    head, _, error = done.stderr.partition("bnguard.errors.StatsChangedError: ")
+    head, error = re.split(rf"^(?={_ERROR}: )", done.stderr, maxsplit=1, flags=re.M)
     first, *frames = re.split(r"^(?=  File )", head.replace(f"{folder.resolve()}/", ""), flags=re.M)
     own = [frame for frame in frames if frame.startswith('  File "finetune.py"')]
-    left_out = f"  [{len(frames) - len(own)} frames in torch and bnguard]\n"
-    return "".join([first, *own, left_out]), f"bnguard.errors.StatsChangedError: {error}"
+    others = len(frames) - len(own)
+    return "".join([first, *own, f"  [{others} frames in torch and bnguard]\n" if others else ""]), error
 
 
 def pictures_of(traceback: str, error: str) -> dict[str, str]:
@@ -85,7 +90,7 @@ def _coloured(traceback: str, error: str) -> Text:
     text = Text().append("$ python finetune.py\n", style="bold")
     text.append(traceback, style="black")  # the theme's grey
     message = Text(error.rstrip("\n"))
-    message.highlight_regex(r"(?m)^bnguard\.errors\.StatsChangedError", "bold red")
+    message.highlight_regex(rf"(?m)^{_ERROR}", "bold red")
     message.highlight_regex(r"finetune\.py:\d+ in \w+", "bold blue")
     message.highlight_regex(r"(?m)^  frozen\(.*?\)(?=  )", "bold green")
     return text.append(message)
@@ -100,6 +105,12 @@ def _svg(text: Text, theme: TerminalTheme, background: str) -> str:
     return "\n".join([line.rstrip() for line in svg.splitlines()]) + "\n"
 
 
+def shown_in(page: str, printed: str) -> str:
+    """The text of a page with another transcript in the place of its own."""
+    before, after = re.split(r"(?<=^```text\n)\$ bnguard run .*?(?=^```$)", page, maxsplit=1, flags=re.M | re.S)
+    return f"{before}{printed}{after}"
+
+
 def main() -> None:
     """Writes all of them into the results."""
     from tempfile import TemporaryDirectory
@@ -109,7 +120,11 @@ def main() -> None:
         PICTURE.write_bytes((Path(name) / "drift.png").read_bytes())
         traceback, error = traceback_of(Path(name))
     ERROR.write_text(error, encoding="utf-8")
-    written = [TRANSCRIPT, PICTURE, ERROR]
+    for page in _PAGES:
+        page.write_text(
+            shown_in(page.read_text(encoding="utf-8"), TRANSCRIPT.read_text(encoding="utf-8")), encoding="utf-8"
+        )
+    written = [TRANSCRIPT, PICTURE, ERROR, *_PAGES]
     for scheme, svg in pictures_of(traceback, error).items():
         written.append(FOLDER / f"finetune-{scheme}.svg")
         written[-1].write_text(svg, encoding="utf-8")

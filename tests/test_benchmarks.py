@@ -191,3 +191,5 @@ def test_committed_transcript_is_shown(path: str) -> None:
     """To the letter, with its picture."""
     assert f"```text\n{transcript.TRANSCRIPT.read_text()}```" in PAGES[path]
     assert "benchmarks/results/digits.png)" in PAGES[path]
+    assert transcript.shown_in(PAGES[path], transcript.TRANSCRIPT.read_text()) == PAGES[path]
+    assert "```text\nanother\n```\n" in transcript.shown_in(PAGES[path], "another\n")
