@@ -1,5 +1,6 @@
 """The pages that the build of the documentation makes: they say what the program and the results say."""
 
+import configparser
 import json
 import re
 
@@ -65,6 +66,14 @@ def test_every_public_name_is_in_the_reference():
     names += [f"bnguard.integrations.{path.stem}" for path in INTEGRATIONS]
     for name in names:
         assert re.search(rf":: {re.escape(name)}$", reference, re.MULTILINE), name
+
+
+def test_every_extra_for_users_is_listed():
+    """Those for development are in CONTRIBUTING.md."""
+    setup = configparser.ConfigParser()
+    setup.read(pages.ROOT / "setup.cfg")
+    for extra in set(setup["options.extras_require"]) - {"bench", "dev", "docs", "test"}:
+        assert re.search(rf"^\| .*`{extra}`.* \|", PAGES["docs/install.md"], re.MULTILINE), extra
 
 
 def test_picture_has_a_panel_for_each_policy():
