@@ -28,7 +28,7 @@ LOOPS_PAGE = "docs/guides/trainers.md"  # its blocks are run by tests/integratio
 ELSEWHERE = ("README.md", LOOPS_PAGE)
 LANGUAGES = {
     "python", "sh", "text", "toml", "{toctree}", "{eval-rst}", "{raw} html",
-    "{image} ../benchmarks/results/finetune-light.svg", "{image} ../benchmarks/results/finetune-dark.svg",
+    "{figure} ../benchmarks/results/finetune-light.svg", "{figure} ../benchmarks/results/finetune-dark.svg",
 }  # fmt: skip
 PROSE = {path: re.sub(r"^ *```.*?^ *```$", "", text, flags=re.M | re.S) for path, text in PAGES.items()}
 SCRIPT = code(README)[0]
