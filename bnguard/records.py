@@ -76,7 +76,7 @@ class StatsChange:
 
     @property
     def place(self) -> str:
-        """Both lines: ``"train.py:42 in train_step (nets.py:35 in forward)"``."""
+        """Both lines, ``"train.py:42 in train_step (nets.py:35 in forward)"``."""
         return f"{self.where}" if self.inside is None else f"{self.where} ({self.inside})"
 
 
@@ -267,7 +267,7 @@ class UpdateSeries:
 
     @property
     def rates(self) -> Tensor:
-        """Shape ``(S, L)``: updates per layer and optimizer step. Plain training has 1."""
+        """Updates per layer and optimizer step, of shape ``(S, L)``. Plain training has 1."""
         edges = self.counts.new_tensor([*self.steps, self.end]).double()
         return self.counts / edges.diff()[:, None] / self.counts.new_tensor(self.layers).double()
 

@@ -198,7 +198,7 @@ class watch:  # noqa: N801  # lower case, as torch.no_grad
 
     @property
     def speaks(self) -> bool:
-        """Whether this process makes the report: rank 0, or a single process."""
+        """Whether this process makes the report, as rank 0 and a single process do."""
         return self.rank == 0
 
     @property
