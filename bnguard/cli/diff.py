@@ -43,7 +43,9 @@ def diff_states(before: str, after: str, key: str | None, outputs: Outputs) -> i
 
     try:
         found = diff(before, after, key=key)
-    except (ValueError, OSError, ImportError) as error:
+    except OSError as error:
+        raise UsageError(f"expected a checkpoint file, got {error.filename!r}: {error.strerror}") from error
+    except (ValueError, ImportError) as error:
         raise UsageError(str(error)) from error
     document = dataclasses.replace(diff_document(found), title=f"bnguard diff {before} {after}")
     content = {"before": before, "after": after, **diff_content(found)}

@@ -70,7 +70,8 @@ def problem_with_format(path: Path) -> str | None:
     formats = Figure().canvas.get_supported_filetypes()
     if format_of(path) in formats:
         return None
-    return f"{path.name}: no format {path.suffix!r}; there are {', '.join(sorted(formats))}"
+    known = ", ".join([f".{one}" for one in ("png", "svg", "pdf", *sorted({*formats} - {"png", "svg", "pdf"}))])
+    return f"expected a name that ends in {known}, got {path.name!r}"
 
 
 def save(pictures: Sequence[Picture], path: Path) -> None:
