@@ -7,9 +7,10 @@ import sys
 from collections.abc import Sequence
 
 from bnguard.cli import audit, demo, diff, explain, run
+from bnguard.cli.completion import SHELLS, PrintCompletion
 from bnguard.cli.exit_codes import USAGE, UsageError
 from bnguard.cli.options import Commands, checked_outputs, missing_packages
-from bnguard.cli.parser import Parser, unknown_command_text
+from bnguard.cli.parser import Parser, one_of, unknown_command_text
 from bnguard.cli.version import ShowVersion
 
 __all__ = ["main"]
@@ -58,6 +59,15 @@ def _parser() -> tuple[Parser, Commands]:
         epilog="bnguard COMMAND --help says what a command does. Start with: bnguard run train.py",
     )
     parser.add_argument("--version", action=ShowVersion, nargs=0, help="print the versions of bnguard and torch")
+    parser.add_argument(
+        "--print-completion",
+        action=PrintCompletion,
+        type=one_of(SHELLS),
+        choices=SHELLS,
+        help="print completion, which needs the extra 'completion'; in ~/.bashrc: "
+        'eval "$(bnguard --print-completion bash)"; in fish: bnguard --print-completion fish | source; in zsh: a file '
+        "_bnguard in a folder of $fpath",
+    )
     commands: Commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for command in (run, audit, diff, explain, demo):
         command.add_parser(commands)
