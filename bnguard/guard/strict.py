@@ -18,6 +18,7 @@ from bnguard.guard.decorate import guard_function
 from bnguard.guard.frozen import frozen
 from bnguard.guard.options import Frontend, OnChange, Settings, check_settings
 from bnguard.guard.phrases import Phrases
+from bnguard.guard.policy import POLICIES
 from bnguard.layers.search import LARGEST, modules_in, roots_of
 from bnguard.layers.select import Selector
 from bnguard.layers.tree import any_layer
@@ -60,9 +61,9 @@ def strict(
     use_running_stats: bool = False,
     affine: bool = False,
     updates: int = 0,
-    include: Any = None,
-    exclude: Any = None,
-    buffers: Any = None,
+    include: Selector | Iterable[Selector] | None = None,
+    exclude: Selector | Iterable[Selector] | None = None,
+    buffers: str | Iterable[str] | None = None,
 ) -> Any:
     """Runs each call of a function inside ``frozen``, on the models that the call is about.
 
@@ -102,6 +103,9 @@ def strict(
     """
     if isinstance(function, nn.Module):
         raise TypeError("strict decorates functions; to guard a model use frozen(model), or strict(model=model)")
+    if isinstance(function, str):
+        option = "on_change" if function in POLICIES else "model"
+        raise TypeError(f"strict decorates functions, got {function!r}: write @strict({option}={function!r})")
     settings = check_settings(on_change, use_running_stats, affine, updates, include, exclude, buffers)
     settings = replace(settings, frontend=_FRONTEND)
     if not (model is None or isinstance(model, (nn.Module, str)) or callable(model)):
