@@ -321,3 +321,8 @@ class Recalibration:
     held: tuple[str, ...]
     unused: tuple[str, ...]
     batches: int
+
+
+# As a user imports them: repr(), help() and pickles name them so.
+for _class in [one for one in list(globals().values()) if isinstance(one, type) and one.__module__ == __name__]:
+    _class.__module__ = "bnguard"

@@ -13,6 +13,7 @@ from typing import Any, Final, TypeVar, overload
 
 from torch import nn
 
+from bnguard.errors import hides_frame
 from bnguard.guard.bystanders import bystanders_of
 from bnguard.guard.decorate import guard_function
 from bnguard.guard.frozen import frozen
@@ -24,6 +25,8 @@ from bnguard.layers.select import Selector
 from bnguard.layers.tree import any_layer
 from bnguard.torch_internals.compile import outside_graphs
 from bnguard.words import short_repr
+
+__tracebackhide__ = hides_frame
 
 F = TypeVar("F", bound=Callable[..., Any])
 _FRONTEND: Final = Frontend(
@@ -161,7 +164,7 @@ class _AllFrozen:
         try:
             for guard in reversed(self._guards):
                 try:
-                    guard.__exit__(None, failure or error, None)
+                    guard.__exit__(kind, failure or error, None)
                 except BaseException as found:
                     failure = found
             if failure is not None:

@@ -65,6 +65,8 @@ class watch:  # noqa: N801  # lower case, as torch.no_grad
             ``model``.
     """
 
+    __module__ = "bnguard"  # as a user imports it
+
     def __init__(
         self,
         model: nn.Module | None = None,

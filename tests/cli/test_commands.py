@@ -199,7 +199,7 @@ def test_guard_of_a_script_takes_the_options_of_frozen(script, tmp_path):
     assert re.search(r"^(?!1\.0 1\.0 1\.0 1\.0).* False$", done.stdout, re.M)
     done = bnguard_("run", "--frozen", "1", "--updates", "2", "train.py", cwd=tmp_path)
     assert done.returncode == 1
-    error = "bnguard.errors.StatsChangedError"
+    error = "bnguard.StatsChangedError"
     assert done.stderr.splitlines()[-5:] == [
         f"{error}: 1 (BatchNorm2d) has updated twice inside bnguard run --frozen 1 --updates 2:",
         "this forward would update running_mean, running_var and num_batches_tracked once more.",
