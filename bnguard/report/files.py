@@ -84,24 +84,32 @@ class Outputs:
             text = formatted(document, self.format)
             cast("Path", self.findings).write_text(f"{text}\n" if text else "", encoding="utf-8")
 
-        writers: list[tuple[Path | None, Callable[[], None]]] = [
+        if self.plot is not None or self.html is not None:
+            drawn += pictures()
+        return write_files(
             (self.json, lambda: json_file.write(cast("Path", self.json), content)),
             (self.plot, save),
             (self.html, lambda: page.write(cast("Path", self.html), document, drawn)),
             (self.findings, save_findings),
-        ]
-        files = []
-        if self.plot is not None or self.html is not None:
-            drawn += pictures()
-        for path, write in writers:
-            if path is not None:
-                problem = ""
-                try:
-                    write()
-                except Exception as error:  # the results of a run must not be lost because one file failed
-                    problem = str(error) if isinstance(error, OSError) else f"{path}: {error}"
-                files.append(WrittenFile(path, problem))
-        return files
+        )
+
+
+def write_files(*writers: tuple[Path | None, Callable[[], None]]) -> list[WrittenFile]:
+    """Writes files. One that cannot be written does not keep the others from being written.
+
+    Args:
+        *writers: The path of each file, and what writes it; a file without a path is left out.
+    """
+    files = []
+    for path, write in writers:
+        if path is not None:
+            problem = ""
+            try:
+                write()
+            except Exception as error:  # the results of a run must not be lost because one file failed
+                problem = str(error) if isinstance(error, OSError) else f"{path}: {error}"
+            files.append(WrittenFile(path, problem))
+    return files
 
 
 def problem_with(path: Path) -> str | None:
@@ -148,14 +156,20 @@ def publish(
         for note in document.notes:  # which that format does not have
             print(note, file=sys.stderr)
     files = outputs.write(document, content, pictures)
+    return tell_files(files, command, has_stdout=is_text)
+
+
+def tell_files(files: Sequence[WrittenFile], command: str, *, has_stdout: bool = True) -> bool:
+    """Prints which files were written, and to stderr which could not be. Returns whether all were.
+
+    Args:
+        files: The files.
+        command: The command that made them.
+        has_stdout: Whether stdout is for people, and no program reads it.
+    """
     written = [f"Written: {file.path}" for file in files if not file.problem]
-    if is_text and written:
+    if has_stdout and written:
         terminal.show_text("\n".join(written), apart=True)
-    return tell_problems(files, command)
-
-
-def tell_problems(files: Sequence[WrittenFile], command: str) -> bool:
-    """Prints to stderr which files could not be written. Returns whether all could."""
     problems = [file.problem for file in files if file.problem]
     for problem in problems:
         print(f"bnguard {command}: {problem}", file=sys.stderr)
