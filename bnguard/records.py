@@ -257,6 +257,8 @@ class UpdateSeries:
         lines: The calling lines, ``L`` of them, in the order in which they first updated something.
         layers: How many layers each of them has updated.
         counts: Shape ``(S, L)``, integers: updates in each span, of all layers together.
+        by_layer: For each layer, in the order of ``state_dict()``, model by model: the positions in ``lines`` of those
+            that have updated it.
     """
 
     steps: tuple[int, ...]
@@ -264,6 +266,7 @@ class UpdateSeries:
     lines: tuple[str, ...]
     layers: tuple[int, ...]
     counts: Tensor
+    by_layer: tuple[tuple[int, ...], ...] = ()
 
     @property
     def rates(self) -> Tensor:

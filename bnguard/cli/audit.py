@@ -65,10 +65,16 @@ def audit_target(target: str, ignores: tuple[Ignore, ...], outputs: Outputs) -> 
     unused = tuple([one for one in filtered.unused if one.source == COMMAND_LINE])
     document = with_ignored(audit_document(filtered.kept, model), dataclasses.replace(filtered, unused=unused))
     file = sys.modules[target.partition(":")[0]].__file__ or ""  # a package in several folders has none
-    document = dataclasses.replace(document, title=f"bnguard audit {target}", file=path_from(os.getcwd(), file))
+    has_found = fails(filtered.kept, frozenset([ALL]))
+    document = dataclasses.replace(
+        document,
+        title=f"bnguard audit {target}",
+        file=path_from(os.getcwd(), file),
+        about={"exit code": str(exit_code_of(has_found, is_written=True))},
+    )
     content = {"target": target, **findings_content(filtered.kept), **filtered.content()}
     is_written = publish(document, content, outputs, "audit")
-    return exit_code_of(fails(filtered.kept, frozenset([ALL])), is_written)
+    return exit_code_of(has_found, is_written)
 
 
 def _hint(path: str, name: str = "NAME") -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -29,7 +30,7 @@ from bnguard.report.files import Outputs, publish
 from bnguard.report.places import path_from
 
 if TYPE_CHECKING:
-    from bnguard.report.plots import Picture
+    from bnguard.report.picture import Picture
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,14 +184,19 @@ class WatchedRun:
         file = options.target
         if options.is_module:
             file = path_from(self._ignores.folder, str(vars(sys.modules["__main__"]).get("__file__") or ""))
-        document = dataclasses.replace(document, title=title, file=file, notes=(*document.notes, *notes))
+        about = {"arguments": shlex.join(options.args), "exit code of the script": str(exit_code)}
+        is_clean = document.is_clean and not (exit_code or notes)
+        notes = (*document.notes, *notes)
+        document = dataclasses.replace(document, title=title, file=file, notes=notes, about=about, is_clean=is_clean)
         content = {"target": options.target, "exit_code": exit_code, **watch_content(summary), **filtered.content()}
         return publish(document, content, options.outputs, "run", self._pictures)
 
     def _pictures(self) -> list[Picture]:
         from bnguard.report.plots import watch_pictures  # needs an extra
 
-        return watch_pictures(self._record.drift, self._record.series, self._record.update_series)
+        record = self._record
+        kept = self._ignores.filter(record.findings).kept
+        return watch_pictures(record.drift, record.series, record.update_series, kept)
 
 
 def _settings(pattern: str, options: RunOptions) -> Settings:

@@ -16,7 +16,7 @@ from bnguard.report.document import Document
 from bnguard.report.formats import Format, formatted
 
 if TYPE_CHECKING:
-    from bnguard.report.plots import Picture
+    from bnguard.report.picture import Picture
 
 
 def no_pictures() -> list[Picture]:
