@@ -59,7 +59,7 @@ def audit_document(findings: Sequence[Finding], model: nn.Module) -> Document:
     )
     if not layers:
         summary = f"{type(model).__name__} has no layer with running statistics: there is nothing to find"
-    return Document(verdict_text(findings), summary, tuple(findings), ())
+    return Document(verdict_text(findings), summary, tuple(findings), (), is_clean=bool(layers) and not findings)
 
 
 def findings_content(findings: Sequence[Finding]) -> dict[str, Any]:
