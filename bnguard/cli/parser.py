@@ -36,8 +36,9 @@ def unknown_command_text(word: str, commands: Sequence[str]) -> str:
     if os.path.isfile(word):
         return f"expected a command, got the file {word!r}: to run a script, write bnguard run {word}"
     nearest = difflib.get_close_matches(word, commands, n=1)
-    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-    return f"unknown command {word!r}: {hint}(valid are {listing([repr(name) for name in commands])})"
+    everything = f"valid are {listing([repr(name) for name in commands])}"
+    hint = f"did you mean {nearest[0]!r}? ({everything})" if nearest else everything
+    return f"unknown command {word!r}: {hint}"
 
 
 def one_of(choices: Sequence[str]) -> Callable[[str], str]:

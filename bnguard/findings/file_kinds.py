@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import zipfile
 from typing import Final
 
 SCRIPT: Final = "a Python file"
@@ -64,6 +63,8 @@ def kind_of(path: str) -> str:
 
 
 def _kind_of_zip(path: str) -> str:
+    import zipfile  # for errors alone
+
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
@@ -241,6 +242,9 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
         Raises:
             StatsChangedError: As at the end of a ``with`` block.
         """
+        error = sys.exc_info()[1]  # in a finally clause, the one on its way out
+        if isinstance(error, StatsChangedError):
+            end_in_users_line(error)
         self.__exit__(None, None, None)
 
     @outside_graphs

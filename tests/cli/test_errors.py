@@ -38,7 +38,7 @@ def test_no_command_prints_the_help(capsys):
     ("arguments", "first"),
     [
         (["rnu"], "bnguard: unknown command 'rnu': did you mean 'run'? (valid are 'run', 'audit', "),
-        (["zzz"], "bnguard: unknown command 'zzz': (valid are 'run', "),
+        (["zzz"], "bnguard: unknown command 'zzz': valid are 'run', "),
         (["--versoin"], "bnguard: unknown option '--versoin': did you mean '--version'?"),
         (["run", "--jsn", "x.json", "t.py"], "bnguard run: unknown option '--jsn': did you mean '--json'?"),
         (["audit", "--zzz=1", "m:f"], "bnguard audit: unknown option '--zzz'"),

@@ -104,6 +104,20 @@ def test_traceback_of_a_stopped_forward_ends_in_the_users_line(make: Callable[[]
     assert (last.filename, last.line, last.name) == (__file__, "net(batch)", "run")
 
 
+def test_traceback_ends_in_the_users_line_where_finally_stops_the_guard() -> None:
+    """Of the error on its way out, and of the one that ``stop()`` adds, whose last frame is that of ``stop()``."""
+    net = conv_net()
+    guard = bnguard.frozen(net).start()
+    with pytest.raises(bnguard.StatsChangedError) as caught:
+        try:
+            net(images())
+        finally:
+            guard.stop()
+    assert caught.value.__context__ is not None
+    assert [frame.line for frame in frames(caught.value.__context__)] == ["net(images())"]
+    assert [frame.name for frame in frames(caught.value) if frame.filename.startswith(PACKAGE)] == ["stop"]
+
+
 def test_traceback_ends_in_the_model_that_calls_the_layer() -> None:
     """The line in the user's model is one of the user's, too."""
 
