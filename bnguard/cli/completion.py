@@ -6,7 +6,6 @@ import argparse
 from collections.abc import Iterable
 from typing import Any, Final
 
-from bnguard.cli.parser import Parser
 from bnguard.findings.codes import CODES
 
 SHELLS: Final = ("bash", "zsh", "fish")
@@ -35,7 +34,8 @@ def _actions_of(parser: argparse.ArgumentParser) -> Iterable[argparse.Action]:
     """The arguments of a parser and of its commands."""
     for action in parser._actions:
         yield action
-        commands = action.choices.values() if isinstance(action.choices, dict) else ()
-        for command in commands:
-            if isinstance(command, Parser):
-                yield from _actions_of(command)
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action._choices_actions:
+                of_command = action.choices[command.dest]
+                of_command.description = command.help  # the short text, which shells show beside the name
+                yield from _actions_of(of_command)

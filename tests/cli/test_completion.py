@@ -48,6 +48,8 @@ def test_completion_is_valid(capsys, shell):
     text = printed(capsys, shell)
     for word in ("run", "audit", "diff", "explain", "demo", "on-change", "print-completion"):
         assert word in text
+    if shell != "bash":
+        assert "look at a model without running it" in text
     program = shutil.which(shell)
     if program is not None:
         subprocess.run([program, "-n"], input=text, text=True, check=True)
