@@ -139,11 +139,13 @@ class WatchedRun:
             self._auto_guard.end(for_good=True)
 
     def _run_target(self) -> Ending:
+        options = self._options
         try:
-            run = run_module if self._options.is_module else run_script
-            return run(self._options.target, self._options.args)
+            run = run_module if options.is_module else run_script
+            return run(options.target, options.args)
         except (OSError, NotFoundError) as error:
-            raise UsageError(str(error)) from error
+            what = "a module" if options.is_module else "a Python script"
+            raise UsageError(f"expected {what}, got {options.target!r}: {error}") from error
         except SyntaxError as error:
             return Ending(1, error.with_traceback(None))
 
@@ -151,7 +153,7 @@ class WatchedRun:
         """Ends the guards. Returns what they found, unless that is a note on the exception of the script."""
         try:
             for text in self._requests.end(ending.error):
-                print(f"bnguard: {text}", file=sys.stderr)
+                print(f"bnguard run: {text}", file=sys.stderr)
         except StatsChangedError as failure:
             return failure
         return None

@@ -282,7 +282,7 @@ def test_pattern_that_matches_nothing_is_told(script, tmp_path):
         (["run", "nowhere.py"], "bnguard run: expected a Python script, got 'nowhere.py': no such file\n"),
         (["run", "my.train"], "got 'my.train': no such file; a module is run with -m my.train\n"),
         (["run", "."], "bnguard run: expected a Python script, got '.', which is a folder\n"),
-        (["run", "-m", "nowhere.at.all"], "No module named"),
+        (["run", "-m", "nowhere.at.all"], "bnguard run: expected a module, got 'nowhere.at.all': "),
         (
             ["run", "--fail-on", "BN099", "x.py"],
             "unknown code 'BN099': did you mean 'BN019'? (valid are BN001 to ",
