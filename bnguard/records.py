@@ -257,6 +257,8 @@ class UpdateSeries:
         lines: The calling lines, ``L`` of them, in the order in which they first updated something.
         layers: How many layers each of them has updated.
         counts: Shape ``(S, L)``, integers: updates in each span, of all layers together.
+        by_layer: For each layer, in the order of ``state_dict()``, model by model: the positions in ``lines`` of those
+            that have updated it.
     """
 
     steps: tuple[int, ...]
@@ -264,6 +266,7 @@ class UpdateSeries:
     lines: tuple[str, ...]
     layers: tuple[int, ...]
     counts: Tensor
+    by_layer: tuple[tuple[int, ...], ...] = ()
 
     @property
     def rates(self) -> Tensor:
@@ -321,3 +324,8 @@ class Recalibration:
     held: tuple[str, ...]
     unused: tuple[str, ...]
     batches: int
+
+
+# As a user imports them: repr(), help() and pickles name them so.
+for _class in [one for one in list(globals().values()) if isinstance(one, type) and one.__module__ == __name__]:
+    _class.__module__ = "bnguard"

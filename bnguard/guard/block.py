@@ -10,7 +10,7 @@ from typing import Final
 
 from torch import Tensor, nn
 
-from bnguard.errors import BNGuardError, BNGuardWarning, StatsChangedError
+from bnguard.errors import BNGuardError, BNGuardWarning, StatsChangedError, hides_frame
 from bnguard.guard import messages
 from bnguard.guard.affine import AffineHold
 from bnguard.guard.coverage import (
@@ -35,6 +35,8 @@ from bnguard.torch_internals.callsite import call_site
 from bnguard.torch_internals.checkpointing import Region
 from bnguard.torch_internals.compile import GUARDS_GRAPHS, explain_break, forget_graphs
 from bnguard.torch_internals.tracing import are_on_cuda, is_capturing
+
+__tracebackhide__ = hides_frame
 
 _NONE: Final[Mapping[int, StatsChange]] = {}
 

@@ -25,11 +25,13 @@ from typing import Any, Final
 
 from torch import nn
 
-from bnguard.errors import BNGuardError
+from bnguard.errors import BNGuardError, hides_frame
 from bnguard.guard.affine import unheld
 from bnguard.guard.messages import clones_text
 from bnguard.layers.swaps import is_swapped, own_mode, own_tensors
 from bnguard.torch_internals.functional_call import modules_on_stack
+
+__tracebackhide__ = hides_frame
 
 # In the layer's __dict__, where Python finds them before those of the class.
 _HOLDING: Final = ("forward", "_replicate_for_data_parallel")

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
@@ -28,7 +29,7 @@ from typing import Any, ClassVar, Final, Self, TypeVar
 import torch
 from torch import nn
 
-from bnguard.errors import BNGuardWarning
+from bnguard.errors import BNGuardWarning, StatsChangedError, hides_frame
 from bnguard.guard import messages
 from bnguard.guard.block import Block
 from bnguard.guard.decorate import guard_function
@@ -38,11 +39,13 @@ from bnguard.layers.kinds import StatsLayer
 from bnguard.layers.select import Selector
 from bnguard.layers.tree import any_layer, find_layers
 from bnguard.records import GuardedLayer, StatsChange
-from bnguard.torch_internals.callsite import call_site
+from bnguard.torch_internals.callsite import call_site, end_in_users_line
 from bnguard.torch_internals.compile import outside_graphs
 from bnguard.words import short_repr
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+__tracebackhide__ = hides_frame
 
 _numbers: Final = itertools.count(1)
 # The blocks that this thread or this task of asyncio has entered. One that another one leaves stays among them.
@@ -103,8 +106,8 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
             step finds a step with several forwards.
         include: Guard only these layers: glob patterns on names in ``state_dict()``, without what ``DataParallel``,
             ``DistributedDataParallel`` and ``torch.compile`` put before them (one that names a container selects all in
-            it; the model itself is ``"(root)"``), modules, predicates ``(name, module) -> bool``, or a list of
-            them.
+            it; the model itself is ``"(root)"``), modules, classes of layers (``nn.BatchNorm2d``, with its
+            subclasses), predicates ``(name, module) -> bool``, or a list or tuple of them.
         exclude: Do not guard these layers; as ``include``.
         buffers: Guard other buffers that forwards move as well: codebooks, queues, observers of quantisation, vectors
             of spectral normalisation. Glob patterns on their names in ``state_dict()`` (one that names a module selects
@@ -124,6 +127,7 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
         BNGuardWarning: The model has no layer with running statistics.
     """
 
+    __module__ = "bnguard"  # as a user imports it
     __slots__ = ("__weakref__", "_last", "_model", "_open", "_settings")
 
     _frontend: ClassVar[Frontend] = PLAIN
@@ -192,9 +196,13 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
     ) -> None:
         left: list[Block] = []
         try:  # not in a function: see rule 2 of Note [Ctrl-C]
+            if kind is not None and isinstance(error, StatsChangedError):  # of a with statement, not of the plugin
+                end_in_users_line(error)
             self._leave(error, left)
-        except BaseException:
+        except BaseException as failure:
             self._abandon(left)
+            if isinstance(failure, StatsChangedError):
+                failure.__traceback__ = None  # Python adds this frame again, and those around it
             raise
 
     def _leave(self, error: BaseException | None, left: list[Block]) -> None:
@@ -234,6 +242,9 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
         Raises:
             StatsChangedError: As at the end of a ``with`` block.
         """
+        error = sys.exc_info()[1]  # in a finally clause, the one on its way out
+        if isinstance(error, StatsChangedError):
+            end_in_users_line(error)
         self.__exit__(None, None, None)
 
     @outside_graphs

@@ -38,7 +38,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from bnguard.errors import BNGuardError
+from bnguard.errors import BNGuardError, hides_frame
 from bnguard.guard.copies import LayerHook, strip_clone, strip_clones
 from bnguard.guard.forward import HeldLayer
 from bnguard.guard.hold import guards
@@ -52,6 +52,8 @@ from bnguard.torch_internals.compile import GUARDS_GRAPHS, is_exporting
 from bnguard.torch_internals.fork import renew_after_fork
 from bnguard.torch_internals.locks import RLock
 from bnguard.torch_internals.tracing import is_symbolic
+
+__tracebackhide__ = hides_frame
 
 _lock: Final = RLock()
 renew_after_fork(_lock)

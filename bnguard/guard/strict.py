@@ -13,16 +13,20 @@ from typing import Any, Final, TypeVar, overload
 
 from torch import nn
 
+from bnguard.errors import hides_frame
 from bnguard.guard.bystanders import bystanders_of
 from bnguard.guard.decorate import guard_function
 from bnguard.guard.frozen import frozen
 from bnguard.guard.options import Frontend, OnChange, Settings, check_settings
 from bnguard.guard.phrases import Phrases
+from bnguard.guard.policy import POLICIES
 from bnguard.layers.search import LARGEST, modules_in, roots_of
 from bnguard.layers.select import Selector
 from bnguard.layers.tree import any_layer
 from bnguard.torch_internals.compile import outside_graphs
 from bnguard.words import short_repr
+
+__tracebackhide__ = hides_frame
 
 F = TypeVar("F", bound=Callable[..., Any])
 _FRONTEND: Final = Frontend(
@@ -60,9 +64,9 @@ def strict(
     use_running_stats: bool = False,
     affine: bool = False,
     updates: int = 0,
-    include: Any = None,
-    exclude: Any = None,
-    buffers: Any = None,
+    include: Selector | Iterable[Selector] | None = None,
+    exclude: Selector | Iterable[Selector] | None = None,
+    buffers: str | Iterable[str] | None = None,
 ) -> Any:
     """Runs each call of a function inside ``frozen``, on the models that the call is about.
 
@@ -102,6 +106,9 @@ def strict(
     """
     if isinstance(function, nn.Module):
         raise TypeError("strict decorates functions; to guard a model use frozen(model), or strict(model=model)")
+    if isinstance(function, str):
+        option = "on_change" if function in POLICIES else "model"
+        raise TypeError(f"strict decorates functions, got {function!r}: write @strict({option}={function!r})")
     settings = check_settings(on_change, use_running_stats, affine, updates, include, exclude, buffers)
     settings = replace(settings, frontend=_FRONTEND)
     if not (model is None or isinstance(model, (nn.Module, str)) or callable(model)):
@@ -157,7 +164,7 @@ class _AllFrozen:
         try:
             for guard in reversed(self._guards):
                 try:
-                    guard.__exit__(None, failure or error, None)
+                    guard.__exit__(kind, failure or error, None)
                 except BaseException as found:
                     failure = found
             if failure is not None:
