@@ -152,7 +152,7 @@ class Block:
             StatsChangedError: As the policy says, unless an exception is on its way.
         """
         again = self._again
-        if again is not None and error is None and self._is_as_new() and again.is_quiet():
+        if again is not None and self._is_as_new() and again.is_quiet():
             again.end()
             self._entry = self._again = self._check = None
             self._keep(again)

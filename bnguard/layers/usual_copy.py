@@ -45,7 +45,7 @@ class UsualCopy:
             raise ValueError
         self._tensors, self._counts = tensors, counts
         self._places = places = list(map(Tensor.data_ptr, tensors + counts))
-        if 0 in places or not counts[0].is_cpu:
+        if 0 in places or not counts[0].is_cpu or any(map(Tensor.dim, counts)):
             raise ValueError
         self._sizes = list(map(Tensor.numel, tensors))
         self._flat = flat = torch.cat(tensors)

@@ -5,12 +5,13 @@ The long way is what a new block goes; here it is forced by letting no block be 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import random
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -130,18 +131,17 @@ def _clone(net: nn.Module, random_: random.Random) -> Any:
     made = layer.__new__(type(layer))
     made.__dict__ = layer.__dict__.copy()
     made.__dict__["_buffers"] = {name: buffer.clone() for name, buffer in layer._buffers.items()}
-    net.__dict__["kept_clone"] = [made] if random_.random() < 0.5 else None  # a list: not among its modules
-    return made(_batch(random_))
+    net.__dict__["kept_clone"] = [made]  # a list: not among its modules
+    return None
+
+
+def _running_clone(net: nn.Module, random_: random.Random) -> Any:
+    _clone(net, random_)
+    return net.__dict__["kept_clone"][0](_batch(random_))
 
 
 def _fail(net: nn.Module, random_: random.Random) -> None:
     raise KeyError("of the user")
-
-
-INSIDE: list[Callable[[nn.Module, random.Random], Any]] = [
-    *[_in_mode(True)] * 6, *[_in_mode(False)] * 6, _replace_buffer, _write, _replace_data, _count, _load,
-    _under_inference, _refused, _copied, _clone, _fail,
-]  # fmt: skip
 
 
 def _to_double(net: nn.Module, random_: random.Random) -> None:
@@ -175,6 +175,22 @@ def _new_buffer(net: nn.Module, random_: random.Random) -> None:
     _first_norm(net).register_buffer("extra", torch.zeros(1))
 
 
+class Counting(nn.Module):
+    """Counts its forwards in a buffer that is no running statistic."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(1))
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.seen.add_(1)
+        return input
+
+
+def _add_counting(net: nn.Module, random_: random.Random) -> None:
+    net.add_module(str(len(net._modules)), Counting())
+
+
 def _guard_of_another(net: nn.Module, random_: random.Random) -> None:
     net.__dict__["open_guards"] = [*net.__dict__.get("open_guards", []), bnguard.frozen(net, "restore").start()]
 
@@ -188,41 +204,74 @@ def _without_tracking(net: nn.Module, random_: random.Random) -> None:
     _first_norm(net).track_running_stats = not _first_norm(net).track_running_stats
 
 
-BETWEEN: list[Callable[[nn.Module, random.Random], Any]] = [
-    *[_in_mode(True)] * 4, *[_in_mode(False)] * 4, _replace_buffer, _write, _replace_data, _load, _to_double,
-    _add_layer, _remove_layer, _add_hook, _patch_forward, _other_class, _new_buffer, _guard_of_another, _stop_others,
-    _without_tracking,
+def _caught(net: nn.Module, random_: random.Random) -> str:
+    try:
+        _forward(net.train(), random_)
+    except bnguard.StatsChangedError as error:
+        return str(error).splitlines()[0]
+    return ""
+
+
+def _halve(net: nn.Module, random_: random.Random) -> None:
+    _first_norm(net).half()
+
+
+def _no_statistics(net: nn.Module, random_: random.Random) -> None:
+    _first_norm(net).running_mean = None
+
+
+EVENTS: list[Callable[[nn.Module, random.Random], Any]] = [
+    _in_mode(True), _in_mode(False), _replace_buffer, _write, _replace_data, _count, _load, _under_inference, _refused,
+    _copied, _clone, _running_clone, _fail, _to_double, _add_layer, _add_counting, _remove_layer, _add_hook, _patch_forward, _other_class, _new_buffer,
+    _guard_of_another, _stop_others, _without_tracking, _caught, _halve, _no_statistics,
 ]  # fmt: skip
 
 
-def run(seed: int, options: dict[str, Any]) -> list[Any]:
-    """What a random program says and leaves at every point: ten blocks of one guard, with things in between."""
+def run(events: Iterable[Any], options: dict[str, Any], seed: int = 0) -> list[Any]:
+    """What a program says and leaves at every point: blocks of one guard with events inside them and in between."""
     random_ = random.Random(seed)
-    torch.manual_seed(seed)
     net = make_net(random_)
     guard = bnguard.frozen(net, **options)
     trace: list[Any] = []
-    for _ in range(10):
-        random_between = random_.random() < 0.3
-        with told() as said:
-            if random_between:
-                trace.append(random_.choice(BETWEEN)(net, random_))
-        outputs = []
-        with told() as said:
-            try:
-                with guard:
-                    outputs = [random_.choice(INSIDE)(net, random_) for _ in range(random_.randrange(1, 3))]
-            except KeyError as error:
-                outputs.append(f"{error} {getattr(error, '__notes__', '')}")
-        said_lines = [line for text in (said.error or "", *said.warnings) for line in text.splitlines()]
-        changes = [(change.names, change.buffers, change.updates, change.mean_shift) for change in guard.changes]
-        layers = [(layer.names, layer.protection) for layer in guard.layers]
-        gradients = [parameter.grad for parameter in net.parameters()]
-        trace.append([outputs, said_lines, changes, layers, gradients, state_of(net), torch.get_rng_state()])
-        if not net.__dict__.get("open_guards"):
-            assert_clean(net)
+    for event in events:
+        is_inside = random_.random() < 0.5 if seed else None
+        for _ in range(3):
+            with guard:
+                _forward_of_quiet_block(net, random_)
+        places = [True, False] if is_inside is None else [is_inside]
+        trace += [_block(net, guard, event, random_, inside=inside) for inside in places]
     _stop_others(net, random_)
     return trace
+
+
+def _forward_of_quiet_block(net: nn.Module, random_: random.Random) -> None:
+    with contextlib.suppress(RuntimeError, TypeError, bnguard.StatsChangedError):
+        net.eval()(_batch(random_))
+
+
+def _block(net: nn.Module, guard: bnguard.frozen, event: Any, random_: random.Random, *, inside: bool) -> list[Any]:
+    outputs: list[Any] = []
+    with told() as said:
+        try:
+            if not inside:
+                outputs.append(event(net, random_))
+            with guard:
+                if inside:
+                    outputs.append(event(net, random_))
+                outputs.append(_forward(net.eval(), random_))
+        except (KeyError, RuntimeError, TypeError, bnguard.BNGuardError) as error:
+            outputs.append(f"{error} {getattr(error, '__notes__', '')}")
+    with told(), contextlib.suppress(RuntimeError, TypeError):
+        outputs.append(net(_batch(random_)))
+    lines = [line for text in (said.error or "", *said.warnings) for line in text.splitlines()]
+    changes = [(change.names, change.buffers, change.updates, change.mean_shift) for change in guard.changes]
+    layers = [(layer.names, layer.protection) for layer in guard.layers]
+    gradients = [parameter.grad for parameter in net.parameters()]
+    if not net.__dict__.get("open_guards"):
+        assert_clean(net)
+    for clone in net.__dict__.get("kept_clone") or ():
+        assert_clean(clone)
+    return [outputs, lines, changes, layers, gradients, state_of(net), torch.get_rng_state()]
 
 
 def assert_same(one: Any, other: Any) -> None:
@@ -239,16 +288,28 @@ def assert_same(one: Any, other: Any) -> None:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("seeds", [range(8), pytest.param(range(8, 150), marks=pytest.mark.slow)], ids=["some", "many"])
-def test_both_ways_are_alike(policy: str, seeds: range, monkeypatch: pytest.MonkeyPatch, taken: list[bool]) -> None:
-    """Outputs, gradients, statistics, random numbers, what is said, and what is left behind."""
-    for seed in seeds:
-        short = run(seed, POLICIES[policy])
-        with monkeypatch.context() as patch:
-            patch.setattr(Block, "is_ready_again", lambda block: False)
-            long = run(seed, POLICIES[policy])
-        assert_same(short, long)
+@pytest.mark.parametrize("event", EVENTS, ids=lambda event: event.__name__.strip("_<>"))
+def test_both_ways_are_alike(policy: str, event: Any, monkeypatch: pytest.MonkeyPatch, taken: list[bool]) -> None:
+    """Outputs, gradients, statistics, random numbers, what is said and left behind, of one event inside and outside."""
+    assert_alike([event], policy, 0, monkeypatch)
     assert any(taken) is (policy not in ("rollback", "updates"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", POLICIES)
+def test_both_ways_are_alike_in_random_programs(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same for many events on nets of many forms."""
+    for seed in range(1, 200):
+        assert_alike(random.Random(seed).choices(EVENTS, k=6), policy, seed, monkeypatch)
+
+
+def assert_alike(events: list[Any], policy: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program goes the same on the short way and on the long one."""
+    short = run(events, POLICIES[policy], seed)
+    with monkeypatch.context() as patch:
+        patch.setattr(Block, "is_ready_again", lambda block: False)
+        long = run(events, POLICIES[policy], seed)
+    assert_same(short, long)
 
 
 @pytest.mark.parametrize("policy", ["raise", "warn", "restore", "running"])
