@@ -222,7 +222,8 @@ def _no_statistics(net: nn.Module, random_: random.Random) -> None:
 
 EVENTS: list[Callable[[nn.Module, random.Random], Any]] = [
     _in_mode(True), _in_mode(False), _replace_buffer, _write, _replace_data, _count, _load, _under_inference, _refused,
-    _copied, _clone, _running_clone, _fail, _to_double, _add_layer, _add_counting, _remove_layer, _add_hook, _patch_forward, _other_class, _new_buffer,
+    _copied, _clone, _running_clone, _fail, _to_double, _add_layer, _add_counting, _remove_layer, _add_hook,
+    _patch_forward, _other_class, _new_buffer,
     _guard_of_another, _stop_others, _without_tracking, _caught, _halve, _no_statistics,
 ]  # fmt: skip
 
