@@ -22,7 +22,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
-from dataclasses import replace
 from types import TracebackType
 from typing import Any, ClassVar, Final, Self, TypeVar
 
@@ -146,8 +145,9 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
         buffers: str | Iterable[str] | None = None,
     ) -> None:
         _check_is_module(model, self._frontend.phrases)
-        settings = check_settings(on_change, use_running_stats, affine, updates, include, exclude, buffers)
-        settings = replace(settings, frontend=self._frontend)
+        settings = check_settings(
+            on_change, use_running_stats, affine, updates, include, exclude, buffers, frontend=self._frontend
+        )
         _check_model(model, settings)
         self._set(model, settings)
 
@@ -178,7 +178,9 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
 
     def _enter(self, *, is_started: bool = False) -> Self:
         """Begins a block. One that was started stays until it is stopped, with or without a reference to the guard."""
-        block, number = Block(self._model, self._settings, self._last), next(_numbers)
+        block, number = self._last, next(_numbers)
+        if block is None or not block.is_ready_again():
+            block = Block(self._model, self._settings, block)
         self._open[block] = None
         self._last = block
         try:
@@ -307,8 +309,11 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
 
     def _innermost(self) -> Block | None:
         """The block that this thread or task entered last, else the last of all."""
+        if len(opened := tuple(self._open.items())) == 1:
+            block, number = opened[0]
+            return None if number is None else block
         numbers = _own.get()
-        entered = [(block, number) for block, number in list(self._open.items()) if number is not None]
+        entered = [(block, number) for block, number in opened if number is not None]
         own = [block for block, number in entered if number in numbers]
         return own[-1] if own else entered[-1][0] if entered else None
 

@@ -37,6 +37,11 @@ class Outcome:
         """Whether there is something to do although nothing was found."""
         return bool(self._errors)
 
+    @property
+    def has_spoken(self) -> bool:
+        """Whether something was raised or warned about."""
+        return self._has_warned or bool(self._errors)
+
     def stopped(self, change: StatsChange, mode: str, budget: int) -> StatsChangedError:
         """Returns the error for a forward that would have updated. The user's code may catch it."""
         text = rank_prefix() + messages.stopped_text(change, mode, budget, self._settings.frontend.phrases)

@@ -7,7 +7,6 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from types import CodeType, FunctionType, TracebackType
 from typing import Any, Final, TypeVar, overload
 
@@ -109,8 +108,9 @@ def strict(
     if isinstance(function, str):
         option = "on_change" if function in POLICIES else "model"
         raise TypeError(f"strict decorates functions, got {function!r}: write @strict({option}={function!r})")
-    settings = check_settings(on_change, use_running_stats, affine, updates, include, exclude, buffers)
-    settings = replace(settings, frontend=_FRONTEND)
+    settings = check_settings(
+        on_change, use_running_stats, affine, updates, include, exclude, buffers, frontend=_FRONTEND
+    )
     if not (model is None or isinstance(model, (nn.Module, str)) or callable(model)):
         raise TypeError(f"model must be a module, the name of a parameter or a callable, got {short_repr(model)}")
 

@@ -81,6 +81,11 @@ def unregistered_in(model: nn.Module, settings: Settings) -> Unregistered | None
     return Unregistered(before) if before else None
 
 
+def has_only_buffers(model: nn.Module) -> bool:
+    """Whether a model was found to have no such statistics."""
+    return _known.get(model) == ()
+
+
 def _places_in(model: nn.Module) -> Iterator[tuple[str, weakref.ref[nn.Module], tuple[str, ...]]]:
     for name, module in model.named_modules():
         if isinstance(module, ScriptModule):  # whose tables are no dictionaries
