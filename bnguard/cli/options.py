@@ -23,7 +23,7 @@ Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 
 COMMAND_LINE: Final = "command line"  # where an option was written
 _OUTPUTS: Final = {
-    "json": "write everything as JSON; README.md has the schema",
+    "json": "write everything as JSON; docs/json.md has the schema",
     "plot": "write the figures: .png, .svg, .pdf (extra 'plot')",
     "html": "write one self-contained page with tables and figures (extra 'plot')",
 }
