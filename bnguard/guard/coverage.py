@@ -14,6 +14,7 @@ from bnguard.guard.affine import affine_parameters
 from bnguard.guard.bystanders import bystanders_of, is_alone
 from bnguard.guard.options import Settings
 from bnguard.guard.phrases import Phrases
+from bnguard.guard.surroundings import has_fixed_forward
 from bnguard.guard.unguarded_buffers import unguarded_buffers
 from bnguard.guard.unregistered import has_only_buffers, unregistered_in
 from bnguard.layers.bits import is_valueless, what_is_unreadable
@@ -49,12 +50,15 @@ def refuse_unreadable(layers: Iterable[StatsLayer], phrases: Phrases | None, tab
                 raise BNGuardError(text)
 
 
-def refuse_batch_programs(model: nn.Module, layers: Iterable[StatsLayer]) -> None:
-    """Refuses layers in programs that would normalise with the batch under ``use_running_stats=True``.
+def refuse_batch_programs(model: nn.Module, layers: Sequence[StatsLayer]) -> None:
+    """Refuses layers that would normalise with the batch under ``use_running_stats=True``: those in programs mostly.
 
     Raises:
         BNGuardError: There is such a layer.
     """
+    for layer in layers:
+        if has_fixed_forward(type(layer.module)):
+            raise BNGuardError(messages.batch_program_text(layer.names, type(layer.module).__name__, "property"))
     fixed = [layer for layer in layers if layer.kind.keeps_mode or layer.kind.hold == "none"]
     with_batch = normalised_with_batch(model) if fixed else frozenset()
     for layer in fixed:
@@ -64,8 +68,8 @@ def refuse_batch_programs(model: nn.Module, layers: Iterable[StatsLayer]) -> Non
                 continue
         elif id(own_tensors(layer.module, "_buffers").get("running_mean")) not in with_batch:
             continue
-        is_fixed = layer.kind is not SCRIPTED or uses_batch is True
-        raise BNGuardError(messages.batch_program_text(layer.names, type(layer.module).__name__, is_fixed))
+        why = "program" if layer.kind is not SCRIPTED or uses_batch is True else "script"
+        raise BNGuardError(messages.batch_program_text(layer.names, type(layer.module).__name__, why))
 
 
 def refuse_other_buffers(layers: Iterable[StatsLayer], settings: Settings) -> None:

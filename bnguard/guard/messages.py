@@ -285,14 +285,16 @@ def clones_text(type_name: str) -> str:
     )
 
 
-def batch_program_text(names: Sequence[str], type_name: str, is_fixed: bool) -> str:
-    """The error about ``use_running_stats=True`` for a layer in a program that normalises with the batch."""
-    if is_fixed:
-        what = "belongs to a program that was traced or exported in train mode"
-        remedy = "Trace or export the model in eval mode"
-    else:
-        what = "is a ScriptModule in train mode, which runs no hooks"
-        remedy = "Call eval() on it before the block"
+_UNHELD: Final = {
+    "program": "belongs to a program that was traced or exported in train mode|Trace or export the model in eval mode",
+    "script": "is a ScriptModule in train mode, which runs no hooks|Call eval() on it before the block",
+    "property": "has a forward that is a property, which a guard cannot replace|Make it a method",
+}
+
+
+def batch_program_text(names: Sequence[str], type_name: str, why: str) -> str:
+    """The error about ``use_running_stats=True`` for a layer that would normalise with the batch all the same."""
+    what, remedy = _UNHELD[why].split("|")
     return (
         f"{layer_text(names, type_name)} {what}: it would normalise with the batch, not with its running statistics.\n"
         f"{remedy}, or leave out use_running_stats=True."

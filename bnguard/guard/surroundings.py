@@ -255,6 +255,11 @@ def _is_plain(cls: type) -> bool:
     return type(_unbound_forward(cls)) is FunctionType
 
 
+def has_fixed_forward(cls: type) -> bool:
+    """Whether ``forward`` is a property or the like, which Python finds before a ``forward`` on the instance."""
+    return hasattr(type(_unbound_forward(cls)), "__set__")
+
+
 def _bound_forward(module: nn.Module) -> Callable[..., Any]:
     """The class's forward, bound as Python binds it: descriptors, static and class methods too."""
     cls = type(module)
