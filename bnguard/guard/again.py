@@ -1,15 +1,15 @@
-"""Begin and end a block on a model on which nothing has changed since the last block of the same guard.
+"""Begin and end a block on a model that has nothing but torch's own BatchNorm layers, on the CPU.
 
 Note [The short way]
 ~~~~~~~~~~~~~~~~~~~~
 Around a step of a small net a block costs mostly the Python that it runs: what runs once a step is not in the caches of
-the processor any more. So a guard that is used again has a short way in and one out, of few functions. They do what
-``Block.enter`` and ``Block.leave`` do to torch's own BatchNorm layers on the CPU. As soon as anything is otherwise,
-``begin`` leaves the model as it is and ``is_quiet`` is false, and the block goes the long way. A test runs both ways on
-random nets.
+the processor any more. So there is a short way in and one out, of few functions. They do what ``Block.enter`` and
+``Block.leave`` do to torch's own BatchNorm layers on the CPU, once a block on the model has found nothing else to look
+after. As soon as anything is otherwise, ``begin`` leaves the model as it is and ``is_quiet`` is false, and the block
+goes the long way. A test runs both on random nets.
 
-The short way opens the same block again. It found nothing and said nothing, so it is as good as new; and no forward
-that began in it goes on, which the number of references to its entry tells.
+A guard that is used again opens the same block again. It found nothing and said nothing, so it is as good as new; and
+no forward that began in it goes on, which the number of references to its entry tells.
 """
 
 from __future__ import annotations
@@ -20,23 +20,25 @@ from sys import getrefcount
 from types import MethodType
 from typing import Any, Final
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from bnguard.guard.copies import KEY, MARK, NO_CLONES, strip_clones
+from bnguard.guard.coverage import has_nothing_beside
 from bnguard.guard.exit_check import ExitCheck
 from bnguard.guard.forward import forward_of_batch_norm
 from bnguard.guard.hold import guards
 from bnguard.guard.hooks import BeforeForward, LayerGuard, entries_lock
 from bnguard.guard.options import Settings
-from bnguard.guard.policy import NO_RULING, PolicyEntry, Rulings, innermost_order
-from bnguard.layers.kinds import BATCH_NORM
+from bnguard.guard.policy import NO_RULING, Counts, PolicyEntry, Ruling, Rulings, innermost_order
+from bnguard.layers.kinds import BATCH_NORM, BATCH_NORMS, StatsLayer
 from bnguard.layers.swaps import swaps
 from bnguard.layers.tree import Tree
 from bnguard.layers.usual_copy import UsualCopy
 from bnguard.torch_internals.compile import GUARDS_GRAPHS
 from bnguard.torch_internals.tracing import is_calm
 
-_COLUMNS: Final = tuple(map(itemgetter, ("running_mean", "running_var", "num_batches_tracked")))
+_NAMES: Final = ("running_mean", "running_var", "num_batches_tracked")
+_COLUMNS: Final = tuple(map(itemgetter, _NAMES))
 _PUT: Final = ("forward", "_replicate_for_data_parallel", "__getstate__", MARK)
 _TABLE: Final = itemgetter("_buffers")
 
@@ -46,25 +48,28 @@ class Again:
 
     Args:
         tree: The modules of the model.
-        entry: What the block wants of its layers.
-        layer_guards: Their guards, with the entry.
-        check: The comparison of the block.
+        layers: What the block guards. See ``goes_short``.
+        settings: Its options.
+        counts: The updates that the block has seen: none.
 
     Attributes:
         entry: What the block wants of its layers.
+        guards: The guards of the layers.
     """
 
-    __slots__ = ("_attributes", "_check", "_columns", "_guards", "_has_forward", "_ruling", "_tree", "entry")
+    __slots__ = ("_attributes", "_check", "_columns", "_layers", "_ruling", "_settings", "_tree", "entry", "guards")
 
-    def __init__(self, tree: Tree, entry: PolicyEntry, layer_guards: Sequence[LayerGuard], check: ExitCheck) -> None:
+    def __init__(self, tree: Tree, layers: Sequence[StatsLayer], settings: Settings, counts: Counts) -> None:
         self._tree = tree
-        self._guards = layer_guards
-        self._check = check
-        self._ruling = layer_guards[0].ruling
-        self._has_forward = self._ruling.needs_forward
-        self._attributes: list[dict[str, Any]] = [guard.module.__dict__ for guard in layer_guards]
-        self._columns = self._current_columns()
-        self.entry = entry
+        self._layers = layers
+        self._settings = settings
+        self.entry = entry = PolicyEntry(None, settings.policy, 0, counts)
+        self._ruling = Ruling((entry,))
+        self._attributes: list[dict[str, Any]] = [layer.module.__dict__ for layer in layers]
+        tables = list(map(_TABLE, self._attributes))
+        self._columns: list[list[Tensor]] = [list(map(column, tables)) for column in _COLUMNS]
+        self.guards = list(map(LayerGuard, layers, zip(*self._columns, strict=True)))
+        self._check: ExitCheck | None = None  # once there was one
 
     def rest(self) -> bool:
         """Lets go of the block, so that no cycle outlives it; False if a forward that began in it goes on."""
@@ -76,14 +81,16 @@ class Again:
 
     def is_ready(self) -> bool:
         """Whether the model is as it was."""
-        return is_calm() and not swaps and self._tree.is_current() and self._has_same_statistics()
+        return self._tree.is_current() and self._has_same_statistics()
 
     def begin(self) -> bool:
         """Puts the entry on all layers; False, with nothing done, where that takes the long way."""
-        entry, ruling, has_forward = self.entry, self._ruling, self._has_forward
+        entry, ruling, has_forward = self.entry, self._ruling, self._ruling.needs_forward
         is_running = entry.policy.action == "running"
+        if not is_calm() or swaps:
+            return False
         with entries_lock:
-            for guard, attributes in zip(self._guards, self._attributes, strict=True):
+            for guard, attributes in zip(self.guards, self._attributes, strict=True):
                 if (
                     guard.layer_id in guards
                     or guard.members
@@ -96,7 +103,7 @@ class Again:
                 ):
                     return False
             entry.order = innermost_order()
-            for guard, attributes in zip(self._guards, self._attributes, strict=True):
+            for guard, attributes in zip(self.guards, self._attributes, strict=True):
                 guard.members[entry] = {} if is_running else None
                 guard.ruling = ruling
                 guards[guard.layer_id] = guard
@@ -112,7 +119,11 @@ class Again:
         return True
 
     def check_anew(self) -> ExitCheck | None:
-        """The comparison with the statistics of now; None if they are not what they were."""
+        """The comparison with the statistics of now; None if they are not usual ones."""
+        if self._check is None:
+            check = ExitCheck(self._layers, self._settings)
+            self._check = check if check.has_usual_copy() else None
+            return self._check
         try:
             self._check.renew(UsualCopy(self._columns))
         except (ValueError, RuntimeError):
@@ -126,14 +137,15 @@ class Again:
             and not swaps
             and self._tree.has_same_modules()
             and self._has_same_statistics()
+            and self._check is not None
             and self._check.has_same_values()
         )
 
     def end(self) -> None:
         """Takes the entry off all layers. If that fails, ``drop_entry`` does the rest."""
-        entry, has_forward = self.entry, self._has_forward
+        entry, has_forward = self.entry, self._ruling.needs_forward
         with entries_lock:
-            for guard, attributes in zip(self._guards, self._attributes, strict=True):
+            for guard, attributes in zip(self.guards, self._attributes, strict=True):
                 guard.members.pop(entry, None)
                 is_alone = not (guard.members or guard._before) and guard._original is None
                 if not is_alone or guard.has_forward is not has_forward or getrefcount(guard.mark) > NO_CLONES:
@@ -150,10 +162,11 @@ class Again:
                     guard.remove_hooks()
                 if guards.get(guard.layer_id) is guard:
                     del guards[guard.layer_id]
-            for guard in self._guards:
+            for guard in self.guards:
                 if guard.is_hook_elsewhere:
                     guard.sync(Rulings())
-        self._check.forget()
+        if self._check is not None:
+            self._check.forget()
 
     def _has_same_statistics(self) -> bool:
         tables = list(map(_TABLE, self._attributes))
@@ -165,40 +178,29 @@ class Again:
             return False
         return True
 
-    def _current_columns(self) -> list[list[Tensor]]:
-        tables = list(map(_TABLE, self._attributes))
-        return [list(map(column, tables)) for column in _COLUMNS]
 
-
-def again(
-    tree: Tree, entry: PolicyEntry, layer_guards: Sequence[LayerGuard], check: ExitCheck, settings: Settings
-) -> Again | None:
-    """The short way for the next block of a guard, at the end of a quiet one; None where there is none.
+def goes_short(model: nn.Module, tree: Tree, layers: Sequence[StatsLayer], settings: Settings) -> bool:
+    """Whether a block can go the short way, unless ``begin`` finds otherwise.
 
     Args:
-        tree: The modules of the model.
-        entry: What the block wants of its layers.
-        layer_guards: Their guards, with the entry.
-        check: The comparison of the block.
+        model: The model.
+        tree: Its modules, as they are now.
+        layers: What the block guards.
         settings: The options of the guard.
     """
-    is_usual = (
+    frontend = settings.frontend
+    return (
         GUARDS_GRAPHS
-        and layer_guards
+        and frontend.has_coverage_warnings
+        and not (frontend.compares_only or frontend.is_outermost or frontend.only_without_grad)
         and not (settings.affine or settings.updates or settings.buffers or settings.policy.hides)
         and all([isinstance(selector, str) for selector in (*settings.include, *settings.exclude)])
+        and bool(layers)
         and tree.is_plain()
-        and check.has_usual_copy()
+        and all([layer.kind is BATCH_NORM and layer.buffers == _NAMES for layer in layers])
+        and {type(layer.module) for layer in layers} <= BATCH_NORMS
+        and has_nothing_beside(model)
     )
-    if not is_usual:
-        return None
-    ruling = layer_guards[0].ruling
-    for guard in layer_guards:
-        is_plain = guard.kind is BATCH_NORM and not (guard.copies_itself or guard.reduces_itself or guard.previous)
-        is_alone = guard.ruling is ruling and guard.has_forward is ruling.needs_forward is not guard.has_hooks
-        if not (is_plain and is_alone and guard.ruling.entries == (entry,)):
-            return None
-    return Again(tree, entry, layer_guards, check)
 
 
 class _Probe:

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from bnguard.errors import BNGuardError, BNGuardWarning, StatsChangedError, hides_frame
 from bnguard.guard import messages
 from bnguard.guard.affine import AffineHold
-from bnguard.guard.again import Again, again
+from bnguard.guard.again import Again, goes_short
 from bnguard.guard.coverage import (
     found_beside,
-    has_nothing_beside,
     refuse_batch_programs,
     refuse_other_buffers,
     warn_about_added_layers,
@@ -26,7 +25,7 @@ from bnguard.guard.coverage import (
 )
 from bnguard.guard.exit_check import ExitCheck, compiled_layers
 from bnguard.guard.hooks import LayerGuard, add_entry, drop_entry, is_any_held
-from bnguard.guard.options import PLAIN, Settings, guarded_layers
+from bnguard.guard.options import Settings, guarded_layers
 from bnguard.guard.outcome import Outcome
 from bnguard.guard.policy import Counts, PolicyEntry, count_update
 from bnguard.layers.kinds import StatsLayer, moving_statistics
@@ -58,7 +57,7 @@ class Block:
 
     __slots__ = (
         "_affine", "_again", "_beside", "_check", "_counts", "_entry", "_found", "_guards", "_has_named",
-        "_has_warned_of_program", "_is_used_again", "_kept", "_layers", "_model", "_on_cuda", "_outcome", "_owners",
+        "_has_warned_of_program", "_kept", "_layers", "_model", "_on_cuda", "_outcome", "_owners",
         "_process", "_regions", "_settings", "_tree", "_verified", "_without_values",
     )  # fmt: skip
 
@@ -87,7 +86,6 @@ class Block:
         self._has_warned_of_program = False
         self._has_named = False
         self._regions: dict[int, Region] = {}  # checkpointed, held, and not recomputed so far
-        self._is_used_again = earlier is not None
         self._again: Again | None = None  # while the block goes the short way
         self._kept: list[Again] = []  # for the next block; at most one, which is taken out in one step
 
@@ -104,9 +102,11 @@ class Block:
 
     def enter(self, manager: object = None) -> None:
         """Guards the layers from now on, at most as long as ``manager`` lives. If it fails, ``abandon()`` it."""
-        if self._again is not None and self._enter_again(self._again, manager):
+        again = self._again
+        if again is None and goes_short(self._model, self._tree, self._layers, self._settings):
+            again = Again(self._tree, self._layers, self._settings, self._counts)
+        if again is not None and self._enter_again(again, manager):
             return
-        self._again = None
         settings, layers = self._settings, self._layers
         self._process = os.getpid()
         self._on_cuda = torch.cuda.is_initialized() and are_on_cuda(
@@ -157,7 +157,8 @@ class Block:
         if again is not None and self._is_as_new() and again.is_quiet():
             again.end()
             self._entry = self._again = self._check = None
-            self._keep(again)
+            if again.rest():
+                self._kept.append(again)
             return
         if error is not None and not GUARDS_GRAPHS:
             explain_break(error)
@@ -166,10 +167,7 @@ class Block:
             return
         # While the entry is still there: what other threads run meanwhile is held.
         found = self._verify(restores=self._settings.policy.puts_back)
-        again = None if found or error is not None else self._next()
         self._let_go()
-        if again is not None:
-            self._keep(again)
         if error is None and self._settings.frontend.has_coverage_warnings:
             self._warn_of_gaps(has_found=bool(found))
         try:
@@ -279,19 +277,21 @@ class Block:
 
     def _enter_again(self, again: Again, manager: object) -> bool:
         """Enters the short way; False, with nothing done, where there is none any more. See Note [The short way]."""
+        self._again = None
         self._process = os.getpid()
+        self._guards = again.guards
         self._entry = entry = again.entry
         entry.block = self
         entry.manager = None if manager is None else weakref.ref(manager, self.abandon)
         if not again.begin():
             self._entry = None
             return False
-        self._check = again.check_anew() or ExitCheck(self._layers, self._settings)
+        self._check = again.check_anew()
+        if self._check is None:  # it ends the long way
+            self._check = ExitCheck(self._layers, self._settings)
+        else:
+            self._again = again
         return True
-
-    def _keep(self, again: Again) -> None:
-        if again.rest():
-            self._kept.append(again)
 
     def _is_as_new(self) -> bool:
         """Whether the block has found nothing and said nothing, in the process that entered it."""
@@ -300,15 +300,6 @@ class Block:
             and not (self._counts or self._found or self._verified or self._regions)
             and not (self._has_warned_of_program or self._has_named or self._outcome.has_spoken)
         )
-
-    def _next(self) -> Again | None:
-        """The short way for the next block of the same guard, where this one is not the first."""
-        entry, check, is_plain = self._entry, self._check, self._settings.frontend is PLAIN
-        if not (self._is_used_again and is_plain and entry and check and self._is_as_new() and not self._beside):
-            return None
-        if not has_nothing_beside(self._model):
-            return None
-        return again(self._tree, entry, self._guards, check, self._settings)
 
     def _verify(self, *, restores: bool) -> list[StatsChange]:
         """Compares, and puts back if asked to. Returns what differed."""

@@ -1,6 +1,6 @@
 """The short way of a guard that is used again, beside the long one: nobody can tell which one a random program went.
 
-The long way is what a new block goes; here it is forced by letting no block be ready again.
+The long way is forced by letting no block begin the short one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 import bnguard
 from bnguard.guard.again import Again
-from bnguard.guard.block import Block
 from tests.asserts import assert_clean, assert_same_bits, state_of, told
 from tests.old_torch import RELEASE
 
@@ -308,20 +307,40 @@ def assert_alike(events: list[Any], policy: str, seed: int, monkeypatch: pytest.
     """A program goes the same on the short way and on the long one."""
     short = run(events, POLICIES[policy], seed)
     with monkeypatch.context() as patch:
-        patch.setattr(Block, "is_ready_again", lambda block: False)
+        patch.setattr(Again, "begin", lambda again: False)
         long = run(events, POLICIES[policy], seed)
     assert_same(short, long)
 
 
 @pytest.mark.parametrize("policy", ["raise", "warn", "restore", "running"])
-def test_quiet_blocks_go_the_short_way(policy: str, taken: list[bool]) -> None:
-    """The third block of a guard, and all that follow."""
+def test_blocks_go_the_short_way(policy: str, taken: list[bool]) -> None:
+    """The second block on a model, and all that follow, of one guard and of several."""
     net = nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 6), nn.BatchNorm1d(6)).eval()
     guard = bnguard.frozen(net, **POLICIES[policy])
-    for _ in range(5):
+    for _ in range(3):
         with guard:
             net(torch.ones(4, 6))
-    assert taken == [True] * 3
+        with bnguard.frozen(net, **POLICIES[policy]):
+            net(torch.ones(4, 6))
+    assert taken == [True] * 5
+
+
+def test_strict_goes_the_short_way(taken: list[bool]) -> None:
+    """Whatever finds the model."""
+    net = nn.Sequential(nn.BatchNorm1d(6))
+
+    @bnguard.strict(on_change="restore")
+    def step(net: nn.Module) -> None:
+        net(torch.ones(4, 6))
+
+    @bnguard.strict(on_change="restore")
+    def closed() -> None:
+        net(torch.ones(4, 6))
+
+    for _ in range(3):
+        step(net)
+        closed()
+    assert taken == [True] * 5
 
 
 def test_a_guard_in_two_threads_opens_two_blocks(taken: list[bool]) -> None:
@@ -364,15 +383,17 @@ def test_a_forward_that_outlasts_its_block_does_not_count_in_the_next(taken: lis
     forward = net[0].forward
     ruling = forward.__self__.ruling  # as a forward of another thread has it in a local variable
     guard.stop()
-    del taken[:]
     with guard:
-        pass
-    assert taken == []
-    del ruling
-    for _ in range(3):
-        with guard:
-            pass
-    assert taken[-1:] == [True]
+        assert net[0].forward.__self__.ruling is not ruling
+        old = net[0].forward.__self__.ruling
+        del ruling
+    with guard:
+        assert net[0].forward.__self__.ruling is not old  # which is still known here
+    del old
+    with guard:
+        last = id(net[0].forward.__self__.ruling)
+    with guard:
+        assert id(net[0].forward.__self__.ruling) == last
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 3, 6])
