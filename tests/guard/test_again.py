@@ -17,10 +17,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import bnguard
 from bnguard.guard.again import Again
 from tests.asserts import assert_clean, assert_same_bits, state_of, told
+from tests.nets import OwnForward
 from tests.old_torch import RELEASE
 
 if RELEASE < (2, 12):
@@ -35,6 +37,7 @@ POLICIES: dict[str, dict[str, Any]] = {
     "rollback": {"on_change": "rollback"},
     "some": {"on_change": "restore", "include": "0"},
     "updates": {"updates": 1},
+    "affine": {"on_change": "restore", "affine": True},
 }
 
 
@@ -190,6 +193,10 @@ def _add_counting(net: nn.Module, random_: random.Random) -> None:
     net.add_module(str(len(net._modules)), Counting())
 
 
+def _add_own_forward(net: nn.Module, random_: random.Random) -> None:
+    net.add_module(str(len(net._modules)), OwnForward(6))
+
+
 def _guard_of_another(net: nn.Module, random_: random.Random) -> None:
     net.__dict__["open_guards"] = [*net.__dict__.get("open_guards", []), bnguard.frozen(net, "restore").start()]
 
@@ -219,10 +226,13 @@ def _no_statistics(net: nn.Module, random_: random.Random) -> None:
     _first_norm(net).running_mean = None
 
 
+# Of torch about what is left of a layer, of the user, and of bnguard.
+ERRORS = (AttributeError, KeyError, RuntimeError, TypeError, ValueError, bnguard.BNGuardError)
+
 EVENTS: list[Callable[[nn.Module, random.Random], Any]] = [
     _in_mode(True), _in_mode(False), _replace_buffer, _write, _replace_data, _count, _load, _under_inference, _refused,
-    _copied, _clone, _running_clone, _fail, _to_double, _add_layer, _add_counting, _remove_layer, _add_hook,
-    _patch_forward, _other_class, _new_buffer,
+    _copied, _clone, _running_clone, _fail, _to_double, _add_layer, _add_counting, _add_own_forward, _remove_layer,
+    _add_hook, _patch_forward, _other_class, _new_buffer,
     _guard_of_another, _stop_others, _without_tracking, _caught, _halve, _no_statistics,
 ]  # fmt: skip
 
@@ -234,18 +244,18 @@ def run(events: Iterable[Any], options: dict[str, Any], seed: int = 0) -> list[A
     guard = bnguard.frozen(net, **options)
     trace: list[Any] = []
     for event in events:
-        is_inside = random_.random() < 0.5 if seed else None
-        for _ in range(3):
-            with guard:
-                _forward_of_quiet_block(net, random_)
-        places = [True, False] if is_inside is None else [is_inside]
-        trace += [_block(net, guard, event, random_, inside=inside) for inside in places]
-    _stop_others(net, random_)
+        for is_inside in [random_.random() < 0.5] if seed else [True, False]:
+            for _ in range(3):
+                with told(), guard:
+                    _forward_of_quiet_block(net, random_)
+            trace.append(_block(net, guard, event, random_, inside=is_inside))
+    with told():
+        _stop_others(net, random_)
     return trace
 
 
 def _forward_of_quiet_block(net: nn.Module, random_: random.Random) -> None:
-    with contextlib.suppress(RuntimeError, TypeError, bnguard.StatsChangedError):
+    with contextlib.suppress(*ERRORS):
         net.eval()(_batch(random_))
 
 
@@ -259,9 +269,10 @@ def _block(net: nn.Module, guard: bnguard.frozen, event: Any, random_: random.Ra
                 if inside:
                     outputs.append(event(net, random_))
                 outputs.append(_forward(net.eval(), random_))
-        except (KeyError, RuntimeError, TypeError, bnguard.BNGuardError) as error:
+                outputs.append(_forward(net.train(), random_))
+        except ERRORS as error:
             outputs.append(f"{error} {getattr(error, '__notes__', '')}")
-    with told(), contextlib.suppress(RuntimeError, TypeError):
+    with told(), contextlib.suppress(*ERRORS):
         outputs.append(net(_batch(random_)))
     lines = [line for text in (said.error or "", *said.warnings) for line in text.splitlines()]
     changes = [(change.names, change.buffers, change.updates, change.mean_shift) for change in guard.changes]
@@ -292,7 +303,7 @@ def assert_same(one: Any, other: Any) -> None:
 def test_both_ways_are_alike(policy: str, event: Any, monkeypatch: pytest.MonkeyPatch, taken: list[bool]) -> None:
     """Outputs, gradients, statistics, random numbers, what is said and left behind, of one event inside and outside."""
     assert_alike([event], policy, 0, monkeypatch)
-    assert any(taken) is (policy not in ("rollback", "updates"))
+    assert any(taken) is (policy not in ("rollback", "updates", "affine"))
 
 
 @pytest.mark.slow
@@ -341,6 +352,37 @@ def test_strict_goes_the_short_way(taken: list[bool]) -> None:
         step(net)
         closed()
     assert taken == [True] * 5
+
+
+class Listed(TorchDispatchMode):
+    """Lists what torch is asked to do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operations.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("is_inside", [False, True])
+def test_what_sees_operations_sees_none_of_a_block(is_inside: bool, taken: list[bool]) -> None:
+    """Under a mode a block goes the long way: in, or out where the mode came in between."""
+    net = nn.Sequential(nn.BatchNorm1d(6)).eval()
+    guard = bnguard.frozen(net, "restore")
+    with guard, guard:
+        pass
+    mode = Listed()
+    with guard if is_inside else contextlib.nullcontext(), mode:
+        if is_inside:
+            guard.stop()
+        else:
+            guard.start()
+    guard.stop()
+    assert taken[-1] is is_inside
+    assert mode.operations == []
+    assert_clean(net)
 
 
 def test_a_guard_in_two_threads_opens_two_blocks(taken: list[bool]) -> None:
