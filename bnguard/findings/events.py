@@ -121,7 +121,7 @@ class LayerEnd:
     """All that is known of a layer when a run ends, or when findings are asked for earlier.
 
     Attributes:
-        name: What to call the layer: its first name, preceded by the class of its model if several were watched.
+        name: What to call the layer: its first name, preceded by the name of its model if several were watched.
         type: The class name.
         momentum: Its momentum when the watch met it.
         updates: Its updates by line and mode, in the order in which they first happened.

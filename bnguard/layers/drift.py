@@ -39,7 +39,7 @@ def drift_between(
         before: Its statistics by buffer name, each of shape ``(C,)``.
         after: Its later statistics by buffer name, each of shape ``(C,)``.
         eps: Added to the variances.
-        model: The class of the model, as in ``Drift``.
+        model: The name of the model, as in ``Drift``.
 
     Returns:
         The drift, on the CPU in float64; None if the layer has no mean with a variance, their shapes changed, or

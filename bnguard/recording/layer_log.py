@@ -47,7 +47,7 @@ class LayerLog(SeenLayer):
     are taken of the first few only.
 
     Attributes:
-        model_name: What to call its model if several were watched.
+        model_number: The number of its model among those that were met.
         differs_per_rank: Whether several ranks train it, each with statistics of its own.
         is_loaded: Whether a state dict was loaded into it.
     """
@@ -56,12 +56,12 @@ class LayerLog(SeenLayer):
         "_copies", "_copies_left", "_count", "_evaluations", "_is_trained", "_last", "_model", "_momentum", "_observer",
         "_optimizers", "_optimizers_of", "_parameters", "_parameters_before", "_parents", "_recalibrates",
         "_rewritten", "_rivals", "_sites", "_tick", "_updates", "_was_evaluated", "_writes_left",
-        "differs_per_rank", "is_loaded", "model_name",
+        "differs_per_rank", "is_loaded", "model_number",
     )  # fmt: skip
 
-    def __init__(self, layer: StatsLayer, model: nn.Module, model_name: str, parents: Sequence[nn.Module]) -> None:
+    def __init__(self, layer: StatsLayer, model: nn.Module, model_number: int, parents: Sequence[nn.Module]) -> None:
         super().__init__(layer)
-        self.model_name = model_name
+        self.model_number = model_number
         self.differs_per_rank = differs_per_rank(model)
         self.is_loaded = False
         self._model = weakref.ref(model)
@@ -224,7 +224,7 @@ class LayerLog(SeenLayer):
     # What is known.
 
     def records(self, model_name: str) -> tuple[StatsUpdates, ...]:
-        """The updates by line and mode, with the class of the model if several were watched."""
+        """The updates by line and mode, with the name of the model if several were watched."""
         records: dict[tuple[str, Mode], StatsUpdates] = {}
         for site in self._sites.values():
             if site.count:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import weakref
-from collections import Counter, defaultdict
+from collections import defaultdict
 from typing import Any, Final, Literal
 
 import torch
@@ -19,6 +19,7 @@ from bnguard.layers.tree import Tree, ancestors_of, parts_of, unwrapped
 from bnguard.recording.layer_listener import LayerListener, Pending
 from bnguard.recording.layer_log import LayerLog
 from bnguard.recording.model_calls import ModelCall, ModelCalls
+from bnguard.recording.model_names import ModelName, distinct
 from bnguard.recording.optimizer_steps import BackwardCounter, StepCounter
 from bnguard.recording.ranks import Ranks
 from bnguard.recording.timeline import Timeline
@@ -64,7 +65,8 @@ class Recorder(LayerListener[LayerLog]):
         self._calls = ModelCalls()
         self._backwards = BackwardCounter()
         self._interval = 1 if every in (None, "auto") else int(every)
-        self._model_names: Counter[str] = Counter()
+        self._models: list[ModelName] = []
+        self._shown: list[str] = []  # how they are named
         self.steps = StepCounter()
         self.samples: list[DriftSample] = []
         self.timelines: defaultdict[str, Timeline] = defaultdict(Timeline)
@@ -108,7 +110,11 @@ class Recorder(LayerListener[LayerLog]):
 
     def model_of(self, log: LayerLog) -> str:
         """The name of a layer's model if several models were met, else an empty string."""
-        return log.model_name if self._model_names.total() > 1 else ""
+        if len(self._models) < 2:
+            return ""
+        if len(self._shown) < len(self._models):
+            self._shown = distinct(self._models)
+        return self._shown[log.model_number]
 
     def name_of(self, log: LayerLog) -> str:
         """The first name of a layer, preceded by the name of its model if several models were met."""
@@ -205,9 +211,9 @@ class Recorder(LayerListener[LayerLog]):
             self._tree = tree
 
     def _met(self, model: nn.Module, layers: list[StatsLayer]) -> None:
-        name = self._name_of(model)
+        number = self._number_of(model)
         for layer in layers:
-            log = LayerLog(layer, model, name, ancestors_of(layer.module, model))
+            log = LayerLog(layer, model, number, ancestors_of(layer.module, model))
             log.is_loaded = self._loaded.drop(layer.module)
             self._add(log, layer)
 
@@ -219,14 +225,11 @@ class Recorder(LayerListener[LayerLog]):
         except ValueError:  # one of many models, none of whose buffers has such a name
             return tree.layers
 
-    def _name_of(self, model: nn.Module) -> str:
-        """A name for a model, used if there are several; a model that grows keeps its name."""
-        if model is self._model and self.logs:
-            return self.logs[0].model_name
-        name = type(unwrapped(model)).__name__
-        self._model_names[name] += 1
-        number = self._model_names[name]
-        return name if number == 1 else f"{name} {number}"
+    def _number_of(self, model: nn.Module) -> int:
+        """The number of a model, by which it is named; a model that grows keeps it."""
+        if model is not self._model or not self._models:
+            self._models.append(ModelName.at_call(model, sys._getframe()))
+        return len(self._models) - 1
 
     def _look_again(self) -> None:
         """Records also the layers that were added to the model since."""

@@ -49,7 +49,7 @@ class CallSite:
     inside: CallSite | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
-        return f"{_short(self.filename)}:{self.lineno} in {self.function}"
+        return f"{place_text(self.filename, self.lineno)} in {self.function}"
 
 
 def call_site() -> CallSite:
@@ -137,6 +137,11 @@ def origin_of(filename: str) -> Origin:
     if path.startswith(_LIBRARIES) or filename.startswith("<frozen "):
         return "library"
     return "user"
+
+
+def place_text(filename: str, lineno: int) -> str:
+    """``"train.py:42"``."""
+    return f"{_short(filename)}:{lineno}"
 
 
 def _short(filename: str) -> str:

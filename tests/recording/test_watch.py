@@ -382,7 +382,7 @@ def test_report_of_nothing():
 
 
 def test_models_are_told_apart():
-    """Where several are watched, and only there, the class of the model is part of a layer's name."""
+    """Where several are watched, and only there, the name of the model is part of a layer's name."""
 
     class Critic(nn.Sequential):
         pass
@@ -392,11 +392,13 @@ def test_models_are_told_apart():
         for net in nets:
             with torch.no_grad():
                 net(IMAGES)
-    assert [update.model for update in record.updates] == ["Sequential", "Critic", "Critic 2"]
-    assert [drift.model for drift in record.drift] == ["Sequential", "Critic", "Critic 2"]
-    assert [finding.layers for finding in record.findings] == [("Sequential: 1", "Critic: 0", "Critic 2: 0")]
+    place = record.findings[0].where.partition(" ")[0]
+    names = [f"{cls} at {place}" for cls in ("Sequential", "Critic", "Critic 2")]  # net is all of them
+    assert [update.model for update in record.updates] == names
+    assert [drift.model for drift in record.drift] == names
+    assert [finding.layers for finding in record.findings] == [(f"{names[0]}: 1", *[f"{n}: 0" for n in names[1:]])]
     assert "3 updates of 3 layers" in record.report()
-    assert "  Critic 2: 0 (BatchNorm2d) " in record.report()
+    assert f"  {names[2]}: 0 (BatchNorm2d) " in record.report()
     with bnguard.watch() as record:
         run(nets[0])
     assert only(record.updates).model == only(record.drift).model == ""
