@@ -130,7 +130,7 @@ class LayerEnd:
         now: Its statistics at the end, by name.
         parameters_before: Its parameters when the watch met it, by name; empty if an optimizer trains it.
         parameters_now: Its parameters at the end, by name.
-        has_stepped: Whether any optimizer has made a step.
+        steps: How many steps all optimizers have made.
         is_trained: Whether an optimizer has trained the layer.
         is_loaded: Whether a state dict was loaded into it.
         evaluations: How many forwards in eval mode updated nothing.
@@ -147,7 +147,7 @@ class LayerEnd:
     now: Mapping[str, Tensor]
     parameters_before: Mapping[str, Tensor]
     parameters_now: Mapping[str, Tensor]
-    has_stepped: bool
+    steps: int
     is_trained: bool
     is_loaded: bool
     evaluations: int

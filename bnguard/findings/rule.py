@@ -93,6 +93,11 @@ class EvidenceGroup:
         return f"{count_text(max(self.numbers), 'update')}{each}"
 
     @property
+    def number(self) -> int:
+        """The largest of the numbers."""
+        return max(self.numbers)
+
+    @property
     def steps(self) -> str:
         """The largest of the numbers as ``3 optimizer steps``."""
         return count_text(max(self.numbers), "optimizer step")

@@ -237,7 +237,7 @@ class LayerLog(SeenLayer):
         return tuple(records.values())
 
     def evidence(
-        self, name: str, now: Mapping[str, Tensor], learned: Mapping[str, int], *, has_stepped: bool
+        self, name: str, now: Mapping[str, Tensor], learned: Mapping[str, int], steps: int
     ) -> list[Evidence]:
         """What the rules have found so far.
 
@@ -245,7 +245,7 @@ class LayerLog(SeenLayer):
             name: What to call the layer.
             now: Its present statistics.
             learned: By line, most updates of a layer that were learned from.
-            has_stepped: Whether any optimizer has made a step.
+            steps: How many steps all optimizers have made.
         """
         optimized = frozenset().union(*[optimizer.parameters for optimizer in self._optimizers])
         sites = tuple([site for site in self._sites.values() if site.count])
@@ -253,7 +253,7 @@ class LayerLog(SeenLayer):
         is_trained = self._is_trained or (has_stepped_since(self._optimizers, 0) and not is_frozen)
         end = LayerEnd(
             name, self.type, self._momentum, sites, learned, self.before, now, self._parameters_before,
-            self._present("_parameters"), has_stepped,
+            self._present("_parameters"), steps,
             is_trained, self.is_loaded, self._evaluations, self._rewritten, optimized,
         )  # fmt: skip
         return self._observer.evidence(end)

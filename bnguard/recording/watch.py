@@ -243,14 +243,13 @@ class watch:  # noqa: N801  # lower case, as torch.no_grad
 
     def _own_findings(self) -> tuple[Finding, ...]:
         recorder = self._recorder
-        has_stepped = recorder.steps.count > 0
         learned: dict[str, int] = {}
         for site in [site for log in recorder.logs for site in log.sites]:
             learned[site.site] = max(learned.get(site.site, 0), site.learned)
         evidence: list[Evidence] = []
         for number, log in enumerate(recorder.logs):
             name, now = recorder.name_of(log), self._now(number, log)
-            evidence += log.evidence(name, now, learned, has_stepped=has_stepped)
+            evidence += log.evidence(name, now, learned, recorder.steps.ticks)
         return group_evidence(evidence)
 
     def _recorded(self) -> Recorded:

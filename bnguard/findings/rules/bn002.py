@@ -106,14 +106,14 @@ class BN002(Rule):
         momenta = {momentum for site in learning for momentum in site.momenta}
         counts: dict[tuple[str, str, str], int] = {}
         for site in end.updates:
-            number = _wasted(site, end.learned.get(site.site, 0), is_alone=end.has_stepped or not end.is_loaded)
+            number = _wasted(site, end.learned.get(site.site, 0), is_alone=end.steps > 0 or not end.is_loaded)
             if learning:
                 number -= min(number, self._for_rivals.get(site.part or site.site, 0))
             is_chosen = site.mode.grad and self._held >= number
             if number and not is_chosen and not _recalibrates(site, momenta):
                 kind = "" if not site.mode.grad else "unused"
                 detail = ""
-                if not site.mode.grad and (site.part or (end.has_stepped and not end.is_trained)):
+                if not site.mode.grad and (site.part or (end.steps and not end.is_trained)):
                     if not end.is_trained and have_moved(end.parameters_before, end.parameters_now):
                         continue  # an average of the model that is trained
                     if not end.is_trained:

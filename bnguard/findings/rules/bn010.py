@@ -71,7 +71,7 @@ class BN010(Rule):
                 continue
             if not (has_values(now) and now.device == before.device and same_bits(before, unwrapped_tensor(now))):
                 moved.append(name)
-        if moved and end.has_stepped:
+        if moved and end.steps:
             yield Evidence(self.code, end.name, detail=listing(moved))
 
     @classmethod
