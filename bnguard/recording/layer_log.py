@@ -236,9 +236,7 @@ class LayerLog(SeenLayer):
                 records[site.site, site.mode] = record if earlier is None else _joined(earlier, record)
         return tuple(records.values())
 
-    def evidence(
-        self, name: str, now: Mapping[str, Tensor], learned: Mapping[str, int], steps: int
-    ) -> list[Evidence]:
+    def evidence(self, name: str, now: Mapping[str, Tensor], learned: Mapping[str, int], steps: int) -> list[Evidence]:
         """What the rules have found so far.
 
         Args:

@@ -23,6 +23,7 @@ from bnguard.recording.model_names import ModelName, distinct
 from bnguard.recording.optimizer_steps import BackwardCounter, StepCounter
 from bnguard.recording.ranks import Ranks
 from bnguard.recording.timeline import Timeline
+from bnguard.recording.unwatched import Unwatched
 from bnguard.torch_internals import global_hook, model_events
 from bnguard.torch_internals.callsite import call_site
 from bnguard.torch_internals.checkpointing import is_in_backward
@@ -41,6 +42,7 @@ class Recorder(LayerListener[LayerLog]):
 
     Attributes:
         steps: The steps of all optimizers.
+        unwatched: Running statistics that cannot be recorded.
         samples: Measurements of the drift.
         timelines: Updates over the steps, by line, in the order of their first updates.
         place: What is watched, in words that are equal on all ranks.
@@ -68,6 +70,7 @@ class Recorder(LayerListener[LayerLog]):
         self._models: list[ModelName] = []
         self._shown: list[str] = []  # how they are named
         self.steps = StepCounter()
+        self.unwatched = Unwatched()
         self.samples: list[DriftSample] = []
         self.timelines: defaultdict[str, Timeline] = defaultdict(Timeline)
         self.ranks: Ranks | None = None
@@ -218,6 +221,7 @@ class Recorder(LayerListener[LayerLog]):
             self._add(log, layer)
 
     def _layers_of(self, model: nn.Module, tree: Tree) -> list[StatsLayer]:
+        self.unwatched.meet(model, tree)
         if not self._buffers:
             return tree.layers
         try:

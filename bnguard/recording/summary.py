@@ -26,6 +26,8 @@ class WatchSummary:
         rank: The rank of this process; 0 for a single process.
         has_all_ranks: Whether this includes the records of the other ranks; True for a single process.
         missing_ranks: Ranks whose records did not come in time.
+        nothing: What there was if no layer was met.
+        unwatched: Statistics that cannot be watched, as a note; empty if there are none.
     """
 
     findings: tuple[Finding, ...]
@@ -38,6 +40,8 @@ class WatchSummary:
     rank: int
     has_all_ranks: bool
     missing_ranks: tuple[int, ...]
+    nothing: str
+    unwatched: str
 
 
 def watch_document(summary: WatchSummary) -> Document:
@@ -51,11 +55,11 @@ def watch_document(summary: WatchSummary) -> Document:
     has_more = bool(updates or summary.unexplained)
     return Document(
         verdict_text(findings),
-        f"{count_text(len(findings), 'finding') if findings else 'no finding'}; {_total(updates, summary.layers)}",
+        f"{count_text(len(findings), 'finding') if findings else 'no finding'}; {_total(summary)}",
         findings,
         tuple([table for table in tables if table.rows]),
         "More: record.updates, record.drift and record.findings have it all." if has_more else "",
-        _about_ranks(summary),
+        (*_about_ranks(summary), *filter(None, [summary.unwatched])),
     )
 
 
@@ -83,9 +87,10 @@ def watch_content(summary: WatchSummary) -> dict[str, Any]:
     }
 
 
-def _total(updates: Sequence[StatsUpdates], met: int) -> str:
+def _total(summary: WatchSummary) -> str:
+    updates = summary.updates
     if not updates:
-        return "no update" if met else "no layer with running statistics was seen"
+        return "no update" if summary.layers else summary.nothing
     layers = len({(update.model, update.names) for update in updates})
     total = sum([update.count * max(1, len(update.ranks)) for update in updates])
     ranks = sorted({rank for update in updates for rank in update.ranks})

@@ -219,6 +219,8 @@ class watch:  # noqa: N801  # lower case, as torch.no_grad
             self.rank,
             self.speaks,
             self.missing_ranks,
+            self._recorder.unwatched.summary,
+            self._recorder.unwatched.note,
         )
 
     def report(self) -> str:

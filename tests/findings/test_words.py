@@ -1,4 +1,4 @@
-"""What findings say: every line that has a part in them, of what a number is a share, and remedies that can be taken."""
+"""What findings say: every line that has a part in them, of what a number is a share, and what can be done."""
 
 from __future__ import annotations
 

@@ -368,6 +368,9 @@ def test_report_of_nothing():
     assert record.report() == "no finding; no update"
     with bnguard.watch() as record:
         nn.Linear(2, 2)(torch.ones(1, 2))
+    assert record.report() == "no finding; no layer with running statistics was seen in Linear"
+    with bnguard.watch() as record:
+        nn.CrossEntropyLoss()(torch.ones(1, 2), torch.zeros(1, dtype=torch.long))
     assert record.report() == "no finding; no layer with running statistics was seen"
     with bnguard.watch() as record:
         net(IMAGES)
