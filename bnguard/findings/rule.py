@@ -43,6 +43,7 @@ class Variant:
     short_fix: str
     in_brief: str = ""
     severity: Severity | None = None
+    fix_in_library: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +127,7 @@ class Rule:
         audit_severity: Its severity in an audit; None if it is the same.
         fix: What to do, with reasons and alternatives.
         short_fix: What to do, in as few words as possible.
+        fix_in_library: What to do where an installed package calls the model; empty if it is the same.
         in_run: What happened in a run: a sentence without a full stop, with fields of an ``EvidenceGroup`` called
             ``g``, as in ``"{g.of} {g.have} momentum {g.detail}"``.
         in_brief: What happened in a run, in a few words; ``short_fix`` is appended. Empty if it is ``in_run``.
@@ -144,6 +146,7 @@ class Rule:
     audit_severity: ClassVar[Severity | None] = None
     fix: ClassVar[str]
     short_fix: ClassVar[str]
+    fix_in_library: ClassVar[str] = ""
     in_run: ClassVar[str]
     in_brief: ClassVar[str] = ""
     in_audit: ClassVar[str] = ""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import sysconfig
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from torch import nn
 import bnguard
 from bnguard.findings.rules import RULES
 from bnguard.records import Finding
+from bnguard.report.places import Place, library_line, place_of
 
 STEPS = 5
 
@@ -90,3 +94,115 @@ def test_learning_the_statistics_anew_is_named_as_a_remedy(code: str) -> None:
     rule = RULES[code]
     assert "recalibrate(model, loader)" in rule.fix
     assert any("bnguard.recalibrate(model, loader)" in remedy for remedy in rule.remedies)
+
+
+TRAINER = """
+import torch
+
+def fit(net, optimizer, compute_loss=None):
+    for _ in range(4):
+        optimizer.zero_grad()
+        (net(torch.randn(8, 4)).square().mean() if compute_loss is None else compute_loss(net)).backward()
+        optimizer.step()
+
+def fit_twice(net, optimizer):
+    for _ in range(4):
+        optimizer.zero_grad()
+        (net(torch.randn(8, 4)).square().mean() + net(torch.randn(8, 4)).mean()).backward()
+        optimizer.step()
+
+@torch.no_grad()
+def validate(net):
+    for _ in range(2):
+        net(torch.randn(8, 4))
+
+def update_bn_stats(net):
+    validate(net)
+"""
+
+
+def trainer() -> dict[str, Any]:
+    """An installed package whose loop calls the model."""
+    names: dict[str, Any] = {}
+    exec(compile(TRAINER, os.path.join(sysconfig.get_paths()["purelib"], "trainer", "loop.py"), "exec"), names)
+    return names
+
+
+def net_and_optimizer() -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A small net."""
+    net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
+    return net, torch.optim.SGD(net.parameters(), 0.01)
+
+
+def test_the_line_of_a_library_stands_beside_the_users() -> None:
+    """The user looks at his own call, and at what in the library calls the model."""
+    net, optimizer = net_and_optimizer()
+    net[1].requires_grad_(False)  # type: ignore[index]
+    finding = found(lambda: trainer()["fit"](net, optimizer))["BN001"]
+    assert re.fullmatch(
+        r"tests/findings/test_words\.py:\d+ in <lambda> \(trainer/loop\.py:7 in fit\)", finding.where or ""
+    )
+    assert library_line(finding.where) == "trainer/loop.py:7 in fit"
+    place = place_of(finding.where)
+    assert isinstance(place, Place)
+    assert place.file == "tests/findings/test_words.py"
+
+
+def test_a_step_of_the_users_is_his_line() -> None:
+    """A library that calls the user, who calls the model, is not named."""
+    net, optimizer = net_and_optimizer()
+
+    def compute_loss(net: nn.Module) -> torch.Tensor:
+        loss: torch.Tensor = net(torch.randn(8, 4)).square().mean()
+        return loss
+
+    with bnguard.watch() as record:
+        trainer()["fit"](net, optimizer, compute_loss)
+    assert [(update.where or "").rpartition(":")[2] for update in record.updates] == [f"{STEP_LINE} in compute_loss"]
+
+
+STEP_LINE = test_a_step_of_the_users_is_his_line.__code__.co_firstlineno + 5
+
+
+def test_remedies_are_those_of_one_who_cannot_change_the_loop() -> None:
+    """``model.eval()`` before a forward that a library makes is no advice."""
+    net, optimizer = net_and_optimizer()
+    own = found(lambda: validate_by_hand(net))["BN002"]
+    assert own.fix.startswith("call model.eval() before it")
+
+    def run() -> None:
+        trainer()["fit_twice"](net, optimizer)
+        trainer()["validate"](net)
+
+    findings = found(run)
+    assert set(findings) == {"BN002", "BN003"}
+    for finding in findings.values():
+        assert finding.fix.startswith("override the method in which the library ")
+        assert finding.fix in finding.verdict
+
+
+def validate_by_hand(net: nn.Module) -> None:
+    """The user's own loop."""
+    with torch.no_grad():
+        net(torch.randn(8, 4))
+
+
+def test_a_library_that_learns_the_statistics_anew_is_unaccused() -> None:
+    """Its function says so, not the user's that calls it."""
+    net, optimizer = net_and_optimizer()
+
+    def main() -> None:
+        trainer()["fit"](net, optimizer)
+        validate = trainer()["update_bn_stats"]
+        validate(net)
+
+    assert "BN002" in found(main)  # the function that calls the model is another one
+    code = TRAINER.replace("    validate(net)", "    with torch.no_grad():\n        net(torch.randn(8, 4))")
+    names: dict[str, Any] = {}
+    exec(compile(code, os.path.join(sysconfig.get_paths()["purelib"], "trainer", "loop.py"), "exec"), names)
+
+    def anew() -> None:
+        names["fit"](net, optimizer)
+        names["update_bn_stats"](net)
+
+    assert found(anew) == {}

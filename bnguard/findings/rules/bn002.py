@@ -26,6 +26,10 @@ class BN002(Rule):
     title = "train-mode forward that nothing learns from"
     fix = "call model.eval() before it; for a teacher that is to stay in train mode, frozen(teacher, 'restore')"
     short_fix = "call model.eval() before it"
+    fix_in_library = (
+        "override the method in which the library calls the model, and call model.eval() there; if nothing is to be "
+        "learned in your call, put frozen(model, 'restore') around it"
+    )
     in_run = "{g.of} made {g.updates} in train mode where autograd did not record"
     in_brief = "{g.where} moved {g.count}, {g.updates}, without gradients"
     variants: ClassVar[Mapping[str, Variant]] = {
@@ -35,6 +39,7 @@ class BN002(Rule):
             "frozen(model, 'restore')",
             short_fix,
             "{g.where} moved {g.count}, {g.updates}, in forwards that nothing learned from",
+            fix_in_library=fix_in_library,
         ),
         "teacher": Variant(
             "{g.of}, which {g.be} not trained, made {g.updates} in train mode without gradients{g.detail}",
@@ -146,4 +151,4 @@ def _recalibrates(site: UpdateSite, momenta: set[object]) -> bool:
     """Whether the statistics are learned anew on purpose: by another momentum than in training, or by name."""
     if momenta and site.momenta.isdisjoint(momenta):
         return True
-    return _RECALIBRATION.search(site.site.rpartition(" ")[2]) is not None
+    return any([_RECALIBRATION.search(function) for function in re.findall(r" in (\w+)", site.site)])

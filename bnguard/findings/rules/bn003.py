@@ -40,6 +40,10 @@ class BN003(Rule):
         "forward, which normalises them together. recalibrate(model, loader) learns the statistics anew"
     )
     short_fix = "use frozen(model, 'restore', updates=1) around the step"
+    fix_in_library = (
+        "override the method in which the library makes a step, and put frozen(model, 'restore', updates=1) around it; "
+        "or call bnguard.recalibrate(model, loader) when the training is over"
+    )
     in_run = (
         "{g.of} updated up to {g.detail[0]} before one optimizer step, and several times before {g.number} of the "
         "run's {g.detail[3]} optimizer steps, from {g.detail[1]}"

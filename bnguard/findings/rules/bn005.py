@@ -15,6 +15,7 @@ class BN005(Rule):
     title = "recomputed forward"
     fix = "pass use_reentrant=False, context_fn=bnguard.recompute_frozen(model) to torch.utils.checkpoint.checkpoint"
     short_fix = "pass use_reentrant=False, context_fn=bnguard.recompute_frozen(model) to checkpoint()"
+    fix_in_library = "put bnguard.recompute_frozen(model) around your call, with use_reentrant=False in its options"
     in_run = "{g.of} made {g.updates} when activation checkpointing ran the forward again in backward"
     in_brief = "{g.where} moved {g.count} once more, {g.updates}, while a checkpoint was recomputed"
     meaning = (
