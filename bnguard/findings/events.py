@@ -82,10 +82,12 @@ class Evaluation(NamedTuple):
     Attributes:
         module: The layer.
         model: Its model, as long as it exists.
+        is_held: Whether it ran in train mode inside a guard that keeps the statistics.
     """
 
     module: nn.Module
     model: nn.Module | None
+    is_held: bool = False
 
 
 class Result(NamedTuple):

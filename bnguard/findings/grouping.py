@@ -32,7 +32,7 @@ def group_evidence(evidence: Iterable[Evidence], *, is_audit: bool = False) -> t
         words: type[Rule] | Variant = rule.variants[variant] if variant else rule
         layers = tuple(dict.fromkeys(one.layer for one in members))
         group = EvidenceGroup(layers, tuple([one.number for one in members]), detail, where)
-        what = ((rule.in_audit if is_audit else "") or words.in_run).format(g=group)
+        what = ((rule.in_audit if is_audit and not variant else "") or words.in_run).format(g=group)
         short = what if is_audit else (words.in_brief or words.in_run).format(g=group)
         severity = (rule.audit_severity if is_audit else None) or words.severity or rule.severity
         in_library = words.fix_in_library if library_line(where) else ""

@@ -15,6 +15,7 @@ from bnguard.findings.events import Evaluation, LayerEnd, Result, StepEnd, Updat
 from bnguard.findings.observer import LayerObserver
 from bnguard.findings.rule import Evidence
 from bnguard.findings.soundness import is_initial
+from bnguard.guard.hooks import guard_of
 from bnguard.layers.kinds import OTHER_BUFFERS, StatsLayer
 from bnguard.layers.snapshot import holds
 from bnguard.layers.swaps import Table, own_tensors
@@ -181,7 +182,9 @@ class LayerLog(SeenLayer):
                 self._rewritten += 1
         self._was_evaluated = not module.training
         self._evaluations += self._was_evaluated
-        evaluation = Evaluation(module, self._model())
+        guard = guard_of(module) if module.training else None
+        is_held = guard is not None and any([entry.policy.holds for entry in guard.ruling.entries])
+        evaluation = Evaluation(module, self._model(), is_held)
         for listener in self._observer.on_evaluation:
             listener(evaluation)
 

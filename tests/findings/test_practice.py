@@ -796,6 +796,42 @@ def statistics_are_removed() -> None:
     evaluate(net)
 
 
+@case("BN011", "")
+def a_flag_instead_of_a_freeze() -> None:
+    """A flag instead of a freeze."""
+    net = net_of()
+    optimizer = sgd(net)
+    fit(net, optimizer)
+    net[0][1].track_running_stats = False
+    fit(net, optimizer, 12)
+    net[0][1].track_running_stats = True
+    fit(net, optimizer)
+
+
+@case("(BN011)", "")
+def virtual_adversarial_training() -> None:
+    """Virtual adversarial training."""
+    net = net_of()
+    optimizer = sgd(net)
+    for images, labels in batches():
+        net[0][1].track_running_stats = False
+        distance = F.mse_loss(net(images + 0.1), net(images).detach()) + net(images - 0.1).square().mean()
+        net[0][1].track_running_stats = True
+        optimizer.zero_grad()
+        (F.cross_entropy(net(images), labels) + distance).backward()
+        optimizer.step()
+
+
+@case()
+def a_flag_under_a_guard_that_cures_it() -> None:
+    """A flag under a guard that cures it."""
+    net = net_of()
+    fit(net, sgd(net))
+    net[0][1].track_running_stats = False
+    with bnguard.frozen(net, use_running_stats=True):
+        fit(net, sgd(net))
+
+
 @case("BN014", "")
 def an_average_of_the_parameters_alone() -> None:
     """An average of the parameters alone."""

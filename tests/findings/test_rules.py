@@ -297,6 +297,7 @@ def test_bn011_track_running_stats_off():
     net[1].track_running_stats = net[4].track_running_stats = False
     finding = found(lambda: train(net, sgd(net)))["BN011"]
     assert finding.what == "2 layers (1, 4) ran 3 times in train mode with track_running_stats=False"
+    assert "frozen(model, use_running_stats=True)" in finding.verdict
     assert found(lambda: train(net := classifier(track_running_stats=False), sgd(net))) == {}
 
 

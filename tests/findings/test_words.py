@@ -206,3 +206,36 @@ def test_a_library_that_learns_the_statistics_anew_is_unaccused() -> None:
         names["update_bn_stats"](net)
 
     assert found(anew) == {}
+
+
+def test_a_flag_for_single_forwards_has_the_remedy_of_single_forwards() -> None:
+    """Frozen statistics would be another model: virtual adversarial training normalises with the batch."""
+    net, optimizer = net_and_optimizer()
+
+    def run() -> None:
+        for _ in range(STEPS):
+            net[1].track_running_stats = False  # type: ignore[index]
+            distance = net(torch.randn(8, 4)).square().mean()
+            net[1].track_running_stats = True  # type: ignore[index]
+            optimizer.zero_grad()
+            (net(torch.randn(8, 4)).square().mean() + distance).backward()
+            optimizer.step()
+
+    finding = found(run)["BN011"]
+    assert finding.severity == "note"
+    assert "frozen(model, 'restore')" in finding.fix
+    assert "frozen(model, 'restore')" in finding.verdict
+    assert "use_running_stats" not in finding.fix
+
+
+def test_instance_norm_with_the_flag_off_has_words_of_its_own() -> None:
+    """It goes on updating, in eval mode, too: the words about batches and a freeze are untrue of it."""
+    net = nn.Sequential(nn.InstanceNorm1d(4, track_running_stats=True), nn.BatchNorm1d(4))
+    for layer in net:
+        layer.track_running_stats = False
+    instance, batch = bnguard.audit(net)
+    assert (instance.code, batch.code) == ("BN011", "BN011")
+    assert (instance.layers, batch.layers) == (("0",), ("1",))
+    assert "updates the statistics, too" in instance.what
+    assert "batch" not in instance.fix
+    assert batch.what == "1 layer (1) has statistics, and track_running_stats=False"
