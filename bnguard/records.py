@@ -63,6 +63,7 @@ class StatsChange:
             (``|new - old| / sqrt(running_var + eps)``); None if nothing moved or the layer has no mean and variance.
         prevented: True if the update was stopped before it happened and nothing moved.
         inside: The line in the model that ran the layer, ``"nets.py:35 in forward"``, if that is another one.
+        model: Of ``watch``, the name of the model if several were watched; empty otherwise.
     """
 
     names: tuple[str, ...]
@@ -73,6 +74,7 @@ class StatsChange:
     mean_shift: float | None
     prevented: bool = False
     inside: str | None = None
+    model: str = ""
 
     @property
     def place(self) -> str:

@@ -132,6 +132,6 @@ def _lines(updates: Sequence[StatsUpdates]) -> Table:
 
 
 def _unexplained(changes: Sequence[StatsChange]) -> Table:
-    rows = [(layer_text(change.names, change.type), ", ".join(change.buffers)) for change in changes]
+    rows = [(layer_text(change.names, change.type, change.model), ", ".join(change.buffers)) for change in changes]
     title = "changed without a forward that could be seen"
     return Table(title, (Column("layer"), Column("statistics")), tuple(rows), _FEW)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from types import TracebackType
 from typing import Final, Literal, Self
@@ -177,7 +178,7 @@ class watch:  # noqa: N801  # lower case, as torch.no_grad
         for number, log in enumerate(self._recorder.logs):
             change = log.change(self._now(number, log))
             if change is not None and not log.updates and not self._unseen(number, log):
-                changes.append(change)
+                changes.append(dataclasses.replace(change, model=self._recorder.model_of(log)))
         return tuple(changes)
 
     @property

@@ -411,6 +411,17 @@ def test_models_are_told_apart():
     assert [update.model for update in record.updates] == ["", ""]
 
 
+def test_changes_without_a_forward_name_their_model():
+    """Where several are watched, as updates and findings do."""
+    net, ema = net_of(nn.BatchNorm2d(4)), net_of(nn.BatchNorm2d(4)).eval()
+    with bnguard.watch() as record:
+        net(IMAGES)
+        ema(IMAGES)
+        ema[1].running_mean.add_(1)
+    assert [(change.model, change.names) for change in record.unexplained] == [("ema", ("1",))]
+    assert "  ema: 1 (BatchNorm2d)  running_mean" in record.report()
+
+
 @pytest.mark.parametrize("steps", [1, 5, 255, 256, 257, 1100])
 def test_auto_measures_evenly_and_at_the_end(steps):
     """At equal distances, 128 to 256 times in a long run, and at the end; the drift is the twin's."""
