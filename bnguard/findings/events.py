@@ -138,6 +138,7 @@ class LayerEnd:
         evaluations: How many forwards in eval mode updated nothing.
         rewritten: How many writes between two evaluations nothing explains.
         optimized: The ids of the parameters of the optimizers that train the layer.
+        broken: Between which optimizer steps its statistics broke; None if that was not measured.
     """
 
     name: str
@@ -155,6 +156,7 @@ class LayerEnd:
     evaluations: int
     rewritten: int
     optimized: frozenset[int]
+    broken: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -126,6 +126,23 @@ def series_of(samples: Sequence[DriftSample], layers: Sequence[str]) -> DriftSer
     return DriftSeries(tuple([sample.step for sample in samples]), tuple(layers), table[0], table[1])
 
 
+def broken_spans(samples: Sequence[DriftSample], layers: int) -> dict[int, tuple[int, int]]:
+    """When the statistics of layers broke that were broken at the last measurement.
+
+    Returns:
+        By the position of the layer, the steps of the last measurement of sound statistics, 0 if there is none, and of
+        the first one of broken ones.
+    """
+    series = series_of(samples, [""] * layers)
+    spans = {}
+    for layer, column in enumerate(series.divergence.isinf().T.tolist()):
+        sound = [row for row, is_broken in enumerate(column) if not is_broken]
+        first = sound[-1] + 1 if sound else 0
+        if first < len(column):
+            spans[layer] = series.steps[first - 1] if first else 0, series.steps[first]
+    return spans
+
+
 @outside_modes
 def largest_mean_shift(before: Mapping[str, Tensor], after: Mapping[str, Tensor], eps: float) -> float | None:
     """Computes the largest shift of a channel's mean: ``max |new - old| / sqrt(var_old + eps)``.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Final
 
 import torch
@@ -24,14 +23,14 @@ from bnguard.recording.layer_listener import SeenLayer, copies_of
 from bnguard.recording.model_calls import ModelCall
 from bnguard.recording.optimizer_steps import OptimizerSteps, StepCounter, has_stepped_since
 from bnguard.recording.timeline import Timeline
-from bnguard.records import FEW_VALUES, Mode, StatsUpdates
+from bnguard.recording.update_sites import count_update, joined, watch_result
+from bnguard.records import Mode, StatsUpdates
 from bnguard.torch_internals.checkpointing import is_in_backward
 from bnguard.torch_internals.distributed import differs_per_rank
 from bnguard.torch_internals.functional_call import in_reentrant_checkpoint
 from bnguard.torch_internals.tracing import is_capturing, is_recorded, outside_modes
 
 _MOST_UPDATES: Final = 64  # of one step that are distinguished
-_MOST_MOMENTA: Final = 4
 _MOST_COPIES: Final = 16
 _MOST_WRITES: Final = 64  # of somebody else that are looked at
 
@@ -142,12 +141,12 @@ class LayerLog(SeenLayer):
             site = UpdateSite(call.site, call.part, Mode(*flags), steps.count, steps.count, shape)
             self._sites[key] = site
         self.updates += 1
-        _count(site, input, steps.count, getattr(module, "momentum", None))
+        count_update(site, input, steps.count, getattr(module, "momentum", None))
         timelines[call.site].add(steps.count)
         site.recalibrating += self._recalibrates == steps.ticks
         update = Update(site, self._is_frozen(module), call.number, call.parent, backwards)
         if site.mode.grad and not site.mode.recompute:
-            _watch_result(output, update)
+            watch_result(output, update)
         for listener in self._observer.on_update:
             listener(update, module)
         self._count += 1
@@ -236,10 +235,17 @@ class LayerLog(SeenLayer):
                     site.batch_shape, site.fewest_values, site.small_batches, model_name,
                 )  # fmt: skip
                 earlier = records.get((site.site, site.mode))
-                records[site.site, site.mode] = record if earlier is None else _joined(earlier, record)
+                records[site.site, site.mode] = record if earlier is None else joined(earlier, record)
         return tuple(records.values())
 
-    def evidence(self, name: str, now: Mapping[str, Tensor], learned: Mapping[str, int], steps: int) -> list[Evidence]:
+    def evidence(
+        self,
+        name: str,
+        now: Mapping[str, Tensor],
+        learned: Mapping[str, int],
+        steps: int,
+        broken: tuple[int, int] | None,
+    ) -> list[Evidence]:
         """What the rules have found so far.
 
         Args:
@@ -247,6 +253,7 @@ class LayerLog(SeenLayer):
             now: Its present statistics.
             learned: By line, most updates of a layer that were learned from.
             steps: How many steps all optimizers have made.
+            broken: Between which optimizer steps its statistics broke, if that was measured.
         """
         optimized = frozenset().union(*[optimizer.parameters for optimizer in self._optimizers])
         sites = tuple([site for site in self._sites.values() if site.count])
@@ -255,7 +262,7 @@ class LayerLog(SeenLayer):
         end = LayerEnd(
             name, self.type, self._momentum, sites, learned, self.before, now, self._parameters_before,
             self._present("_parameters"), steps,
-            is_trained, self.is_loaded, self._evaluations, self._rewritten, optimized,
+            is_trained, self.is_loaded, self._evaluations, self._rewritten, optimized, broken,
         )  # fmt: skip
         return self._observer.evidence(end)
 
@@ -334,53 +341,6 @@ class LayerLog(SeenLayer):
     def _is_frozen(self, module: nn.Module | None) -> bool:
         parameters = list(self._parameters.values()) if module is None else self._trainable(module)
         return not any([parameter.requires_grad for parameter in parameters])
-
-
-def _count(site: UpdateSite, input: Tensor | None, step: int, momentum: Any) -> None:
-    site.count += 1
-    site.last_step = step
-    if len(site.momenta) < _MOST_MOMENTA and not isinstance(momentum, Tensor):
-        site.momenta.add(momentum)
-    if input is not None and input.dim() > 1:
-        values = input.numel() // max(1, input.shape[1])
-        if site.fewest_values is None or values < site.fewest_values:
-            site.fewest_values = values
-        if values < FEW_VALUES:
-            site.small_batches += 1
-
-
-def _watch_result(output: Any, update: Update) -> None:
-    """Has an update learn whether a backward pass goes through the result of its forward."""
-    if not isinstance(output, Tensor):
-        return
-    # An operation in place gives a view another function, and leaves that of its base in the graph.
-    node = output.grad_fn if output._base is None else output._base.grad_fn
-    if node is None:
-        return
-    update.has_learned = False
-    site = update.of
-    site.results += 1
-
-    def reached(_: Any) -> None:
-        if not update.has_learned:
-            update.has_learned = True
-            if not update.is_undone:
-                site.learned += 1
-
-    node.register_prehook(reached)
-
-
-def _joined(one: StatsUpdates, other: StatsUpdates) -> StatsUpdates:
-    """Two records that differ only in what a rule asks."""
-    values = [record.fewest_values for record in (one, other) if record.fewest_values is not None]
-    return replace(
-        one,
-        count=one.count + other.count,
-        first_step=min(one.first_step, other.first_step),
-        last_step=max(one.last_step, other.last_step),
-        fewest_values=min(values, default=None),
-        small_batches=one.small_batches + other.small_batches,
-    )
 
 
 def _flags_of(module: nn.Module, input: Tensor | None, call: ModelCall) -> tuple[bool, ...]:

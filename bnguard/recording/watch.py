@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bnguard.findings.grouping import group_evidence
 from bnguard.findings.rule import Evidence
 from bnguard.layers.bits import count_of, digest_of
-from bnguard.layers.drift import drift_between, series_of
+from bnguard.layers.drift import broken_spans, drift_between, series_of
 from bnguard.layers.other_buffers import as_patterns, select_with_buffers
 from bnguard.layers.tree import find_layers
 from bnguard.recording.layer_listener import copies_of
@@ -250,9 +250,10 @@ class watch:  # noqa: N801  # lower case, as torch.no_grad
         for site in [site for log in recorder.logs for site in log.sites]:
             learned[site.site] = max(learned.get(site.site, 0), site.learned)
         evidence: list[Evidence] = []
+        broken = broken_spans(recorder.samples, len(recorder.logs))
         for number, log in enumerate(recorder.logs):
             name, now = recorder.name_of(log), self._now(number, log)
-            evidence += log.evidence(name, now, learned, recorder.steps.ticks)
+            evidence += log.evidence(name, now, learned, recorder.steps.ticks, broken.get(number))
         return group_evidence(evidence)
 
     def _recorded(self) -> Recorded:

@@ -239,3 +239,56 @@ def test_instance_norm_with_the_flag_off_has_words_of_its_own() -> None:
     assert "updates the statistics, too" in instance.what
     assert "batch" not in instance.fix
     assert batch.what == "1 layer (1) has statistics, and track_running_stats=False"
+
+
+def break_at(step: int, **options: Any) -> Finding:
+    """A run of ten steps with one bad batch, before which another function makes the updates."""
+    net, optimizer = net_and_optimizer()
+
+    def warm_up(rows: torch.Tensor) -> torch.Tensor:
+        loss: torch.Tensor = net(rows).square().mean()
+        return loss
+
+    def train(rows: torch.Tensor) -> torch.Tensor:
+        loss: torch.Tensor = net(rows).square().mean()
+        return loss
+
+    with bnguard.watch(net, **options) as record:
+        for number in range(10):
+            rows = torch.randn(8, 4)
+            rows[0, 0] = float("nan") if number == step else 0.0
+            (train if number > 2 else warm_up)(rows).backward()
+            for parameter in net.parameters():
+                parameter.grad = None if parameter.grad is None else parameter.grad.nan_to_num()
+            optimizer.step()
+    (finding,) = [one for one in record.findings if one.code == "BN012"]
+    return finding
+
+
+@pytest.mark.parametrize(
+    ("every", "step", "span", "functions"),
+    [
+        (1, 5, (5, 6), ["train"]),
+        (4, 5, (4, 8), ["train"]),
+        (4, 1, (0, 4), ["warm_up", "train"]),
+        (1, 0, (0, 1), ["warm_up"]),
+        ("auto", 9, (9, 10), ["train"]),
+    ],
+)
+def test_the_step_and_the_line_that_broke_statistics_are_named(
+    every: Any, step: int, span: tuple[int, int], functions: list[str]
+) -> None:
+    """The measurements before and after are all that is known; several lines are all named."""
+    finding = break_at(step, every=every)
+    sound, broken = span
+    assert f"statistics, which were sound at optimizer step {sound} and broken at step {broken}: " in finding.what
+    assert functions_in(finding.what) == functions
+    assert functions_in(finding.where or "") == (functions if len(functions) == 1 else [])
+
+
+@pytest.mark.parametrize("every", [None, 16])
+def test_without_a_measurement_broken_statistics_are_those_of_the_end(every: int | None) -> None:
+    """Nothing is said that is not known."""
+    finding = break_at(5, every=every)
+    assert finding.what == "1 layer (1) has NaN, infinite or negative statistics, and had none at the beginning"
+    assert finding.where is None
