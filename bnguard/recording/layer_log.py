@@ -23,7 +23,7 @@ from bnguard.recording.layer_listener import SeenLayer, copies_of
 from bnguard.recording.model_calls import ModelCall
 from bnguard.recording.optimizer_steps import OptimizerSteps, StepCounter, has_stepped_since
 from bnguard.recording.timeline import Timeline
-from bnguard.recording.update_sites import count_update, joined, watch_result
+from bnguard.recording.update_sites import count_update, joined, leaf_of, watch_result
 from bnguard.records import Mode, StatsUpdates
 from bnguard.torch_internals.checkpointing import is_in_backward
 from bnguard.torch_internals.distributed import differs_per_rank
@@ -108,6 +108,7 @@ class LayerLog(SeenLayer):
 
     def record_update(
         self,
+        module: nn.Module,
         call: ModelCall,
         args: tuple[Any, ...],
         output: Any,
@@ -118,6 +119,7 @@ class LayerLog(SeenLayer):
         """Records one update.
 
         Args:
+            module: The layer, or a clone that shares its statistics.
             call: How the forward has come about.
             args: Its arguments.
             output: What it has returned; None if it is not over.
@@ -125,13 +127,12 @@ class LayerLog(SeenLayer):
             backwards: How many backward passes there were so far.
             timelines: The timeline of each line.
         """
-        module = self.module
-        if module is None:
-            return
         input = args[0] if args and isinstance(args[0], Tensor) else None
         flags = _flags_of(module, input, call)
         if is_recorded((), {}):
             input = None  # the program would contain our arithmetic on its shape
+        if self._optimizers_of != steps.changes:
+            self._find_optimizers(module, steps)
         if self._tick != steps.ticks:
             self.close_step(steps)
         key = (call.site, call.part, flags)
@@ -321,7 +322,7 @@ class LayerLog(SeenLayer):
         if self._optimizers_of == steps.changes:
             return
         self._optimizers_of = steps.changes
-        self._optimizers = steps.of(map(id, self._trainable(module)))
+        self._optimizers = steps.of(map(id, map(leaf_of, self._trainable(module))))
         model = self._model()
         of_model = () if model is None else steps.of(map(id, parameters_of(model)))
         self._rivals = tuple([one for one in steps.optimizers if one not in of_model and one not in self._optimizers])

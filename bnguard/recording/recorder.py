@@ -15,6 +15,7 @@ from bnguard.layers.by_identity import ByIdentity
 from bnguard.layers.drift import DriftSample, sample_of
 from bnguard.layers.kinds import StatsLayer
 from bnguard.layers.other_buffers import select_with_buffers
+from bnguard.layers.swaps import own_tensors
 from bnguard.layers.tree import Tree, ancestors_of, parts_of, unwrapped
 from bnguard.recording.layer_listener import LayerListener, Pending
 from bnguard.recording.layer_log import LayerLog
@@ -69,6 +70,7 @@ class Recorder(LayerListener[LayerLog]):
         self._interval = 1 if every in (None, "auto") else int(every)
         self._models: list[ModelName] = []
         self._shown: list[str] = []  # how they are named
+        self._by_statistic: dict[int, LayerLog] = {}  # by id of the first one, which the log keeps
         self.steps = StepCounter()
         self.unwatched = Unwatched()
         self.samples: list[DriftSample] = []
@@ -185,7 +187,7 @@ class Recorder(LayerListener[LayerLog]):
         self._pend(module, Pending(None, call, is_sure=True))
 
     def _updates(self, log: LayerLog, module: nn.Module, args: tuple[Any, ...], output: Any, call: ModelCall) -> None:
-        log.record_update(call, args, output, self.steps, self._backwards.count, self.timelines)
+        log.record_update(module, call, args, output, self.steps, self._backwards.count, self.timelines)
         if self._undone.drop(module):
             log.record_eval_undone(call)
 
@@ -214,11 +216,29 @@ class Recorder(LayerListener[LayerLog]):
             self._tree = tree
 
     def _met(self, model: nn.Module, layers: list[StatsLayer]) -> None:
-        number = self._number_of(model)
+        fresh = []
         for layer in layers:
+            first = self._owner_of(layer)
+            if first is None:
+                fresh.append(layer)
+            else:
+                first.adopt(layer.module)
+                self._by_id[id(layer.module)] = first
+        if not fresh:
+            return
+        number = self._number_of(model)
+        for layer in fresh:
             log = LayerLog(layer, model, number, ancestors_of(layer.module, model))
             log.is_loaded = self._loaded.drop(layer.module)
             self._add(log, layer)
+            if log.first_tensor is not None:
+                self._by_statistic[id(log.first_tensor)] = log
+
+    def _owner_of(self, layer: StatsLayer) -> LayerLog | None:
+        """The log of another layer with the same statistics."""
+        buffer = own_tensors(layer.module, "_buffers").get(layer.buffers[0])
+        log = None if buffer is None else self._by_statistic.get(id(buffer))
+        return log if log is not None and log.is_shared_by(layer) else None
 
     def _layers_of(self, model: nn.Module, tree: Tree) -> list[StatsLayer]:
         self.unwatched.meet(model, tree)

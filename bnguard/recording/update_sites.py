@@ -11,6 +11,7 @@ from bnguard.findings.events import Update, UpdateSite
 from bnguard.records import FEW_VALUES, StatsUpdates
 
 _MOST_MOMENTA: Final = 4
+_MOST_COMPUTED: Final = 256  # operations between a parameter and that of a clone
 
 
 def count_update(site: UpdateSite, input: Tensor | None, step: int, momentum: Any) -> None:
@@ -59,3 +60,14 @@ def joined(one: StatsUpdates, other: StatsUpdates) -> StatsUpdates:
         fewest_values=min(values, default=None),
         small_batches=one.small_batches + other.small_batches,
     )
+
+
+def leaf_of(parameter: Tensor) -> Tensor:
+    """The parameter from which another one was computed, as those of a clone in meta-learning are; else itself."""
+    node: Any = parameter.grad_fn
+    for _ in range(_MOST_COMPUTED):
+        if node is None or hasattr(node, "variable"):
+            break
+        node = next((function for function, _ in node.next_functions if function is not None), None)
+    leaf: Tensor = getattr(node, "variable", parameter)
+    return leaf

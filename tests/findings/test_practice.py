@@ -242,6 +242,48 @@ def clones_of_meta_learning() -> None:
         optimizer.step()
 
 
+def clone_of(net: nn.Sequential) -> nn.Sequential:
+    """A clone as those of meta-learning libraries: parameters are computed, buffers are the same objects."""
+    clone = nn.Sequential()
+    clone.__dict__ = {**net.__dict__, "_modules": {}}
+    for name, module in net._modules.items():
+        assert module is not None
+        part = type(module).__new__(type(module))
+        part.__dict__ = {**module.__dict__, "_buffers": dict(module._buffers)}
+        part._parameters = {key: None if one is None else one.clone() for key, one in module._parameters.items()}  # type: ignore[misc]
+        clone._modules[name] = part
+    return clone
+
+
+def meta_learning(*, tests_in_train_mode: bool) -> None:
+    """A task a step; then tasks that adapt a clone and look at how well it does."""
+    net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
+    optimizer = sgd(net)
+
+    def query(learner: nn.Module) -> Tensor:
+        loss: Tensor = learner(torch.randn(16, 4)).square().mean()
+        return loss
+
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        query(clone_of(net)).backward()
+        optimizer.step()
+    for _ in range(STEPS):
+        query(clone_of(net).train(tests_in_train_mode)).item()
+
+
+@case("BN002", "in query")
+def meta_test_in_train_mode() -> None:
+    """Meta test in train mode."""
+    meta_learning(tests_in_train_mode=True)
+
+
+@case()
+def meta_test_in_eval_mode() -> None:
+    """Meta test in eval mode."""
+    meta_learning(tests_in_train_mode=False)
+
+
 # Forwards that nothing learns from: BN002.
 
 

@@ -542,6 +542,29 @@ def test_statistics_that_are_lent_are_not_the_layers():
     assert int(buffers["1.num_batches_tracked"]) == 1
 
 
+@pytest.mark.parametrize("calls_original", [True, False])
+def test_clones_that_share_statistics_are_one_layer(calls_original):
+    """As those of learn2learn: their updates are updates of the same statistics, whichever of them is alive."""
+    net = net_of(nn.BatchNorm2d(4))
+    optimizer = torch.optim.SGD(net.parameters(), 1e-6)
+    with bnguard.watch() as record:
+        for _ in range(5):
+            clone = copy.copy(net)
+            clone._modules = {name: copy.copy(module) for name, module in net._modules.items()}
+            for module in clone:
+                module._parameters = {name: one.clone() for name, one in module._parameters.items()}
+            (net if calls_original else clone)(IMAGES)
+            clone(IMAGES).square().mean().backward()
+            optimizer.step()
+            del clone, module
+            gc.collect()
+    assert sum(update.count for update in record.updates) == int(net[1].num_batches_tracked) == 10
+    assert {(update.names, update.model) for update in record.updates} == {(("1",), "")}
+    assert record.counts == (5, 10, 1)
+    assert only(record.drift).has_moved
+    assert "BN001" not in [finding.code for finding in record.findings]
+
+
 def test_replicas_are_no_models():
     """Those of DataParallel come and go with each forward."""
     net = net_of(nn.BatchNorm2d(4))
