@@ -26,6 +26,7 @@ class WatchSummary:
         rank: The rank of this process; 0 for a single process.
         has_all_ranks: Whether this includes the records of the other ranks; True for a single process.
         missing_ranks: Ranks whose records did not come in time.
+        has_models: Whether a model with parameters was met.
         nothing: What there was if no layer was met.
         unwatched: Statistics that cannot be watched, as a note; empty if there are none.
     """
@@ -40,6 +41,7 @@ class WatchSummary:
     rank: int
     has_all_ranks: bool
     missing_ranks: tuple[int, ...]
+    has_models: bool
     nothing: str
     unwatched: str
 

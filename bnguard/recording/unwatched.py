@@ -15,15 +15,21 @@ _MOST: Final = 64
 
 
 class Unwatched:
-    """What was met of models beside layers with running statistics, each once."""
+    """What was met of models beside layers with running statistics, each once.
+
+    Attributes:
+        has_models: Whether a model with parameters was met, whatever its layers.
+    """
 
     def __init__(self) -> None:
+        self.has_models = False
         self._bare: dict[str, None] = {}  # classes of models without such layers
         self._elsewhere: dict[str, None] = {}
         self._passing: dict[str, None] = {}
 
     def meet(self, model: nn.Module, tree: Tree) -> None:
         """Looks at a model that is met."""
+        self.has_models = self.has_models or any([part._parameters for part in tree.modules])
         if len(self._elsewhere) + len(self._passing) + len(self._bare) >= _MOST:
             return
         if not tree.layers and any([part._parameters for part in tree.modules]):  # else it is a loss or a transform

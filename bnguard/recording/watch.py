@@ -220,6 +220,7 @@ class watch:  # noqa: N801  # lower case, as torch.no_grad
             self.rank,
             self.speaks,
             self.missing_ranks,
+            self._recorder.unwatched.has_models,
             self._recorder.unwatched.summary,
             self._recorder.unwatched.note,
         )
