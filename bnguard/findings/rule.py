@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import nn
 
 from bnguard.findings.events import AuditedModel, Evaluation, LayerEnd, Result, StepEnd, Update
-from bnguard.records import Severity
+from bnguard.records import Mode, Severity
 from bnguard.words import count_text, first_of, times_text
 
 
@@ -178,6 +178,15 @@ class Rule:
     def at_end(self, end: LayerEnd) -> Iterable[Evidence]:
         """The evidence that the layer has given so far. May be called several times."""
         return ()
+
+    def by_line(self, end: LayerEnd, concerns: Callable[[Mode], bool]) -> Iterator[Evidence]:
+        """Evidence for each line that has updated in a mode that the rule concerns, with the number of updates."""
+        counts: dict[str, int] = {}
+        for site in end.updates:
+            if concerns(site.mode):
+                counts[site.site] = counts.get(site.site, 0) + site.count
+        for where, count in counts.items():
+            yield Evidence(self.code, end.name, where, count)
 
     @classmethod
     def audit(cls, audited: AuditedModel) -> Iterable[Evidence]:

@@ -121,6 +121,8 @@ class BN003(Rule):
             self._rival_sites.update([one.site for one in updates])
         if step.is_trained:
             self._most, self._round = max(self._most, self._round), 0
+        if len(updates) < 2:
+            return
         shared = _is_shared(updates)
         if not shared and not any([_is_extra(update, updates[:number]) for number, update in enumerate(updates)]):
             return
@@ -156,7 +158,7 @@ def _counts(update: Update) -> bool:
 
 def _is_shared(updates: Sequence[Update]) -> bool:
     """Whether all are of one call of the model, in which the part around the layer ran several times."""
-    return len(updates) > 1 and len({one.call for one in updates}) == 1 and len({one.parent for one in updates}) > 1
+    return len({one.call for one in updates}) == 1 and len({one.parent for one in updates}) > 1
 
 
 def _is_extra(update: Update, earlier: Sequence[Update]) -> bool:

@@ -46,9 +46,4 @@ class BN005(Rule):
 
     def at_end(self, end: LayerEnd) -> Iterator[Evidence]:
         """Each line from which recomputed forwards updated the layer."""
-        counts: dict[str, int] = {}
-        for update in end.updates:
-            if update.mode.recompute:
-                counts[update.site] = counts.get(update.site, 0) + update.count
-        for site, count in counts.items():
-            yield Evidence(self.code, end.name, site, count)
+        return self.by_line(end, lambda mode: mode.recompute)
