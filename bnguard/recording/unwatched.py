@@ -24,7 +24,7 @@ class Unwatched:
     def __init__(self) -> None:
         self.has_models = False
         self._bare: dict[str, None] = {}  # classes of models without such layers
-        self._elsewhere: dict[str, None] = {}
+        self._elsewhere: dict[int, str] = {}  # by id of the module, which may be met as a part of several models
         self._passing: dict[str, None] = {}
 
     def meet(self, model: nn.Module, tree: Tree) -> None:
@@ -40,7 +40,8 @@ class Unwatched:
             names = [] if module is None else tensors_of(module, attributes)
             if module is not None and names:
                 told.add(id(module))
-                self._elsewhere[f"{listing(list(names))} of {layer_text((name,), type(module).__name__)}"] = None
+                text = f"{listing(list(names))} of {layer_text((name,), type(module).__name__)}"
+                self._elsewhere[id(module)] = text
         for part in tree.modules:
             if id(part) not in told and _calls_batch_norm(part):
                 self._passing[type(part).__name__] = None
@@ -58,7 +59,9 @@ class Unwatched:
         """What was not watched; empty if that is nothing."""
         lines = []
         if self._elsewhere:
-            lines.append(f"Not watched: {first_of(list(self._elsewhere))}. Register them with register_buffer().")
+            lines.append(
+                f"Not watched: {first_of(list(self._elsewhere.values()))}. Register them with register_buffer()."
+            )
         if self._passing:
             shown = first_of(list(self._passing))
             lines.append(f"{shown} called F.batch_norm(): statistics that are passed to it are not watched.")

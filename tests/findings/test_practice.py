@@ -216,6 +216,20 @@ def a_critic_learns_from_a_result_with_gradients() -> None:
     critic_steps_on_what_a_generator_made(detaches=False)
 
 
+@case()
+def a_run_that_ends_before_the_first_step_of_the_generator() -> None:
+    """A run that ends before the first step of the generator."""
+    generator, critic = net_of(), nn.Linear(4, 1)
+    of_generator, of_critic = sgd(generator), sgd(critic)
+    for images, _ in batches():
+        score = critic(generator(images)).mean()
+        score.backward(retain_graph=True)
+        of_critic.step()
+        break
+    else:
+        of_generator.step()
+
+
 @case("BN001", "")
 def a_backbone_of_its_own_that_no_optimizer_has() -> None:
     """A backbone of its own that no optimizer has."""

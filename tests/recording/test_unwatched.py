@@ -75,6 +75,15 @@ def test_they_are_named_beside_layers_that_are_watched() -> None:
     assert record.report().count("running_mean and running_var of 1 (PerStep)") == 1
 
 
+def test_a_module_is_named_once_by_its_name_in_the_whole() -> None:
+    """A constructor may run the parts before the model that contains them."""
+    part = PerStep()
+    with bnguard.watch() as record:
+        part(ROWS)
+        nn.Sequential(nn.Linear(4, 4), part)(ROWS)
+    assert record.report().splitlines()[2].startswith("Not watched: running_mean and running_var of 1 (PerStep). ")
+
+
 @pytest.mark.parametrize(
     "model",
     [nn.BatchNorm1d(4), nn.BatchNorm1d(4, track_running_stats=False), OwnBatchNorm(4), OwnBatchNorm(4).eval()],
