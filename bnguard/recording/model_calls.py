@@ -13,7 +13,7 @@ from torch.optim.swa_utils import update_bn
 from bnguard.guard.recalibration import recalibrate
 from bnguard.torch_internals.callsite import MODULE_CALL, function_of, origin_of, path_in_packages, place_text
 from bnguard.torch_internals.functional_call import in_reentrant_checkpoint
-from bnguard.torch_internals.wrappers import WRAPPERS
+from bnguard.torch_internals.wrappers import WRAPPERS, runs_a_step
 
 # Unwrapped: all functions decorated with no_grad() share the code of the wrapper.
 _CALIBRATES: Final = (inspect.unwrap(update_bn).__code__, inspect.unwrap(recalibrate).__code__)
@@ -71,6 +71,7 @@ class ModelCalls:
         parent = _call_at(frame.f_back)
         outer = None if parent is None else self._by_frame.get(id(parent))
         if outer is None or outer.wraps:
+            wraps = wraps or (outer is not None and runs_a_step(module))
             site, calibrates = self._user_line(frame) if parent is None or outer is not None else self._search(frame)
             self._begun += 1
             call = ModelCall(site, calibrates, wraps, self._begun, self._begun, 0, torch.is_grad_enabled())

@@ -292,3 +292,38 @@ def test_without_a_measurement_broken_statistics_are_those_of_the_end(every: int
     finding = break_at(5, every=every)
     assert finding.what == "1 layer (1) has NaN, infinite or negative statistics, and had none at the beginning"
     assert finding.where is None
+
+
+class Task(nn.Module):
+    """A model whose step a trainer calls inside of a wrapper, in place of its forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, _ = net_and_optimizer()
+
+    def training_step(self) -> torch.Tensor:
+        """The user's line."""
+        loss: torch.Tensor = self.net(torch.randn(8, 4)).mean()
+        return loss
+
+
+@pytest.mark.parametrize("redirects", [True, False])
+def test_a_step_inside_of_a_wrapper_is_the_users_line(redirects: bool) -> None:
+    """Lightning's DDP calls training_step() as the forward of the wrapped model; any other forward is the model's."""
+    task = Task()
+
+    def forward() -> torch.Tensor:
+        return task.training_step()
+
+    if redirects:
+        forward.__module__ = "lightning.pytorch.strategies.strategy"
+    task.forward = forward  # type: ignore[method-assign]
+    with bnguard.watch() as record:
+        nn.DataParallel(task, device_ids=[])()
+    (update,) = record.updates
+    assert functions_in(update.where or "") == ["training_step" if redirects else current_function()]
+
+
+def current_function() -> str:
+    """The name of the test."""
+    return test_a_step_inside_of_a_wrapper_is_the_users_line.__name__
