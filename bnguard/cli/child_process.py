@@ -36,7 +36,7 @@ def follow(path: str) -> None:
 
     def run_followed(process: BaseProcess, *args: Any, **kwargs: Any) -> Any:
         if "torch" in sys.modules:
-            from bnguard.cli.children import tell_updates
+            from bnguard.cli.first_update import tell_updates
 
             tell_updates(path)
         return run(process, *args, **kwargs)
