@@ -6,6 +6,8 @@ function. Importing bnguard alone does not import torch.
 
 from __future__ import annotations
 
+import sys
+
 from bnguard.torch_internals.lazy_import import load
 
 TYPE_CHECKING = False  # type checkers take it for true; importing typing would take most of the time
@@ -18,11 +20,13 @@ if TYPE_CHECKING:
     from bnguard.findings.audit import audit as audit
     from bnguard.findings.diff import diff as diff
     from bnguard.guard.frozen import frozen as frozen
+    from bnguard.guard.options import OnChange as OnChange
     from bnguard.guard.recalibration import recalibrate as recalibrate
     from bnguard.guard.recompute import recompute_frozen as recompute_frozen
     from bnguard.guard.strict import strict as strict
     from bnguard.layers.kinds import LayerRegistration as LayerRegistration
     from bnguard.layers.kinds import register_layer as register_layer
+    from bnguard.layers.select import Selector as Selector
     from bnguard.recording.watch import watch as watch
     from bnguard.records import Drift as Drift
     from bnguard.records import DriftSeries as DriftSeries
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
     from bnguard.records import GuardedLayer as GuardedLayer
     from bnguard.records import Mode as Mode
     from bnguard.records import Recalibration as Recalibration
+    from bnguard.records import Severity as Severity
     from bnguard.records import StatsChange as StatsChange
     from bnguard.records import StatsDiff as StatsDiff
     from bnguard.records import StatsUpdates as StatsUpdates
@@ -46,7 +51,10 @@ _HOMES = {
     "GuardedLayer": "records",
     "LayerRegistration": "layers.kinds",
     "Mode": "records",
+    "OnChange": "guard.options",
     "Recalibration": "records",
+    "Selector": "layers.select",
+    "Severity": "records",
     "StatsChange": "records",
     "StatsChangedError": "errors",
     "StatsDiff": "records",
@@ -62,6 +70,12 @@ _HOMES = {
     "watch": "recording.watch",
 }
 
+_MEANT = {
+    "assert_stats_unchanged": "testing.assert_stats_unchanged",
+    "freeze": "frozen",
+    "freeze_bn": "frozen",
+}
+
 __all__ = [
     "BNGuardError",
     "BNGuardWarning",
@@ -71,7 +85,10 @@ __all__ = [
     "GuardedLayer",
     "LayerRegistration",
     "Mode",
+    "OnChange",
     "Recalibration",
+    "Selector",
+    "Severity",
     "StatsChange",
     "StatsChangedError",
     "StatsDiff",
@@ -91,10 +108,13 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
-        raise AttributeError(f"module 'bnguard' has no attribute {name!r}")
-    value = getattr(load(f"bnguard.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
+        # With name and obj, Python suggests a name that is spelled like it; these are not.
+        meant = f". Did you mean: {_MEANT[name]!r}?" if name in _MEANT else ""
+        raise AttributeError(f"module 'bnguard' has no attribute {name!r}{meant}", name=name, obj=sys.modules[__name__])
+    home = _HOMES[name]
+    module = load(f"bnguard.{home}")
+    globals().update({other: getattr(module, other) for other, place in _HOMES.items() if place == home})
+    return globals()[name]
 
 
 def __dir__() -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from bnguard.records import StatsChange
 
 __all__ = ["BNGuardError", "BNGuardWarning", "StatsChangedError"]
@@ -37,3 +39,19 @@ class StatsChangedError(BNGuardError):
 
 class BNGuardWarning(UserWarning):
     """The category of every warning that bnguard issues."""
+
+
+# As a user imports them, so that a traceback ends in "bnguard.StatsChangedError: ..."; pickles find them there.
+for _class in (BNGuardError, StatsChangedError, BNGuardWarning):
+    _class.__module__ = "bnguard"
+
+
+def hides_frame(found: Any) -> bool:
+    """Whether pytest leaves a frame of bnguard out of a traceback: that of bnguard's own errors, not that of a bug.
+
+    A module of the guards has this as its ``__tracebackhide__``, which as a global costs a forward nothing.
+
+    Args:
+        found: What pytest knows of the exception, an ``ExceptionInfo``; None if nothing.
+    """
+    return isinstance(getattr(found, "value", None), BNGuardError)

@@ -78,7 +78,7 @@ class StatsChange:
 
     @property
     def place(self) -> str:
-        """Both lines: ``"train.py:42 in train_step (nets.py:35 in forward)"``."""
+        """Both lines, ``"train.py:42 in train_step (nets.py:35 in forward)"``."""
         return f"{self.where}" if self.inside is None else f"{self.where} ({self.inside})"
 
 
@@ -261,6 +261,8 @@ class UpdateSeries:
         lines: The calling lines, ``L`` of them, in the order in which they first updated something.
         layers: How many layers each of them has updated.
         counts: Shape ``(S, L)``, integers: updates in each span, of all layers together.
+        by_layer: For each layer, in the order of ``state_dict()``, model by model: the positions in ``lines`` of those
+            that have updated it.
     """
 
     steps: tuple[int, ...]
@@ -268,10 +270,11 @@ class UpdateSeries:
     lines: tuple[str, ...]
     layers: tuple[int, ...]
     counts: Tensor
+    by_layer: tuple[tuple[int, ...], ...] = ()
 
     @property
     def rates(self) -> Tensor:
-        """Shape ``(S, L)``: updates per layer and optimizer step. Plain training has 1."""
+        """Updates per layer and optimizer step, of shape ``(S, L)``. Plain training has 1."""
         edges = self.counts.new_tensor([*self.steps, self.end]).double()
         return self.counts / edges.diff()[:, None] / self.counts.new_tensor(self.layers).double()
 
@@ -325,3 +328,8 @@ class Recalibration:
     held: tuple[str, ...]
     unused: tuple[str, ...]
     batches: int
+
+
+# As a user imports them: repr(), help() and pickles name them so.
+for _class in [one for one in list(globals().values()) if isinstance(one, type) and one.__module__ == __name__]:
+    _class.__module__ = "bnguard"

@@ -1,4 +1,4 @@
-"""For test suites: an assertion about running statistics, and Hypothesis strategies for layers and nets that have them.
+"""For test suites: an assertion, the type of the fixture, and Hypothesis strategies for layers and nets.
 
 The strategies need the extra ``testing`` (``pip install 'bnguard[testing]'``). The fixture and the markers for pytest
 need no import: the plugin provides them.
@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from bnguard.guard import messages
 from bnguard.guard.coverage import refuse_unreadable
+from bnguard.guard.frozen import frozen
 from bnguard.guard.hold import copies_outside_modes
+from bnguard.guard.options import OnChange
 from bnguard.layers.bits import same_bits
 from bnguard.layers.drift import eps_of, largest_mean_shift
 from bnguard.layers.kinds import StatsLayer
+from bnguard.layers.select import Selector
 from bnguard.layers.tree import find_layers
 from bnguard.records import StatsChange
 from bnguard.words import layer_text
@@ -27,12 +30,37 @@ from bnguard.words import layer_text
 if TYPE_CHECKING:
     from hypothesis.strategies import DrawFn, SearchStrategy
 
-__all__ = ["assert_stats_unchanged", "batches", "bn_layers", "bn_nets"]
+__all__ = ["BNFrozen", "assert_stats_unchanged", "batches", "bn_layers", "bn_nets"]
 
 T = TypeVar("T")
 
 _MOMENTA: Final = (0.1, None, 0.0, 0.5, 1.0)
 _DTYPES: Final = (torch.float32, torch.float64)
+
+
+class BNFrozen(Protocol):
+    """The type of the fixture ``bn_frozen``, for annotations in a test suite.
+
+    ::
+
+        def test_validation(model: nn.Module, bn_frozen: BNFrozen) -> None:
+            bn_frozen(model, include="backbone")
+            validate(model)
+    """
+
+    def __call__(
+        self,
+        model: nn.Module,
+        on_change: OnChange = "raise",
+        *,
+        use_running_stats: bool = ...,
+        affine: bool = ...,
+        updates: int = ...,
+        include: Selector | Iterable[Selector] | None = ...,
+        exclude: Selector | Iterable[Selector] | None = ...,
+        buffers: str | Iterable[str] | None = ...,
+    ) -> frozen:
+        """Guards ``model`` to the end of the test, or of a ``with`` block. See ``bnguard.frozen`` for the options."""
 
 
 def assert_stats_unchanged(model: nn.Module, fn: Callable[[], T]) -> T:
@@ -54,6 +82,7 @@ def assert_stats_unchanged(model: nn.Module, fn: Callable[[], T]) -> T:
             fail.
         BNGuardError: A statistic is a quantised, sparse or nested tensor, which cannot be compared bit by bit.
     """
+    __tracebackhide__ = True  # pytest shows the line of the test
     if not isinstance(model, nn.Module):
         raise TypeError(f"assert_stats_unchanged() takes a torch.nn.Module first, got {type(model).__name__}")
     if not callable(fn):

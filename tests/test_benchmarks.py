@@ -18,7 +18,7 @@ from benchmarks import race, results, rivals, transcript
 from benchmarks.__main__ import _ALL
 from benchmarks.models import NETS, bn_chain, make_step, sample
 from tests.asserts import assert_same_bits, state_of
-from tests.readme import README
+from tests.readme import PAGES
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,10 @@ def test_committed_results_come_from_benchmarks_that_exist() -> None:
             assert results.from_json(item).benchmark in _ALL
 
 
-def test_readme_shows_the_committed_transcript() -> None:
+@pytest.mark.parametrize("path", ["README.md", "docs/run.md"])
+def test_committed_transcript_is_shown(path: str) -> None:
     """To the letter, with its picture."""
-    assert f"```text\n{transcript.TRANSCRIPT.read_text()}```" in README
-    assert "](benchmarks/results/digits.png)" in README
+    assert f"```text\n{transcript.TRANSCRIPT.read_text()}```" in PAGES[path]
+    assert "benchmarks/results/digits.png)" in PAGES[path]
+    assert transcript.shown_in(PAGES[path], transcript.TRANSCRIPT.read_text()) == PAGES[path]
+    assert "```text\nanother\n```\n" in transcript.shown_in(PAGES[path], "another\n")

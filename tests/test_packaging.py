@@ -14,6 +14,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 import bnguard
+from tests.versions.environment import _DOCUMENTATION, pinned
 from tests.versions.table import TABLE, read_table
 
 ROOT = Path(__file__).parents[1]
@@ -155,6 +156,47 @@ def test_ci_runs_the_commands_of_the_readme():
     assert command is not None
     assert "set -euo pipefail" in script
     assert f"\n{command[1]}\n{command[2]}\n{command[2]} -m slow\n" in script
+
+
+def test_ci_builds_the_documentation():
+    """With its extra, and a warning is an error; the environments of other versions are spared its packages."""
+    script = (ROOT / ".ci" / "run").read_text()
+    assert re.search(r"/pip\" install -e '\.\[docs\]' -c tests/constraints\.txt\n.*/python\" -m sphinx -W ", script)
+    names = {requirement.name for requirement in declared_requirements()["docs"]} - {"bnguard"}
+    assert names == {"furo", "myst-parser", "sphinx"}
+    assert names.isdisjoint(line.split("==")[0] for line in pinned())
+    assert set(_DOCUMENTATION) <= set(PINS)
+
+
+def test_version_is_cited_and_in_the_changelog():
+    """Until it is published its entry is the first one."""
+    version = re.escape(bnguard.__version__)
+    assert re.search(rf"^version: {version}$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    (first, *_) = re.findall(r"^## \[(.+)\] - ", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert re.fullmatch(version, first)
+
+
+def test_changelog_keeps_its_form():
+    """Versions with their dates, and the headings of Keep a Changelog."""
+    versions = re.split(r"^## ", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)[1:]
+    kinds = {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+    for entry in versions:
+        assert re.match(r"\[\d+\.\d+\.\d+\] - (unreleased|\d{4}-\d\d-\d\d)\n", entry)
+        assert set(re.findall(r"^### (.+)$", entry, re.MULTILINE)) <= kinds
+
+
+@pytest.mark.parametrize(
+    "path", ["CITATION.cff", *sorted((ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml"))], ids=lambda path: Path(path).name
+)
+def test_forms_are_valid_yaml(path):
+    """GitHub ignores what it cannot read."""
+    yaml = pytest.importorskip("yaml")
+    content = yaml.safe_load((ROOT / path).read_text())
+    if "body" in content:
+        assert content["name"]
+        assert content["description"]
+        ids = [part["id"] for part in content["body"]]
+        assert len(ids) == len(set(ids)) >= 2
 
 
 def test_the_oldest_torch_has_its_command_and_ci_runs_the_newest():

@@ -1,4 +1,4 @@
-"""The README's recipes: each runs as it stands, beside a twin in plain PyTorch that is not guarded.
+"""The recipes of the documentation: each runs as it stands, beside a twin in plain PyTorch that is not guarded.
 
 Each test first shows what happens without the guard.
 """
@@ -26,9 +26,9 @@ STEPS = 4
 
 
 def run_code(code, title):
-    """What a block defines, after the imports that all share."""
+    """What a block defines."""
     names = {}
-    exec(compile(IMPORTS + code, f"README.md, {title}", "exec"), names)
+    exec(compile(code, f"docs, {title}", "exec"), names)
     return SimpleNamespace(**names)
 
 
@@ -44,7 +44,7 @@ def recipe(title, *changes):
 def pasted(name):
     """What the old lines define, and what the new ones do."""
     pair = PASTED[name]
-    return run_code(pair.before, name), run_code(pair.now, name)
+    return run_code(IMPORTS + pair.before, name), run_code(IMPORTS + pair.now, name)
 
 
 class Tripwire(nn.Module):
@@ -295,7 +295,7 @@ def test_gan_keeps_the_discriminators_statistics_in_the_generators_step():
 
     unguarded = seeded(lambda: train(gan_step_by_hand, lambda discriminator: [{}]))
     twins = seeded(lambda: train(gan_step_by_hand, lambda discriminator: [statistics(discriminator)]))
-    nets = seeded(lambda: train(recipe("GAN").train_step))
+    nets = seeded(lambda: train(recipe("GANs").train_step))
     assert counts(unguarded[1]) == 3 + 2 * STEPS
     assert counts(nets[1]) == 3 + STEPS
     for net, twin, other in zip(nets, twins, unguarded, strict=True):
@@ -312,7 +312,7 @@ def test_gan_keeps_the_discriminators_statistics_in_the_generators_step():
 def test_teachers_statistics_are_an_average_of_the_students(mode):
     """Equal to a teacher of whom a copy runs: its own forwards leave nothing, in either mode."""
     changes = [('"restore"', "use_running_stats=True")] if mode == "running" else []
-    guarded_step = recipe("BYOL, mean teacher", *changes).train_step
+    guarded_step = recipe("Teachers", *changes).train_step
 
     def step_by_hand(student, teacher, optimizer, view, other_view, rate=0.01, copies=True):
         runs = copy.deepcopy(teacher) if copies else teacher
@@ -965,8 +965,8 @@ def steps_of(title):
     runs = {
         "Detection": lambda: recipes.fine_tune(detector, optimizer_of(detector), boxes()),
         "Transfer learning": lambda: recipes.train_head(bare, net.head, optimizer, batches, on_change="restore"),
-        "GAN": lambda: recipes.train_step(making, other, of_making, of_other, images(0), noise()),
-        "BYOL, mean teacher": lambda: recipes.train_step(net, teacher, optimizer, images(0), images(1)),
+        "GANs": lambda: recipes.train_step(making, other, of_making, of_other, images(0), noise()),
+        "Teachers": lambda: recipes.train_step(net, teacher, optimizer, images(0), images(1)),
         "SAM": lambda: recipes.sam_step(net, optimizer, *batches[0]),
         "VAT": step_with_vat,
         "Semi-supervised": lambda: recipes.train_step(net, optimizer, *batches[0], images(1), images(2)),
@@ -980,7 +980,7 @@ def steps_of(title):
 
 @pytest.mark.parametrize("title", RECIPES)
 def test_watch_finds_nothing_in_a_recipe(title):
-    """What the README advises, ``watch`` does not object to."""
+    """What the recipes advise, ``watch`` does not object to."""
     run = steps_of(title)
     with bnguard.watch() as record:
         run()

@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import inspect
 import re
 
 import pytest
@@ -12,7 +13,7 @@ from torch import nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 import bnguard
-from bnguard.testing import assert_stats_unchanged, batches, bn_layers, bn_nets
+from bnguard.testing import BNFrozen, assert_stats_unchanged, batches, bn_layers, bn_nets
 from tests import forks
 from tests.asserts import WITHOUT_BNGUARD, assert_same_bits, statistics
 from tests.nets import conv_net, images
@@ -260,3 +261,10 @@ def test_missing_hypothesis_is_one_sentence():
     assert done.stderr.endswith(
         "ImportError: The strategies of bnguard.testing need hypothesis: pip install 'bnguard[testing]'\n"
     )
+
+
+def test_type_of_the_fixture_has_the_options_of_frozen():
+    """For annotations in a suite: as ``frozen``, which checks them."""
+    fixture, guard = (inspect.signature(call).parameters for call in (BNFrozen.__call__, bnguard.frozen.__init__))
+    shown = [(name, one.kind, one.annotation) for name, one in fixture.items()]
+    assert shown == [(name, one.kind, one.annotation) for name, one in guard.items()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import importlib
 import os
 import sys
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from bnguard.cli.config import load_config
 from bnguard.cli.exit_codes import ALL, UsageError, exit_code_of, fails
 from bnguard.cli.options import COMMAND_LINE, Commands, add_ignore, add_output_format, add_outputs, chosen_ignores
+from bnguard.findings.file_kinds import kind_of
 from bnguard.findings.ignores import Ignore, filter_findings, with_ignored
 from bnguard.report.places import path_from
 
@@ -57,15 +59,31 @@ def audit_target(target: str, ignores: tuple[Ignore, ...], outputs: Outputs) -> 
     from bnguard.findings.audit import audit, audit_document, findings_content  # imports torch
     from bnguard.report.files import publish
 
-    filtered = filter_findings(audit(_model_of(target)), ignores, os.getcwd())
+    model = _model_of(target)
+    filtered = filter_findings(audit(model), ignores, os.getcwd())
     # The entries of a project are about its runs: most have nothing to ignore in an audit.
     unused = tuple([one for one in filtered.unused if one.source == COMMAND_LINE])
-    document = with_ignored(audit_document(filtered.kept), dataclasses.replace(filtered, unused=unused))
+    document = with_ignored(audit_document(filtered.kept, model), dataclasses.replace(filtered, unused=unused))
     file = sys.modules[target.partition(":")[0]].__file__ or ""  # a package in several folders has none
-    document = dataclasses.replace(document, title=f"bnguard audit {target}", file=path_from(os.getcwd(), file))
+    has_found = fails(filtered.kept, frozenset([ALL]))
+    document = dataclasses.replace(
+        document,
+        title=f"bnguard audit {target}",
+        file=path_from(os.getcwd(), file),
+        about={"exit code": str(exit_code_of(has_found, is_written=True))},
+    )
     content = {"target": target, **findings_content(filtered.kept), **filtered.content()}
     is_written = publish(document, content, outputs, "audit")
-    return exit_code_of(fails(filtered.kept, frozenset([ALL])), is_written)
+    return exit_code_of(has_found, is_written)
+
+
+def _hint(path: str, name: str = "NAME") -> str:
+    """What to write instead of the path of a file."""
+    if not os.path.isfile(path):
+        return ""
+    if not path.endswith(".py"):
+        return f", which is {kind_of(path)}"
+    return f": write {os.path.relpath(path)[:-3].replace(os.sep, '.')}:{name}"
 
 
 def _model_of(target: str) -> nn.Module:
@@ -73,14 +91,17 @@ def _model_of(target: str) -> nn.Module:
 
     name, _, path = target.partition(":")
     if not path:
-        raise UsageError(f"{target!r} names no callable: write module:callable, such as models:make_net")
+        raise UsageError(f"expected module:callable, such as models:make_net, got {target!r}{_hint(target)}")
+    if "/" in name or name.endswith(".py"):
+        raise UsageError(f"expected module:callable, such as models:make_net, got {target!r}{_hint(name, path)}")
     sys.path.insert(0, "")
     try:
         value: Any = importlib.import_module(name)
         for part in path.split("."):
             value = getattr(value, part)
     except (ImportError, AttributeError) as error:
-        raise UsageError(f"{target!r}: {error}") from error
+        near = difflib.get_close_matches(str(error.name), dir(error.obj)) if isinstance(error, AttributeError) else []
+        raise UsageError(f"{target!r}: {error}{f'; did you mean {near[0]!r}?' if near else ''}") from error
     finally:
         sys.path.remove("")
     try:

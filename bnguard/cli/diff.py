@@ -10,7 +10,7 @@ from bnguard.cli.options import Commands, add_outputs
 
 if TYPE_CHECKING:
     from bnguard.report.files import Outputs
-    from bnguard.report.plots import Picture
+    from bnguard.report.picture import Picture
 
 
 def add_parser(commands: Commands) -> None:
@@ -43,9 +43,12 @@ def diff_states(before: str, after: str, key: str | None, outputs: Outputs) -> i
 
     try:
         found = diff(before, after, key=key)
-    except (ValueError, OSError, ImportError) as error:
+    except OSError as error:
+        raise UsageError(f"expected a checkpoint file, got {error.filename!r}: {error.strerror}") from error
+    except (ValueError, ImportError) as error:
         raise UsageError(str(error)) from error
-    document = dataclasses.replace(diff_document(found), title=f"bnguard diff {before} {after}")
+    about = {"exit code": str(exit_code_of(not found.is_clean, is_written=True))}
+    document = dataclasses.replace(diff_document(found), title=f"bnguard diff {before} {after}", about=about)
     content = {"before": before, "after": after, **diff_content(found)}
 
     def pictures() -> list[Picture]:

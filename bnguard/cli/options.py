@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, TypedDict
 
 from bnguard.cli.exit_codes import ALL
+from bnguard.cli.parser import Parser, one_of
 from bnguard.findings.codes import checked_code
 from bnguard.findings.ignores import Ignore, parse_ignore
 from bnguard.report.formats import FORMATS
@@ -18,11 +19,11 @@ if TYPE_CHECKING:
     from bnguard.report.files import Outputs
 
 
-Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 
 COMMAND_LINE: Final = "command line"  # where an option was written
 _OUTPUTS: Final = {
-    "json": "write everything as JSON; README.md has the schema",
+    "json": "write everything as JSON; docs/json.md has the schema",
     "plot": "write the figures: .png, .svg, .pdf (extra 'plot')",
     "html": "write one self-contained page with tables and figures (extra 'plot')",
 }
@@ -56,6 +57,7 @@ def add_output_format(command: argparse.ArgumentParser) -> None:
     """Adds the options for the format of the findings, for a command that has some."""
     command.add_argument(
         "--output-format",
+        type=one_of(FORMATS),
         choices=FORMATS,
         default="text",
         help="print the whole report as text, or the findings alone: as annotations of GitHub, or as SARIF "
@@ -69,8 +71,8 @@ def add_output_format(command: argparse.ArgumentParser) -> None:
     )
 
 
-def checked_outputs(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Outputs:
-    """The output files. Ends the process with a usage error if one cannot be written.
+def checked_outputs(command: Parser, options: argparse.Namespace) -> Outputs:
+    """The output files of a command. Ends the process with a usage error if one cannot be written.
 
     Paths are absolute: a script may change its working directory.
     """
@@ -84,7 +86,7 @@ def checked_outputs(parser: argparse.ArgumentParser, options: argparse.Namespace
 
             problem = problem_with_format(path)
         if problem is not None:
-            parser.error(f"argument --{name.replace('_', '-')}: {problem}")
+            command.error(f"argument --{name.replace('_', '-')}: {problem}")
     files = {name: None if path is None else path.absolute() for name, path in paths.items()}
     return Outputs(findings=files.pop("output_file"), format=options.output_format, **files)
 
@@ -100,7 +102,7 @@ def missing_packages(options: argparse.Namespace) -> str | None:
     if not wanted:
         return None
     packages = " and ".join(title for extra in wanted for title in absent[extra])
-    return f"This command needs {packages}: pip install 'bnguard[{','.join(wanted)}]'"
+    return f"needs {packages}: pip install 'bnguard[{','.join(wanted)}]'"
 
 
 def positive_integer(text: str) -> int:

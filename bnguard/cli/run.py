@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from typing import TYPE_CHECKING, Final, cast
 
@@ -19,12 +20,35 @@ from bnguard.cli.options import (
     positive_integer,
     seconds,
 )
+from bnguard.cli.parser import one_of
+from bnguard.findings.file_kinds import EMPTY, SCRIPT, TEXT, kind_of
 
 if TYPE_CHECKING:
     from bnguard.report.files import Outputs
 
 
 _PROGRESS: Final = 10.0  # seconds
+_POLICIES: Final = ("raise", "warn", "restore")
+_DESCRIPTION: Final = """\
+Runs a script as python does, records every update of running statistics, and
+prints the findings, the lines that updated, and the layers that changed most;
+also after an exception, Ctrl-C or SIGTERM. The exit code is that of the script."""
+_EXAMPLES: Final = """\
+examples:
+  bnguard run train.py --lr 0.1            record, and change nothing
+  bnguard run --html report.html train.py  the same, with a page
+  bnguard run --fail-on all -m my.train    exit with 1 if there is a finding
+
+  With --frozen, layers of all models are guarded. To see what a guard would do,
+  take the first; then choose one of the others:
+  bnguard run --frozen 'backbone*' --on-change warn train.py
+      updates happen, and a warning names the first
+  bnguard run --frozen 'backbone*' train.py
+      the first update stops the script, at its line (--on-change raise)
+  bnguard run --frozen 'backbone*' --on-change restore train.py
+      normalise with the batch, keep the statistics
+  bnguard run --frozen 'backbone*' --use-running-stats train.py
+      normalise with the frozen statistics, as in eval mode"""
 
 
 def add_parser(commands: Commands) -> None:
@@ -33,11 +57,9 @@ def add_parser(commands: Commands) -> None:
         "run",
         allow_abbrev=False,  # options of the script are not abbreviations of ours
         help="run a script unedited, and report who updates running statistics",
-        description=(
-            "Runs a script as python does, records every update of running statistics, and prints the findings, the "
-            "lines that updated, and the layers that changed most; also after an exception, Ctrl-C or SIGTERM. The "
-            "exit code is that of the script."
-        ),
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # which leaves the lines of both as they are
     )
     parser.add_argument(
         "-m", dest="module", nargs=argparse.REMAINDER, metavar="MODULE", help="run a module instead, as python -m does"
@@ -57,8 +79,9 @@ def add_parser(commands: Commands) -> None:
     )
     parser.add_argument(
         "--on-change",
-        choices=("raise", "warn", "restore"),
-        help="with --frozen: what to do about an update of a guarded layer (default: raise)",
+        type=one_of(_POLICIES),
+        choices=_POLICIES,
+        help="with --frozen: what to do about an update of a guarded layer (default: raise); see the examples",
     )
     parser.add_argument("--affine", action="store_true", help="with --frozen: hold weight and bias of the layers, too")
     allowed = parser.add_mutually_exclusive_group()
@@ -103,7 +126,9 @@ def add_parser(commands: Commands) -> None:
 def _run(options: argparse.Namespace, outputs: Outputs) -> int:
     target, *args = [*(options.module or ()), *options.args] or [None]
     if target is None:
-        raise UsageError("needs a script, or -m and a module")
+        raise UsageError("expected a script, or -m and a module")
+    if not options.module:
+        _check_script(target)
     config, given = load_config(), chosen_ignores(options)
     frozen = config.frozen if options.frozen is None else options.frozen
     guard_options = _checked_guard_options(options, frozen)
@@ -128,6 +153,26 @@ def _run(options: argparse.Namespace, outputs: Outputs) -> int:
         )
     )
     return run.run()
+
+
+def _check_script(path: str) -> None:
+    """Refuses what is no script, before torch is imported.
+
+    Raises:
+        UsageError: There is no such file, or it is of another kind.
+    """
+    if not os.path.exists(path):
+        hint = (
+            f"; a module is run with -m {path}" if path.replace(".", "").isidentifier() and path[-3:] != ".py" else ""
+        )
+        raise UsageError(f"expected a Python script, got {path!r}: no such file{hint}")
+    if os.path.isfile(path) or os.path.isdir(path):  # nothing is read from a pipe
+        try:
+            kind = kind_of(path)
+        except OSError as error:
+            raise UsageError(f"expected a Python script, got {path!r}: {error.strerror}") from error
+        if kind not in (SCRIPT, TEXT, EMPTY):
+            raise UsageError(f"expected a Python script, got {path!r}, which is {kind}")
 
 
 def _checked_guard_options(options: argparse.Namespace, frozen: str | None) -> GuardOptions:

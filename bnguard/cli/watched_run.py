@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -31,7 +32,7 @@ from bnguard.report.places import path_from
 from bnguard.words import ranks_text
 
 if TYPE_CHECKING:
-    from bnguard.report.plots import Picture
+    from bnguard.report.picture import Picture
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,11 +149,13 @@ class WatchedRun:
             self._auto_guard.end(for_good=True)
 
     def _run_target(self) -> Ending:
+        options = self._options
         try:
-            run = run_module if self._options.is_module else run_script
-            return run(self._options.target, self._options.args)
+            run = run_module if options.is_module else run_script
+            return run(options.target, options.args)
         except (OSError, NotFoundError) as error:
-            raise UsageError(str(error)) from error
+            what = "a module" if options.is_module else "a Python script"
+            raise UsageError(f"expected {what}, got {options.target!r}: {error}") from error
         except SyntaxError as error:
             return Ending(1, error.with_traceback(None))
 
@@ -160,7 +163,7 @@ class WatchedRun:
         """Ends the guards. Returns what they found, unless that is a note on the exception of the script."""
         try:
             for text in self._requests.end(ending.error):
-                print(f"bnguard: {text}", file=sys.stderr)
+                print(f"bnguard run: {text}", file=sys.stderr)
         except StatsChangedError as failure:
             return failure
         return None
@@ -197,14 +200,19 @@ class WatchedRun:
         file = options.target
         if options.is_module:
             file = path_from(self._ignores.folder, str(vars(sys.modules["__main__"]).get("__file__") or ""))
-        document = dataclasses.replace(document, title=title, file=file, notes=(*document.notes, *notes))
+        about = {"arguments": shlex.join(options.args), "exit code of the script": str(exit_code)}
+        is_clean = document.is_clean and not (exit_code or notes)
+        notes = (*document.notes, *notes)
+        document = dataclasses.replace(document, title=title, file=file, notes=notes, about=about, is_clean=is_clean)
         content = {"target": options.target, "exit_code": exit_code, **watch_content(summary), **filtered.content()}
         return publish(document, content, options.outputs, "run", self._pictures)
 
     def _pictures(self) -> list[Picture]:
         from bnguard.report.plots import watch_pictures  # needs an extra
 
-        return watch_pictures(self._record.drift, self._record.series, self._record.update_series)
+        record = self._record
+        kept = self._ignores.filter(record.findings).kept
+        return watch_pictures(record.drift, record.series, record.update_series, kept)
 
 
 def _settings(pattern: str, options: RunOptions) -> Settings:

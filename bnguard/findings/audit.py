@@ -51,10 +51,15 @@ def audit(model: nn.Module, optimizer: Optimizer | None = None) -> tuple[Finding
     return group_evidence(evidence, is_audit=True)
 
 
-def audit_document(findings: Sequence[Finding]) -> Document:
-    """The report of an audit."""
-    summary = count_text(len(findings), "finding") if findings else "no finding"
-    return Document(verdict_text(findings), summary, tuple(findings), ())
+def audit_document(findings: Sequence[Finding], model: nn.Module) -> Document:
+    """The report of an audit of a model."""
+    layers = find_layers(model)
+    summary = (
+        f"{count_text(len(findings), 'finding') if findings else 'no finding'}; {count_text(len(layers), 'layer')}"
+    )
+    if not layers:
+        summary = f"{type(model).__name__} has no layer with running statistics: there is nothing to find"
+    return Document(verdict_text(findings), summary, tuple(findings), (), is_clean=bool(layers) and not findings)
 
 
 def findings_content(findings: Sequence[Finding]) -> dict[str, Any]:

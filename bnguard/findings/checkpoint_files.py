@@ -11,6 +11,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from bnguard.findings.file_kinds import BINARY, CHECKPOINT, PICKLE, SAFETENSORS, kind_of
 from bnguard.layers.kinds import is_statistic
 
 # Keys under which training code keeps the state dict in a checkpoint, in order of precedence.
@@ -101,7 +102,8 @@ def _load_torch(name: str) -> Any:
             warnings.simplefilter("ignore")  # about the pickle protocol: the file is read, or refused below
             return torch.load(name, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "Unsupported" in str(error) or "WeightsUnpickler" in str(error) or "weights_only" in str(error):
+        is_pickle = kind_of(name) in (CHECKPOINT, PICKLE)
+        if is_pickle and any([word in str(error) for word in ("Unsupported", "WeightsUnpickler", "weights_only")]):
             raise ValueError(
                 f"{name} holds Python objects, not only tensors: loading them could run any code, and bnguard does "
                 "not. Save model.state_dict() instead"
@@ -124,4 +126,11 @@ def _load_safetensors(name: str) -> Any:
 
 
 def _foreign(name: str) -> str:
-    return f"{name} is no checkpoint, or it is truncated"
+    kind = kind_of(name)
+    if kind == CHECKPOINT:
+        return f"{name} is {kind} that cannot be read: it is damaged, or of a newer torch"
+    if kind == SAFETENSORS and not name.endswith(".safetensors"):
+        return f"{name} is {kind}: its name must end in .safetensors"
+    if kind in (BINARY, PICKLE):
+        return f"{name} is no checkpoint, or it is truncated"
+    return f"{name} is {kind}: expected a checkpoint that torch.save() or safetensors has written"

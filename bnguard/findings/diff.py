@@ -125,7 +125,8 @@ def diff_document(found: StatsDiff) -> Document:
     verdict = f"{what}: take an earlier checkpoint" if broken else ""
     parts = [f"{len(found.changed)} of {count_text(total, 'layer')} moved"]
     parts += [f"{len(found.missing)} missing"] * bool(found.missing) + [f"{len(found.added)} added"] * bool(found.added)
-    return Document(verdict, ", ".join(parts), (), tuple([table for table in tables if table.rows]))
+    shown_tables = tuple([table for table in tables if table.rows])
+    return Document(verdict, ", ".join(parts), (), shown_tables, is_clean=found.is_clean)
 
 
 def _names_table(title: str, names: Sequence[str]) -> Table:

@@ -8,13 +8,16 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import Final
 
+import torch
 from torch import Tensor, nn
 
-from bnguard.errors import BNGuardError, BNGuardWarning, StatsChangedError
+from bnguard.errors import BNGuardError, BNGuardWarning, StatsChangedError, hides_frame
 from bnguard.guard import messages
 from bnguard.guard.affine import AffineHold
+from bnguard.guard.again import Again, again
 from bnguard.guard.coverage import (
     found_beside,
+    has_nothing_beside,
     refuse_batch_programs,
     refuse_other_buffers,
     warn_about_added_layers,
@@ -23,7 +26,7 @@ from bnguard.guard.coverage import (
 )
 from bnguard.guard.exit_check import ExitCheck, compiled_layers
 from bnguard.guard.hooks import LayerGuard, add_entry, drop_entry, is_any_held
-from bnguard.guard.options import Settings, guarded_layers
+from bnguard.guard.options import PLAIN, Settings, guarded_layers
 from bnguard.guard.outcome import Outcome
 from bnguard.guard.policy import Counts, PolicyEntry, count_update
 from bnguard.layers.kinds import StatsLayer, moving_statistics
@@ -35,6 +38,8 @@ from bnguard.torch_internals.callsite import call_site
 from bnguard.torch_internals.checkpointing import Region
 from bnguard.torch_internals.compile import GUARDS_GRAPHS, explain_break, forget_graphs
 from bnguard.torch_internals.tracing import are_on_cuda, is_capturing
+
+__tracebackhide__ = hides_frame
 
 _NONE: Final[Mapping[int, StatsChange]] = {}
 
@@ -52,9 +57,9 @@ class Block:
     """
 
     __slots__ = (
-        "_affine", "_beside", "_check", "_counts", "_entry", "_found", "_guards", "_has_named",
-        "_has_warned_of_program", "_layers", "_model", "_on_cuda", "_outcome", "_owners", "_process",
-        "_regions", "_settings", "_tree", "_verified", "_without_values",
+        "_affine", "_again", "_beside", "_check", "_counts", "_entry", "_found", "_guards", "_has_named",
+        "_has_warned_of_program", "_is_used_again", "_kept", "_layers", "_model", "_on_cuda", "_outcome", "_owners",
+        "_process", "_regions", "_settings", "_tree", "_verified", "_without_values",
     )  # fmt: skip
 
     def __init__(self, model: nn.Module, settings: Settings, earlier: Block | None = None) -> None:
@@ -82,20 +87,36 @@ class Block:
         self._has_warned_of_program = False
         self._has_named = False
         self._regions: dict[int, Region] = {}  # checkpointed, held, and not recomputed so far
+        self._is_used_again = earlier is not None
+        self._again: Again | None = None  # while the block goes the short way
+        self._kept: list[Again] = []  # for the next block; at most one, which is taken out in one step
+
+    def is_ready_again(self) -> bool:
+        """Whether the block has ended, and can be entered again as if it were a new one. Only the first to ask may."""
+        try:
+            again = self._kept.pop()
+        except IndexError:
+            return False
+        if again.is_ready():
+            self._again = again
+            return True
+        return False
 
     def enter(self, manager: object = None) -> None:
         """Guards the layers from now on, at most as long as ``manager`` lives. If it fails, ``abandon()`` it."""
+        if self._again is not None and self._enter_again(self._again, manager):
+            return
+        self._again = None
         settings, layers = self._settings, self._layers
         self._process = os.getpid()
-        self._outcome = Outcome(settings)
-        self._on_cuda = are_on_cuda(
+        self._on_cuda = torch.cuda.is_initialized() and are_on_cuda(
             tensor for layer in layers for tensor in own_tensors(layer.module, "_buffers").values()
         )
         self._refuse_capture()
-        refuse_batch_programs(self._model, layers, settings)
-        refuse_other_buffers(layers, settings)
+        if settings.use_running_stats:
+            refuse_batch_programs(self._model, layers)
+            refuse_other_buffers(layers, settings)
         is_outermost = settings.frontend.is_outermost
-        self._counts = Counts()
         entry = PolicyEntry(self, settings.policy, settings.updates, self._counts, outermost=is_outermost)
         earlier, self._guards = self._guards, []
         self._entry = entry
@@ -132,6 +153,12 @@ class Block:
         Raises:
             StatsChangedError: As the policy says, unless an exception is on its way.
         """
+        again = self._again
+        if again is not None and self._is_as_new() and again.is_quiet():
+            again.end()
+            self._entry = self._again = self._check = None
+            self._keep(again)
+            return
         if error is not None and not GUARDS_GRAPHS:
             explain_break(error)
         if os.getpid() != self._process:
@@ -139,7 +166,10 @@ class Block:
             return
         # While the entry is still there: what other threads run meanwhile is held.
         found = self._verify(restores=self._settings.policy.puts_back)
+        again = None if found or error is not None else self._next()
         self._let_go()
+        if again is not None:
+            self._keep(again)
         if error is None and self._settings.frontend.has_coverage_warnings:
             self._warn_of_gaps(has_found=bool(found))
         try:
@@ -247,6 +277,39 @@ class Block:
 
     # Parts.
 
+    def _enter_again(self, again: Again, manager: object) -> bool:
+        """Enters the short way; False, with nothing done, where there is none any more. See Note [The short way]."""
+        self._process = os.getpid()
+        self._entry = entry = again.entry
+        entry.block = self
+        entry.manager = None if manager is None else weakref.ref(manager, self.abandon)
+        if not again.begin():
+            self._entry = None
+            return False
+        self._check = again.check_anew() or ExitCheck(self._layers, self._settings)
+        return True
+
+    def _keep(self, again: Again) -> None:
+        if again.rest():
+            self._kept.append(again)
+
+    def _is_as_new(self) -> bool:
+        """Whether the block has found nothing and said nothing, in the process that entered it."""
+        return (
+            os.getpid() == self._process
+            and not (self._counts or self._found or self._verified or self._regions)
+            and not (self._has_warned_of_program or self._has_named or self._outcome.has_spoken)
+        )
+
+    def _next(self) -> Again | None:
+        """The short way for the next block of the same guard, where this one is not the first."""
+        entry, check, is_plain = self._entry, self._check, self._settings.frontend is PLAIN
+        if not (self._is_used_again and is_plain and entry and check and self._is_as_new() and not self._beside):
+            return None
+        if not has_nothing_beside(self._model):
+            return None
+        return again(self._tree, entry, self._guards, check, self._settings)
+
     def _verify(self, *, restores: bool) -> list[StatsChange]:
         """Compares, and puts back if asked to. Returns what differed."""
         self._refuse_capture()
@@ -256,6 +319,8 @@ class Block:
         changes = check.compare(self._counts, self._guards, self._name_layers)
         if restores:
             self._put_back(check)
+        if not (changes or self._found or self._counts):
+            return []
         if self._settings.policy.puts_back:
             self._found = {**self._found, **changes}
         else:
@@ -282,7 +347,7 @@ class Block:
         finally:
             if self._entry is not None:
                 drop_entry(self._guards, self._entry, self._model)
-        self._entry = None
+        self._entry = self._again = None
 
     def _warn_of_gaps(self, *, has_found: bool) -> None:
         if self._check is not None and self._layers:

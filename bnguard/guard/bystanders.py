@@ -78,6 +78,11 @@ def bystanders_of(owner: Any, models: Iterable[nn.Module]) -> Bystanders | None:
     return Bystanders(layers) if layers else None
 
 
+def is_alone(owner: Any) -> bool:
+    """Whether an object was found to hold no layers beside its models."""
+    return _known.get(owner) == ()
+
+
 def _references(owner: Any, models: Sequence[nn.Module]) -> Iterable[tuple[str, weakref.ref[nn.Module]]]:
     parts = {id(part) for model in models for part in model.modules()}
     shared = {place for model in models for buffer in model.buffers() for place in _places_of(buffer)}

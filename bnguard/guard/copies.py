@@ -25,21 +25,23 @@ from typing import Any, Final
 
 from torch import nn
 
-from bnguard.errors import BNGuardError
+from bnguard.errors import BNGuardError, hides_frame
 from bnguard.guard.affine import unheld
 from bnguard.guard.messages import clones_text
 from bnguard.layers.swaps import is_swapped, own_mode, own_tensors
 from bnguard.torch_internals.functional_call import modules_on_stack
 
+__tracebackhide__ = hides_frame
+
 # In the layer's __dict__, where Python finds them before those of the class.
 _HOLDING: Final = ("forward", "_replicate_for_data_parallel")
 _COPYING: Final = ("__getstate__", "__prepare_scriptable__", "__deepcopy__", "__reduce_ex__")
 _ATTRIBUTES: Final = (*_HOLDING, *_COPYING)
-_MARK: Final = "__prepare_scriptable__"  # always there, and hardly ever in use: see Note [Clones]
+MARK: Final = "__prepare_scriptable__"  # always there, and hardly ever in use: see Note [Clones]
 
 # Of hooks. Torch's own keys are numbers from a counter, which need not move for a hook that has no handle; and graphs
 # are compiled anew for another key.
-_KEY: Final = "bnguard"
+KEY: Final = "bnguard"
 FIRST_CALL: Final = "bnguard: first call"
 _TABLES: Final = ("_forward_pre_hooks", "_forward_hooks", "_forward_hooks_always_called")
 
@@ -100,7 +102,7 @@ class InstancePatch:
         return len(hooks) + len(others) > self._number_of_ours(hooks) + self._number_of_ours(others)
 
     def _number_of_ours(self, hooks: Mapping[Any, Any]) -> int:
-        return self._is_hook(hooks.get(_KEY)) + (FIRST_CALL in hooks)
+        return self._is_hook(hooks.get(KEY)) + (FIRST_CALL in hooks)
 
     def has_foreign_pre_hooks(self) -> bool:
         """Whether the user has forward pre-hooks on the layer: old spectral normalisation moves buffers in one."""
@@ -123,9 +125,9 @@ class InstancePatch:
         if self.has_hooks:
             return
         self.has_hooks = True
-        module._forward_pre_hooks[_KEY] = before
+        module._forward_pre_hooks[KEY] = before
         if comes_first:
-            module._forward_pre_hooks.move_to_end(_KEY, last=False)
+            module._forward_pre_hooks.move_to_end(KEY, last=False)
         if after is not None:
             self.put_after(after)
 
@@ -133,19 +135,17 @@ class InstancePatch:
         """Puts a forward hook on the layer that runs before those of the user, and after an exception as well."""
         module = self.module
         self.has_hooks = True
-        module._forward_hooks_always_called[_KEY] = True
-        module._forward_hooks[_KEY] = after
-        module._forward_hooks.move_to_end(_KEY, last=False)
+        module._forward_hooks_always_called[KEY] = True
+        module._forward_hooks[KEY] = after
+        module._forward_hooks.move_to_end(KEY, last=False)
 
     def remove(self) -> None:
         """Takes everything off. May be done again."""
         if self.has_hooks:
             self.remove_hooks()
-        if self.has_forward:
-            self.strip(self.module, _HOLDING)
+        if self.has_forward or self.mark is not None:
+            self.strip_attributes(self.module.__dict__)
             self.has_forward = False
-        if self.mark is not None:
-            self.strip(self.module, _COPYING)
             self.mark = None
 
     def unhook(self, module: nn.Module) -> None:
@@ -158,11 +158,11 @@ class InstancePatch:
 
     def is_copied_to(self, module: nn.Module) -> bool:
         """Whether a module has copied the layer's ``__dict__``, and was not just given the layer's forward."""
-        return self._is_ours(module.__dict__.get(_MARK))
+        return self._is_ours(module.__dict__.get(MARK))
 
     def has_clones(self) -> bool:
         """Whether there are clones that still have what is ours; after the block it is only they that can ask."""
-        return getrefcount(self.mark) > _REFERENCES
+        return getrefcount(self.mark) > NO_CLONES
 
     def module_in_question(self) -> Any:
         """The layer, or the clone of it that is copied, pickled or run directly. See Note [Clones].
@@ -191,7 +191,7 @@ class InstancePatch:
     def strip_attributes(self, attributes: dict[str, Any], names: Iterable[str] = _ATTRIBUTES) -> None:
         """Takes those off that are still ours: code that has wrapped one goes on calling it."""
         for name in names:
-            if self._is_ours(attributes.get(name)):
+            if name in attributes and self._is_ours(attributes[name]):
                 del attributes[name]
                 if self.previous is not None and name == "forward":
                     attributes[name] = self.previous
@@ -235,7 +235,7 @@ class InstancePatch:
         if self.mark is not None:
             return
         attributes = self.module.__dict__
-        self.mark = attributes[_MARK] = self.refuse_script
+        self.mark = attributes[MARK] = self.refuse_script
         attributes["__getstate__"] = self.getstate
         if self.copies_itself:  # else Python asks __getstate__
             attributes["__deepcopy__"] = self.deepcopy
@@ -247,10 +247,10 @@ class InstancePatch:
         module = self.module
         is_elsewhere = True
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            if hooks and self._is_hook(hooks.get(_KEY)):
-                del hooks[_KEY]
+            if hooks and self._is_hook(hooks.get(KEY)):
+                del hooks[KEY]
                 is_elsewhere = False
-        module._forward_hooks_always_called.pop(_KEY, None)
+        module._forward_hooks_always_called.pop(KEY, None)
         self.is_hook_elsewhere = self.is_hook_elsewhere or is_elsewhere
         self.has_hooks = False
 
@@ -262,8 +262,8 @@ class InstancePatch:
         for table in _TABLES:
             hooks = state.get(table)
             # Without ours the user's handles go on knowing this dictionary.
-            if hooks and (_KEY in hooks or FIRST_CALL in hooks):
-                state[table] = OrderedDict((key, hook) for key, hook in hooks.items() if key not in (_KEY, FIRST_CALL))
+            if hooks and (KEY in hooks or FIRST_CALL in hooks):
+                state[table] = OrderedDict((key, hook) for key, hook in hooks.items() if key not in (KEY, FIRST_CALL))
         parameters = state.get("_parameters")
         if parameters:
             state["_parameters"] = {name: p if p is None else unheld(p) for name, p in parameters.items()}
@@ -283,14 +283,14 @@ class InstancePatch:
 def strip_clone(module: nn.Module) -> None:
     """Takes what the guard of another layer has left on a clone of that layer off it."""
     attributes = module.__dict__
-    if _MARK in attributes and _is_of_clone(attributes):
-        attributes[_MARK].__self__.strip_attributes(attributes)
+    if MARK in attributes and _is_of_clone(attributes):
+        attributes[MARK].__self__.strip_attributes(attributes)
 
 
 def strip_clones(guards: Iterable[InstancePatch]) -> None:
     """Takes what is ours off all clones of some layers that have not run yet. See Note [Clones]."""
     for attributes in clones_of(guards):
-        attributes[_MARK].__self__.strip_attributes(attributes)
+        attributes[MARK].__self__.strip_attributes(attributes)
 
 
 def clones_of(guards: Iterable[InstancePatch]) -> list[dict[str, Any]]:
@@ -304,7 +304,7 @@ def clones_of(guards: Iterable[InstancePatch]) -> list[dict[str, Any]]:
 
 
 def _is_of_clone(attributes: dict[str, Any]) -> bool:
-    owner = getattr(attributes.get(_MARK), "__self__", None)
+    owner = getattr(attributes.get(MARK), "__self__", None)
     return isinstance(owner, InstancePatch) and attributes is not owner.module.__dict__
 
 
@@ -313,10 +313,10 @@ class _Probe:
 
     def __init__(self) -> None:
         self.mark = object()
-        self.attributes = {_MARK: self.mark}
+        self.attributes = {MARK: self.mark}
 
     def references(self) -> int:
         return getrefcount(self.mark)
 
 
-_REFERENCES: Final = _Probe().references()
+NO_CLONES: Final = _Probe().references()

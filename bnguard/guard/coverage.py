@@ -11,11 +11,11 @@ from torch import nn
 from bnguard.errors import BNGuardError, BNGuardWarning
 from bnguard.guard import messages
 from bnguard.guard.affine import affine_parameters
-from bnguard.guard.bystanders import bystanders_of
+from bnguard.guard.bystanders import bystanders_of, is_alone
 from bnguard.guard.options import Settings
 from bnguard.guard.phrases import Phrases
 from bnguard.guard.unguarded_buffers import unguarded_buffers
-from bnguard.guard.unregistered import unregistered_in
+from bnguard.guard.unregistered import has_only_buffers, unregistered_in
 from bnguard.layers.bits import is_valueless, what_is_unreadable
 from bnguard.layers.kinds import OTHER_BUFFERS, SCRIPTED, StatsLayer, is_observer
 from bnguard.layers.select import is_selected
@@ -49,14 +49,12 @@ def refuse_unreadable(layers: Iterable[StatsLayer], phrases: Phrases | None, tab
                 raise BNGuardError(text)
 
 
-def refuse_batch_programs(model: nn.Module, layers: Iterable[StatsLayer], settings: Settings) -> None:
+def refuse_batch_programs(model: nn.Module, layers: Iterable[StatsLayer]) -> None:
     """Refuses layers in programs that would normalise with the batch under ``use_running_stats=True``.
 
     Raises:
         BNGuardError: There is such a layer.
     """
-    if not settings.use_running_stats:
-        return
     fixed = [layer for layer in layers if layer.kind.keeps_mode or layer.kind.hold == "none"]
     with_batch = normalised_with_batch(model) if fixed else frozenset()
     for layer in fixed:
@@ -76,7 +74,7 @@ def refuse_other_buffers(layers: Iterable[StatsLayer], settings: Settings) -> No
     Raises:
         BNGuardError: There is such a buffer.
     """
-    if not (settings.use_running_stats and settings.buffers):
+    if not settings.buffers:
         return
     for layer in layers:
         observes = is_observer(layer.module)
@@ -119,6 +117,11 @@ def warn_about_added_layers(model: nn.Module, settings: Settings, tree: Tree, st
         warnings.warn(
             messages.added_text(added, settings.frontend.phrases), BNGuardWarning, stacklevel=call_site().stacklevel
         )
+
+
+def has_nothing_beside(model: nn.Module) -> bool:
+    """Whether an earlier block on the model has found nothing to look after beside its layers."""
+    return is_alone(model) and has_only_buffers(model)
 
 
 def found_beside(

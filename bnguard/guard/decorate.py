@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import wrapt
 
-from bnguard.errors import StatsChangedError
+from bnguard.errors import StatsChangedError, hides_frame
 from bnguard.torch_internals.compile import OutsideGraphs, skip_frame
 
 if TYPE_CHECKING:
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     _BoundWrapper: TypeAlias = wrapt.BoundFunctionWrapper[..., Any]
 else:  # no generic classes before wrapt 2
     _Wrapper, _BoundWrapper = wrapt.FunctionWrapper, wrapt.BoundFunctionWrapper
+
+__tracebackhide__ = hides_frame
 
 
 # Given the function, the instance it is bound to (or None) and its arguments: makes the guard around one part of the

@@ -36,6 +36,7 @@ from bnguard.layers.drift import eps_of, largest_mean_shift
 from bnguard.layers.kinds import OTHER_BUFFERS, StatsLayer
 from bnguard.layers.snapshot import Difference, Snapshot, holds
 from bnguard.layers.tree import Tree
+from bnguard.layers.usual_copy import UsualCopy
 from bnguard.records import StatsChange
 from bnguard.torch_internals.compile import compiled_parts, was_compiled
 from bnguard.torch_internals.distributed import overwritten_by_ddp
@@ -91,6 +92,22 @@ class ExitCheck:
             if self.parameters.without_values():
                 refuse_unreadable(layers, phrases, "_parameters")
 
+    def has_usual_copy(self) -> bool:
+        """Whether there is nothing but the statistics of torch's own BatchNorm layers on the CPU."""
+        return self.parameters is None and not self._pairs and not self.broadcast and self.statistics.has_usual_copy()
+
+    def renew(self, copy: UsualCopy) -> None:
+        """Takes another copy of the same statistics to compare with."""
+        self.statistics.renew((copy,))
+
+    def forget(self) -> None:
+        """Drops the copy."""
+        self.statistics.renew(())
+
+    def has_same_values(self) -> bool:
+        """Whether the statistics have the values of the copy."""
+        return self.statistics.has_same_values()
+
     def captured(self, owner: int) -> Mapping[str, Tensor]:
         """What is to be the state of a layer, by buffer name; not to be written to. With a budget that may change."""
         return self.statistics.captured(owner) if self._budget else self.statistics.views(owner)
@@ -118,15 +135,17 @@ class ExitCheck:
             guards: The guard of each layer; empty if forwards were not observed.
             name_layers: Called before the first change is made of a layer.
         """
-        changes: dict[int, StatsChange] = {}
         self._is_intact = False
-        is_intact = True
-        for snapshot in filter(None, (self.statistics, self.parameters)):
-            is_of_statistics = snapshot is self.statistics
-            has_reverted = is_of_statistics and any([self._revert(owner) for owner in list(self._pairs)])
-            if snapshot.is_intact() and not has_reverted:
+        has_reverted = bool(self._pairs) and any([self._revert(owner) for owner in list(self._pairs)])
+        intact = self.statistics.is_intact() and not has_reverted, not self.parameters or self.parameters.is_intact()
+        if all(intact):
+            self._is_intact = True
+            return {}
+        changes: dict[int, StatsChange] = {}
+        for snapshot, is_intact in zip((self.statistics, self.parameters), intact, strict=True):
+            if snapshot is None or is_intact:
                 continue
-            is_intact = False
+            is_of_statistics = snapshot is self.statistics
             differences = snapshot.changed()
             paid = self._within_budget(differences, counts, guards) if is_of_statistics else frozenset()
             for difference in differences:
@@ -137,7 +156,6 @@ class ExitCheck:
                     changes[difference.owner] = _joined(earlier, change) if earlier else change
             if is_of_statistics:
                 self.broadcast = self._overwritten(changes)
-        self._is_intact = is_intact
         return changes
 
     def restore(self, *, is_compared: bool = True) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor, nn
 
-from bnguard.errors import BNGuardError
+from bnguard.errors import BNGuardError, hides_frame
 from bnguard.guard.hold import (
     NO_STATISTICS,
     cloned,
@@ -39,6 +39,8 @@ from bnguard.torch_internals.fork import call_in_children
 from bnguard.torch_internals.functional_call import calling_module
 from bnguard.torch_internals.locks import RLock
 from bnguard.torch_internals.tracing import is_symbolic
+
+__tracebackhide__ = hides_frame
 
 _OF_BATCH_NORM: Final = {"running_mean", "running_var"}
 

@@ -18,17 +18,17 @@ from __future__ import annotations
 
 import copy
 import itertools
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
-from dataclasses import replace
 from types import TracebackType
 from typing import Any, ClassVar, Final, Self, TypeVar
 
 import torch
 from torch import nn
 
-from bnguard.errors import BNGuardWarning
+from bnguard.errors import BNGuardWarning, StatsChangedError, hides_frame
 from bnguard.guard import messages
 from bnguard.guard.block import Block
 from bnguard.guard.decorate import guard_function
@@ -38,11 +38,13 @@ from bnguard.layers.kinds import StatsLayer
 from bnguard.layers.select import Selector
 from bnguard.layers.tree import any_layer, find_layers
 from bnguard.records import GuardedLayer, StatsChange
-from bnguard.torch_internals.callsite import call_site
+from bnguard.torch_internals.callsite import call_site, end_in_users_line
 from bnguard.torch_internals.compile import outside_graphs
 from bnguard.words import short_repr
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+__tracebackhide__ = hides_frame
 
 _numbers: Final = itertools.count(1)
 # The blocks that this thread or this task of asyncio has entered. One that another one leaves stays among them.
@@ -103,8 +105,8 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
             step finds a step with several forwards.
         include: Guard only these layers: glob patterns on names in ``state_dict()``, without what ``DataParallel``,
             ``DistributedDataParallel`` and ``torch.compile`` put before them (one that names a container selects all in
-            it; the model itself is ``"(root)"``), modules, predicates ``(name, module) -> bool``, or a list of
-            them.
+            it; the model itself is ``"(root)"``), modules, classes of layers (``nn.BatchNorm2d``, with its
+            subclasses), predicates ``(name, module) -> bool``, or a list or tuple of them.
         exclude: Do not guard these layers; as ``include``.
         buffers: Guard other buffers that forwards move as well: codebooks, queues, observers of quantisation, vectors
             of spectral normalisation. Glob patterns on their names in ``state_dict()`` (one that names a module selects
@@ -124,6 +126,7 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
         BNGuardWarning: The model has no layer with running statistics.
     """
 
+    __module__ = "bnguard"  # as a user imports it
     __slots__ = ("__weakref__", "_last", "_model", "_open", "_settings")
 
     _frontend: ClassVar[Frontend] = PLAIN
@@ -142,8 +145,9 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
         buffers: str | Iterable[str] | None = None,
     ) -> None:
         _check_is_module(model, self._frontend.phrases)
-        settings = check_settings(on_change, use_running_stats, affine, updates, include, exclude, buffers)
-        settings = replace(settings, frontend=self._frontend)
+        settings = check_settings(
+            on_change, use_running_stats, affine, updates, include, exclude, buffers, frontend=self._frontend
+        )
         _check_model(model, settings)
         self._set(model, settings)
 
@@ -174,7 +178,9 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
 
     def _enter(self, *, is_started: bool = False) -> Self:
         """Begins a block. One that was started stays until it is stopped, with or without a reference to the guard."""
-        block, number = Block(self._model, self._settings, self._last), next(_numbers)
+        block, number = self._last, next(_numbers)
+        if block is None or not block.is_ready_again():
+            block = Block(self._model, self._settings, block)
         self._open[block] = None
         self._last = block
         try:
@@ -192,9 +198,13 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
     ) -> None:
         left: list[Block] = []
         try:  # not in a function: see rule 2 of Note [Ctrl-C]
+            if kind is not None and isinstance(error, StatsChangedError):  # of a with statement, not of the plugin
+                end_in_users_line(error)
             self._leave(error, left)
-        except BaseException:
+        except BaseException as failure:
             self._abandon(left)
+            if isinstance(failure, StatsChangedError):
+                failure.__traceback__ = None  # Python adds this frame again, and those around it
             raise
 
     def _leave(self, error: BaseException | None, left: list[Block]) -> None:
@@ -234,6 +244,9 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
         Raises:
             StatsChangedError: As at the end of a ``with`` block.
         """
+        error = sys.exc_info()[1]  # in a finally clause, the one on its way out
+        if isinstance(error, StatsChangedError):
+            end_in_users_line(error)
         self.__exit__(None, None, None)
 
     @outside_graphs
@@ -296,8 +309,11 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
 
     def _innermost(self) -> Block | None:
         """The block that this thread or task entered last, else the last of all."""
+        if len(opened := tuple(self._open.items())) == 1:
+            block, number = opened[0]
+            return None if number is None else block
         numbers = _own.get()
-        entered = [(block, number) for block, number in list(self._open.items()) if number is not None]
+        entered = [(block, number) for block, number in opened if number is not None]
         own = [block for block, number in entered if number in numbers]
         return own[-1] if own else entered[-1][0] if entered else None
 

@@ -21,10 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from bnguard.errors import hides_frame
 from bnguard.layers.bits import has_values, write
 from bnguard.layers.swaps import own_tensors
 from bnguard.torch_internals.tracing import outside_modes, without_autograd
 from bnguard.torch_internals.transforms import PLAIN, for_each_example, is_batched, is_wrapped, unwrapped_tensor
+
+__tracebackhide__ = hides_frame
 
 # By id of the layer, as long as it has entries: what guards it, see ``hooks.LayerGuard``.
 guards: Final[dict[int, Any]] = {}

@@ -38,7 +38,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from bnguard.errors import BNGuardError
+from bnguard.errors import BNGuardError, hides_frame
 from bnguard.guard.copies import LayerHook, strip_clone, strip_clones
 from bnguard.guard.forward import HeldLayer
 from bnguard.guard.hold import guards
@@ -53,8 +53,10 @@ from bnguard.torch_internals.fork import renew_after_fork
 from bnguard.torch_internals.locks import RLock
 from bnguard.torch_internals.tracing import is_symbolic
 
-_lock: Final = RLock()
-renew_after_fork(_lock)
+__tracebackhide__ = hides_frame
+
+entries_lock: Final = RLock()
+renew_after_fork(entries_lock)
 
 
 def guard_of(module: nn.Module) -> LayerGuard | None:
@@ -68,8 +70,11 @@ def _identity(frame: FrameType | None) -> object:
     return frame and (id(frame), frame.f_code)
 
 
-class _BeforeForward(LayerHook):
+class BeforeForward(LayerHook):
+    """The forward pre-hook of a layer."""
+
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Decides about a forward."""
         self.guard.before(module, args)
 
 
@@ -102,12 +107,12 @@ class LayerGuard(HeldLayer):
                 if guards.setdefault(self.layer_id, self) is self and kind.hold != "none":
                     rounds = kind.rounds_in_eval and ruling.action == "stop"
                     if kind is OTHER_BUFFERS and self.has_foreign_pre_hooks():
-                        self.put_hooks(_BeforeForward(self), _AfterForward(self), comes_first=True)
+                        self.put_hooks(BeforeForward(self), _AfterForward(self), comes_first=True)
                     elif ruling.needs_forward or rounds or self.has_foreign_hooks():
                         self.put_forward()
                     else:
                         after = None if kind.predict is not None else _AfterForward(self)
-                        self.put_hooks(_BeforeForward(self), after)
+                        self.put_hooks(BeforeForward(self), after)
             elif not self._before or not self.is_watching():
                 self.remove()
                 if guards.get(self.layer_id) is self:  # not before: another guard would take ours for the user's
@@ -189,7 +194,7 @@ class LayerGuard(HeldLayer):
         """Copies what a forward may change, until the forward hook is called for the same call of the layer."""
         thread = threading.get_ident()
         if self._before is None:
-            with _lock:  # another thread may be about to do so
+            with entries_lock:  # another thread may be about to do so
                 self._before = self._before or {}
         if self._before.get(thread):
             self._drop_finished(thread, call)
@@ -218,7 +223,7 @@ class LayerGuard(HeldLayer):
             # The forward has outlasted the last block, or it was the first one. After an exception torch is iterating
             # over the hooks.
             if (not self.members or self.has_forward) and not has_failed:
-                with _lock:
+                with entries_lock:
                     self.sync(Rulings())
 
     def refuse_script(self) -> nn.Module:
@@ -259,7 +264,7 @@ def add_entry(
     """
     rulings = Rulings()
     is_running = entry.policy.action == "running"
-    with _lock:
+    with entries_lock:
         for layer, known, candidate in zip(layers, own_values(layers), chain(earlier, repeat(None)), strict=False):
             key = id(layer.module)
             while True:
@@ -286,7 +291,7 @@ def drop_entry(guards: Sequence[LayerGuard], entry: PolicyEntry, model: nn.Modul
     """
     failure: BaseException | None = None
     rulings = Rulings()
-    with _lock:
+    with entries_lock:
         strip_clones(guards)
         for guard in guards:
             try:

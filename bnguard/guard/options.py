@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import Any, Final, Literal, TypeAlias, TypedDict
 
 from torch import nn
@@ -29,7 +30,7 @@ class GuardOptions(TypedDict, total=False):
     buffers: str | Iterable[str] | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Frontend:
     """What a guard does differently for ``strict``, an integration, the pytest plugin or the command line.
 
@@ -65,6 +66,7 @@ class Settings:
         buffers: See there.
         within: Paths of submodules: what is outside of them is not meant; empty for the whole model.
         frontend: What the guard does differently for the frontend that opened it.
+        policy: What becomes of an update beyond the budget, and of the statistics at the end; follows from the others.
     """
 
     on_change: OnChange = "raise"
@@ -76,6 +78,14 @@ class Settings:
     buffers: tuple[str, ...] = ()
     within: tuple[str, ...] = ()
     frontend: Frontend = PLAIN
+    policy: Policy = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.frontend.only_without_grad:
+            policy = WITHOUT_GRAD
+        else:
+            policy = (USE_RUNNING_STATS if self.use_running_stats else POLICIES)[self.on_change]
+        object.__setattr__(self, "policy", policy)  # not a property: each block asks many times
 
     @property
     def as_written(self) -> str:
@@ -83,13 +93,6 @@ class Settings:
         options = {"use_running_stats": self.use_running_stats, "affine": self.affine, "updates": self.updates}
         chosen = [f"{name}={value}" for name, value in options.items() if value]
         return ", ".join([f'on_change="{self.on_change}"', *chosen])
-
-    @property
-    def policy(self) -> Policy:
-        """What becomes of an update beyond the budget, and of the statistics at the end."""
-        if self.frontend.only_without_grad:
-            return WITHOUT_GRAD
-        return (USE_RUNNING_STATS if self.use_running_stats else POLICIES)[self.on_change]
 
 
 def check_settings(
@@ -100,6 +103,8 @@ def check_settings(
     include: Any = None,
     exclude: Any = None,
     buffers: Any = None,
+    *,
+    frontend: Frontend = PLAIN,
 ) -> Settings:
     """Checks the options of ``frozen``. See there for the errors."""
     if on_change not in POLICIES:
@@ -124,6 +129,8 @@ def check_settings(
             f"on_change='rollback' contradicts {option}: inside the block the statistics move as they would without a "
             "guard; leave one of them out"
         )
+    if include is None and exclude is None and buffers is None:
+        return _of_all_layers(on_change, use_running_stats, affine, updates, frontend)
     return Settings(
         on_change,
         use_running_stats,
@@ -132,7 +139,16 @@ def check_settings(
         as_selectors("include", include),
         as_selectors("exclude", exclude),
         as_patterns(buffers),
+        frontend=frontend,
     )
+
+
+@functools.lru_cache(maxsize=64)
+def _of_all_layers(
+    on_change: OnChange, use_running_stats: bool, affine: bool, updates: int, frontend: Frontend
+) -> Settings:
+    """Settings that have been made before: a block around each step asks for the same each time."""
+    return Settings(on_change, use_running_stats, affine, updates, frontend=frontend)
 
 
 def guarded_layers(model: nn.Module, layers: list[StatsLayer], settings: Settings) -> list[StatsLayer]:
@@ -168,4 +184,4 @@ def settings_for(frontend: Frontend, on_change: Any, options: GuardOptions, know
     unknown = [name for name in options if name not in valid]
     if unknown:
         raise TypeError(f"unknown option {unknown[0]!r}: {suggestion(unknown[0], valid)}")
-    return replace(check_settings(on_change, **options), frontend=frontend)
+    return check_settings(on_change, **options, frontend=frontend)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 
-from bnguard.errors import BNGuardWarning, StatsChangedError
+from bnguard.errors import BNGuardWarning, StatsChangedError, hides_frame
 from bnguard.guard import messages
 from bnguard.guard.messages import Cause
 from bnguard.guard.options import Settings
 from bnguard.records import StatsChange
 from bnguard.torch_internals.callsite import CallSite, call_site, causes_of
 from bnguard.torch_internals.distributed import rank_prefix
+
+__tracebackhide__ = hides_frame
 
 _ENDS = (GeneratorExit, StopIteration, StopAsyncIteration)  # of a generator: nothing went wrong
 
@@ -34,6 +36,11 @@ class Outcome:
     def is_due(self) -> bool:
         """Whether there is something to do although nothing was found."""
         return bool(self._errors)
+
+    @property
+    def has_spoken(self) -> bool:
+        """Whether something was raised or warned about."""
+        return self._has_warned or bool(self._errors)
 
     def stopped(self, change: StatsChange, mode: str, budget: int) -> StatsChangedError:
         """Returns the error for a forward that would have updated. The user's code may catch it."""

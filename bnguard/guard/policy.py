@@ -186,7 +186,12 @@ class PolicyEntry:
         self.budget = budget
         self.counts = Counts() if counts is None else counts
         self.manager: weakref.ref[object] | None = None
-        self.order = next(_numbers) if outermost else -next(_numbers)
+        self.order = next(_numbers) if outermost else innermost_order()
+
+
+def innermost_order() -> int:
+    """The order of an entry inside all others that there are."""
+    return -next(_numbers)
 
 
 Entries = tuple[PolicyEntry, ...]

@@ -42,6 +42,8 @@ class recompute_frozen:  # noqa: N801  # lower case, as frozen
         TypeError: ``model`` is no module.
     """
 
+    __module__ = "bnguard"  # as a user imports it
+
     @outside_graphs
     def __init__(self, model: nn.Module) -> None:
         if not isinstance(model, nn.Module):

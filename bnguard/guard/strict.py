@@ -7,22 +7,25 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from types import CodeType, FunctionType, TracebackType
 from typing import Any, Final, TypeVar, overload
 
 from torch import nn
 
+from bnguard.errors import hides_frame
 from bnguard.guard.bystanders import bystanders_of
 from bnguard.guard.decorate import guard_function
 from bnguard.guard.frozen import frozen
 from bnguard.guard.options import Frontend, OnChange, Settings, check_settings
 from bnguard.guard.phrases import Phrases
+from bnguard.guard.policy import POLICIES
 from bnguard.layers.search import LARGEST, modules_in, roots_of
 from bnguard.layers.select import Selector
 from bnguard.layers.tree import any_layer
 from bnguard.torch_internals.compile import outside_graphs
 from bnguard.words import short_repr
+
+__tracebackhide__ = hides_frame
 
 F = TypeVar("F", bound=Callable[..., Any])
 _FRONTEND: Final = Frontend(
@@ -60,9 +63,9 @@ def strict(
     use_running_stats: bool = False,
     affine: bool = False,
     updates: int = 0,
-    include: Any = None,
-    exclude: Any = None,
-    buffers: Any = None,
+    include: Selector | Iterable[Selector] | None = None,
+    exclude: Selector | Iterable[Selector] | None = None,
+    buffers: str | Iterable[str] | None = None,
 ) -> Any:
     """Runs each call of a function inside ``frozen``, on the models that the call is about.
 
@@ -102,8 +105,12 @@ def strict(
     """
     if isinstance(function, nn.Module):
         raise TypeError("strict decorates functions; to guard a model use frozen(model), or strict(model=model)")
-    settings = check_settings(on_change, use_running_stats, affine, updates, include, exclude, buffers)
-    settings = replace(settings, frontend=_FRONTEND)
+    if isinstance(function, str):
+        option = "on_change" if function in POLICIES else "model"
+        raise TypeError(f"strict decorates functions, got {function!r}: write @strict({option}={function!r})")
+    settings = check_settings(
+        on_change, use_running_stats, affine, updates, include, exclude, buffers, frontend=_FRONTEND
+    )
     if not (model is None or isinstance(model, (nn.Module, str)) or callable(model)):
         raise TypeError(f"model must be a module, the name of a parameter or a callable, got {short_repr(model)}")
 
@@ -115,8 +122,8 @@ def strict(
         def opener(
             wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
         ) -> Callable[[], AbstractContextManager[Any]]:
-            models, holder = _models(model, settings, wrapped, instance, args, kwargs)
-            return functools.partial(_AllFrozen, models, settings, holder)
+            models, holder, has_layers = _models(model, settings, wrapped, instance, args, kwargs)
+            return functools.partial(_AllFrozen, models, settings, holder, has_layers=has_layers)
 
         return guard_function(function, opener, "strict")
 
@@ -130,13 +137,16 @@ class _AllFrozen:
         models: The models.
         settings: The options.
         holder: An object, among whose attributes further layers are looked for; None for no such object.
+        has_layers: Whether each model is known to have running statistics.
     """
 
     @outside_graphs
-    def __init__(self, models: list[nn.Module], settings: Settings, holder: Any) -> None:
+    def __init__(self, models: list[nn.Module], settings: Settings, holder: Any, *, has_layers: bool) -> None:
         self._models = models
         self._holder = holder
-        self._guards = [frozen._with(model, settings) for model in models]
+        # Models with layers, which have been looked for: a choice among them is what is left to check.
+        is_checked = has_layers and not (settings.include or settings.exclude or settings.buffers)
+        self._guards = [(frozen._of if is_checked else frozen._with)(model, settings) for model in models]
 
     @outside_graphs
     def __enter__(self) -> None:
@@ -157,7 +167,7 @@ class _AllFrozen:
         try:
             for guard in reversed(self._guards):
                 try:
-                    guard.__exit__(None, failure or error, None)
+                    guard.__exit__(kind, failure or error, None)
                 except BaseException as found:
                     failure = found
             if failure is not None:
@@ -186,20 +196,20 @@ def _models(
     instance: Any,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-) -> tuple[list[nn.Module], Any]:
-    """The models that one call is about, none a part of another; and ``self``, if it may hold more of them."""
+) -> tuple[list[nn.Module], Any, bool]:
+    """What a call is about: models, none a part of another; ``self``, if it may hold more; whether all have layers."""
     if source is not None:
         named = modules_in(_named(source, wrapped, instance, args, kwargs))
         if not named:
             what = f"{source!r}" if isinstance(source, str) else "the callable"
             raise TypeError(f"strict: model={what} gave no torch.nn.Module at the call of {_name_of(wrapped)}()")
-        return roots_of(named), None
+        return roots_of(named), None, False
     bare: list[nn.Module] = []
     for number, place in enumerate(_places(wrapped, instance, args, kwargs)):
         found = modules_in(place)
         guarded = [module for module in found if settings.buffers or any_layer(module)]
         if guarded:
-            return roots_of(guarded), instance if number > 1 else None
+            return roots_of(guarded), instance if number > 1 else None, not settings.buffers
         bare = bare or found
     if not bare:
         raise TypeError(
@@ -207,7 +217,7 @@ def _models(
             "say which with strict(model=...), a module, the name of a parameter, or a callable. "
             f"Containers of more than {LARGEST} entries are data, and are not searched."
         )
-    return bare[:1], instance
+    return bare[:1], instance, False
 
 
 def _named(source: ModelSource, wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

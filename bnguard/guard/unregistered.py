@@ -82,6 +82,11 @@ def unregistered_in(model: nn.Module, settings: Settings) -> Unregistered | None
     return Unregistered(before) if before else None
 
 
+def has_only_buffers(model: nn.Module) -> bool:
+    """Whether a model was found to have no such statistics."""
+    return _known.get(model) == ()
+
+
 def places_in(model: nn.Module) -> Iterator[tuple[str, weakref.ref[nn.Module], tuple[str, ...]]]:
     """The modules of a model with parameters and attributes that have the name of a statistic, and these names."""
     for name, module in walk_modules(model):

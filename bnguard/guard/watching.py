@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from torch import Tensor
 
+from bnguard.errors import hides_frame
 from bnguard.guard.hold import copies_outside_modes
 from bnguard.guard.policy import Decision, Entries, decide, decide_and_count
 from bnguard.guard.surroundings import Surroundings
@@ -18,6 +19,8 @@ from bnguard.torch_internals.fork import renew_after_fork
 from bnguard.torch_internals.locks import RLock
 from bnguard.torch_internals.tracing import outside_modes
 from bnguard.torch_internals.transforms import is_wrapped, unwrapped_tensor
+
+__tracebackhide__ = hides_frame
 
 _lock: Final = RLock()
 renew_after_fork(_lock)

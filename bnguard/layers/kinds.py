@@ -90,6 +90,8 @@ class _Rule:
 class LayerRegistration:
     """Handle returned by ``register_layer``, to remove the registration. Removing it twice does nothing."""
 
+    __module__ = "bnguard"  # as a user imports it
+
     def __init__(self, cls: type[nn.Module], rule: _Rule) -> None:
         self._cls = cls
         self._rule = rule

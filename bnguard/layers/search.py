@@ -60,6 +60,8 @@ def modules_reachable_from(values: Iterable[Any]) -> list[nn.Module]:
 
 def roots_of(models: list[nn.Module]) -> list[nn.Module]:
     """Lists the models that are not a submodule of another one in the list."""
+    if len(models) == 1:
+        return models
     parts = {id(part) for model in models for part in model.modules() if part is not model}
     return [model for model in models if id(model) not in parts] or models[:1]
 

@@ -11,26 +11,28 @@ from torch import nn
 
 from bnguard.layers.kinds import StatsLayer
 from bnguard.layers.tree import walk_names
-from bnguard.words import short_repr
+from bnguard.words import first_of, short_repr
 
-Selector: TypeAlias = "str | nn.Module | Callable[[str, nn.Module], bool]"
+Selector: TypeAlias = str | nn.Module | type[nn.Module] | Callable[[str, nn.Module], bool]
+"""One entry of ``include`` or ``exclude``: a pattern on names, a module, a class of layers, or a predicate."""
 
 
 def as_selectors(option: str, value: Any) -> tuple[Selector, ...]:
     """Checks the value of ``include`` or ``exclude``, which is one selector or a collection of them.
 
     Raises:
-        TypeError: A selector is neither a pattern, a module nor a predicate.
+        TypeError: A selector is neither a pattern, a module, a class of modules nor a predicate.
         ValueError: The collection is empty.
     """
     if value is None:
         return ()
     several = value if isinstance(value, (list, tuple, set, frozenset)) else [value]
     for selector in several:
-        if isinstance(selector, type) or not (isinstance(selector, (str, nn.Module)) or callable(selector)):
+        is_other_class = isinstance(selector, type) and not issubclass(selector, nn.Module)
+        if is_other_class or not (isinstance(selector, (str, nn.Module)) or callable(selector)):
             raise TypeError(
-                f"{option} takes glob patterns on layer names, modules, predicates (name, module) -> bool, "
-                f"or a list of them, got {short_repr(selector)}"
+                f"{option} takes glob patterns on layer names, modules, classes of layers (nn.BatchNorm2d), predicates "
+                f"(name, module) -> bool, or a list of them, got {short_repr(selector)}"
             )
     if not several:
         raise ValueError(f"{option} is an empty list; leave it out to mean every layer")
@@ -83,6 +85,8 @@ def select_layers(
 def _selects(selector: Selector, layer: StatsLayer) -> bool:
     if isinstance(selector, nn.Module):
         return any(module is layer.module for module in selector.modules())
+    if isinstance(selector, type):
+        return isinstance(layer.module, selector)
     if isinstance(selector, str):
         return any(matches(selector, name) for name in layer.names)
     return any(selector(name, layer.module) for name in layer.names)
@@ -101,6 +105,10 @@ def _no_match_text(model: nn.Module, layers: list[StatsLayer], option: str, sele
         inside = any(module is selector for module in model.modules())
         what = "has no layer with running statistics in it" if inside else "is not a part of the model"
         return f"{option}: the given {type(selector).__name__} {what}"
+    if isinstance(selector, type):
+        kinds = first_of(sorted({type(layer.module).__name__ for layer in layers}))
+        what = f"selects none of the {number} with running statistics"
+        return f"{option}={selector.__name__} {what}; their classes are {kinds}"
     if not isinstance(selector, str):
         return f"{option}: the predicate selects none of the {number} with running statistics"
     if any(matches(selector, name) for name in walk_names(model)):

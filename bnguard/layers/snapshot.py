@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from operator import is_
+from operator import attrgetter, is_
 from typing import Final
 
 import torch
@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 from bnguard.layers.bits import has_values, is_valueless, put_back, readable, same_bits, wide
 from bnguard.layers.flat_copy import Counts, FlatCopy, part_of
 from bnguard.layers.swaps import Table, own_tables, own_tensors, put_tensor, swap_lock
+from bnguard.layers.usual_copy import UsualCopy
 from bnguard.torch_internals.tracing import outside_modes
 from bnguard.torch_internals.transforms import PLAIN, unwrapped_tensor
 
@@ -65,11 +66,21 @@ class Snapshot:
         self._columns: list[list[Tensor]] = self._current_columns()  # type: ignore[assignment]  # all exist
         self._places: list[tuple[int, int]] | None = None  # first column and row of each module, once needed
         self._pointers: dict[int, int] | None = None  # once needed
-        transient = [module._non_persistent_buffers_set for module in modules]
+        transient = list(map(_TRANSIENT, modules))
         # By module: names of buffers that are not in the state dict. A deleted one is no longer among them.
-        self._transient = {owner: frozenset(some) for owner, some in enumerate(transient) if some}
+        self._transient = (
+            {owner: frozenset(some) for owner, some in enumerate(transient) if some} if any(transient) else {}
+        )
         self._odd: dict[int, Tensor] = {}
         self._saved_by_id: dict[int, Tensor | None] | None = None
+        self._copies: Sequence[FlatCopy | Counts | UsualCopy]
+        if len(self._groups) == 1 and names[0] == _USUAL:
+            try:
+                self._copies = (UsualCopy(self._columns),)
+            except (ValueError, RuntimeError):
+                pass
+            else:
+                return
         copies = _copies_of_columns(self._columns)
         if copies is not None:
             self._copies = copies
@@ -82,6 +93,23 @@ class Snapshot:
             values = {key: tensor.detach().clone() for key, tensor in odd.items()}
             self._saved_by_id = {**self._index(), **dict.fromkeys(self._odd), **values}
 
+    def has_usual_copy(self) -> bool:
+        """Whether all of it is one ``UsualCopy``."""
+        return type(self._copies[0]) is UsualCopy and not self._transient
+
+    def renew(self, copies: Sequence[UsualCopy]) -> None:
+        """Replaces the copies with others of the same tensors."""
+        self._copies = copies
+        self._pointers = self._saved_by_id = None
+
+    def has_same_values(self) -> bool:
+        """Whether the captured tensor objects have the captured bits. The caller sees to modes and autograd."""
+        try:
+            return all([copy.is_unchanged() for copy in self._copies])
+        except RuntimeError:  # converted in place through .data: other shapes or devices
+            return False
+
+    @outside_modes
     def is_intact(self) -> bool:
         """Whether every module has the captured tensor objects with the captured bits.
 
@@ -92,14 +120,7 @@ class Snapshot:
         for now, then in zip(self._current_columns(), self._columns, strict=True):
             if not all(map(is_, now, then)):
                 return False
-        return self._has_same_bits()
-
-    @outside_modes
-    def _has_same_bits(self) -> bool:
-        try:
-            return all([copy.is_unchanged() for copy in self._copies])
-        except RuntimeError:  # converted in place through .data: other shapes or devices
-            return False
+        return self.has_same_values()
 
     @outside_modes
     def changed(self) -> list[Difference]:
@@ -290,6 +311,8 @@ class Snapshot:
         return dict(itertools.chain.from_iterable([copy.views() for copy in self._copies]))
 
 
+_TRANSIENT: Final = attrgetter("_non_persistent_buffers_set")
+_USUAL: Final = ("running_mean", "running_var", "num_batches_tracked")
 _INITIAL: Final = {"running_mean": 0.0, "running_var": 1.0}
 
 

@@ -78,6 +78,13 @@ class Tree:
         """Whether the modules have buffers that are no running statistics."""
         return sum(self._buffer_counts) > sum([len(layer.buffers) for layer in self.layers])
 
+    def is_plain(self) -> bool:
+        """Whether a new walk can be spared as long as nothing is replaced, and all buffers are running statistics."""
+        tables = [*self._module_tables, *self._buffer_tables]
+        return (
+            self._can_stay and not self._missing and not self.has_other_buffers() and set(map(type, tables)) == {dict}
+        )
+
     def is_current(self) -> bool:
         """Whether a new walk would give the same result."""
         modules = self._modules

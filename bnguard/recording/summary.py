@@ -52,7 +52,7 @@ def watch_document(summary: WatchSummary) -> Document:
     tables = [
         _lines(updates),
         _unexplained(summary.unexplained),
-        drift_table("moved most", summary.drift, _FEW),
+        drift_table("moved most", summary.drift, _FEW, findings),
     ]
     has_more = bool(updates or summary.unexplained)
     return Document(
@@ -62,6 +62,7 @@ def watch_document(summary: WatchSummary) -> Document:
         tuple([table for table in tables if table.rows]),
         "More: record.updates, record.drift and record.findings have it all." if has_more else "",
         (*_about_ranks(summary), *filter(None, [summary.unwatched])),
+        is_clean=not (findings or summary.missing_ranks or summary.unwatched) and summary.layers > 0,
     )
 
 
@@ -123,12 +124,12 @@ def _lines(updates: Sequence[StatsUpdates]) -> Table:
         cells = [str(sum([one.count for one in group])), str(layers), steps, str(mode), where or "in a graph"]
         rows.append((*cells[:2], *[", ".join(map(str, ranks))] * has_ranks, *cells[2:]))
     columns = (
-        Column("updates", is_number=True),
-        Column("layers", is_number=True),
+        Column("updates", is_number=True, meaning="Updates from this line in this mode, of all its layers together."),
+        Column("layers", is_number=True, meaning="How many layers it has updated."),
         *[Column("ranks")] * has_ranks,
-        Column("steps"),
-        Column("mode"),
-        Column("line"),
+        Column("steps", meaning="How many steps the optimizer had made before the first and before the last of them."),
+        Column("mode", meaning="Whether the layer was in train mode, and autograd recorded."),
+        Column("line", meaning="The line of your code that called the model."),
     )
     return Table("updates by line", columns, tuple(rows), _MANY)
 

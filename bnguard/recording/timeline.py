@@ -64,9 +64,11 @@ def updates_over_steps(timelines: Mapping[str, Timeline], sites: Iterable[Sequen
         sites: For each layer, where its updates came from.
     """
     layers: Counter[str] = Counter()
+    lines_of: list[set[str]] = []
     end = 0
     for of_layer in sites:
-        layers.update({site.site for site in of_layer})
+        lines_of.append({site.site for site in of_layer})
+        layers.update(lines_of[-1])
         end = max([end, *[site.last_step + 1 for site in of_layer]])
     lines = tuple([line for line in timelines if layers[line]])
     width = max([timelines[line].width for line in lines], default=1)
@@ -76,4 +78,5 @@ def updates_over_steps(timelines: Mapping[str, Timeline], sites: Iterable[Sequen
     for number, column in enumerate(columns):
         counts[: len(column), number] = torch.tensor(column, device="cpu")
     steps = tuple(range(0, spans * width, width))
-    return UpdateSeries(steps, end, lines, tuple([layers[line] for line in lines]), counts)
+    by_layer = tuple([tuple([place for place, line in enumerate(lines) if line in own]) for own in lines_of])
+    return UpdateSeries(steps, end, lines, tuple([layers[line] for line in lines]), counts, by_layer)

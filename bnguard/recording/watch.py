@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterable
 from types import TracebackType
 from typing import Final, Literal, Self
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
@@ -19,6 +20,7 @@ from bnguard.recording.layer_listener import copies_of
 from bnguard.recording.layer_log import LayerLog
 from bnguard.recording.ranks import Merged, Recorded
 from bnguard.recording.recorder import Recorder
+from bnguard.recording.scalars import ScalarLog, ScalarWriter
 from bnguard.recording.summary import WatchSummary, watch_document
 from bnguard.recording.timeline import updates_over_steps
 from bnguard.records import Drift, DriftSeries, Finding, Mode, StatsChange, StatsUpdates, UpdateSeries
@@ -66,6 +68,8 @@ class watch:  # noqa: N801  # lower case, as torch.no_grad
             ``model``.
     """
 
+    __module__ = "bnguard"  # as a user imports it
+
     def __init__(
         self,
         model: nn.Module | None = None,
@@ -88,6 +92,7 @@ class watch:  # noqa: N801  # lower case, as torch.no_grad
         self._is_open = False
         self._final: dict[int, dict[str, Tensor]] = {}  # by position: statistics at the end
         self._merged: Merged | None = None  # on rank 0, at the end
+        self._scalars: WeakKeyDictionary[object, ScalarLog] = WeakKeyDictionary()  # by writer
 
     # Enter and leave.
 
@@ -199,13 +204,50 @@ class watch:  # noqa: N801  # lower case, as torch.no_grad
 
     @property
     def speaks(self) -> bool:
-        """Whether this process makes the report: rank 0, or a single process."""
+        """Whether this process makes the report, as rank 0 and a single process do."""
         return self.rank == 0
 
     @property
     def missing_ranks(self) -> tuple[int, ...]:
         """Ranks whose records did not come in time; known on rank 0 after the end."""
         return () if self._merged is None else self._merged.missing
+
+    def log_to(self, writer: ScalarWriter, prefix: str = "bnguard") -> None:
+        """Writes what was recorded as scalars, for TensorBoard: how far each layer has moved, and who updates it.
+
+        ::
+
+            with bnguard.watch(model, every=100) as record:
+                for epoch in range(epochs):
+                    train(model)
+                    record.log_to(writer)     # what is new; or once, when the watch has stopped
+            record.log_to(writer)
+
+        Tags are ``bnguard/divergence/LAYER`` (nats) and ``bnguard/mean_shift/LAYER`` (standard deviations) at each step
+        at which ``every`` measures, else once when the watch has stopped; and ``bnguard/updates/LINE``, the updates per
+        layer and optimizer step: plain training has 1. Each call writes what is new since the last one.
+
+        Args:
+            writer: A ``torch.utils.tensorboard.SummaryWriter``, or another object with
+                ``add_scalar(tag, value, step)``.
+            prefix: What all tags begin with.
+
+        Raises:
+            TypeError: ``writer`` has no ``add_scalar()``.
+        """
+        if isinstance(writer, type) or not callable(getattr(writer, "add_scalar", None)):
+            what = f"the class {writer.__name__}" if isinstance(writer, type) else type(writer).__name__
+            raise TypeError(f"log_to() takes a writer with add_scalar(), such as a SummaryWriter, got {what}")
+        log = self._scalars.setdefault(writer, ScalarLog())
+        series = self.series
+        log.write_drift(writer, prefix, series)
+        updates = self.update_series
+        if not self._is_open:
+            if not series.steps:
+                log.write_end(writer, prefix, self.drift, self._recorder.steps.count)
+            log.write_updates(writer, prefix, updates, updates.end)
+        else:
+            log.write_updates(writer, prefix, updates, updates.end - 1)  # the last step may go on
 
     def summary(self) -> WatchSummary:
         """All that was recorded, for a report."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from bnguard.records import Finding
 
@@ -15,10 +15,12 @@ class Column:
     Attributes:
         title: Its heading, with the unit.
         is_number: Whether its cells are numbers, aligned to the right.
+        meaning: What its cells say, with the unit, for a page that shows it on demand; empty if the heading says it.
     """
 
     title: str
     is_number: bool = False
+    meaning: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +32,15 @@ class Table:
         columns: Its columns.
         rows: One cell per column; the most important rows come first.
         shown: How many rows are printed where space is limited.
+        marks: The codes of the findings about each row, for a page that shows such rows first; empty where no row is
+            about a layer.
     """
 
     title: str
     columns: tuple[Column, ...]
     rows: tuple[tuple[str, ...], ...]
     shown: int
+    marks: tuple[str, ...] = ()
 
     def more(self) -> str | None:
         """The line about the rows that are left out; None if there are none."""
@@ -55,6 +60,8 @@ class Document:
         notes: Remarks printed after the tables, of one or more lines each.
         title: What was run, such as a command.
         file: The file that findings without a line belong to; empty if there is none.
+        about: How the report came about, such as arguments and exit code, by what it is.
+        is_clean: Whether there was something to look at, and nothing is wrong or different.
     """
 
     verdict: str
@@ -65,6 +72,8 @@ class Document:
     notes: tuple[str, ...] = ()
     title: str = ""
     file: str = ""
+    about: Mapping[str, str] = field(default_factory=dict)
+    is_clean: bool = True
 
 
 def as_text(document: Document) -> str:

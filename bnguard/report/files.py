@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -16,12 +16,25 @@ from bnguard.report.document import Document
 from bnguard.report.formats import Format, formatted
 
 if TYPE_CHECKING:
-    from bnguard.report.plots import Picture
+    from bnguard.report.picture import Picture
 
 
 def no_pictures() -> list[Picture]:
     """The pictures of a report that has none."""
     return []
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenFile:
+    """A file that was asked for.
+
+    Attributes:
+        path: Its path.
+        problem: Why it could not be written; empty if it was.
+    """
+
+    path: Path
+    problem: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +62,7 @@ class Outputs:
 
     def write(
         self, document: Document, content: Mapping[str, Any], pictures: Callable[[], list[Picture]] = no_pictures
-    ) -> list[str]:
+    ) -> list[WrittenFile]:
         """Writes all files. One that cannot be written does not keep the others from being written.
 
         Args:
@@ -58,7 +71,7 @@ class Outputs:
             pictures: Returns the pictures; called only if they are needed.
 
         Returns:
-            One message for each file that could not be written.
+            The files, in the order of writing, and why one could not be written.
         """
         drawn: list[Picture] = []
 
@@ -71,33 +84,43 @@ class Outputs:
             text = formatted(document, self.format)
             cast("Path", self.findings).write_text(f"{text}\n" if text else "", encoding="utf-8")
 
-        writers: list[tuple[Path | None, Callable[[], None]]] = [
+        if self.plot is not None or self.html is not None:
+            drawn += pictures()
+        return write_files(
             (self.json, lambda: json_file.write(cast("Path", self.json), content)),
             (self.plot, save),
             (self.html, lambda: page.write(cast("Path", self.html), document, drawn)),
             (self.findings, save_findings),
-        ]
-        problems = []
-        if self.plot is not None or self.html is not None:
-            drawn += pictures()
-        for path, write in writers:
-            if path is not None:
-                try:
-                    write()
-                except Exception as error:  # the results of a run must not be lost because one file failed
-                    problems.append(str(error) if isinstance(error, OSError) else f"{path}: {error}")
-        return problems
+        )
+
+
+def write_files(*writers: tuple[Path | None, Callable[[], None]]) -> list[WrittenFile]:
+    """Writes files. One that cannot be written does not keep the others from being written.
+
+    Args:
+        *writers: The path of each file, and what writes it; a file without a path is left out.
+    """
+    files = []
+    for path, write in writers:
+        if path is not None:
+            problem = ""
+            try:
+                write()
+            except Exception as error:  # the results of a run must not be lost because one file failed
+                problem = str(error) if isinstance(error, OSError) else f"{path}: {error}"
+            files.append(WrittenFile(path, problem))
+    return files
 
 
 def problem_with(path: Path) -> str | None:
     """Why a file cannot be written to ``path``; None if it can."""
     folder = path.absolute().parent
     if path.is_dir():
-        return f"{path} is a folder"
+        return f"expected a file, got {str(path)!r}, which is a folder"
     if not folder.is_dir():
-        return f"no folder {path.parent}"
+        return f"expected a file in an existing folder, got {str(path)!r}: there is no {str(path.parent)!r}"
     if not os.access(path if path.exists() else folder, os.W_OK):
-        return f"{path} cannot be written"
+        return f"expected a file that can be written, got {str(path)!r}: permission denied"
     return None
 
 
@@ -121,19 +144,33 @@ def publish(
         Whether all files could be written; problems are printed to stderr.
     """
     apart = command == "run"  # from what the script has printed
-    if outputs.format == "text" or outputs.findings is not None:
-        if outputs.paths:
-            more = "\n".join([f"Written: {path}" for path in outputs.paths])
-        else:
-            more = "More: --html FILE has all of it, --json FILE for programs."
-        terminal.show(replace(document, more=more if document.tables or outputs.paths else ""), apart=apart)
+    is_text = outputs.format == "text" or outputs.findings is not None
+    if is_text:
+        more = "More: --html FILE has all of it, --json FILE for programs."
+        has_more = document.tables and not outputs.paths
+        terminal.show(replace(document, more=more if has_more else ""), apart=apart)
     else:
         text = formatted(document, outputs.format)
         if text:
             terminal.show_text(text, apart=apart)
         for note in document.notes:  # which that format does not have
             print(note, file=sys.stderr)
-    problems = outputs.write(document, content, pictures)
+    files = outputs.write(document, content, pictures)
+    return tell_files(files, command, has_stdout=is_text)
+
+
+def tell_files(files: Sequence[WrittenFile], command: str, *, has_stdout: bool = True) -> bool:
+    """Prints which files were written, and to stderr which could not be. Returns whether all were.
+
+    Args:
+        files: The files.
+        command: The command that made them.
+        has_stdout: Whether stdout is for people, and no program reads it.
+    """
+    written = [f"Written: {file.path}" for file in files if not file.problem]
+    if has_stdout and written:
+        terminal.show_text("\n".join(written), apart=True)
+    problems = [file.problem for file in files if file.problem]
     for problem in problems:
         print(f"bnguard {command}: {problem}", file=sys.stderr)
     return not problems

@@ -1,15 +1,13 @@
-"""Pictures of drift and updates. The colours can be distinguished with colour blindness, and in grey."""
+"""Pictures of drift and updates, for a watch and for a comparison."""
 
 from __future__ import annotations
 
 import io
 import itertools
 import math
-import textwrap
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -20,49 +18,41 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure, FigureBase
 from matplotlib.ticker import MaxNLocator
 
-from bnguard.records import Drift, DriftSeries, UpdateSeries
+from bnguard.records import Drift, DriftSeries, Finding, UpdateSeries
+from bnguard.report.picture import COLOURS, SMALL, Picture, shortened, wrapped
+from bnguard.report.tables import codes_by_layer
+from bnguard.report.update_plot import updates_picture
 from bnguard.words import count_text, name_text
 
 _WIDTH: Final = 10.0  # inches
-_COLOURS: Final = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito's
-_STYLES: Final = ("-", "--", "-.", ":")
 _BEFORE, _AFTER = "#999999", "#0072b2"
-_SMALL: Final = 8.0  # points
 _SPAN: Final = 1e3  # smaller values than the largest divided by this share one colour
 _BROKEN: Final = "#d55e00"
+_FLAGGED: Final = "#a63700"  # names of layers with findings
 
 
-@dataclass(frozen=True, slots=True)
-class Picture:
-    """A picture and the function that draws it.
+def watch_pictures(
+    drift: Sequence[Drift], series: DriftSeries, updates: UpdateSeries, findings: Sequence[Finding] = ()
+) -> list[Picture]:
+    """Drift over the steps, updates by line over the steps, and the channels of the layer that moved most.
 
-    Attributes:
-        title: What it shows.
-        description: What it shows, in one sentence with the numbers: the alternative text.
-        height: In inches; all pictures have the same width.
-        draw: Draws it onto a figure.
+    Layers with findings come first, and of these the one that moved most is shown: what trains from scratch moves, too.
     """
-
-    title: str
-    description: str
-    height: float
-    draw: Callable[[FigureBase], None]
-
-
-def watch_pictures(drift: Sequence[Drift], series: DriftSeries, updates: UpdateSeries) -> list[Picture]:
-    """Drift over the steps, updates by line over the steps, and the channels of the layer that moved most."""
+    flagged = codes_by_layer(findings)
+    moved = [one for one in drift if one.has_moved]
+    biggest = max(moved, key=lambda one: (_name_of(one) in flagged, one.largest), default=None)
     pictures = []
     if bool((series.divergence > 0).any()):
-        pictures.append(_heat_map(series))
+        pictures.append(_heat_map(series, flagged, biggest))
     if updates.lines:
-        pictures.append(_updates(updates))
-    return pictures + _channels_of_the_biggest_mover(drift)
+        pictures.append(updates_picture(updates))
+    return pictures if biggest is None else [*pictures, _channels(biggest)]
 
 
 def diff_pictures(drift: Sequence[Drift]) -> list[Picture]:
     """Divergence by layer, and the channels of the layer that moved most."""
     moved = [one for one in drift if one.has_moved]
-    return [*([_bars(moved)] if moved else []), *_channels_of_the_biggest_mover(drift)]
+    return [_bars(moved), _channels(max(moved, key=lambda one: one.largest))] if moved else []
 
 
 def problem_with_format(path: Path) -> str | None:
@@ -70,7 +60,8 @@ def problem_with_format(path: Path) -> str | None:
     formats = Figure().canvas.get_supported_filetypes()
     if format_of(path) in formats:
         return None
-    return f"{path.name}: no format {path.suffix!r}; there are {', '.join(sorted(formats))}"
+    known = ", ".join([f".{one}" for one in ("png", "svg", "pdf", *sorted({*formats} - {"png", "svg", "pdf"}))])
+    return f"expected a name that ends in {known}, got {path.name!r}"
 
 
 def save(pictures: Sequence[Picture], path: Path) -> None:
@@ -115,21 +106,28 @@ def format_of(path: Path) -> str:
 # Drift over the steps.
 
 
-def _heat_map(series: DriftSeries) -> Picture:
+def _heat_map(series: DriftSeries, flagged: Mapping[str, str], biggest: Drift | None) -> Picture:
     values = series.divergence
     rows = [number for number in range(len(series.layers)) if not bool(values[:, number].isnan().all())]
+    rows.sort(key=lambda row: name_text(series.layers[row]) not in flagged)  # which keeps the order of the network
     values = values[:, rows]
     layers = [name_text(series.layers[row]) for row in rows]
-    titles = [_shortened(layer, 60) for layer in layers]
-    column, step = _where_largest(values)
+    first = sum([layer in flagged for layer in layers])
+    column, step = _where_largest(values[:, :first] if first else values)
     is_broken = bool(values.isinf().any())
     if is_broken:
-        sentence = f"layer {titles[column]} is broken (NaN or infinite) from optimizer step {series.steps[step]} on"
+        column, step = _where_largest(values)
+    elif biggest is not None and _name_of(biggest) in layers:
+        column, step = layers.index(_name_of(biggest)), len(series.steps) - 1  # the number is that of the tables
+    title = shortened(layers[column], 60)
+    if is_broken:
+        sentence = f"layer {title} is broken (NaN or infinite) from optimizer step {series.steps[step]} on"
+    elif biggest is not None:
+        of = " of the layers with findings" if first < len(layers) and first else ""
+        sentence = f"{f'{of[1:]}, ' if of else ''}layer {title} moved most: {biggest.largest:.3g} nats at the end"
     else:
-        sentence = (
-            f"layer {titles[column]} moved most: {float(values[step, column]):.3g} nats at optimizer step "
-            f"{series.steps[step]}, its mean by {float(series.mean_shift[step, rows[column]]):.3g} standard deviations"
-        )
+        largest_one = float(values[step, column])
+        sentence = f"layer {title} moved most: {largest_one:.3g} nats at optimizer step {series.steps[step]}, and back"
     finite = values[values.isfinite()]
     largest = max(float(finite.max()) if len(finite) else 0.0, 1e-12)
     height = 1.7 + _height_of(len(layers))
@@ -144,13 +142,15 @@ def _heat_map(series: DriftSeries) -> Picture:
             cmap=colormaps["cividis"].with_extremes(bad="#ffffff", over=_BROKEN),
             rasterized=True,
         )
-        _name_rows(axes, [row + 0.5 for row in range(len(layers))], layers, column)
+        _name_rows(axes, [row + 0.5 for row in range(len(layers))], layers, column, flagged)
         axes.set_ylim(len(layers), 0)
+        if 0 < first < len(layers):
+            axes.axhline(first, color="white", linewidth=4)  # between layers with findings and the others
         axes.set_xlabel("optimizer step, of all optimizers")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         _entitle(axes, f"Drift from the beginning\n{sentence}")
         axes.plot(
-            series.steps[step], column + 0.5, "o", markersize=11, markerfacecolor="none", markeredgecolor=_COLOURS[1],
+            series.steps[step], column + 0.5, "o", markersize=11, markerfacecolor="none", markeredgecolor=COLOURS[1],
             markeredgewidth=2, clip_on=False,
         )  # fmt: skip
         if not len(finite):
@@ -165,7 +165,7 @@ def _heat_map(series: DriftSeries) -> Picture:
             anchor=(0.0, 1.0),
         )
         above = ";\nabove: broken" if is_broken else ""
-        bar.set_label(f"KL divergence of the channel\nthat moved most (nats){above}", fontsize=_SMALL)
+        bar.set_label(f"KL divergence of the channel\nthat moved most (nats){above}", fontsize=SMALL)
 
     return Picture("Drift over the steps", f"{sentence}.", height, draw)
 
@@ -185,57 +185,11 @@ def _edges(steps: Sequence[int]) -> list[float]:
     return [2 * steps[0] - middles[0], *middles, 2 * steps[-1] - middles[-1]]
 
 
-# Updates over the steps.
-
-
-def _updates(series: UpdateSeries) -> Picture:
-    rates = series.rates
-    order = sorted(range(len(series.lines)), key=lambda number: -int(series.counts[:, number].sum()))
-    shown = order[: len(_COLOURS)]
-    hidden = len(order) - len(shown)
-    busiest = int(rates.max(dim=0).values.argmax())
-    most = float(rates[:, busiest].max())
-    sentence = f"{series.lines[busiest]} made up to {most:.3g} updates per layer and optimizer step"
-    height = 3.2 + 0.2 * (len(shown) + bool(hidden))
-
-    def draw(figure: FigureBase) -> None:
-        axes = figure.subplots()
-        edges = [*series.steps, series.end]
-        for place, number in enumerate(shown):
-            layers = count_text(series.layers[number], "layer")
-            axes.stairs(
-                rates[:, number].numpy(), edges, baseline=None, linewidth=2, color=_COLOURS[place],
-                linestyle=_STYLES[place % len(_STYLES)], label=f"{_shortened(series.lines[number], 90)} ({layers})",
-            )  # fmt: skip
-        axes.axhline(1, color="black", linewidth=0.7, zorder=0)
-        axes.set_ylim(0, max(1.2, 1.1 * most))
-        axes.set_xlim(0, series.end)
-        axes.set_xlabel("step of the layer's optimizer")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_ylabel("updates per layer\nand optimizer step")
-        axes.grid(axis="y", alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-        more = f"and {count_text(hidden, 'line')} with fewer updates" if hidden else None
-        _entitle(axes, "Updates by calling line; plain training has 1")
-        legend = figure.legend(
-            loc="outside lower left", frameon=False, fontsize=_SMALL, title=more, title_fontsize=_SMALL
-        )
-        for text in legend.get_texts():
-            text.set_parse_math(False)
-
-    return Picture("Updates over the steps", f"{sentence}.", height, draw)
-
-
 # One layer's channels.
 
 
-def _channels_of_the_biggest_mover(drift: Sequence[Drift]) -> list[Picture]:
-    moved = [one for one in drift if one.has_moved]
-    return [_channels(max(moved, key=lambda one: one.largest))] if moved else []
-
-
 def _channels(drift: Drift) -> Picture:
-    name = _shortened(name_text(drift.names[0], drift.model), 60)
+    name = shortened(_name_of(drift), 60)
     channels = count_text(len(drift.divergence), "channel")
     shift, ratio = float(drift.mean_shift[drift.worst]), float(drift.variance_ratio[drift.worst])
     if math.isfinite(drift.largest):
@@ -246,7 +200,7 @@ def _channels(drift: Drift) -> Picture:
     deviations = tuple([variance.sqrt() for variance in drift.variances])
 
     def draw(figure: FigureBase) -> None:
-        title = _wrapped(f"Channels of the layer that moved most\n{sentence}")
+        title = wrapped(f"Channels of the layer that moved most\n{sentence}")
         figure.suptitle(title, fontsize=10, x=0.01, ha="left", parse_math=False)
         panels = figure.subplots(1, 2)
         for axes, values, label in (
@@ -255,7 +209,7 @@ def _channels(drift: Drift) -> Picture:
         ):
             _histogram(axes, values, f"{label} (activation units)")
         panels[0].set_ylabel("channels")
-        panels[0].legend(frameon=False, fontsize=_SMALL)
+        panels[0].legend(frameon=False, fontsize=SMALL)
 
     return Picture("Channels of the layer that moved most", f"{sentence}.", 3.4, draw)
 
@@ -286,19 +240,19 @@ def _histogram(axes: Axes, values: Sequence[torch.Tensor], label: str) -> None:
 
 
 def _bars(moved: Sequence[Drift]) -> Picture:
-    names = [name_text(one.names[0], one.model) for one in moved]
+    names = [_name_of(one) for one in moved]
     values = [one.largest for one in moved]
     biggest = values.index(max(values))
     is_broken = not math.isfinite(values[biggest])
     did = "is broken (NaN or infinite)" if is_broken else f"moved most: {values[biggest]:.3g} nats"
-    sentence = f"layer {_shortened(names[biggest], 60)} {did}"
+    sentence = f"layer {shortened(names[biggest], 60)} {did}"
     height = 1.3 + _height_of(len(names))
 
     def draw(figure: FigureBase) -> None:
         axes = figure.subplots()
         finite = [value for value in values if math.isfinite(value) and value > 0] or [1.0]
         lengths = [value if math.isfinite(value) else 10 * max(finite) for value in values]
-        colours = [_COLOURS[1] if row == biggest else _COLOURS[0] for row in range(len(names))]
+        colours = [COLOURS[1] if row == biggest else COLOURS[0] for row in range(len(names))]
         bars = axes.barh(range(len(names)), lengths, color=colours, height=0.7)
         for bar, value in zip(bars, values, strict=True):
             bar.set_hatch("" if math.isfinite(value) else "///")
@@ -322,27 +276,30 @@ def _height_of(rows: int) -> float:
     return max(1.0, min(0.17 * rows, 16.0))
 
 
-def _name_rows(axes: Axes, positions: Sequence[float], names: Sequence[str], bold: int) -> None:
-    """Names of layers at an axis: as many as there is room for, evenly spaced, and one in bold."""
+def _name_of(drift: Drift) -> str:
+    """The name of a layer, as findings and series have it."""
+    return name_text(drift.names[0], drift.model)
+
+
+def _name_rows(
+    axes: Axes, positions: Sequence[float], names: Sequence[str], bold: int, codes: Mapping[str, str] | None = None
+) -> None:
+    """Names of layers at an axis: as many as there is room for, evenly spaced, one in bold, those with codes marked."""
     every = math.ceil(0.13 * len(names) / _height_of(len(names)))
     shown = [row for row in range(len(names)) if row == bold or (row % every == 0 and abs(row - bold) >= every)]
-    labels = [_shortened(names[row], 40) for row in shown]
-    axes.set_yticks([positions[row] for row in shown], labels, fontsize=_SMALL, parse_math=False)
-    for row, label in zip(shown, axes.get_yticklabels(), strict=True):
+    marks = [(codes or {}).get(names[row], "") for row in shown]
+    labels = [
+        f"{shortened(names[row], 40)} ▲ {mark}" if mark else shortened(names[row], 40)
+        for row, mark in zip(shown, marks, strict=True)
+    ]
+    axes.set_yticks([positions[row] for row in shown], labels, fontsize=SMALL, parse_math=False)
+    for row, label, mark in zip(shown, axes.get_yticklabels(), marks, strict=True):
         if row == bold:
             label.set_fontweight("bold")
+        if mark:
+            label.set_color(_FLAGGED)
     axes.tick_params(axis="y", length=2)
 
 
 def _entitle(axes: Axes, text: str) -> None:
-    axes.set_title(_wrapped(text), fontsize=10, loc="left", parse_math=False)
-
-
-def _wrapped(text: str) -> str:
-    """Lines that fit beside the names of layers."""
-    return "\n".join([line for part in text.split("\n") for line in textwrap.wrap(part, 95)])
-
-
-def _shortened(name: str, most: int) -> str:
-    """A name cut to ``most`` characters: the end says more than the beginning."""
-    return name if len(name) <= most else f"…{name[1 - most :]}"
+    axes.set_title(wrapped(text), fontsize=10, loc="left", parse_math=False)

@@ -71,7 +71,7 @@ def _show_with_rich(document: Document, stream: Any) -> None:
     if document.verdict:
         worst = document.findings[0].severity if document.findings else "error"
         console.print(document.verdict, style=_STYLES[worst])
-    console.print(document.summary, style="" if document.verdict else "bold green")
+    console.print(document.summary, style="bold green" if document.is_clean else "")
     for finding in document.findings:
         title, *rest = str(finding).splitlines()
         console.print(Text.assemble("\n", (finding.code, _STYLES[finding.severity]), title.removeprefix(finding.code)))

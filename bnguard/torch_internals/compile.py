@@ -28,8 +28,10 @@ import torch
 from torch import nn
 from torch._C._dynamo import eval_frame
 
-from bnguard.errors import BNGuardError
+from bnguard.errors import BNGuardError, hides_frame
 from bnguard.torch_internals.release import RELEASE
+
+__tracebackhide__ = hides_frame
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -12,6 +12,19 @@ from collections.abc import Callable
 from typing import Any, Final
 
 
+class _Exit:
+    """``__exit__`` of the lock inside, which is not in Python: it cannot be interrupted in its first line.
+
+    ``with`` looks it up before it enters. An ``ExitStack`` takes it from the class, and calls it with the lock.
+    """
+
+    def __get__(self, lock: _ReentrantLock | None, owner: type[_ReentrantLock]) -> Callable[..., None]:
+        if lock is None:
+            return lambda lock, *exception: lock._lock.__exit__(*exception)
+        leave: Callable[..., None] = lock._lock.__exit__
+        return leave
+
+
 class _ReentrantLock:
     __slots__ = ("_at_fork_reinit", "_is_owned", "_lock")
 
@@ -31,11 +44,7 @@ class _ReentrantLock:
                 lock.release()
             raise
 
-    @property
-    def __exit__(self) -> Callable[..., None]:
-        # Python looks it up before it enters. A method in Python could be interrupted in its first line.
-        leave: Callable[..., None] = self._lock.__exit__
-        return leave
+    __exit__ = _Exit()
 
 
 RLock: Final[Callable[[], Any]] = threading.RLock if sys.version_info < (3, 14) else _ReentrantLock

@@ -59,6 +59,18 @@ def is_symbolic(args: Iterable[Any], kwargs: Mapping[str, Any]) -> bool:
     )
 
 
+def is_calm() -> bool:
+    """Whether nobody but autograd would see or change an operation: no mode, no tracer and no transform is around."""
+    return (
+        _get_tracing_state() is None
+        and not _len_torch_dispatch_stack()
+        and not is_inference_mode_enabled()
+        and _functorch.peek_interpreter_stack() is None
+        and not _is_fx_tracing()
+        and not is_exporting()
+    )
+
+
 def is_capturing() -> bool:
     """Whether the current stream is being captured in a CUDA graph."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

@@ -63,7 +63,7 @@ def test_nearest_code_is_suggested(capsys: pytest.CaptureFixture[str], code: str
     problem = (
         f"argument CODE: unknown code {code!r}: did you mean {nearest!r}? (valid are {min(CODES)} to {max(CODES)})"
     )
-    assert capsys.readouterr().err.endswith(f"bnguard explain: error: {problem}\n")
+    assert capsys.readouterr().err == f"bnguard explain: {problem}\nSee bnguard explain --help.\n"
 
 
 def test_explaining_imports_no_torch() -> None:

@@ -143,9 +143,12 @@ def test_early_report_leaves_them_out_too(script, tmp_path):
 @pytest.mark.parametrize(
     ("entry", "problem"),
     [
-        ("BN02", "error: argument --ignore: unknown code 'BN02': did you mean 'BN002'? (valid are BN001 to "),
-        ("BN002,gan.py:x", "error: argument --ignore: the line of 'gan.py:x' must be a positive integer, got 'x'"),
-        ("", "error: argument --ignore: cannot read '': write CODE, "),
+        ("BN02", "bnguard run: argument --ignore: unknown code 'BN02': did you mean 'BN002'? (valid are BN001 to "),
+        (
+            "BN002,gan.py:x",
+            "bnguard run: argument --ignore: the line of 'gan.py:x' must be a positive integer, got 'x'",
+        ),
+        ("", "bnguard run: argument --ignore: cannot read '': write CODE, "),
     ],
 )
 def test_entry_that_cannot_be_read_is_refused_before_the_script_runs(script, tmp_path, entry, problem):
@@ -209,11 +212,11 @@ def test_audit_ignores_by_code(tmp_path):
         return forks.run("-m", "bnguard", "audit", "models:net", *args, cwd=tmp_path)
 
     done = audit("--ignore", "BN007", "--json", "out.json")
-    assert (done.returncode, done.stdout.splitlines()[2]) == (1, "1 finding; 1 finding ignored")
+    assert (done.returncode, done.stdout.splitlines()[2]) == (1, "1 finding; 1 layer; 1 finding ignored")
     assert json.loads((tmp_path / "out.json").read_text())["ignored"][0]["code"] == "BN007"
     (tmp_path / "pyproject.toml").write_text('[tool.bnguard]\nignore = ["BN003", "BN007", "BN009"]\n')
     done = audit()
-    assert (done.returncode, done.stdout) == (0, "bnguard audit models:net\nno finding; 2 findings ignored\n")
+    assert (done.returncode, done.stdout) == (0, "bnguard audit models:net\nno finding; 1 layer; 2 findings ignored\n")
     done = audit("--ignore", "BN003", "--ignore", "BN007:models.py")
     assert done.returncode == 1
     assert unused(done) == ["BN003 (command line)", "BN007:models.py (command line)"]

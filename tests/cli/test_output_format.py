@@ -110,9 +110,12 @@ def test_audit_has_the_formats(tmp_path):
 @pytest.mark.parametrize(
     ("args", "problem"),
     [
-        (["--output-format", "xml"], "argument --output-format: invalid choice: 'xml' (choose from "),
-        (["--output-file", "missing/out.sarif"], "argument --output-file: no folder missing"),
-        (["--output-file", "."], "argument --output-file: . is a folder"),
+        (["--output-format", "xml"], "argument --output-format: expected 'text', 'github' or 'sarif', got 'xml'"),
+        (
+            ["--output-file", "missing/out.sarif"],
+            "argument --output-file: expected a file in an existing folder, got 'missing/out.sarif'",
+        ),
+        (["--output-file", "."], "argument --output-file: expected a file, got '.', which is a folder"),
     ],
 )
 def test_bad_options_are_refused_before_the_script_runs(run, args, problem):

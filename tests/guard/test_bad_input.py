@@ -22,7 +22,10 @@ def expect(kind: type[Exception], text: str) -> Any:
 
 
 VALID = "(valid are 'raise', 'warn', 'restore' and 'rollback')"
-SELECTORS = "takes glob patterns on layer names, modules, predicates (name, module) -> bool, or a list of them, got"
+SELECTORS = (
+    "takes glob patterns on layer names, modules, classes of layers (nn.BatchNorm2d), predicates "
+    "(name, module) -> bool, or a list of them, got"
+)
 BAD_OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"on_change": "restor"}, ValueError, f"on_change='restor': did you mean 'restore'? {VALID}"),
     ({"on_change": "error"}, ValueError, "on_change='error': valid are 'raise', 'warn', 'restore' and 'rollback'"),
@@ -45,7 +48,8 @@ BAD_OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ),
     ({"include": 3}, TypeError, f"include {SELECTORS} 3"),
     ({"exclude": [3]}, TypeError, f"exclude {SELECTORS} 3"),
-    ({"include": nn.BatchNorm2d}, TypeError, f"include {SELECTORS} <class 'torch.nn.modules.batchnorm.BatchNorm2d'>"),
+    ({"include": int}, TypeError, f"include {SELECTORS} <class 'int'>"),
+    ({"exclude": (nn.BatchNorm2d, int)}, TypeError, f"exclude {SELECTORS} <class 'int'>"),
     ({"include": []}, ValueError, "include is an empty list; leave it out to mean every layer"),
     ({"exclude": ()}, ValueError, "exclude is an empty list; leave it out to mean every layer"),
 ]

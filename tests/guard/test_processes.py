@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import bnguard
+from bnguard.torch_internals.locks import RLock
 from tests.asserts import assert_clean, assert_same_bits, state_of, statistics, told, values
 from tests.nets import OwnForward, images, warmed
 
@@ -201,7 +202,7 @@ def test_fork_while_another_thread_is_inside_a_lock() -> None:
     """A child that is born while a thread of its parent enters a block can enter one: no lock stays closed for ever."""
     with bnguard.frozen(make_net(), "restore", affine=True):
         pass  # so that all is imported
-    kinds = (type(threading.Lock()), type(threading.RLock()))
+    kinds = (type(threading.Lock()), type(RLock()))
     modules = [module for name, module in sys.modules.items() if name.partition(".")[0] == "bnguard"]
     locks = [value for module in modules for value in vars(module).values() if isinstance(value, kinds)]
     assert kinds[1] in set(map(type, locks))

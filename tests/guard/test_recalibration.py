@@ -552,7 +552,7 @@ def test_script_module_is_refused() -> None:
 # Bad input.
 
 NET = nn.Sequential(nn.BatchNorm2d(2))
-SELECTORS = "takes glob patterns on layer names, modules, predicates"
+SELECTORS = "takes glob patterns on layer names, modules, classes of layers"
 BAD: list[tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
     ((3, BATCHES), {}, TypeError, "recalibrate() takes a torch.nn.Module, got int"),
     ((BATCHES, NET), {}, TypeError, "got list; the model comes first, unlike in update_bn()"),

@@ -547,6 +547,9 @@ def test_strict_refuses_a_wrong_model() -> None:
 
 def test_strict_refuses_to_decorate_a_model() -> None:
     """A model is guarded by ``frozen``; so says the error."""
+    for word, instead in (("restore", "on_change='restore'"), ("teacher", "model='teacher'")):
+        with pytest.raises(TypeError, match=re.escape(f"got {word!r}: write @strict({instead})")):
+            bnguard.strict(word)
     text = "strict decorates functions; to guard a model use frozen(model), or strict(model=model)"
     with pytest.raises(TypeError, match=f"^{re.escape(text)}$"):
         bnguard.strict(mlp())

@@ -1,4 +1,4 @@
-"""fastai: the recipe, against unguarded twins. The README says how to install fastai beside a torch for CPUs."""
+"""fastai: the recipe, against unguarded twins. docs/guides/trainers.md says how to install it without another torch."""
 
 from __future__ import annotations
 

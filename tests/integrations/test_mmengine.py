@@ -56,7 +56,7 @@ class Net(BaseModel):
 
 
 def run(model: Net, folder: Path, *changes: tuple[str, str]) -> None:
-    """The README's recipe, after changes in its code."""
+    """The recipe of the documentation, after changes in its code."""
     (recipe,) = LOOPS["mmengine"]
     quiet = "optim_wrapper=optim_wrapper, log_level='ERROR', randomness={'seed': 3})"
     recipe = recipe.replace("optim_wrapper=optim_wrapper)", quiet)

@@ -48,7 +48,7 @@ def train(model: nn.Module) -> None:
 
 
 def run(model: nn.Module, *changes: tuple[str, str]) -> nn.Module:
-    """The README's recipe, after changes in its code."""
+    """The recipe of the documentation, after changes in its code."""
     (recipe,) = LOOPS["timm"]
     for old, new in changes:
         assert old in recipe

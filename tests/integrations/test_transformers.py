@@ -644,7 +644,7 @@ class Staged(PreTrainedModel):
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
 def test_recipe_of_gradient_checkpointing_updates_once_a_step(tmp_path: Path) -> None:
-    """The README's: bit for bit a run without checkpointing, while statistics move twice without the block."""
+    """Bit for bit a run without checkpointing, while statistics move twice without the block."""
     (recipe,) = LOOPS["transformers: gradient checkpointing"]
     models = []
     block = "with bnguard.recompute_frozen(model):"

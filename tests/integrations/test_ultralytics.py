@@ -62,7 +62,7 @@ class Seen:
 
 
 def run(dataset: Path, folder: Path, *changes: tuple[str, str], seen: Seen | None = None) -> Seen:
-    """The README's recipe, after changes in its code."""
+    """The recipe of the documentation, after changes in its code."""
     seen = seen or Seen()
     (recipe,) = LOOPS["ultralytics"]
     quiet = ("epochs=1)", f"epochs=1, project={str(folder)!r}, {QUIET})")

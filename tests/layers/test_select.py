@@ -72,6 +72,26 @@ def test_selector_takes_modules() -> None:
     assert names(model, include=model) == ALL
 
 
+def test_selector_takes_classes() -> None:
+    """A class selects the layers that are one, subclasses included; alone, or among other entries."""
+
+    class Own(nn.BatchNorm1d):
+        pass
+
+    model = nn.Sequential(nn.BatchNorm2d(2), nn.BatchNorm1d(2), Own(2), nn.InstanceNorm2d(2, track_running_stats=True))
+    assert names(model, include=nn.BatchNorm1d) == ["1", "2"]
+    assert names(model, exclude=nn.BatchNorm1d) == ["0", "3"]
+    assert names(model, include=(nn.BatchNorm2d, nn.InstanceNorm2d)) == ["0", "3"]
+    assert names(model, include=[Own, "0", model[3]]) == ["0", "2", "3"]
+    assert names(model, include=nn.Module, exclude={Own}) == ["0", "1", "3"]
+    step = bnguard.strict(include=nn.BatchNorm2d, on_change="restore")(lambda net: net[1](torch.ones(4, 2)))
+    step(model)
+    assert int(model[1].num_batches_tracked) == 1
+    text = "include=BatchNorm3d selects none of the 4 layers with running statistics; their classes are BatchNorm1d, "
+    with pytest.raises(ValueError, match=f"^{text}BatchNorm2d, InstanceNorm2d and 1 more$"):
+        names(model, include=["0", nn.BatchNorm3d])
+
+
 def test_selector_is_case_sensitive() -> None:
     """``Stem`` is not ``stem``."""
     with pytest.raises(ValueError, match="include='Stem' matches none"):

@@ -19,7 +19,7 @@ def test_fixture_fails_the_test_at_the_users_line(suite: Suite):
     """An update fails the test from inside the forward; nothing of torch or bnguard is in the traceback."""
     result = suite.fails("def test_it(model, bn_frozen):\n    bn_frozen(model)\n    model(IMAGES)", failed=1)
     assert block(result, "StatsChangedError") == (
-        "bnguard.errors.StatsChangedError: 1 (BatchNorm2d) is in train mode inside bn_frozen():\n"
+        "bnguard.StatsChangedError: 1 (BatchNorm2d) is in train mode inside bn_frozen():\n"
         "this forward would update running_mean, running_var and num_batches_tracked.\n"
         "  at test_it.py:19 in test_it\n"
         "Call eval() on it after model.train(), or choose what you meant:\n"
@@ -51,7 +51,7 @@ def test_it(model, bn_frozen):
         failed=1,
     )
     assert block(result, "StatsChangedError") == (
-        "bnguard.errors.StatsChangedError: 1 layer would have updated inside bn_frozen(), "
+        "bnguard.StatsChangedError: 1 layer would have updated inside bn_frozen(), "
         "and the StatsChangedError that said so was caught:\n"
         "  1 (BatchNorm2d): running_mean, running_var and num_batches_tracked; "
         "1 update stopped at test_it.py:21 in test_it\n"
@@ -66,7 +66,7 @@ def test_change_without_a_forward_fails_the_test_and_not_its_teardown(suite: Sui
         "def test_it(model, bn_frozen):\n    bn_frozen(model)\n    model[1].running_mean.data.add_(1)", failed=1
     )
     assert block(result, "StatsChangedError").startswith(
-        "bnguard.errors.StatsChangedError: running statistics of 1 layer changed inside bn_frozen():\n"
+        "bnguard.StatsChangedError: running statistics of 1 layer changed inside bn_frozen():\n"
         "  1 (BatchNorm2d): running_mean; mean moved by up to 1 standard deviations\n"
     )
 
@@ -84,7 +84,7 @@ def test_both_failures_are_shown(suite: Suite, way):
 def test_skip_in_the_middle_hides_nothing(suite: Suite, way):
     """A test that skips itself after a change has failed."""
     source = f"def test_it(model, bn_frozen):\n    bn_frozen(model)\n    model[1].running_mean.data.add_(1)\n    {way}"
-    suite.run(source, failed=1).stdout.fnmatch_lines(["E   bnguard.errors.StatsChangedError: running statistics*"])
+    suite.run(source, failed=1).stdout.fnmatch_lines(["E   bnguard.StatsChangedError: running statistics*"])
     suite.run(source.replace(".data.add_(1)", ""), **{"skipped" if "skip" in way else "xfailed": 1})
 
 
@@ -230,7 +230,7 @@ def test_budget_that_is_spent_fails_the_test(suite: Suite):
         failed=1,
     )
     assert block(result, "StatsChangedError") == (
-        "bnguard.errors.StatsChangedError: 1 (BatchNorm2d) has updated once inside bn_frozen(updates=1):\n"
+        "bnguard.StatsChangedError: 1 (BatchNorm2d) has updated once inside bn_frozen(updates=1):\n"
         "this forward would update running_mean, running_var and num_batches_tracked once more.\n"
         "  at test_it.py:20 in test_it\n"
         "A step should update each layer once: run the batches through the model in one forward, or\n"
@@ -455,7 +455,7 @@ class Test(unittest.TestCase):
     )
     text = "\n".join(result.outlines)
     assert "E       AssertionError: 1 != 2\nE       bnguard: running statistics of 1 layer changed" in text
-    assert text.count("E   bnguard.errors.StatsChangedError: running statistics of 1 layer changed") == 2
+    assert text.count("E   bnguard.StatsChangedError: running statistics of 1 layer changed") == 2
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ def test_marker_fails_a_test_that_updates(suite: Suite):
     """A model that a fixture brings is guarded; the message says by what."""
     result = suite.fails("@pytest.mark.bn_frozen\ndef test_it(model):\n    model(IMAGES)", failed=1)
     assert block(result, "StatsChangedError") == (
-        "bnguard.errors.StatsChangedError: 1 (BatchNorm2d) is in train mode inside @pytest.mark.bn_frozen:\n"
+        "bnguard.StatsChangedError: 1 (BatchNorm2d) is in train mode inside @pytest.mark.bn_frozen:\n"
         "this forward would update running_mean, running_var and num_batches_tracked.\n"
         "  at test_it.py:19 in test_it\n"
         "Call eval() on it after model.train(), or choose what you meant:\n"
@@ -32,7 +32,7 @@ def test_it(model, value):
         failed=1,
     )
     assert block(result, "StatsChangedError") == (
-        "bnguard.errors.StatsChangedError: running statistics of 1 layer changed inside @pytest.mark.bn_frozen:\n"
+        "bnguard.StatsChangedError: running statistics of 1 layer changed inside @pytest.mark.bn_frozen:\n"
         "  1 (BatchNorm2d): running_mean; mean moved by up to 1 standard deviations\n"
         "No forward that bnguard can see explains it: look for load_state_dict(), reset_running_stats(), assignments,\n"
         "F.batch_norm() or forward() called directly, a forward that failed, another thread or process, or a\n"

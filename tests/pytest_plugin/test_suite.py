@@ -16,7 +16,7 @@ def test_switch_fails_every_test_that_updates(suite: Suite):
     """A model that the test makes itself is watched; the message says how to allow it."""
     result = suite.fails("def test_it():\n    make()(IMAGES)", "--bn-frozen=raise", failed=1)
     assert block(result, "StatsChangedError") == (
-        "bnguard.errors.StatsChangedError: 1 (BatchNorm2d) is in train mode inside --bn-frozen=raise:\n"
+        "bnguard.StatsChangedError: 1 (BatchNorm2d) is in train mode inside --bn-frozen=raise:\n"
         "this forward would update running_mean, running_var and num_batches_tracked.\n"
         "  at test_it.py:18 in test_it\n"
         "Call eval() on it after model.train(), or choose what you meant:\n"

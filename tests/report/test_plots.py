@@ -6,12 +6,15 @@ import itertools
 import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import to_rgb
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from torch import nn
 
 import bnguard
 from bnguard.report import plots as pictures
+from bnguard.report.picture import COLOURS
+from bnguard.report.tables import drift_table
+from bnguard.report.update_plot import _HATCHES
 from tests.nets import conv_net, images
 
 
@@ -140,24 +143,104 @@ def test_broken_and_missing_layers_are_not_the_same():
         assert_everything_fits(drawn(picture))
 
 
-def test_updates_have_a_line_for_each_calling_line():
-    """Each shows its rate over the steps, and says how many layers it updates."""
+def bands(axes):
+    """What lies on top of each other: of each band its colour, its height over the steps, and its upper edge."""
+    found = []
+    for patch in axes.patches:
+        values, _, baseline = patch.get_data()
+        if baseline is not None:
+            found.append((to_hex(patch.get_facecolor()), (values - baseline).tolist(), values.tolist()))
+    return found
+
+
+def test_lines_that_update_the_same_layers_lie_on_top_of_each_other():
+    """Two updates a step look like two: each band has the rate of its line, and the last one ends at the sum."""
     record = watched(deep(2))
     _, updates, _ = pictures_of(record)
     figure = drawn(updates)
     (axes,) = figure.axes
     series = record.update_series
-    steps = {patch.get_label(): patch for patch in axes.patches}
-    assert sorted(steps) == sorted(f"{line} (2 layers)" for line in series.lines)
-    for number, line in enumerate(series.lines):
-        patch = steps[f"{line} (2 layers)"]
-        values, edges, _ = patch.get_data()
-        assert values.tolist() == series.rates[:, number].tolist()
-        assert list(edges) == [*series.steps, series.end]
-    legend = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert legend == list(steps)
-    assert updates.description.endswith(" in validate made up to 3 updates per layer and optimizer step.")
+    legend = figure.legends[0]
+    labels = [text.get_text() for text in legend.get_texts()]
+    assert sorted(labels) == sorted(f"{line} (2 layers)" for line in series.lines)
+    lines = [series.lines.index(label.removesuffix(" (2 layers)")) for label in labels]
+    colours = [to_hex(patch.get_facecolor()) for patch in legend.get_patches()]
+    drawn_bands = bands(axes)
+    assert [colour for colour, *_ in drawn_bands] == colours
+    for line, (_, height, _) in zip(lines, drawn_bands, strict=True):
+        assert height == series.rates[:, line].tolist()
+    assert drawn_bands[-1][2] == series.rates.sum(dim=1).tolist()
+    assert max(drawn_bands[-1][2]) == 4
+    assert axes.get_title(loc="right") == "2 layers"
+    median = float(series.rates.sum(dim=1).median())
+    text = f"2 layers have {median:.3g} updates per optimizer step (the median), and up to 4, from "
+    assert updates.description.startswith(text)
     assert_everything_fits(figure)
+
+
+def test_layers_that_other_lines_update_have_a_panel_of_their_own():
+    """A line that updates some of the layers is on top of the others there only, and the layers are counted."""
+    net = deep(3)
+    batch = torch.randn(16, 4)
+    optimizer = torch.optim.SGD(net.parameters(), 0.0)
+    with bnguard.watch(net) as record:
+        for _ in range(3):
+            net(batch).sum().backward()
+            net[0](batch)
+            optimizer.step()
+    series = record.update_series
+    assert series.layers == (3, 1)
+    assert series.by_layer == ((0, 1), (0,), (0,))
+    picture = pictures.watch_pictures((), record.series, series)[0]
+    figure = drawn(picture)
+    assert {axes.get_title(loc="right"): [band[2] for band in bands(axes)] for axes in figure.axes} == {
+        "1 layer": [[1.0, 1.0, 1.0], [2.0, 2.0, 2.0]],
+        "2 layers": [[1.0, 1.0, 1.0]],
+    }
+    assert picture.description.startswith("1 layer has 2 updates per optimizer step, from ")
+    assert_everything_fits(figure)
+
+
+def finding(*layers, severity="warning"):
+    """A finding about some layers."""
+    return bnguard.Finding("BN001", "title", severity, layers, None, "what", "fix", "verdict")
+
+
+def test_layers_with_findings_come_first_and_are_marked():
+    """In the heat map, above a gap; and of these the one that moved most is shown, not what trains from scratch."""
+    record = watched(deep(4))
+    record_drift = {drift.names[0]: drift.largest for drift in record.drift}
+    least = sorted(record_drift, key=record_drift.get)[:2]
+    flagged = finding(*least)
+    heat_map, _, channels = pictures.watch_pictures(
+        record.drift, record.series, record.update_series, [flagged, finding("stage3.bottleneck_norm", severity="note")]
+    )
+    figure = drawn(heat_map)
+    axes = figure.axes[0]
+    labels = axes.get_yticklabels()
+    names = list(record_drift)
+    first = [name for name in names if name in least]
+    others = [name for name in names if name not in least]
+    assert [label.get_text() for label in labels] == [*[f"{name} ▲ BN001" for name in first], *others]
+    assert [to_hex(label.get_color()) == pictures._FLAGGED for label in labels] == [True, True, False, False]
+    (mesh,) = axes.collections
+    values = torch.tensor(mesh.get_array().data).reshape(4, -1)[:, -1]
+    assert values.tolist() == [pytest.approx(record_drift[name]) for name in (*first, *others)]
+    biggest = max(least, key=record_drift.get)
+    assert heat_map.description.startswith(f"of the layers with findings, layer {biggest} moved most: ")
+    assert channels.description.startswith(f"layer {biggest} ")
+    assert_everything_fits(figure)
+
+
+def test_pictures_and_tables_have_the_same_numbers():
+    """How far the layer that moved most has moved at the end is one number, wherever it is written."""
+    record = watched(deep(3))
+    heat_map, _, channels = pictures_of(record)
+    row = drift_table("moved", record.drift, 3).rows[0]
+    name = row[0].split(" ")[0]
+    assert heat_map.description == f"layer {name} moved most: {row[4]} at the end."
+    assert f"channel {row[1]} by {row[2].removesuffix(' sd')} standard deviations" in channels.description
+    assert channels.description.endswith(f"variance by a factor of {row[3].removeprefix('x ')}.")
 
 
 def test_many_lines_are_counted():
@@ -260,14 +343,14 @@ BLINDNESS = {
 
 @pytest.mark.parametrize("kind", BLINDNESS)
 def test_colours_can_be_told_apart(kind):
-    """Also by people who see two primary colours; beyond that every line has a style."""
+    """Also by people who see two primary colours; beyond that lines have hatches."""
     matrix = torch.tensor(BLINDNESS[kind])
-    rgb = torch.tensor([to_rgb(colour) for colour in pictures._COLOURS])
+    rgb = torch.tensor([to_rgb(colour) for colour in COLOURS])
     linear = torch.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
     seen = (linear @ matrix.T).clamp(0, 1)
     places = list(zip(as_lab(seen), range(len(seen)), strict=True))
     for (one, first), (other, second) in itertools.combinations(places, 2):
-        is_same_style = first % len(pictures._STYLES) == second % len(pictures._STYLES)
+        is_same_style = _HATCHES[first] == _HATCHES[second]
         assert torch.dist(one, other) > (20 if is_same_style else 10), (first, second)
 
 

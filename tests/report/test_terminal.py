@@ -117,3 +117,12 @@ def test_without_rich_it_is_plain(script):
     code = "import sys; sys.modules['rich'] = None; from bnguard.cli import main; sys.exit(main())"
     text = on_a_terminal(script, "-c", code, "run", "train_a_network_with_a_long_name.py")
     assert text == piped(script)
+
+
+@pytest.mark.parametrize(("model", "is_green"), [("BatchNorm1d(2)", True), ("Linear(1, 1)", False)])
+def test_green_is_for_what_was_looked_at_and_is_clean(tmp_path, model, is_green):
+    """A model that has nothing to look at is no clean one."""
+    (tmp_path / "models.py").write_text(f"from torch import nn\nnet = nn.{model}\n")
+    printed = on_a_terminal(tmp_path, "-m", "bnguard", "audit", "models:net")
+    assert "running statistics" in printed or "no finding; 1 layer" in printed
+    assert ("\x1b[1;32m" in printed) == is_green

