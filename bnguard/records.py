@@ -63,6 +63,7 @@ class StatsChange:
             (``|new - old| / sqrt(running_var + eps)``); None if nothing moved or the layer has no mean and variance.
         prevented: True if the update was stopped before it happened and nothing moved.
         inside: The line in the model that ran the layer, ``"nets.py:35 in forward"``, if that is another one.
+        model: Of ``watch``, the name of the model if several were watched; empty otherwise.
     """
 
     names: tuple[str, ...]
@@ -73,6 +74,7 @@ class StatsChange:
     mean_shift: float | None
     prevented: bool = False
     inside: str | None = None
+    model: str = ""
 
     @property
     def place(self) -> str:
@@ -127,7 +129,8 @@ class StatsUpdates:
         batch_shape: Shape of the input of the first; None if unknown.
         fewest_values: Fewest values per channel in one of them: the numbers a variance is estimated from.
         small_batches: Updates from fewer than eight values per channel.
-        model: Class of the model if several were watched: ``"Generator"``, or ``"Generator 2"`` for the second one.
+        model: Name of the model if several were watched: the user's variable, ``"ema"``, else its class and the line of
+            its first call, ``"ResNet at train.py:31"``; empty otherwise.
         ranks: In a distributed run, the ranks that recorded this; empty for a single process.
     """
 
@@ -196,7 +199,8 @@ class Drift:
         worst: The channel with the largest divergence; NaN counts as the largest.
         means: Running means at the earlier and the later point, each of shape ``(C,)``.
         variances: Running variances at the earlier and the later point, ``eps`` added, each of shape ``(C,)``.
-        model: Class of the model if several were watched: ``"Generator"``, or ``"Generator 2"`` for the second one.
+        model: Name of the model if several were watched: the user's variable, ``"ema"``, else its class and the line of
+            its first call, ``"ResNet at train.py:31"``; empty otherwise.
     """
 
     names: tuple[str, ...]
@@ -233,7 +237,7 @@ class DriftSeries:
     Attributes:
         steps: Optimizer steps at which it was measured, ``S`` of them.
         layers: Names of the layers, ``L`` of them, in the order of ``state_dict()``, model by model; preceded by the
-            class of the model if several were watched.
+            name of the model if several were watched.
         mean_shift: Shape ``(S, L)``: largest shift of a channel's mean, in standard deviations at the beginning; NaN
             where the layer did not exist yet, infinite where its statistics are broken.
         divergence: Shape ``(S, L)``: largest divergence of a channel, in nats, see ``Drift``; NaN and infinity as in

@@ -63,7 +63,7 @@ def count_text(number: int, noun: str) -> str:
 def sentence(text: str) -> str:
     """The text as a sentence: with a full stop, and a capital unless it begins with code."""
     first = text.partition(" ")[0]
-    return f"{text[0].upper()}{text[1:]}." if first.isalpha() else f"{text}."
+    return f"{text[0].upper()}{text[1:]}." if first.rstrip(",").isalpha() else f"{text}."
 
 
 def times_text(number: int) -> str:

@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from bnguard.cli.children import Children
 from bnguard.cli.execfile import Ending, NotFoundError, run_module, run_script, wait_for_threads
 from bnguard.cli.exit_codes import USAGE, UsageError, exit_code_of, fails
 from bnguard.cli.ignores import RunIgnores
@@ -28,6 +29,7 @@ from bnguard.recording.summary import watch_content, watch_document
 from bnguard.recording.watch import watch
 from bnguard.report.files import Outputs, publish
 from bnguard.report.places import path_from
+from bnguard.words import ranks_text
 
 if TYPE_CHECKING:
     from bnguard.report.picture import Picture
@@ -76,6 +78,8 @@ class WatchedRun:
         self._record = watch(every=options.every, buffers=options.buffers or None)
         self._ignores = RunIgnores(options.ignores)
         self._requests = GuardRequests()
+        self._children = Children()
+        self._unwatched = ""  # what the report is without
         self._auto_guard: AutoGuard | None = None
         if options.frozen is not None:
             self._auto_guard = AutoGuard(self._requests, _settings(options.frozen, options))
@@ -85,13 +89,15 @@ class WatchedRun:
 
         Returns:
             The exit code of the script. If that is 0: 1 if there is a finding of ``fail_on`` or a guarded layer
-            changed, 2 if ``frozen`` matched no layer or a file could not be written.
+            changed, 2 if ``frozen`` matched no layer, a file could not be written, or there is a ``fail_on`` and other
+            processes have updated statistics unwatched.
 
         Raises:
             UsageError: There is no such script or module.
         """
         process = os.getpid()
-        with self._guarding(), self._record, BeforeTermination(self._report_early) as termination:
+        early = BeforeTermination(self._report_early)
+        with self._guarding(), self._record, self._children, early as termination:
             with ExitStack() as undo:
                 if self._options.progress is not None:
                     undo.enter_context(Progress(self._record, self._options.progress))
@@ -120,7 +126,11 @@ class WatchedRun:
             print(f"bnguard run: {notes[-1]}", file=sys.stderr)
             return USAGE
         kept = self._ignores.filter(self._record.findings).kept
-        return exit_code_of(failure is not None or fails(kept, self._options.fail_on), is_written)
+        has_failed = failure is not None or fails(kept, self._options.fail_on)
+        if self._unwatched and self._options.fail_on and not has_failed:
+            print(f"bnguard run: {self._unwatched}", file=sys.stderr)
+            return USAGE
+        return exit_code_of(has_failed, is_written)
 
     @property
     def _has_matched_nothing(self) -> bool:
@@ -177,6 +187,10 @@ class WatchedRun:
             return True
         options = self._options
         summary = self._record.summary()
+        children = self._children.note(has_run_models=summary.has_models)
+        missing = f"{ranks_text(summary.missing_ranks)} did not report" if summary.missing_ranks else ""
+        self._unwatched = missing or children
+        notes = [*filter(None, [children]), *notes]
         filtered = self._ignores.filter(summary.findings)
         if exit_code:  # what a failed run has not reached is not unused
             filtered = dataclasses.replace(filtered, unused=())

@@ -82,10 +82,12 @@ class Evaluation(NamedTuple):
     Attributes:
         module: The layer.
         model: Its model, as long as it exists.
+        is_held: Whether it ran in train mode inside a guard that keeps the statistics.
     """
 
     module: nn.Module
     model: nn.Module | None
+    is_held: bool = False
 
 
 class Result(NamedTuple):
@@ -121,7 +123,7 @@ class LayerEnd:
     """All that is known of a layer when a run ends, or when findings are asked for earlier.
 
     Attributes:
-        name: What to call the layer: its first name, preceded by the class of its model if several were watched.
+        name: What to call the layer: its first name, preceded by the name of its model if several were watched.
         type: The class name.
         momentum: Its momentum when the watch met it.
         updates: Its updates by line and mode, in the order in which they first happened.
@@ -130,12 +132,13 @@ class LayerEnd:
         now: Its statistics at the end, by name.
         parameters_before: Its parameters when the watch met it, by name; empty if an optimizer trains it.
         parameters_now: Its parameters at the end, by name.
-        has_stepped: Whether any optimizer has made a step.
+        steps: How many steps all optimizers have made.
         is_trained: Whether an optimizer has trained the layer.
         is_loaded: Whether a state dict was loaded into it.
         evaluations: How many forwards in eval mode updated nothing.
         rewritten: How many writes between two evaluations nothing explains.
         optimized: The ids of the parameters of the optimizers that train the layer.
+        broken: Between which optimizer steps its statistics broke; None if that was not measured.
     """
 
     name: str
@@ -147,12 +150,13 @@ class LayerEnd:
     now: Mapping[str, Tensor]
     parameters_before: Mapping[str, Tensor]
     parameters_now: Mapping[str, Tensor]
-    has_stepped: bool
+    steps: int
     is_trained: bool
     is_loaded: bool
     evaluations: int
     rewritten: int
     optimized: frozenset[int]
+    broken: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)

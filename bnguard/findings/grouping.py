@@ -8,6 +8,7 @@ from typing import Any, Final
 from bnguard.findings.rule import Evidence, EvidenceGroup, Rule, Variant
 from bnguard.findings.rules import RULES
 from bnguard.records import Finding, Severity
+from bnguard.report.places import library_line
 
 _ORDER: Final[dict[Severity, int]] = {"error": 0, "warning": 1, "note": 2}
 
@@ -31,11 +32,12 @@ def group_evidence(evidence: Iterable[Evidence], *, is_audit: bool = False) -> t
         words: type[Rule] | Variant = rule.variants[variant] if variant else rule
         layers = tuple(dict.fromkeys(one.layer for one in members))
         group = EvidenceGroup(layers, tuple([one.number for one in members]), detail, where)
-        what = ((rule.in_audit if is_audit else "") or words.in_run).format(g=group)
+        what = ((rule.in_audit if is_audit and not variant else "") or words.in_run).format(g=group)
         short = what if is_audit else (words.in_brief or words.in_run).format(g=group)
         severity = (rule.audit_severity if is_audit else None) or words.severity or rule.severity
-        verdict = f"{short}: {words.short_fix}"
-        finding = Finding(code, rule.title, severity, layers, where, what, words.fix, verdict)
+        in_library = words.fix_in_library if library_line(where) else ""
+        verdict = f"{short}: {in_library or words.short_fix}"
+        finding = Finding(code, rule.title, severity, layers, where, what, in_library or words.fix, verdict)
         findings.append((sum(group.numbers), finding))
     findings.sort(key=lambda counted: (-counted[0], counted[1].code))
     return by_severity([finding for _, finding in findings])

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import nn
 
 from bnguard.findings.events import AuditedModel, Evaluation, LayerEnd, Result, StepEnd, Update
-from bnguard.records import Severity
+from bnguard.records import Mode, Severity
 from bnguard.words import count_text, first_of, times_text
 
 
@@ -43,6 +43,7 @@ class Variant:
     short_fix: str
     in_brief: str = ""
     severity: Severity | None = None
+    fix_in_library: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +94,11 @@ class EvidenceGroup:
         return f"{count_text(max(self.numbers), 'update')}{each}"
 
     @property
+    def number(self) -> int:
+        """The largest of the numbers."""
+        return max(self.numbers)
+
+    @property
     def steps(self) -> str:
         """The largest of the numbers as ``3 optimizer steps``."""
         return count_text(max(self.numbers), "optimizer step")
@@ -121,6 +127,7 @@ class Rule:
         audit_severity: Its severity in an audit; None if it is the same.
         fix: What to do, with reasons and alternatives.
         short_fix: What to do, in as few words as possible.
+        fix_in_library: What to do where an installed package calls the model; empty if it is the same.
         in_run: What happened in a run: a sentence without a full stop, with fields of an ``EvidenceGroup`` called
             ``g``, as in ``"{g.of} {g.have} momentum {g.detail}"``.
         in_brief: What happened in a run, in a few words; ``short_fix`` is appended. Empty if it is ``in_run``.
@@ -139,6 +146,7 @@ class Rule:
     audit_severity: ClassVar[Severity | None] = None
     fix: ClassVar[str]
     short_fix: ClassVar[str]
+    fix_in_library: ClassVar[str] = ""
     in_run: ClassVar[str]
     in_brief: ClassVar[str] = ""
     in_audit: ClassVar[str] = ""
@@ -170,6 +178,15 @@ class Rule:
     def at_end(self, end: LayerEnd) -> Iterable[Evidence]:
         """The evidence that the layer has given so far. May be called several times."""
         return ()
+
+    def by_line(self, end: LayerEnd, concerns: Callable[[Mode], bool]) -> Iterator[Evidence]:
+        """Evidence for each line that has updated in a mode that the rule concerns, with the number of updates."""
+        counts: dict[str, int] = {}
+        for site in end.updates:
+            if concerns(site.mode):
+                counts[site.site] = counts.get(site.site, 0) + site.count
+        for where, count in counts.items():
+            yield Evidence(self.code, end.name, where, count)
 
     @classmethod
     def audit(cls, audited: AuditedModel) -> Iterable[Evidence]:

@@ -21,6 +21,7 @@ from bnguard.layers.bits import has_values, same_bits
 from bnguard.layers.by_identity import ByIdentity
 from bnguard.layers.kinds import OWN_FORWARD, StatsLayer, is_statistic
 from bnguard.layers.select import is_selected
+from bnguard.layers.tree import walk_modules
 from bnguard.torch_internals.callsite import call_site
 from bnguard.torch_internals.tracing import outside_modes
 from bnguard.torch_internals.transforms import unwrapped_tensor
@@ -66,7 +67,7 @@ def unregistered_in(model: nn.Module, settings: Settings) -> Unregistered | None
     """
     known = _known.get(model)
     if known is None:
-        known = tuple(_places_in(model))
+        known = tuple(places_in(model))
         _known.put(model, known)
     before = []
     for name, place, attributes in known:
@@ -75,7 +76,7 @@ def unregistered_in(model: nn.Module, settings: Settings) -> Unregistered | None
             continue
         layer = StatsLayer(module, (name,), attributes, OWN_FORWARD)
         if is_selected(layer, settings.include, settings.exclude, settings.within):
-            values = copies_outside_modes(_tensors(module, attributes))
+            values = copies_outside_modes(tensors_of(module, attributes))
             if values:
                 before.append((name, module, values))
     return Unregistered(before) if before else None
@@ -86,8 +87,9 @@ def has_only_buffers(model: nn.Module) -> bool:
     return _known.get(model) == ()
 
 
-def _places_in(model: nn.Module) -> Iterator[tuple[str, weakref.ref[nn.Module], tuple[str, ...]]]:
-    for name, module in model.named_modules():
+def places_in(model: nn.Module) -> Iterator[tuple[str, weakref.ref[nn.Module], tuple[str, ...]]]:
+    """The modules of a model with parameters and attributes that have the name of a statistic, and these names."""
+    for name, module in walk_modules(model):
         if isinstance(module, ScriptModule):  # whose tables are no dictionaries
             continue
         names = [key for key in (*module._parameters, *module.__dict__) if is_statistic(key)]
@@ -95,7 +97,7 @@ def _places_in(model: nn.Module) -> Iterator[tuple[str, weakref.ref[nn.Module], 
             yield name, weakref.ref(module), tuple(names)
 
 
-def _tensors(module: nn.Module, attributes: tuple[str, ...]) -> dict[str, Tensor]:
+def tensors_of(module: nn.Module, attributes: tuple[str, ...]) -> dict[str, Tensor]:
     """Those that are tensors at the moment, and that no optimizer trains."""
     found: dict[str, Any] = {name: module._parameters.get(name, module.__dict__.get(name)) for name in attributes}
     return {name: value for name, value in found.items() if isinstance(value, Tensor) and not value.requires_grad}
@@ -103,7 +105,7 @@ def _tensors(module: nn.Module, attributes: tuple[str, ...]) -> dict[str, Tensor
 
 @outside_modes
 def _differing(module: nn.Module, values: dict[str, Tensor]) -> list[str]:
-    now = {name: unwrapped_tensor(tensor) for name, tensor in _tensors(module, tuple(values)).items()}
+    now = {name: unwrapped_tensor(tensor) for name, tensor in tensors_of(module, tuple(values)).items()}
     return [name for name, tensor in now.items() if has_values(tensor) and not same_bits(tensor, values[name])]
 
 

@@ -39,7 +39,7 @@ def drift_between(
         before: Its statistics by buffer name, each of shape ``(C,)``.
         after: Its later statistics by buffer name, each of shape ``(C,)``.
         eps: Added to the variances.
-        model: The class of the model, as in ``Drift``.
+        model: The name of the model, as in ``Drift``.
 
     Returns:
         The drift, on the CPU in float64; None if the layer has no mean with a variance, their shapes changed, or
@@ -124,6 +124,23 @@ def series_of(samples: Sequence[DriftSample], layers: Sequence[str]) -> DriftSer
             values = torch.cat([values.cpu() for values in sample.values], dim=1)
             table[:, row, list(sample.columns)] = values.nan_to_num(nan=torch.inf, posinf=torch.inf)
     return DriftSeries(tuple([sample.step for sample in samples]), tuple(layers), table[0], table[1])
+
+
+def broken_spans(samples: Sequence[DriftSample], layers: int) -> dict[int, tuple[int, int]]:
+    """When the statistics of layers broke that were broken at the last measurement.
+
+    Returns:
+        By the position of the layer, the steps of the last measurement of sound statistics, 0 if there is none, and of
+        the first one of broken ones.
+    """
+    series = series_of(samples, [""] * layers)
+    spans = {}
+    for layer, column in enumerate(series.divergence.isinf().T.tolist()):
+        sound = [row for row, is_broken in enumerate(column) if not is_broken]
+        first = sound[-1] + 1 if sound else 0
+        if first < len(column):
+            spans[layer] = series.steps[first - 1] if first else 0, series.steps[first]
+    return spans
 
 
 @outside_modes

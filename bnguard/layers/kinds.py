@@ -189,6 +189,7 @@ def refuse_misregistered(module: nn.Module) -> None:
             )
 
 
+@functools.lru_cache(maxsize=4096)
 def is_statistic(name: str) -> bool:
     """Whether a buffer with this name is treated as a running statistic."""
     return _STATISTIC.fullmatch(name) is not None

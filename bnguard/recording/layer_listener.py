@@ -87,6 +87,15 @@ class SeenLayer:
                 return True
         return True
 
+    def is_shared_by(self, layer: StatsLayer) -> bool:
+        """Whether another layer has the same statistics, as a clone of meta-learning has those of its original."""
+        return own_tensors(layer.module, "_buffers").get(self.first) is self.first_tensor is not None
+
+    def adopt(self, module: nn.Module) -> None:
+        """Takes a module with the same statistics for the layer if that is deleted."""
+        if self._module() is None:
+            self._module = weakref.ref(module)
+
     def change(self, now: Mapping[str, Tensor]) -> StatsChange | None:
         """How its statistics differ from those of the beginning, as a change by no forward; None if they do not."""
         before = self.before

@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Final
 
 import torch
@@ -15,6 +14,7 @@ from bnguard.findings.events import Evaluation, LayerEnd, Result, StepEnd, Updat
 from bnguard.findings.observer import LayerObserver
 from bnguard.findings.rule import Evidence
 from bnguard.findings.soundness import is_initial
+from bnguard.guard.hooks import guard_of
 from bnguard.layers.kinds import OTHER_BUFFERS, StatsLayer
 from bnguard.layers.snapshot import holds
 from bnguard.layers.swaps import Table, own_tensors
@@ -23,14 +23,14 @@ from bnguard.recording.layer_listener import SeenLayer, copies_of
 from bnguard.recording.model_calls import ModelCall
 from bnguard.recording.optimizer_steps import OptimizerSteps, StepCounter, has_stepped_since
 from bnguard.recording.timeline import Timeline
-from bnguard.records import FEW_VALUES, Mode, StatsUpdates
+from bnguard.recording.update_sites import count_update, joined, leaf_of, watch_result
+from bnguard.records import Mode, StatsUpdates
 from bnguard.torch_internals.checkpointing import is_in_backward
 from bnguard.torch_internals.distributed import differs_per_rank
 from bnguard.torch_internals.functional_call import in_reentrant_checkpoint
 from bnguard.torch_internals.tracing import is_capturing, is_recorded, outside_modes
 
 _MOST_UPDATES: Final = 64  # of one step that are distinguished
-_MOST_MOMENTA: Final = 4
 _MOST_COPIES: Final = 16
 _MOST_WRITES: Final = 64  # of somebody else that are looked at
 
@@ -47,7 +47,7 @@ class LayerLog(SeenLayer):
     are taken of the first few only.
 
     Attributes:
-        model_name: What to call its model if several were watched.
+        model_number: The number of its model among those that were met.
         differs_per_rank: Whether several ranks train it, each with statistics of its own.
         is_loaded: Whether a state dict was loaded into it.
     """
@@ -56,12 +56,12 @@ class LayerLog(SeenLayer):
         "_copies", "_copies_left", "_count", "_evaluations", "_is_trained", "_last", "_model", "_momentum", "_observer",
         "_optimizers", "_optimizers_of", "_parameters", "_parameters_before", "_parents", "_recalibrates",
         "_rewritten", "_rivals", "_sites", "_tick", "_updates", "_was_evaluated", "_writes_left",
-        "differs_per_rank", "is_loaded", "model_name",
+        "differs_per_rank", "is_loaded", "model_number",
     )  # fmt: skip
 
-    def __init__(self, layer: StatsLayer, model: nn.Module, model_name: str, parents: Sequence[nn.Module]) -> None:
+    def __init__(self, layer: StatsLayer, model: nn.Module, model_number: int, parents: Sequence[nn.Module]) -> None:
         super().__init__(layer)
-        self.model_name = model_name
+        self.model_number = model_number
         self.differs_per_rank = differs_per_rank(model)
         self.is_loaded = False
         self._model = weakref.ref(model)
@@ -108,6 +108,7 @@ class LayerLog(SeenLayer):
 
     def record_update(
         self,
+        module: nn.Module,
         call: ModelCall,
         args: tuple[Any, ...],
         output: Any,
@@ -118,6 +119,7 @@ class LayerLog(SeenLayer):
         """Records one update.
 
         Args:
+            module: The layer, or a clone that shares its statistics.
             call: How the forward has come about.
             args: Its arguments.
             output: What it has returned; None if it is not over.
@@ -125,13 +127,12 @@ class LayerLog(SeenLayer):
             backwards: How many backward passes there were so far.
             timelines: The timeline of each line.
         """
-        module = self.module
-        if module is None:
-            return
         input = args[0] if args and isinstance(args[0], Tensor) else None
         flags = _flags_of(module, input, call)
         if is_recorded((), {}):
             input = None  # the program would contain our arithmetic on its shape
+        if self._optimizers_of != steps.changes:
+            self._find_optimizers(module, steps)
         if self._tick != steps.ticks:
             self.close_step(steps)
         key = (call.site, call.part, flags)
@@ -141,12 +142,12 @@ class LayerLog(SeenLayer):
             site = UpdateSite(call.site, call.part, Mode(*flags), steps.count, steps.count, shape)
             self._sites[key] = site
         self.updates += 1
-        _count(site, input, steps.count, getattr(module, "momentum", None))
+        count_update(site, input, steps.count, getattr(module, "momentum", None))
         timelines[call.site].add(steps.count)
         site.recalibrating += self._recalibrates == steps.ticks
         update = Update(site, self._is_frozen(module), call.number, call.parent, backwards)
         if site.mode.grad and not site.mode.recompute:
-            _watch_result(output, update)
+            watch_result(output, update)
         for listener in self._observer.on_update:
             listener(update, module)
         self._count += 1
@@ -181,7 +182,9 @@ class LayerLog(SeenLayer):
                 self._rewritten += 1
         self._was_evaluated = not module.training
         self._evaluations += self._was_evaluated
-        evaluation = Evaluation(module, self._model())
+        guard = guard_of(module) if module.training else None
+        is_held = guard is not None and any([entry.policy.holds for entry in guard.ruling.entries])
+        evaluation = Evaluation(module, self._model(), is_held)
         for listener in self._observer.on_evaluation:
             listener(evaluation)
 
@@ -224,7 +227,7 @@ class LayerLog(SeenLayer):
     # What is known.
 
     def records(self, model_name: str) -> tuple[StatsUpdates, ...]:
-        """The updates by line and mode, with the class of the model if several were watched."""
+        """The updates by line and mode, with the name of the model if several were watched."""
         records: dict[tuple[str, Mode], StatsUpdates] = {}
         for site in self._sites.values():
             if site.count:
@@ -233,11 +236,16 @@ class LayerLog(SeenLayer):
                     site.batch_shape, site.fewest_values, site.small_batches, model_name,
                 )  # fmt: skip
                 earlier = records.get((site.site, site.mode))
-                records[site.site, site.mode] = record if earlier is None else _joined(earlier, record)
+                records[site.site, site.mode] = record if earlier is None else joined(earlier, record)
         return tuple(records.values())
 
     def evidence(
-        self, name: str, now: Mapping[str, Tensor], learned: Mapping[str, int], *, has_stepped: bool
+        self,
+        name: str,
+        now: Mapping[str, Tensor],
+        learned: Mapping[str, int],
+        steps: int,
+        broken: tuple[int, int] | None,
     ) -> list[Evidence]:
         """What the rules have found so far.
 
@@ -245,7 +253,8 @@ class LayerLog(SeenLayer):
             name: What to call the layer.
             now: Its present statistics.
             learned: By line, most updates of a layer that were learned from.
-            has_stepped: Whether any optimizer has made a step.
+            steps: How many steps all optimizers have made.
+            broken: Between which optimizer steps its statistics broke, if that was measured.
         """
         optimized = frozenset().union(*[optimizer.parameters for optimizer in self._optimizers])
         sites = tuple([site for site in self._sites.values() if site.count])
@@ -253,8 +262,8 @@ class LayerLog(SeenLayer):
         is_trained = self._is_trained or (has_stepped_since(self._optimizers, 0) and not is_frozen)
         end = LayerEnd(
             name, self.type, self._momentum, sites, learned, self.before, now, self._parameters_before,
-            self._present("_parameters"), has_stepped,
-            is_trained, self.is_loaded, self._evaluations, self._rewritten, optimized,
+            self._present("_parameters"), steps,
+            is_trained, self.is_loaded, self._evaluations, self._rewritten, optimized, broken,
         )  # fmt: skip
         return self._observer.evidence(end)
 
@@ -313,7 +322,7 @@ class LayerLog(SeenLayer):
         if self._optimizers_of == steps.changes:
             return
         self._optimizers_of = steps.changes
-        self._optimizers = steps.of(map(id, self._trainable(module)))
+        self._optimizers = steps.of(map(id, map(leaf_of, self._trainable(module))))
         model = self._model()
         of_model = () if model is None else steps.of(map(id, parameters_of(model)))
         self._rivals = tuple([one for one in steps.optimizers if one not in of_model and one not in self._optimizers])
@@ -333,53 +342,6 @@ class LayerLog(SeenLayer):
     def _is_frozen(self, module: nn.Module | None) -> bool:
         parameters = list(self._parameters.values()) if module is None else self._trainable(module)
         return not any([parameter.requires_grad for parameter in parameters])
-
-
-def _count(site: UpdateSite, input: Tensor | None, step: int, momentum: Any) -> None:
-    site.count += 1
-    site.last_step = step
-    if len(site.momenta) < _MOST_MOMENTA and not isinstance(momentum, Tensor):
-        site.momenta.add(momentum)
-    if input is not None and input.dim() > 1:
-        values = input.numel() // max(1, input.shape[1])
-        if site.fewest_values is None or values < site.fewest_values:
-            site.fewest_values = values
-        if values < FEW_VALUES:
-            site.small_batches += 1
-
-
-def _watch_result(output: Any, update: Update) -> None:
-    """Has an update learn whether a backward pass goes through the result of its forward."""
-    if not isinstance(output, Tensor):
-        return
-    # An operation in place gives a view another function, and leaves that of its base in the graph.
-    node = output.grad_fn if output._base is None else output._base.grad_fn
-    if node is None:
-        return
-    update.has_learned = False
-    site = update.of
-    site.results += 1
-
-    def reached(_: Any) -> None:
-        if not update.has_learned:
-            update.has_learned = True
-            if not update.is_undone:
-                site.learned += 1
-
-    node.register_prehook(reached)
-
-
-def _joined(one: StatsUpdates, other: StatsUpdates) -> StatsUpdates:
-    """Two records that differ only in what a rule asks."""
-    values = [record.fewest_values for record in (one, other) if record.fewest_values is not None]
-    return replace(
-        one,
-        count=one.count + other.count,
-        first_step=min(one.first_step, other.first_step),
-        last_step=max(one.last_step, other.last_step),
-        fewest_values=min(values, default=None),
-        small_batches=one.small_batches + other.small_batches,
-    )
 
 
 def _flags_of(module: nn.Module, input: Tensor | None, call: ModelCall) -> tuple[bool, ...]:

@@ -11,9 +11,9 @@ from torch import nn
 from torch.optim.swa_utils import update_bn
 
 from bnguard.guard.recalibration import recalibrate
-from bnguard.torch_internals.callsite import MODULE_CALL, CallSite, function_of, origin_of
+from bnguard.torch_internals.callsite import MODULE_CALL, function_of, origin_of, path_in_packages, place_text
 from bnguard.torch_internals.functional_call import in_reentrant_checkpoint
-from bnguard.torch_internals.wrappers import WRAPPERS
+from bnguard.torch_internals.wrappers import WRAPPERS, runs_a_step
 
 # Unwrapped: all functions decorated with no_grad() share the code of the wrapper.
 _CALIBRATES: Final = (inspect.unwrap(update_bn).__code__, inspect.unwrap(recalibrate).__code__)
@@ -25,8 +25,8 @@ class ModelCall(NamedTuple):
 
     Attributes:
         site: The user's line that called the outermost module other than a wrapper such as
-            ``DistributedDataParallel``; for a forward that backward recomputes, the line that called ``backward()`` if
-            it is known.
+            ``DistributedDataParallel``, and in brackets that of an installed package in between; for a forward that
+            backward recomputes, the line that called ``backward()`` if it is known.
         calibrates: Whether the call is part of ``torch.optim.swa_utils.update_bn`` or of ``recalibrate``.
         wraps: Whether the module is such a wrapper.
         number: The number of the outermost call, in the order in which they began.
@@ -59,7 +59,7 @@ class ModelCalls:
 
     def __init__(self) -> None:
         self._by_frame: dict[int, ModelCall] = {}
-        self._lines: dict[tuple[CodeType, int], str] = {}
+        self._lines: dict[tuple[CodeType, int, str], str] = {}
         self._begun = 0
 
     def begin(self, module: nn.Module, frame: FrameType | None) -> ModelCall:
@@ -71,6 +71,7 @@ class ModelCalls:
         parent = _call_at(frame.f_back)
         outer = None if parent is None else self._by_frame.get(id(parent))
         if outer is None or outer.wraps:
+            wraps = wraps or (outer is not None and runs_a_step(module))
             site, calibrates = self._user_line(frame) if parent is None or outer is not None else self._search(frame)
             self._begun += 1
             call = ModelCall(site, calibrates, wraps, self._begun, self._begun, 0, torch.is_grad_enabled())
@@ -103,9 +104,13 @@ class ModelCalls:
         return self._user_line(outermost)
 
     def _user_line(self, frame: FrameType) -> tuple[str, bool]:
-        """The innermost line of user code outside of a frame, else of a package; whether it calibrates in between."""
+        """The innermost line of user code outside of a frame, else of a package; whether it calibrates in between.
+
+        Where it is a package that calls the model, a trainer say, its line follows in brackets.
+        """
         found: FrameType | None = None
         fallback: FrameType | None = None
+        called_in = ""
         calibrates = False
         current = frame.f_back
         while current is not None:
@@ -116,21 +121,23 @@ class ModelCalls:
             if origin == "user":
                 found = current
                 break
-            if origin == "library" and fallback is None:
-                fallback = current
+            if origin == "library":
+                fallback = fallback or current
+                path = "" if called_in else path_in_packages(code.co_filename)
+                called_in = called_in or (path and f" ({self._text(current, path)})")
             current = current.f_back
-        found = found or fallback
-        return "<unknown>" if found is None else self._text(found), calibrates
+        if found is None:
+            return "<unknown>" if fallback is None else self._text(fallback), calibrates
+        return self._text(found) + called_in, calibrates
 
-    def _text(self, frame: FrameType) -> str:
-        key = (frame.f_code, frame.f_lasti)
+    def _text(self, frame: FrameType, path: str = "") -> str:
+        key = (frame.f_code, frame.f_lasti, path)
         text = self._lines.get(key)
         if text is None:
             if len(self._lines) >= _MOST:  # code that is compiled again and again
                 self._lines.clear()
-            self._lines[key] = text = str(
-                CallSite(frame.f_code.co_filename, frame.f_lineno, function_of(frame.f_code), 0)
-            )
+            place = place_text(path or frame.f_code.co_filename, frame.f_lineno)
+            self._lines[key] = text = f"{place} in {function_of(frame.f_code)}"
         return text
 
 

@@ -18,10 +18,13 @@ import dataclasses
 import itertools
 import json
 import os
+import sys
+import threading
 import time
 import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
@@ -31,8 +34,10 @@ from bnguard.findings.grouping import by_severity, group_evidence
 from bnguard.findings.rules import RULES
 from bnguard.records import Finding, Mode, StatsUpdates
 from bnguard.torch_internals.distributed import default_store, own_connection
+from bnguard.words import ranks_text
 
 _PATIENCE: Final = 10.0  # seconds for which rank 0 waits in all
+_SILENT: Final = 1.0  # seconds after which it says that it waits
 _PAUSE: Final = 0.02
 _IMPORTED: Final = time.time()
 
@@ -122,19 +127,30 @@ class Ranks:
         number = next(_numbers.setdefault(self._store, defaultdict(itertools.count))[place])
         key = f"bnguard/{place}/{number}"
         posts = {0: own}
-        try:
-            store = own_connection(self._store)
-            if self.rank == 0:
-                self._gather(store, key, posts)
-            else:
-                store.set(f"{key}/{self.rank}", json.dumps([time.time(), own.as_text()]))
-        except (dist.DistError, RuntimeError):  # the server of the store has ended
-            pass
+        if self.rank:
+            with suppress(dist.DistError, RuntimeError):  # the server of the store has ended
+                own_connection(self._store).set(f"{key}/{self.rank}", json.dumps([time.time(), own.as_text()]))
+        else:
+            self._wait_for(threading.Thread(target=self._gather, args=(self._store, key, posts), daemon=True), posts)
         self._store = None
-        return None if self.rank else self._merged(posts)
+        return None if self.rank else self._merged(dict(posts))
+
+    def _wait_for(self, gathering: threading.Thread, posts: Mapping[int, Recorded]) -> None:
+        """Waits for the posts, and says so if it takes a while. A call of the store may hang for its own timeout."""
+        gathering.start()
+        gathering.join(_SILENT)
+        if gathering.is_alive():
+            missing = ranks_text([rank for rank in range(self.size) if rank not in posts])
+            text = f"bnguard: waiting up to {_PATIENCE:g} seconds for what was recorded on {missing}"
+            print(text, file=sys.stderr, flush=True)
+            gathering.join(_PATIENCE - _SILENT)
 
     def _gather(self, store: Any, key: str, posts: dict[int, Recorded]) -> None:
         """Adds the posts of the other ranks as they come, as long as rank 0 waits."""
+        with suppress(dist.DistError, RuntimeError):  # the server of the store has ended
+            self._take_posts(own_connection(store), key, posts)
+
+    def _take_posts(self, store: Any, key: str, posts: dict[int, Recorded]) -> None:
         end, missing = time.monotonic() + _PATIENCE, set(range(1, self.size))
         while missing:
             for rank in sorted(missing):

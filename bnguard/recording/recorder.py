@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import weakref
-from collections import Counter, defaultdict
+from collections import defaultdict
 from typing import Any, Final, Literal
 
 import torch
@@ -15,13 +15,16 @@ from bnguard.layers.by_identity import ByIdentity
 from bnguard.layers.drift import DriftSample, sample_of
 from bnguard.layers.kinds import StatsLayer
 from bnguard.layers.other_buffers import select_with_buffers
+from bnguard.layers.swaps import own_tensors
 from bnguard.layers.tree import Tree, ancestors_of, parts_of, unwrapped
 from bnguard.recording.layer_listener import LayerListener, Pending
 from bnguard.recording.layer_log import LayerLog
 from bnguard.recording.model_calls import ModelCall, ModelCalls
+from bnguard.recording.model_names import ModelName, distinct
 from bnguard.recording.optimizer_steps import BackwardCounter, StepCounter
 from bnguard.recording.ranks import Ranks
 from bnguard.recording.timeline import Timeline
+from bnguard.recording.unwatched import Unwatched
 from bnguard.torch_internals import global_hook, model_events
 from bnguard.torch_internals.callsite import call_site
 from bnguard.torch_internals.checkpointing import is_in_backward
@@ -40,6 +43,7 @@ class Recorder(LayerListener[LayerLog]):
 
     Attributes:
         steps: The steps of all optimizers.
+        unwatched: Running statistics that cannot be recorded.
         samples: Measurements of the drift.
         timelines: Updates over the steps, by line, in the order of their first updates.
         place: What is watched, in words that are equal on all ranks.
@@ -64,8 +68,11 @@ class Recorder(LayerListener[LayerLog]):
         self._calls = ModelCalls()
         self._backwards = BackwardCounter()
         self._interval = 1 if every in (None, "auto") else int(every)
-        self._model_names: Counter[str] = Counter()
+        self._models: list[ModelName] = []
+        self._shown: list[str] = []  # how they are named
+        self._by_statistic: dict[int, LayerLog] = {}  # by id of the first one, which the log keeps
         self.steps = StepCounter()
+        self.unwatched = Unwatched()
         self.samples: list[DriftSample] = []
         self.timelines: defaultdict[str, Timeline] = defaultdict(Timeline)
         self.ranks: Ranks | None = None
@@ -108,7 +115,11 @@ class Recorder(LayerListener[LayerLog]):
 
     def model_of(self, log: LayerLog) -> str:
         """The name of a layer's model if several models were met, else an empty string."""
-        return log.model_name if self._model_names.total() > 1 else ""
+        if len(self._models) < 2:
+            return ""
+        if len(self._shown) < len(self._models):
+            self._shown = distinct(self._models)
+        return self._shown[log.model_number]
 
     def name_of(self, log: LayerLog) -> str:
         """The first name of a layer, preceded by the name of its model if several models were met."""
@@ -176,7 +187,7 @@ class Recorder(LayerListener[LayerLog]):
         self._pend(module, Pending(None, call, is_sure=True))
 
     def _updates(self, log: LayerLog, module: nn.Module, args: tuple[Any, ...], output: Any, call: ModelCall) -> None:
-        log.record_update(call, args, output, self.steps, self._backwards.count, self.timelines)
+        log.record_update(module, call, args, output, self.steps, self._backwards.count, self.timelines)
         if self._undone.drop(module):
             log.record_eval_undone(call)
 
@@ -205,13 +216,32 @@ class Recorder(LayerListener[LayerLog]):
             self._tree = tree
 
     def _met(self, model: nn.Module, layers: list[StatsLayer]) -> None:
-        name = self._name_of(model)
+        fresh = []
         for layer in layers:
-            log = LayerLog(layer, model, name, ancestors_of(layer.module, model))
+            first = self._owner_of(layer)
+            if first is None:
+                fresh.append(layer)
+            else:
+                first.adopt(layer.module)
+                self._by_id[id(layer.module)] = first
+        if not fresh:
+            return
+        number = self._number_of(model)
+        for layer in fresh:
+            log = LayerLog(layer, model, number, ancestors_of(layer.module, model))
             log.is_loaded = self._loaded.drop(layer.module)
             self._add(log, layer)
+            if log.first_tensor is not None:
+                self._by_statistic[id(log.first_tensor)] = log
+
+    def _owner_of(self, layer: StatsLayer) -> LayerLog | None:
+        """The log of another layer with the same statistics."""
+        buffer = own_tensors(layer.module, "_buffers").get(layer.buffers[0])
+        log = None if buffer is None else self._by_statistic.get(id(buffer))
+        return log if log is not None and log.is_shared_by(layer) else None
 
     def _layers_of(self, model: nn.Module, tree: Tree) -> list[StatsLayer]:
+        self.unwatched.meet(model, tree)
         if not self._buffers:
             return tree.layers
         try:
@@ -219,14 +249,11 @@ class Recorder(LayerListener[LayerLog]):
         except ValueError:  # one of many models, none of whose buffers has such a name
             return tree.layers
 
-    def _name_of(self, model: nn.Module) -> str:
-        """A name for a model, used if there are several; a model that grows keeps its name."""
-        if model is self._model and self.logs:
-            return self.logs[0].model_name
-        name = type(unwrapped(model)).__name__
-        self._model_names[name] += 1
-        number = self._model_names[name]
-        return name if number == 1 else f"{name} {number}"
+    def _number_of(self, model: nn.Module) -> int:
+        """The number of a model, by which it is named; a model that grows keeps it."""
+        if model is not self._model or not self._models:
+            self._models.append(ModelName.at_call(model, sys._getframe()))
+        return len(self._models) - 1
 
     def _look_again(self) -> None:
         """Records also the layers that were added to the model since."""

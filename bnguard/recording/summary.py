@@ -26,6 +26,9 @@ class WatchSummary:
         rank: The rank of this process; 0 for a single process.
         has_all_ranks: Whether this includes the records of the other ranks; True for a single process.
         missing_ranks: Ranks whose records did not come in time.
+        has_models: Whether a model with parameters was met.
+        nothing: What there was if no layer was met.
+        unwatched: Statistics that cannot be watched, as a note; empty if there are none.
     """
 
     findings: tuple[Finding, ...]
@@ -38,6 +41,9 @@ class WatchSummary:
     rank: int
     has_all_ranks: bool
     missing_ranks: tuple[int, ...]
+    has_models: bool
+    nothing: str
+    unwatched: str
 
 
 def watch_document(summary: WatchSummary) -> Document:
@@ -51,12 +57,12 @@ def watch_document(summary: WatchSummary) -> Document:
     has_more = bool(updates or summary.unexplained)
     return Document(
         verdict_text(findings),
-        f"{count_text(len(findings), 'finding') if findings else 'no finding'}; {_total(updates, summary.layers)}",
+        f"{count_text(len(findings), 'finding') if findings else 'no finding'}; {_total(summary)}",
         findings,
         tuple([table for table in tables if table.rows]),
         "More: record.updates, record.drift and record.findings have it all." if has_more else "",
-        _about_ranks(summary),
-        is_clean=not findings and summary.layers > 0,
+        (*_about_ranks(summary), *filter(None, [summary.unwatched])),
+        is_clean=not (findings or summary.missing_ranks or summary.unwatched) and summary.layers > 0,
     )
 
 
@@ -84,9 +90,10 @@ def watch_content(summary: WatchSummary) -> dict[str, Any]:
     }
 
 
-def _total(updates: Sequence[StatsUpdates], met: int) -> str:
+def _total(summary: WatchSummary) -> str:
+    updates = summary.updates
     if not updates:
-        return "no update" if met else "no layer with running statistics was seen"
+        return "no update" if summary.layers else summary.nothing
     layers = len({(update.model, update.names) for update in updates})
     total = sum([update.count * max(1, len(update.ranks)) for update in updates])
     ranks = sorted({rank for update in updates for rank in update.ranks})
@@ -128,6 +135,6 @@ def _lines(updates: Sequence[StatsUpdates]) -> Table:
 
 
 def _unexplained(changes: Sequence[StatsChange]) -> Table:
-    rows = [(layer_text(change.names, change.type), ", ".join(change.buffers)) for change in changes]
+    rows = [(layer_text(change.names, change.type, change.model), ", ".join(change.buffers)) for change in changes]
     title = "changed without a forward that could be seen"
     return Table(title, (Column("layer"), Column("statistics")), tuple(rows), _FEW)

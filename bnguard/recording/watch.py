@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from types import TracebackType
 from typing import Final, Literal, Self
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from bnguard.findings.grouping import group_evidence
 from bnguard.findings.rule import Evidence
 from bnguard.layers.bits import count_of, digest_of
-from bnguard.layers.drift import drift_between, series_of
+from bnguard.layers.drift import broken_spans, drift_between, series_of
 from bnguard.layers.other_buffers import as_patterns, select_with_buffers
 from bnguard.layers.tree import find_layers
 from bnguard.recording.layer_listener import copies_of
@@ -182,7 +183,7 @@ class watch:  # noqa: N801  # lower case, as torch.no_grad
         for number, log in enumerate(self._recorder.logs):
             change = log.change(self._now(number, log))
             if change is not None and not log.updates and not self._unseen(number, log):
-                changes.append(change)
+                changes.append(dataclasses.replace(change, model=self._recorder.model_of(log)))
         return tuple(changes)
 
     @property
@@ -261,6 +262,9 @@ class watch:  # noqa: N801  # lower case, as torch.no_grad
             self.rank,
             self.speaks,
             self.missing_ranks,
+            self._recorder.unwatched.has_models,
+            self._recorder.unwatched.summary,
+            self._recorder.unwatched.note,
         )
 
     def report(self) -> str:
@@ -285,14 +289,14 @@ class watch:  # noqa: N801  # lower case, as torch.no_grad
 
     def _own_findings(self) -> tuple[Finding, ...]:
         recorder = self._recorder
-        has_stepped = recorder.steps.count > 0
         learned: dict[str, int] = {}
         for site in [site for log in recorder.logs for site in log.sites]:
             learned[site.site] = max(learned.get(site.site, 0), site.learned)
         evidence: list[Evidence] = []
+        broken = broken_spans(recorder.samples, len(recorder.logs))
         for number, log in enumerate(recorder.logs):
             name, now = recorder.name_of(log), self._now(number, log)
-            evidence += log.evidence(name, now, learned, has_stepped=has_stepped)
+            evidence += log.evidence(name, now, learned, recorder.steps.ticks, broken.get(number))
         return group_evidence(evidence)
 
     def _recorded(self) -> Recorded:

@@ -30,3 +30,9 @@ def path_from(folder: str, path: str) -> str:
     """A path as ``Place.file`` has it: relative to the working directory ``folder`` if it is inside."""
     relative = os.path.relpath(path, folder) if path else path
     return path if relative.startswith(os.pardir) else relative
+
+
+def library_line(where: str | None) -> str:
+    """The line of the installed package that calls the model: ``train.py:12 in main (trainer/loop.py:9 in step)``."""
+    found = re.search(r" \((.+:\d+ in \S+)\)$", where or "")
+    return "" if found is None else found[1]

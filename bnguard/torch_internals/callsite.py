@@ -6,7 +6,7 @@ A layer is called from the ``forward`` of its model, and the model from a loop. 
 means the loop. So the line is that of the outermost call of a module that the user's code makes itself, other than of
 a wrapper such as ``DistributedDataParallel``; the line in the model that calls the layer comes second. What a library
 calls, a trainer say, is no line of the user's: then it is the outermost one inside of that. Without a call of a module
-it is the innermost line of the user's code.
+it is the innermost line of the user's code. A watch adds the line of the library in brackets.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class CallSite:
     inside: CallSite | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
-        return f"{_short(self.filename)}:{self.lineno} in {self.function}"
+        return f"{place_text(self.filename, self.lineno)} in {self.function}"
 
 
 def call_site() -> CallSite:
@@ -137,6 +137,21 @@ def origin_of(filename: str) -> Origin:
     if path.startswith(_LIBRARIES) or filename.startswith("<frozen "):
         return "library"
     return "user"
+
+
+def place_text(filename: str, lineno: int) -> str:
+    """``"train.py:42"``."""
+    return f"{_short(filename)}:{lineno}"
+
+
+_PACKAGES = tuple({os.path.join(sysconfig.get_paths()[key], "") for key in ("purelib", "platlib")})
+
+
+def path_in_packages(filename: str) -> str:
+    """The path of a file inside the folder of installed packages, ``trainer/loop.py``; empty if it is elsewhere."""
+    if origin_of(filename) != "library":
+        return ""
+    return next((filename.removeprefix(folder) for folder in _PACKAGES if filename.startswith(folder)), "")
 
 
 def _short(filename: str) -> str:

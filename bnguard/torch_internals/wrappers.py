@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
+from torch import nn
+
 # Wrapper classes, with the attributes that hold the wrapped module. Layer names leave these attributes out.
 WRAPPERS: Final = {
     "DataParallel": ("module",),
@@ -18,3 +20,12 @@ WRAPPERS: Final = {
 ONLY_CALL: Final = frozenset(
     {"DataParallel", "DistributedDataParallel", "MMDistributedDataParallel", "OptimizedModule", "_FabricModule"}
 )
+
+
+def runs_a_step(module: nn.Module) -> bool:
+    """Whether Lightning has put the call of a step, ``training_step()`` for instance, in place of a model's forward.
+
+    It does so for one call, to run the step inside of a wrapper.
+    """
+    place: str = getattr(module.__dict__.get("forward"), "__module__", None) or ""
+    return place.startswith(("lightning.", "pytorch_lightning."))

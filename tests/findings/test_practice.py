@@ -216,6 +216,20 @@ def a_critic_learns_from_a_result_with_gradients() -> None:
     critic_steps_on_what_a_generator_made(detaches=False)
 
 
+@case()
+def a_run_that_ends_before_the_first_step_of_the_generator() -> None:
+    """A run that ends before the first step of the generator."""
+    generator, critic = net_of(), nn.Linear(4, 1)
+    of_generator, of_critic = sgd(generator), sgd(critic)
+    for images, _ in batches():
+        score = critic(generator(images)).mean()
+        score.backward(retain_graph=True)
+        of_critic.step()
+        break
+    else:
+        of_generator.step()
+
+
 @case("BN001", "")
 def a_backbone_of_its_own_that_no_optimizer_has() -> None:
     """A backbone of its own that no optimizer has."""
@@ -240,6 +254,48 @@ def clones_of_meta_learning() -> None:
                 module._parameters[name] = parameter.clone()
         learner(torch.randn(16, 4)).square().mean().backward()
         optimizer.step()
+
+
+def clone_of(net: nn.Sequential) -> nn.Sequential:
+    """A clone as those of meta-learning libraries: parameters are computed, buffers are the same objects."""
+    clone = nn.Sequential()
+    clone.__dict__ = {**net.__dict__, "_modules": {}}
+    for name, module in net._modules.items():
+        assert module is not None
+        part = type(module).__new__(type(module))
+        part.__dict__ = {**module.__dict__, "_buffers": dict(module._buffers)}
+        part._parameters = {key: None if one is None else one.clone() for key, one in module._parameters.items()}  # type: ignore[misc]
+        clone._modules[name] = part
+    return clone
+
+
+def meta_learning(*, tests_in_train_mode: bool) -> None:
+    """A task a step; then tasks that adapt a clone and look at how well it does."""
+    net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
+    optimizer = sgd(net)
+
+    def query(learner: nn.Module) -> Tensor:
+        loss: Tensor = learner(torch.randn(16, 4)).square().mean()
+        return loss
+
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        query(clone_of(net)).backward()
+        optimizer.step()
+    for _ in range(STEPS):
+        query(clone_of(net).train(tests_in_train_mode)).item()
+
+
+@case("BN002", "in query")
+def meta_test_in_train_mode() -> None:
+    """Meta test in train mode."""
+    meta_learning(tests_in_train_mode=True)
+
+
+@case()
+def meta_test_in_eval_mode() -> None:
+    """Meta test in eval mode."""
+    meta_learning(tests_in_train_mode=False)
 
 
 # Forwards that nothing learns from: BN002.
@@ -794,6 +850,42 @@ def statistics_are_removed() -> None:
     norm.track_running_stats, norm.running_mean, norm.running_var = False, None, None
     fit(net, sgd(net))
     evaluate(net)
+
+
+@case("BN011", "")
+def a_flag_instead_of_a_freeze() -> None:
+    """A flag instead of a freeze."""
+    net = net_of()
+    optimizer = sgd(net)
+    fit(net, optimizer)
+    net[0][1].track_running_stats = False
+    fit(net, optimizer, 12)
+    net[0][1].track_running_stats = True
+    fit(net, optimizer)
+
+
+@case("(BN011)", "")
+def virtual_adversarial_training() -> None:
+    """Virtual adversarial training."""
+    net = net_of()
+    optimizer = sgd(net)
+    for images, labels in batches():
+        net[0][1].track_running_stats = False
+        distance = F.mse_loss(net(images + 0.1), net(images).detach()) + net(images - 0.1).square().mean()
+        net[0][1].track_running_stats = True
+        optimizer.zero_grad()
+        (F.cross_entropy(net(images), labels) + distance).backward()
+        optimizer.step()
+
+
+@case()
+def a_flag_under_a_guard_that_cures_it() -> None:
+    """A flag under a guard that cures it."""
+    net = net_of()
+    fit(net, sgd(net))
+    net[0][1].track_running_stats = False
+    with bnguard.frozen(net, use_running_stats=True):
+        fit(net, sgd(net))
 
 
 @case("BN014", "")

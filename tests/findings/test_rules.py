@@ -148,7 +148,10 @@ def test_bn003_several_forwards_of_a_step():
             optimizer.step()
 
     finding = found(one_by_one)["BN003"]
-    assert finding.what == "2 layers (1, 4) updated up to 3 times in 3 optimizer steps, from that line"
+    assert finding.what == (
+        "2 layers (1, 4) updated up to 3 times before one optimizer step, and several times before 3 of the run's "
+        "3 optimizer steps, from that line"
+    )
     assert finding.where.endswith(" in one_by_one")
     assert found(at_once) == {}
     assert found(first_counts) == {}
@@ -294,6 +297,7 @@ def test_bn011_track_running_stats_off():
     net[1].track_running_stats = net[4].track_running_stats = False
     finding = found(lambda: train(net, sgd(net)))["BN011"]
     assert finding.what == "2 layers (1, 4) ran 3 times in train mode with track_running_stats=False"
+    assert "frozen(model, use_running_stats=True)" in finding.verdict
     assert found(lambda: train(net := classifier(track_running_stats=False), sgd(net))) == {}
 
 
@@ -651,7 +655,7 @@ def test_many_updates_of_a_step_are_counted():
             loss.backward()
             optimizer.step()
 
-    assert found(run)["BN003"].what.startswith("2 layers (1, 4) updated up to 100 times in 2 optimizer steps")
+    assert found(run)["BN003"].what.startswith("2 layers (1, 4) updated up to 100 times before one optimizer step, ")
 
 
 def test_every_code_has_a_rule():

@@ -386,6 +386,7 @@ def test_run_names_a_rank_that_is_gone(tmp_path):
     assert done.stdout.count("bnguard run train.py") == 1, done.stderr
     assert "1 update of 1 layer on rank 0\n" in done.stdout
     assert "Rank 1 did not report in time" in done.stdout
+    assert "bnguard: waiting up to 10 seconds for what was recorded on rank 1\n" in done.stderr
 
 
 RESTARTED = """\

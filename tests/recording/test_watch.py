@@ -368,6 +368,9 @@ def test_report_of_nothing():
     assert record.report() == "no finding; no update"
     with bnguard.watch() as record:
         nn.Linear(2, 2)(torch.ones(1, 2))
+    assert record.report() == "no finding; no layer with running statistics was seen in Linear"
+    with bnguard.watch() as record:
+        nn.CrossEntropyLoss()(torch.ones(1, 2), torch.zeros(1, dtype=torch.long))
     assert record.report() == "no finding; no layer with running statistics was seen"
     with bnguard.watch() as record:
         net(IMAGES)
@@ -382,7 +385,7 @@ def test_report_of_nothing():
 
 
 def test_models_are_told_apart():
-    """Where several are watched, and only there, the class of the model is part of a layer's name."""
+    """Where several are watched, and only there, the name of the model is part of a layer's name."""
 
     class Critic(nn.Sequential):
         pass
@@ -392,11 +395,13 @@ def test_models_are_told_apart():
         for net in nets:
             with torch.no_grad():
                 net(IMAGES)
-    assert [update.model for update in record.updates] == ["Sequential", "Critic", "Critic 2"]
-    assert [drift.model for drift in record.drift] == ["Sequential", "Critic", "Critic 2"]
-    assert [finding.layers for finding in record.findings] == [("Sequential: 1", "Critic: 0", "Critic 2: 0")]
+    place = record.findings[0].where.partition(" ")[0]
+    names = [f"{cls} at {place}" for cls in ("Sequential", "Critic", "Critic 2")]  # net is all of them
+    assert [update.model for update in record.updates] == names
+    assert [drift.model for drift in record.drift] == names
+    assert [finding.layers for finding in record.findings] == [(f"{names[0]}: 1", *[f"{n}: 0" for n in names[1:]])]
     assert "3 updates of 3 layers" in record.report()
-    assert "  Critic 2: 0 (BatchNorm2d) " in record.report()
+    assert f"  {names[2]}: 0 (BatchNorm2d) " in record.report()
     with bnguard.watch() as record:
         run(nets[0])
     assert only(record.updates).model == only(record.drift).model == ""
@@ -404,6 +409,17 @@ def test_models_are_told_apart():
         nets[0].append(nn.BatchNorm2d(4))
         run(nets[0])
     assert [update.model for update in record.updates] == ["", ""]
+
+
+def test_changes_without_a_forward_name_their_model():
+    """Where several are watched, as updates and findings do."""
+    net, ema = net_of(nn.BatchNorm2d(4)), net_of(nn.BatchNorm2d(4)).eval()
+    with bnguard.watch() as record:
+        net(IMAGES)
+        ema(IMAGES)
+        ema[1].running_mean.add_(1)
+    assert [(change.model, change.names) for change in record.unexplained] == [("ema", ("1",))]
+    assert "  ema: 1 (BatchNorm2d)  running_mean" in record.report()
 
 
 @pytest.mark.parametrize("steps", [1, 5, 255, 256, 257, 1100])
@@ -524,6 +540,29 @@ def test_statistics_that_are_lent_are_not_the_layers():
         torch.func.functional_call(net, buffers, (IMAGES,))
     assert record.updates == ()
     assert int(buffers["1.num_batches_tracked"]) == 1
+
+
+@pytest.mark.parametrize("calls_original", [True, False])
+def test_clones_that_share_statistics_are_one_layer(calls_original):
+    """As those of learn2learn: their updates are updates of the same statistics, whichever of them is alive."""
+    net = net_of(nn.BatchNorm2d(4))
+    optimizer = torch.optim.SGD(net.parameters(), 1e-6)
+    with bnguard.watch() as record:
+        for _ in range(5):
+            clone = copy.copy(net)
+            clone._modules = {name: copy.copy(module) for name, module in net._modules.items()}
+            for module in clone:
+                module._parameters = {name: one.clone() for name, one in module._parameters.items()}
+            (net if calls_original else clone)(IMAGES)
+            clone(IMAGES).square().mean().backward()
+            optimizer.step()
+            del clone, module
+            gc.collect()
+    assert sum(update.count for update in record.updates) == int(net[1].num_batches_tracked) == 10
+    assert {(update.names, update.model) for update in record.updates} == {(("1",), "")}
+    assert record.counts == (5, 10, 1)
+    assert only(record.drift).has_moved
+    assert "BN001" not in [finding.code for finding in record.findings]
 
 
 def test_replicas_are_no_models():

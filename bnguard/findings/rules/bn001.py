@@ -125,6 +125,8 @@ class BN001(Rule):
             for site, count in self._beside.items():
                 counts[site] = counts.get(site, 0) + count
         is_left_out = self._has_gradients and not self._was_trained
+        if is_left_out and sum(counts.values()) < _SHORTEST:
+            return  # the run may have ended before the first step of an optimizer of the layer
         if is_left_out and have_moved(end.parameters_before, end.parameters_now):
             return  # by other means than an optimizer
         for site, count in counts.items():

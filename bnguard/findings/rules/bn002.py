@@ -26,6 +26,10 @@ class BN002(Rule):
     title = "train-mode forward that nothing learns from"
     fix = "call model.eval() before it; for a teacher that is to stay in train mode, frozen(teacher, 'restore')"
     short_fix = "call model.eval() before it"
+    fix_in_library = (
+        "override the method in which the library calls the model, and call model.eval() there; if nothing is to be "
+        "learned in your call, put frozen(model, 'restore') around it"
+    )
     in_run = "{g.of} made {g.updates} in train mode where autograd did not record"
     in_brief = "{g.where} moved {g.count}, {g.updates}, without gradients"
     variants: ClassVar[Mapping[str, Variant]] = {
@@ -35,6 +39,7 @@ class BN002(Rule):
             "frozen(model, 'restore')",
             short_fix,
             "{g.where} moved {g.count}, {g.updates}, in forwards that nothing learned from",
+            fix_in_library=fix_in_library,
         ),
         "teacher": Variant(
             "{g.of}, which {g.be} not trained, made {g.updates} in train mode without gradients{g.detail}",
@@ -106,14 +111,14 @@ class BN002(Rule):
         momenta = {momentum for site in learning for momentum in site.momenta}
         counts: dict[tuple[str, str, str], int] = {}
         for site in end.updates:
-            number = _wasted(site, end.learned.get(site.site, 0), is_alone=end.has_stepped or not end.is_loaded)
+            number = _wasted(site, end.learned.get(site.site, 0), is_alone=end.steps > 0 or not end.is_loaded)
             if learning:
                 number -= min(number, self._for_rivals.get(site.part or site.site, 0))
             is_chosen = site.mode.grad and self._held >= number
             if number and not is_chosen and not _recalibrates(site, momenta):
                 kind = "" if not site.mode.grad else "unused"
                 detail = ""
-                if not site.mode.grad and (site.part or (end.has_stepped and not end.is_trained)):
+                if not site.mode.grad and (site.part or (end.steps and not end.is_trained)):
                     if not end.is_trained and have_moved(end.parameters_before, end.parameters_now):
                         continue  # an average of the model that is trained
                     if not end.is_trained:
@@ -146,4 +151,4 @@ def _recalibrates(site: UpdateSite, momenta: set[object]) -> bool:
     """Whether the statistics are learned anew on purpose: by another momentum than in training, or by name."""
     if momenta and site.momenta.isdisjoint(momenta):
         return True
-    return _RECALIBRATION.search(site.site.rpartition(" ")[2]) is not None
+    return any([_RECALIBRATION.search(function) for function in re.findall(r" in (\w+)", site.site)])

@@ -40,7 +40,14 @@ class BN003(Rule):
         "forward, which normalises them together. recalibrate(model, loader) learns the statistics anew"
     )
     short_fix = "use frozen(model, 'restore', updates=1) around the step"
-    in_run = "{g.of} updated up to {g.detail[0]} in {g.steps}, from {g.detail[1]}"
+    fix_in_library = (
+        "override the method in which the library makes a step, and put frozen(model, 'restore', updates=1) around it; "
+        "or call bnguard.recalibrate(model, loader) when the training is over"
+    )
+    in_run = (
+        "{g.of} updated up to {g.detail[0]} before one optimizer step, and several times before {g.number} of the "
+        "run's {g.detail[3]} optimizer steps, from {g.detail[1]}"
+    )
     in_brief = "{g.detail[2]} moved {g.count} up to {g.detail[0]} an optimizer step"
     variants: ClassVar[Mapping[str, Variant]] = {
         "shared": Variant(
@@ -52,11 +59,11 @@ class BN003(Rule):
             "note",
         ),
         "rival": Variant(
-            in_run,
+            "{g.of} updated up to {g.detail[0]} for each step of its own optimizer, from {g.detail[1]}",
             "nothing, if the model is to learn the statistics of both. Else use "
             "frozen(model, 'restore') around the forwards that should not count",
             "nothing, if the model is to learn the statistics of both",
-            in_brief,
+            "{g.detail[2]} moved {g.count} up to {g.detail[0]} for each step of its own optimizer",
             "note",
         ),
     }
@@ -89,6 +96,7 @@ class BN003(Rule):
             "Or choose the forward that counts: bnguard.frozen(model, 'restore') around the others, or "
             "bnguard.frozen(model, 'restore', updates=1) around the step."
         ),
+        "After a training that has mixed them, bnguard.recalibrate(model, loader) learns the statistics anew.",
     )
     fine = (
         "The batches come from one distribution, or the recipe that you reproduce does the same, as most code for GANs "
@@ -98,13 +106,23 @@ class BN003(Rule):
     def __init__(self) -> None:
         self._steps: dict[tuple[str, ...], MultiUpdateSteps] = {}  # by the lines of all updates of the step
         self._of_rivals = 0  # steps of an optimizer of another model, in which the layer updated
+        self._rival_sites: set[str] = set()
         self._trained = 0
+        self._round = 0  # updates since the last step of its own optimizer
+        self._most = 0  # of a round
 
     def on_step_end(self, step: StepEnd) -> None:
         """Counts a step with several updates, unless they are those of gradient accumulation or of one forward."""
         self._of_rivals += step.is_of_rival
         self._trained += bool(step.is_trained)
         updates = [one for one in step.updates if _counts(one)]
+        self._round += len(updates)
+        if step.is_of_rival and len(self._rival_sites) < _MOST_PATTERNS:
+            self._rival_sites.update([one.site for one in updates])
+        if step.is_trained:
+            self._most, self._round = max(self._most, self._round), 0
+        if len(updates) < 2:
+            return
         shared = _is_shared(updates)
         if not shared and not any([_is_extra(update, updates[:number]) for number, update in enumerate(updates)]):
             return
@@ -118,14 +136,18 @@ class BN003(Rule):
 
     def at_end(self, end: LayerEnd) -> Iterator[Evidence]:
         """Each group of lines; two updates in a single step may be a first forward that only looks at shapes."""
-        if end.has_stepped:
-            for sites, steps in self._steps.items():
-                if steps.steps >= 2 or steps.most >= 3:
-                    lines = "that line" if len(sites) == 1 else " and ".join(sites)
-                    detail = times_text(steps.most), lines, listing(sites)
-                    is_rival = self._of_rivals >= 2 and _OFTEN * self._of_rivals >= self._trained
-                    variant = "shared" if steps.inside == steps.steps else "rival" if is_rival else ""
-                    yield Evidence(self.code, end.name, sites[0], steps.steps, detail, variant)
+        is_rival = self._of_rivals >= 2 and _OFTEN * self._of_rivals >= self._trained
+        for sites, steps in self._steps.items() if end.steps else ():
+            if steps.steps < 2 and steps.most < 3:
+                continue
+            variant = "shared" if steps.inside == steps.steps else "rival" if is_rival else ""
+            lines, most = list(sites), steps.most
+            if variant == "rival":
+                lines += sorted(self._rival_sites.difference(sites))
+                most = max(most, self._most)
+            called = "that line" if len(lines) == 1 else listing(lines)
+            detail = times_text(most), called, listing(lines), end.steps
+            yield Evidence(self.code, end.name, sites[0], steps.steps, detail, variant)
 
 
 def _counts(update: Update) -> bool:
@@ -136,7 +158,7 @@ def _counts(update: Update) -> bool:
 
 def _is_shared(updates: Sequence[Update]) -> bool:
     """Whether all are of one call of the model, in which the part around the layer ran several times."""
-    return len(updates) > 1 and len({one.call for one in updates}) == 1 and len({one.parent for one in updates}) > 1
+    return len({one.call for one in updates}) == 1 and len({one.parent for one in updates}) > 1
 
 
 def _is_extra(update: Update, earlier: Sequence[Update]) -> bool:

@@ -50,6 +50,8 @@ class BN004(Rule):
 
     def on_step_end(self, step: StepEnd) -> None:
         """Counts a step in which one call of the module around the layer updated it several times."""
+        if len(step.updates) < 2:
+            return
         places = [(one.call, one.parent) for one in step.updates if one.mode.grad and not one.mode.recompute]
         self._steps += len(set(places)) < len(places)
 

@@ -15,6 +15,7 @@ class BN005(Rule):
     title = "recomputed forward"
     fix = "pass use_reentrant=False, context_fn=bnguard.recompute_frozen(model) to torch.utils.checkpoint.checkpoint"
     short_fix = "pass use_reentrant=False, context_fn=bnguard.recompute_frozen(model) to checkpoint()"
+    fix_in_library = "put bnguard.recompute_frozen(model) around your call, with use_reentrant=False in its options"
     in_run = "{g.of} made {g.updates} when activation checkpointing ran the forward again in backward"
     in_brief = "{g.where} moved {g.count} once more, {g.updates}, while a checkpoint was recomputed"
     meaning = (
@@ -45,9 +46,4 @@ class BN005(Rule):
 
     def at_end(self, end: LayerEnd) -> Iterator[Evidence]:
         """Each line from which recomputed forwards updated the layer."""
-        counts: dict[str, int] = {}
-        for update in end.updates:
-            if update.mode.recompute:
-                counts[update.site] = counts.get(update.site, 0) + update.count
-        for site, count in counts.items():
-            yield Evidence(self.code, end.name, site, count)
+        return self.by_line(end, lambda mode: mode.recompute)

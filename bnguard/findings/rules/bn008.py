@@ -57,7 +57,7 @@ class BN008(Rule):
 
     def on_evaluation(self, evaluation: Evaluation) -> None:
         """Sees a layer in eval mode while its model is in train mode and learns; a frozen layer is meant to be."""
-        module, model = evaluation
+        module, model = evaluation.module, evaluation.model
         if not self._was_alone and not module.training:
             self._was_alone = (
                 model is not None

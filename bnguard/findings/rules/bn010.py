@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from bnguard.findings.events import AuditedModel, LayerEnd, Update
 from bnguard.findings.rule import Evidence, Rule
-from bnguard.layers.bits import has_values, is_valueless, same_bits
+from bnguard.findings.soundness import have_moved
+from bnguard.layers.bits import has_values, is_valueless
 from bnguard.torch_internals.tracing import outside_modes
 from bnguard.torch_internals.transforms import below_transforms, unwrapped_tensor
 from bnguard.words import listing
@@ -65,13 +66,12 @@ class BN010(Rule):
 
     def at_end(self, end: LayerEnd) -> Iterator[Evidence]:
         """The parameters of an optimizer that are frozen and have other bits than their copies."""
-        moved = []
-        for name, (before, now) in self._before.items():
-            if now.requires_grad or id(now) not in end.optimized:
-                continue
-            if not (has_values(now) and now.device == before.device and same_bits(before, unwrapped_tensor(now))):
-                moved.append(name)
-        if moved and end.has_stepped:
+        moved = [
+            name
+            for name, (before, now) in self._before.items()
+            if not now.requires_grad and id(now) in end.optimized and have_moved({name: before}, {name: now})
+        ]
+        if moved and end.steps:
             yield Evidence(self.code, end.name, detail=listing(moved))
 
     @classmethod

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from bnguard.findings.events import AuditedModel, LayerEnd
 from bnguard.findings.rule import Evidence, Rule
 from bnguard.findings.soundness import has_broken, statistics_of_layer
+from bnguard.words import listing
 
 
 class BN012(Rule):
@@ -17,7 +18,7 @@ class BN012(Rule):
     severity = "error"
     fix = "restore a checkpoint from before, or call reset_running_stats() and torch.optim.swa_utils.update_bn()"
     short_fix = "restore a checkpoint from before"
-    in_run = "{g.of} {g.have} NaN, infinite or negative statistics, and had {g.detail} at the beginning"
+    in_run = "{g.of} {g.have} NaN, infinite or negative statistics, {g.detail}"
     in_brief = in_audit = "{g.of} {g.have} NaN, infinite or negative statistics"
     meaning = "Running statistics are NaN or infinite, or a variance is negative."
     harm = (
@@ -42,9 +43,19 @@ class BN012(Rule):
     fine = "The model is thrown away, as in a test of what a bad batch does."
 
     def at_end(self, end: LayerEnd) -> Iterator[Evidence]:
-        """Whether the statistics are broken now, and were at the beginning."""
-        if has_broken(end.now):
-            yield Evidence(self.code, end.name, detail="them" if has_broken(end.before) else "none")
+        """Whether the statistics are broken now, since when, and which lines updated them at that time."""
+        if not has_broken(end.now):
+            return
+        were_broken = has_broken(end.before)
+        if end.broken is None or were_broken:
+            yield Evidence(self.code, end.name, detail=f"and had {'them' if were_broken else 'none'} at the beginning")
+            return
+        sound, broken = end.broken
+        between = [one.site for one in end.updates if one.first_step < max(broken, 1) and one.last_step >= sound]
+        lines = list(dict.fromkeys(between))
+        by = listing(lines) if lines else "no forward that was seen"
+        detail = f"which were sound at optimizer step {sound} and broken at step {broken}: {by} updated them in between"
+        yield Evidence(self.code, end.name, lines[0] if len(lines) == 1 else None, detail=detail)
 
     @classmethod
     def audit(cls, audited: AuditedModel) -> Iterator[Evidence]:

@@ -45,7 +45,7 @@ class BN014(Rule):
         model(torch.randn(16, 4))
     """
     remedies = (
-        "Call torch.optim.swa_utils.update_bn(loader, model) before the evaluation.",
+        "Call bnguard.recalibrate(model, loader) before the evaluation.",
         "Or load pretrained statistics before the guard begins.",
     )
     fine = "The data are known to have mean 0 and variance 1 at this layer."
@@ -71,7 +71,7 @@ class BN014(Rule):
         """A layer that a guard has kept from learning, and that was evaluated all the same."""
         if not end.evaluations or end.updates or not is_initial(end.now):
             return
-        if end.has_stepped and self._held:
+        if end.steps and self._held:
             yield Evidence(self.code, end.name, None, self._held)
         elif end.is_loaded or (not end.is_trained and are_learned(end.parameters_now)):
             yield Evidence(self.code, end.name, None, end.evaluations, None, "left behind")

@@ -66,7 +66,7 @@ class BN016(Rule):
 
     def at_end(self, end: LayerEnd) -> Iterator[Evidence]:
         """A layer of an average, a client or a target net; what was never learned is BN014."""
-        if not end.has_stepped or end.is_trained or end.updates or end.evaluations < 2:
+        if not end.steps or end.is_trained or end.updates or end.evaluations < 2:
             return
         has_followed = have_moved(end.before, end.now) or is_initial(end.now)
         if not has_followed and have_moved(end.parameters_before, end.parameters_now):

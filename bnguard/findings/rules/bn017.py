@@ -49,9 +49,4 @@ class BN017(Rule):
 
     def at_end(self, end: LayerEnd) -> Iterator[Evidence]:
         """Each line that did so."""
-        counts: dict[str, int] = {}
-        for site in end.updates:
-            if not (site.mode.training or site.mode.recompute or site.mode.calibration):
-                counts[site.site] = counts.get(site.site, 0) + site.count
-        for where, count in counts.items():
-            yield Evidence(self.code, end.name, where, count)
+        return self.by_line(end, lambda mode: not (mode.training or mode.recompute or mode.calibration))

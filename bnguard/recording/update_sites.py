@@ -1,0 +1,73 @@
+"""Add an update to those of its line and mode, and see whether anything is learned from its result."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Final
+
+from torch import Tensor
+
+from bnguard.findings.events import Update, UpdateSite
+from bnguard.records import FEW_VALUES, StatsUpdates
+
+_MOST_MOMENTA: Final = 4
+_MOST_COMPUTED: Final = 256  # operations between a parameter and that of a clone
+
+
+def count_update(site: UpdateSite, input: Tensor | None, step: int, momentum: Any) -> None:
+    """Counts one update, by a forward of a layer with this momentum."""
+    site.count += 1
+    site.last_step = step
+    if len(site.momenta) < _MOST_MOMENTA and not isinstance(momentum, Tensor):
+        site.momenta.add(momentum)
+    if input is not None and input.dim() > 1:
+        values = input.numel() // max(1, input.shape[1])
+        if site.fewest_values is None or values < site.fewest_values:
+            site.fewest_values = values
+        if values < FEW_VALUES:
+            site.small_batches += 1
+
+
+def watch_result(output: Any, update: Update) -> None:
+    """Has an update learn whether a backward pass goes through the result of its forward."""
+    if not isinstance(output, Tensor):
+        return
+    # An operation in place gives a view another function, and leaves that of its base in the graph.
+    node = output.grad_fn if output._base is None else output._base.grad_fn
+    if node is None:
+        return
+    update.has_learned = False
+    site = update.of
+    site.results += 1
+
+    def reached(_: Any) -> None:
+        if not update.has_learned:
+            update.has_learned = True
+            if not update.is_undone:
+                site.learned += 1
+
+    node.register_prehook(reached)
+
+
+def joined(one: StatsUpdates, other: StatsUpdates) -> StatsUpdates:
+    """Two records that differ only in what a rule asks."""
+    values = [record.fewest_values for record in (one, other) if record.fewest_values is not None]
+    return replace(
+        one,
+        count=one.count + other.count,
+        first_step=min(one.first_step, other.first_step),
+        last_step=max(one.last_step, other.last_step),
+        fewest_values=min(values, default=None),
+        small_batches=one.small_batches + other.small_batches,
+    )
+
+
+def leaf_of(parameter: Tensor) -> Tensor:
+    """The parameter from which another one was computed, as those of a clone in meta-learning are; else itself."""
+    node: Any = parameter.grad_fn
+    for _ in range(_MOST_COMPUTED):
+        if node is None or hasattr(node, "variable"):
+            break
+        node = next((function for function, _ in node.next_functions if function is not None), None)
+    leaf: Tensor = getattr(node, "variable", parameter)
+    return leaf
