@@ -35,8 +35,9 @@ def updates_picture(series: UpdateSeries) -> Picture:
     have = "has" if groups[busiest] == 1 else "have"
     of = first_of([series.lines[line] for line in busiest], 2)
     median = float(rates[:, list(busiest)].sum(dim=1).median())
+    updates = "1 update" if median == 1 else f"{median:.3g} updates"
     most = "" if median == highest[busiest] else f" (the median), and up to {highest[busiest]:.3g}"
-    what = f"{count_text(groups[busiest], 'layer')} {have} {median:.3g} updates per optimizer step{most}"
+    what = f"{count_text(groups[busiest], 'layer')} {have} {updates} per optimizer step{most}"
     more = [f"and {count_text(len(order) - len(shown), 'line')} with fewer updates"] * (len(order) > len(shown))
     more += [f"and {count_text(len(groups) - len(panels), 'group')} of layers"] * (len(groups) > len(panels))
     height = 0.8 + 2.4 * len(panels) + 0.2 * (len(shown) + bool(more))

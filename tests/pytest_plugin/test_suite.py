@@ -146,7 +146,6 @@ def test_it(make_layer, mode, inside):
     del net, layer
     del seen
     gc.enable()
-    gc.collect()
     assert [reference() for reference in gone] == [None] * 3
 """
     result = suite.run(source, switch, "-W", "error", "-W", "ignore::pytest.PytestAssertRewriteWarning", passed=12)

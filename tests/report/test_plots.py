@@ -173,7 +173,8 @@ def test_lines_that_update_the_same_layers_lie_on_top_of_each_other():
     assert max(drawn_bands[-1][2]) == 4
     assert axes.get_title(loc="right") == "2 layers"
     median = float(series.rates.sum(dim=1).median())
-    text = f"2 layers have {median:.3g} updates per optimizer step (the median), and up to 4, from "
+    rate = "1 update" if median == 1 else f"{median:.3g} updates"
+    text = f"2 layers have {rate} per optimizer step (the median), and up to 4, from "
     assert updates.description.startswith(text)
     assert_everything_fits(figure)
 
