@@ -110,6 +110,37 @@ def _evaluated() -> Case:
     return Case(net, step)
 
 
+def _usual(on_change: Any, **options: Any) -> Callable[[], Case]:
+    """Torch's own layers alone, and blocks before: these begin and end in few functions."""
+
+    def make() -> Case:
+        net = nn.Sequential(nn.BatchNorm1d(6), nn.BatchNorm1d(6))
+        for parameter in net.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        net.train(on_change == "restore")
+        kept = bnguard.frozen(net, on_change, **options) if random.random() < 0.7 else None
+
+        def forwards(model: nn.Module) -> None:
+            for _ in range(12):  # a block of half a millisecond, in which the places of Python's own are rare
+                model(IMAGES)
+
+        run = bnguard.strict(on_change=on_change, **options)(forwards)
+        is_strict = kept is None and random.random() < 0.5
+
+        def step() -> None:
+            if is_strict:
+                run(net)
+                return
+            with kept or bnguard.frozen(net, on_change, **options):
+                forwards(net)
+
+        for _ in range(random.randrange(1, 4)):
+            step()
+        return Case(net, step, guards=[] if kept is None else [kept])
+
+    return make
+
+
 def _nested() -> Case:
     net = make_net()
 
@@ -202,6 +233,9 @@ CASES: Final[dict[str, Callable[[], Case]]] = {
     "running": _frozen("raise", use_running_stats=True),
     "affine": _frozen("restore", affine=True),
     "budget": _frozen("restore", updates=1),
+    "usual raise": _usual("raise"),
+    "usual restore": _usual("restore"),
+    "usual running": _usual("restore", use_running_stats=True),
     "nested": _nested,
     "strict": _strict,
     "watch": _watch,
