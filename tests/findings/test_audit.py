@@ -36,7 +36,7 @@ def test_bn001_frozen_in_train_mode():
     assert finding.layers == ("1", "2")
     assert finding.where is None
     assert finding.what == (
-        "2 layers (1, 2) are in train mode although no parameter of theirs is trained: statistics will move"
+        "2 layers (1, 2) are in train mode although none of their parameters is trained: statistics will move"
     )
 
 

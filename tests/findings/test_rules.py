@@ -83,7 +83,7 @@ def test_bn001_frozen_backbone_that_moves():
     finding = found(lambda: run(False))["BN001"]
     assert finding.layers == ("0.1", "0.4")
     assert finding.where == line_in(train, "F.cross_entropy(net(images)")
-    assert finding.what == "2 layers (0.1, 0.4) made 3 updates each although no parameter of theirs is trained"
+    assert finding.what == "2 layers (0.1, 0.4) made 3 updates each although none of their parameters is trained"
     assert "frozen(model, use_running_stats=True)" in finding.fix
     assert found(lambda: run(True)) == {}
 

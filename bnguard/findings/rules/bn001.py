@@ -28,9 +28,9 @@ class BN001(Rule):
         " the training, or call eval() on these layers after each train()"
     )
     short_fix = "use frozen(model, use_running_stats=True)"
-    in_run = "{g.of} made {g.updates} although no parameter of theirs is trained"
+    in_run = "{g.of} made {g.updates} although none of their parameters is trained"
     in_brief = "{g.where} moved {g.count}, {g.updates}, whose parameters are frozen"
-    in_audit = "{g.of} {g.be} in train mode although no parameter of theirs is trained: statistics will move"
+    in_audit = "{g.of} {g.be} in train mode although none of their parameters is trained: statistics will move"
     meaning = (
         "The parameters of a layer are frozen with requires_grad_(False), and forwards in train mode update its "
         "running statistics all the same."
