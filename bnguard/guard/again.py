@@ -120,14 +120,14 @@ class Again:
 
     def check_anew(self) -> ExitCheck | None:
         """The comparison with the statistics of now; None if they are not usual ones."""
-        if self._check is None:
-            check = ExitCheck(self._layers, self._settings)
-            self._check = check if check.has_usual_copy() else None
-            return self._check
         try:
-            self._check.renew(UsualCopy(self._columns))
+            copy = UsualCopy(self._columns)
         except (ValueError, RuntimeError):
             return None
+        if self._check is None:
+            self._check = ExitCheck.of_usual(self._layers, self._settings, self._columns, copy)
+        else:
+            self._check.renew(copy)
         return self._check
 
     def is_quiet(self) -> bool:

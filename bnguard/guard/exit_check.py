@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Final
+from typing import Final, Self
 
 from torch import Tensor, nn
 
@@ -92,9 +92,26 @@ class ExitCheck:
             if self.parameters.without_values():
                 refuse_unreadable(layers, phrases, "_parameters")
 
-    def has_usual_copy(self) -> bool:
-        """Whether there is nothing but the statistics of torch's own BatchNorm layers on the CPU."""
-        return self.parameters is None and not self._pairs and not self.broadcast and self.statistics.has_usual_copy()
+    @classmethod
+    def of_usual(
+        cls, layers: Sequence[StatsLayer], settings: Settings, columns: list[list[Tensor]], copy: UsualCopy
+    ) -> Self | None:
+        """The comparison of a block that holds torch's own BatchNorm layers and nothing else; None if it takes more.
+
+        Args:
+            layers: The layers.
+            settings: The options of the block, without ``affine`` and ``updates``.
+            columns: The means, variances and numbers of batches of the layers.
+            copy: The copy of these.
+        """
+        statistics = Snapshot.of_usual([layer.module for layer in layers], columns, copy)
+        if statistics is None:
+            return None
+        check = cls.__new__(cls)
+        check._layers, check._policy, check._budget = layers, settings.policy, 0
+        check._lock, check._is_intact, check._pairs, check.broadcast = RLock(), False, {}, {}
+        check.statistics, check.parameters = statistics, None
+        return check
 
     def renew(self, copy: UsualCopy) -> None:
         """Takes another copy of the same statistics to compare with."""

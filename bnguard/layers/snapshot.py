@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter, is_
-from typing import Final
+from typing import Final, Self
 
 import torch
 from torch import Tensor, nn
@@ -93,9 +93,23 @@ class Snapshot:
             values = {key: tensor.detach().clone() for key, tensor in odd.items()}
             self._saved_by_id = {**self._index(), **dict.fromkeys(self._odd), **values}
 
-    def has_usual_copy(self) -> bool:
-        """Whether all of it is one ``UsualCopy``."""
-        return type(self._copies[0]) is UsualCopy and not self._transient
+    @classmethod
+    def of_usual(cls, modules: Sequence[nn.Module], columns: list[list[Tensor]], copy: UsualCopy) -> Self | None:
+        """A snapshot of torch's own BatchNorm layers, of which the copy has been taken; None if it takes more.
+
+        Args:
+            modules: The layers.
+            columns: Their means, variances and numbers of batches.
+            copy: The copy of these.
+        """
+        if any(map(_TRANSIENT, modules)):
+            return None
+        snapshot = cls.__new__(cls)
+        snapshot.modules, snapshot._names, snapshot._table = modules, [_USUAL] * len(modules), "_buffers"
+        snapshot._groups, snapshot._columns, snapshot._copies = {_USUAL: range(len(modules))}, columns, (copy,)
+        snapshot._places = snapshot._pointers = snapshot._saved_by_id = None
+        snapshot._transient, snapshot._odd = {}, {}
+        return snapshot
 
     def renew(self, copies: Sequence[UsualCopy]) -> None:
         """Replaces the copies with others of the same tensors."""
