@@ -401,3 +401,27 @@ def test_a_guard_keeps_no_copies_between_its_blocks() -> None:
             pass
     copies = [one for one in gc.get_objects() if type(one) is Tensor and one.numel() == 8192]
     assert copies == []
+
+
+def test_a_forward_replaced_on_the_class_between_blocks_is_noticed() -> None:
+    """The next block treats the layer as a new guard would: as one with a forward of its own."""
+
+    class Changing(nn.BatchNorm1d):
+        """Gets another forward later."""
+
+    net = nn.Sequential(Changing(6))
+    guard = bnguard.frozen(net, "restore")
+    for _ in range(3):
+        with guard:
+            net(torch.ones(4, 6))
+
+    def forward(self: Any, input: Tensor) -> Tensor:
+        self.running_mean.add_(1)
+        return input * 2
+
+    Changing.forward = forward  # type: ignore[method-assign,assignment]
+    before = state_of(net)
+    with guard:
+        output = net(torch.ones(4, 6))
+    assert_same_bits(output, torch.full((4, 6), 2.0))
+    assert_same_bits(state_of(net), before)
