@@ -286,7 +286,10 @@ class Block:
         if not again.begin():
             self._entry = None
             return False
-        self._check = again.check_anew() or ExitCheck(self._layers, self._settings)
+        self._check = again.check_anew()
+        if self._check is None:  # converted in place since: again has nothing to compare with
+            self._again = None
+            self._check = ExitCheck(self._layers, self._settings)
         return True
 
     def _keep(self, again: Again) -> None:

@@ -403,6 +403,38 @@ def test_a_guard_keeps_no_copies_between_its_blocks() -> None:
     assert copies == []
 
 
+def _convert_in_place(layer: nn.BatchNorm1d) -> None:
+    assert layer.running_mean is not None
+    layer.running_mean.data = layer.running_mean.data.double()
+
+
+def _require_grad(layer: nn.BatchNorm1d) -> None:
+    assert layer.running_mean is not None
+    layer.running_mean.requires_grad_()
+
+
+@pytest.mark.parametrize("change", [_convert_in_place, _require_grad], ids=lambda change: change.__name__.strip("_"))
+@pytest.mark.parametrize("policy", ["raise", "restore", "running"])
+def test_statistics_changed_in_place_between_blocks_are_still_compared(
+    policy: str, change: Callable[[nn.BatchNorm1d], None], taken: list[bool]
+) -> None:
+    """Where the short way cannot copy them, the long way does, and finds what is written to them."""
+    net = nn.Sequential(nn.BatchNorm1d(6), nn.BatchNorm1d(6))
+    guard = bnguard.frozen(net, **POLICIES[policy])
+    for _ in range(3):
+        with guard:
+            pass
+    change(_first_norm(net))
+    before = state_of(net)
+    for _ in range(2):
+        with told() as said, guard:
+            _write(net, random.Random(0))
+        assert "running_var" in (said.error or said.warnings[0])
+        assert_same_bits(state_of(net), before)
+        assert_clean(net)
+    assert any(taken)
+
+
 def test_a_forward_replaced_on_the_class_between_blocks_is_noticed() -> None:
     """The next block treats the layer as a new guard would: as one with a forward of its own."""
 
