@@ -15,7 +15,7 @@ that began in it goes on, which the number of references to its entry tells.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import is_, itemgetter
+from operator import attrgetter, is_, itemgetter
 from sys import getrefcount
 from types import MethodType
 from typing import Any, Final
@@ -39,6 +39,7 @@ from bnguard.torch_internals.tracing import is_calm
 _COLUMNS: Final = tuple(map(itemgetter, ("running_mean", "running_var", "num_batches_tracked")))
 _PUT: Final = ("forward", "_replicate_for_data_parallel", "__getstate__", MARK)
 _TABLE: Final = itemgetter("_buffers")
+_ATTRIBUTES: Final = attrgetter("__dict__")
 
 
 class Again:
@@ -54,7 +55,17 @@ class Again:
         entry: What the block wants of its layers.
     """
 
-    __slots__ = ("_attributes", "_check", "_columns", "_guards", "_has_forward", "_ruling", "_tree", "entry")
+    __slots__ = (
+        "_attributes",
+        "_check",
+        "_columns",
+        "_guards",
+        "_has_forward",
+        "_modules",
+        "_ruling",
+        "_tree",
+        "entry",
+    )
 
     def __init__(self, tree: Tree, entry: PolicyEntry, layer_guards: Sequence[LayerGuard], check: ExitCheck) -> None:
         self._tree = tree
@@ -62,7 +73,8 @@ class Again:
         self._check = check
         self._ruling = layer_guards[0].ruling
         self._has_forward = self._ruling.needs_forward
-        self._attributes: list[dict[str, Any]] = [guard.module.__dict__ for guard in layer_guards]
+        self._modules: list[Any] = [guard.module for guard in layer_guards]
+        self._attributes: list[dict[str, Any]] = list(map(_ATTRIBUTES, self._modules))
         self._columns = self._current_columns()
         self.entry = entry
 
@@ -72,6 +84,7 @@ class Again:
         if getrefcount(self.entry) != _REFERENCES + in_ruling or getrefcount(self._ruling) != _REFERENCES:
             return False
         self.entry.block = self.entry.manager = None
+        self._check.forget()  # a guard that is kept for later keeps no copies
         return True
 
     def is_ready(self) -> bool:
@@ -153,9 +166,10 @@ class Again:
             for guard in self._guards:
                 if guard.is_hook_elsewhere:
                     guard.sync(Rulings())
-        self._check.forget()
 
     def _has_same_statistics(self) -> bool:
+        if not all(map(is_, map(_ATTRIBUTES, self._modules), self._attributes)):
+            return False  # the user has replaced the dictionary of a layer, to which the rest refers
         tables = list(map(_TABLE, self._attributes))
         try:
             for column, known in zip(_COLUMNS, self._columns, strict=True):
