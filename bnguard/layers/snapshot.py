@@ -95,7 +95,7 @@ class Snapshot:
 
     def has_usual_copy(self) -> bool:
         """Whether all of it is one ``UsualCopy``."""
-        return type(self._copies[0]) is UsualCopy and not self._transient
+        return [type(copy) for copy in self._copies] == [UsualCopy] and not self._transient
 
     def renew(self, copies: Sequence[UsualCopy]) -> None:
         """Replaces the copies with others of the same tensors."""

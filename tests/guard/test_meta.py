@@ -58,6 +58,18 @@ def test_model_on_the_meta_device_runs_as_unguarded(kind: str, guard: str) -> No
     assert_clean(net)
 
 
+@EVERY_GUARD
+@EVERY_LAYER
+def test_guard_of_a_model_on_the_meta_device_is_used_again(kind: str, guard: str) -> None:
+    """The second and third block of a guard are like the first."""
+    net = make_net(kind, "meta").eval()
+    block = bnguard.frozen(net, **GUARDS[guard])
+    for _ in range(4):
+        with block:
+            assert net(images().to("meta")).is_meta
+        assert_clean(net)
+
+
 @EVERY_LAYER
 def test_second_update_on_the_meta_device_is_counted(kind: str) -> None:
     """``updates=1`` counts forwards that it can predict; of the others nothing can be told there."""
