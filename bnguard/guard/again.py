@@ -15,7 +15,7 @@ no forward that began in it goes on, which the number of references to its entry
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import is_, itemgetter
+from operator import attrgetter, is_, itemgetter
 from sys import getrefcount
 from types import MethodType
 from typing import Any, Final
@@ -41,6 +41,7 @@ _NAMES: Final = ("running_mean", "running_var", "num_batches_tracked")
 _COLUMNS: Final = tuple(map(itemgetter, _NAMES))
 _PUT: Final = ("forward", "_replicate_for_data_parallel", "__getstate__", MARK)
 _TABLE: Final = itemgetter("_buffers")
+_ATTRIBUTES: Final = attrgetter("__dict__")
 
 
 class Again:
@@ -57,7 +58,9 @@ class Again:
         guards: The guards of the layers.
     """
 
-    __slots__ = ("_attributes", "_check", "_columns", "_layers", "_ruling", "_settings", "_tree", "entry", "guards")
+    __slots__ = (
+        "_attributes", "_check", "_columns", "_layers", "_modules", "_ruling", "_settings", "_tree", "entry", "guards",
+    )  # fmt: skip
 
     def __init__(self, tree: Tree, layers: Sequence[StatsLayer], settings: Settings, counts: Counts) -> None:
         self._tree = tree
@@ -65,7 +68,8 @@ class Again:
         self._settings = settings
         self.entry = entry = PolicyEntry(None, settings.policy, 0, counts)
         self._ruling = Ruling((entry,))
-        self._attributes: list[dict[str, Any]] = [layer.module.__dict__ for layer in layers]
+        self._modules: list[Any] = [layer.module for layer in layers]
+        self._attributes: list[dict[str, Any]] = list(map(_ATTRIBUTES, self._modules))
         tables = list(map(_TABLE, self._attributes))
         self._columns: list[list[Tensor]] = [list(map(column, tables)) for column in _COLUMNS]
         self.guards = list(map(LayerGuard, layers, zip(*self._columns, strict=True)))
@@ -77,6 +81,8 @@ class Again:
         if getrefcount(self.entry) != _REFERENCES + in_ruling or getrefcount(self._ruling) != _REFERENCES:
             return False
         self.entry.block = self.entry.manager = None
+        if self._check is not None:
+            self._check.forget()  # a guard that is kept for later keeps no copies
         return True
 
     def is_ready(self) -> bool:
@@ -165,10 +171,10 @@ class Again:
             for guard in self.guards:
                 if guard.is_hook_elsewhere:
                     guard.sync(Rulings())
-        if self._check is not None:
-            self._check.forget()
 
     def _has_same_statistics(self) -> bool:
+        if not all(map(is_, map(_ATTRIBUTES, self._modules), self._attributes)):
+            return False  # the user has replaced the dictionary of a layer, to which the rest refers
         tables = list(map(_TABLE, self._attributes))
         try:
             for column, known in zip(_COLUMNS, self._columns, strict=True):

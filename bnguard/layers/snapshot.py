@@ -174,7 +174,7 @@ class Snapshot:
         return {
             name: value
             for name, original in zip(self._names[owner], self.objects_of(owner), strict=True)
-            if (value := index[id(original)]) is not None
+            if (value := index.get(id(original))) is not None  # not there: another thread has ended the block
         }
 
     @outside_modes

@@ -11,6 +11,7 @@ from torch import nn
 from bnguard.layers.kinds import StatsLayer, refuse_misregistered, registered_rules, statistics_of
 from bnguard.torch_internals.wrappers import WRAPPERS
 
+_FORWARD: Final = attrgetter("forward")
 _BUFFERS: Final = attrgetter("_buffers")
 _MODULES: Final = attrgetter("_modules")
 
@@ -38,6 +39,7 @@ class Tree:
         "_buffer_counts",
         "_buffer_tables",
         "_can_stay",
+        "_forwards",
         "_missing",
         "_module_tables",
         "_modules",
@@ -60,6 +62,7 @@ class Tree:
         # False: a layer without a forward may get one, and a ScriptModule makes new dictionaries at each access.
         self._can_stay = not any([layer.kind.hold == "none" for layer in self.layers])
         self._types = [type(layer.module) for layer in self.layers]
+        self._forwards = list(map(_FORWARD, self._types))
         self._buffer_tables: list[Any] = list(map(_BUFFERS, self._modules))
         self._buffer_counts = list(map(len, self._buffer_tables))
         # Registered as None: a layer that does not track yet.
@@ -97,6 +100,9 @@ class Tree:
         ):
             return False
         if any([table.get(name) is not None for table, name in self._missing]):
+            return False
+        # Somebody may have replaced the forward of a class.
+        if not all(map(is_, map(_FORWARD, self._types), self._forwards)):
             return False
         for layer, cls in zip(self.layers, self._types, strict=True):
             module = layer.module

@@ -206,6 +206,11 @@ def _stop_others(net: nn.Module, random_: random.Random) -> None:
         guard.stop()
 
 
+def _new_dictionary(net: nn.Module, random_: random.Random) -> None:
+    layer = _first_norm(net)
+    layer.__dict__ = dict(layer.__dict__)
+
+
 def _without_tracking(net: nn.Module, random_: random.Random) -> None:
     _first_norm(net).track_running_stats = not _first_norm(net).track_running_stats
 
@@ -232,7 +237,7 @@ ERRORS = (AttributeError, KeyError, RuntimeError, TypeError, ValueError, bnguard
 EVENTS: list[Callable[[nn.Module, random.Random], Any]] = [
     _in_mode(True), _in_mode(False), _replace_buffer, _write, _replace_data, _count, _load, _under_inference, _refused,
     _copied, _clone, _running_clone, _fail, _to_double, _add_layer, _add_counting, _add_own_forward, _remove_layer,
-    _add_hook, _patch_forward, _other_class, _new_buffer,
+    _add_hook, _patch_forward, _other_class, _new_buffer, _new_dictionary,
     _guard_of_another, _stop_others, _without_tracking, _caught, _halve, _no_statistics,
 ]  # fmt: skip
 
@@ -455,12 +460,87 @@ def test_a_guarded_model_is_freed_with_its_last_reference(blocks: int) -> None:
         gc.enable()
 
 
-def test_a_guard_keeps_no_copies_between_its_blocks() -> None:
-    """A guard that is kept for later costs no memory for statistics."""
+@pytest.mark.parametrize("blocks", [1, 2, 4])
+def test_a_guard_keeps_no_copies_between_its_blocks(blocks: int) -> None:
+    """A guard that is kept for later costs no memory for statistics, whichever way its last block went."""
     net = nn.Sequential(nn.BatchNorm1d(4096))
     guard = bnguard.frozen(net, "restore")
-    for _ in range(4):
+    for _ in range(blocks):
         with guard:
             pass
     copies = [one for one in gc.get_objects() if type(one) is Tensor and one.numel() == 8192]
     assert copies == []
+
+
+def _convert_in_place(layer: nn.BatchNorm1d) -> None:
+    assert layer.running_mean is not None
+    layer.running_mean.data = layer.running_mean.data.double()
+
+
+def _require_grad(layer: nn.BatchNorm1d) -> None:
+    assert layer.running_mean is not None
+    layer.running_mean.requires_grad_()
+
+
+@pytest.mark.parametrize("change", [_convert_in_place, _require_grad], ids=lambda change: change.__name__.strip("_"))
+@pytest.mark.parametrize("policy", ["raise", "restore", "running"])
+def test_statistics_changed_in_place_between_blocks_are_still_compared(
+    policy: str, change: Callable[[nn.BatchNorm1d], None], taken: list[bool]
+) -> None:
+    """Where the short way cannot copy them, the long way does, and finds what is written to them."""
+    net = nn.Sequential(nn.BatchNorm1d(6), nn.BatchNorm1d(6))
+    guard = bnguard.frozen(net, **POLICIES[policy])
+    for _ in range(3):
+        with guard:
+            pass
+    change(_first_norm(net))
+    before = state_of(net)
+    for _ in range(2):
+        with told() as said, guard:
+            _write(net, random.Random(0))
+        assert "running_var" in (said.error or said.warnings[0])
+        assert_same_bits(state_of(net), before)
+        assert_clean(net)
+    assert any(taken)
+
+
+def test_a_layer_whose_dictionary_was_replaced_between_blocks_is_still_held(taken: list[bool]) -> None:
+    """The short way writes to the dictionary that the layer has now, or is not taken."""
+    net = nn.Sequential(nn.BatchNorm1d(6))
+    guard = bnguard.frozen(net, use_running_stats=True)
+    for _ in range(3):
+        with guard:
+            pass
+    _new_dictionary(net, random.Random(0))
+    before, batch = state_of(net), _batch(random.Random(0))
+    expected = net.eval()(batch)
+    with guard:
+        output = net.train()(batch)
+    assert_same_bits(output, expected)
+    assert_same_bits(state_of(net), before)
+    assert_clean(net)
+    assert any(taken)
+
+
+def test_a_forward_replaced_on_the_class_between_blocks_is_noticed() -> None:
+    """The next block treats the layer as a new guard would: as one with a forward of its own."""
+
+    class Changing(nn.BatchNorm1d):
+        """Gets another forward later."""
+
+    net = nn.Sequential(Changing(6))
+    guard = bnguard.frozen(net, "restore")
+    for _ in range(3):
+        with guard:
+            net(torch.ones(4, 6))
+
+    def forward(self: Any, input: Tensor) -> Tensor:
+        self.running_mean.add_(1)
+        return input * 2
+
+    Changing.forward = forward  # type: ignore[method-assign,assignment]
+    before = state_of(net)
+    with guard:
+        output = net(torch.ones(4, 6))
+    assert_same_bits(output, torch.full((4, 6), 2.0))
+    assert_same_bits(state_of(net), before)

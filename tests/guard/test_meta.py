@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from typing import Any
 
 import pytest
@@ -56,6 +57,18 @@ def test_model_on_the_meta_device_runs_as_unguarded(kind: str, guard: str) -> No
     assert {layer.protection.partition("; ")[2] for layer in block.layers} == {VALUELESS}
     assert all(tensor is objects[name] for name, tensor in statistics(net).items())
     assert_clean(net)
+
+
+@EVERY_GUARD
+@EVERY_LAYER
+def test_guard_of_a_model_on_the_meta_device_is_used_again(kind: str, guard: str) -> None:
+    """The second and third block of a guard are like the first."""
+    net = make_net(kind, "meta").eval()
+    block = bnguard.frozen(net, **GUARDS[guard])
+    for _ in range(4):
+        with block:
+            assert net(images().to("meta")).is_meta
+        assert_clean(net)
 
 
 @EVERY_LAYER
@@ -134,6 +147,24 @@ def test_fake_model_runs_as_unguarded(kind: str, guard: str) -> None:
     assert len(said.warnings) == (guard == "warn" and kind in PREDICTED)
     assert block.layers[0].protection.endswith(VALUELESS)
     assert_clean(net)
+
+
+@EVERY_GUARD
+def test_block_on_a_fake_model_makes_torch_warn_of_nothing(guard: str) -> None:
+    """Torch warns, once a process as a rule, where the pointer of a fake tensor is asked for."""
+    was_always = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    try:
+        with FakeTensorMode(), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            net = nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2)).eval()
+            block = bnguard.frozen(net, **GUARDS[guard])
+            for _ in range(3):
+                with block:
+                    net(torch.empty(4, 2, 5, 5))
+    finally:
+        torch.set_warn_always(was_always)
+    assert [str(warning.message) for warning in caught] == []
 
 
 @EVERY_GUARD
