@@ -62,7 +62,7 @@ class Tree:
         # False: a layer without a forward may get one, and a ScriptModule makes new dictionaries at each access.
         self._can_stay = not any([layer.kind.hold == "none" for layer in self.layers])
         self._types = [type(layer.module) for layer in self.layers]
-        self._forwards = list(map(_FORWARD, self._types))
+        self._forwards = list(map(_FORWARD, self._types)) if self._can_stay else []  # a ScriptModule has none
         self._buffer_tables: list[Any] = list(map(_BUFFERS, self._modules))
         self._buffer_counts = list(map(len, self._buffer_tables))
         # Registered as None: a layer that does not track yet.
