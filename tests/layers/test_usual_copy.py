@@ -90,7 +90,7 @@ def test_both_copies_find_and_put_back_the_same(
         lambda layer: layer.num_batches_tracked.resize_(1),
         lambda layer: setattr(layer, "num_batches_tracked", layer.num_batches_tracked.float()),
         lambda layer: setattr(layer, "running_mean", layer.running_mean[:, None]),
-        lambda layer: setattr(layer, "running_mean", nn.Buffer(layer.running_mean.to_sparse())),
+        lambda layer: setattr(layer, "running_mean", layer.running_mean.to_sparse()),
         lambda layer: setattr(layer, "running_mean", layer.running_mean.double()),
         lambda layer: layer.running_mean.untyped_storage().resize_(0),
         lambda layer: setattr(layer, "running_mean", layer.running_mean.as_subclass(type("Odd", (Tensor,), {}))),
