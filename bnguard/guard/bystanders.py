@@ -15,6 +15,7 @@ from torch import nn
 from bnguard.errors import BNGuardWarning
 from bnguard.guard.hold import guards
 from bnguard.guard.phrases import Phrases
+from bnguard.layers.bits import is_valueless
 from bnguard.layers.by_identity import ByIdentity
 from bnguard.layers.kinds import StatsLayer, statistics_of
 from bnguard.layers.search import named_modules_beside
@@ -105,8 +106,9 @@ def _references(owner: Any, models: Sequence[nn.Module]) -> Iterable[tuple[str, 
 def _places_of(tensor: Any) -> tuple[int, ...]:
     """What tells that another tensor, or another object for it, has the same values."""
     try:
-        return id(tensor), -tensor.data_ptr() or id(tensor)
-    except (RuntimeError, ValueError):  # it has no memory, or none yet
+        # torch warns of the pointer of a fake tensor.
+        return (id(tensor),) if is_valueless(tensor) else (id(tensor), -tensor.data_ptr() or id(tensor))
+    except (RuntimeError, ValueError):  # it has no memory
         return (id(tensor),)
 
 

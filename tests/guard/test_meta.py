@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from typing import Any
 
 import pytest
@@ -146,6 +147,24 @@ def test_fake_model_runs_as_unguarded(kind: str, guard: str) -> None:
     assert len(said.warnings) == (guard == "warn" and kind in PREDICTED)
     assert block.layers[0].protection.endswith(VALUELESS)
     assert_clean(net)
+
+
+@EVERY_GUARD
+def test_block_on_a_fake_model_makes_torch_warn_of_nothing(guard: str) -> None:
+    """Asking for its pointer makes torch warn, as a rule once a process."""
+    was_always = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    try:
+        with FakeTensorMode(), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            net = nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2)).eval()
+            block = bnguard.frozen(net, **GUARDS[guard])
+            for _ in range(3):
+                with block:
+                    net(torch.empty(4, 2, 5, 5))
+    finally:
+        torch.set_warn_always(was_always)
+    assert [str(warning.message) for warning in caught] == []
 
 
 @EVERY_GUARD
