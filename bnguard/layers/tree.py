@@ -96,7 +96,6 @@ class Tree:
             and self.has_same_modules()
             and self._rules == registered_rules()
             and all(map(is_, map(_BUFFERS, modules), self._buffer_tables))
-            and all(map(is_, map(_MODULES, modules), self._module_tables))
         ):
             return False
         if any([table.get(name) is not None for table, name in self._missing]):
@@ -117,6 +116,9 @@ class Tree:
     def has_same_modules(self) -> bool:
         """Whether no module was added, removed or moved since the walk, and no module has more or fewer buffers."""
         if list(map(len, self._buffer_tables)) != self._buffer_counts:
+            return False
+        # A new table, as Sequential makes one when an item is deleted: the old one says nothing any more.
+        if self._can_stay and not all(map(is_, map(_MODULES, self._modules), self._module_tables)):
             return False
         if sum(map(bool, self._module_tables)) > len(self._branches):
             return False

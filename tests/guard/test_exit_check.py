@@ -281,6 +281,21 @@ def test_added_layer_is_pointed_out() -> None:
     assert net[5].num_batches_tracked == 1
 
 
+@pytest.mark.parametrize("blocks", [0, 3])
+def test_layer_added_with_a_new_table_of_modules_is_pointed_out(blocks: int) -> None:
+    """So is one that came with another dictionary of modules; also in the fourth block of a guard."""
+    net = make_net()
+    guard = bnguard.frozen(net, "restore")
+    for _ in range(blocks):
+        with guard:
+            pass
+    with warns(at="with warns") as caught, guard:
+        net._modules = {**net._modules, "5": nn.BatchNorm2d(3)}
+        net(make_input())
+    assert caught.message.startswith("5 came into the model inside frozen() and was not guarded there.")
+    assert net[5].num_batches_tracked == 1
+
+
 def test_check_finds_and_restores_in_mid_block() -> None:
     """``check()`` raises as the end would, and puts back; if its error is caught, the block fails all the same."""
     net = make_net()

@@ -151,7 +151,7 @@ def test_fake_model_runs_as_unguarded(kind: str, guard: str) -> None:
 
 @EVERY_GUARD
 def test_block_on_a_fake_model_makes_torch_warn_of_nothing(guard: str) -> None:
-    """Torch warns, once a process as a rule, where the pointer of a fake tensor is asked for."""
+    """Asking for its pointer makes torch warn, as a rule once a process."""
     was_always = torch.is_warn_always_enabled()
     torch.set_warn_always(True)
     try:
