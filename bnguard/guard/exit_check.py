@@ -93,8 +93,12 @@ class ExitCheck:
                 refuse_unreadable(layers, phrases, "_parameters")
 
     def has_usual_copy(self) -> bool:
-        """Whether there is nothing but the statistics of torch's own BatchNorm layers on the CPU."""
-        return self.parameters is None and not self._pairs and not self.broadcast and self.statistics.has_usual_copy()
+        """Whether there is nothing but the statistics of torch's own BatchNorm layers on the CPU.
+
+        False also if the last comparison found other tensor objects, even if they had the same values.
+        """
+        is_usual = self._is_intact and self.parameters is None and not self._pairs and not self.broadcast
+        return is_usual and self.statistics.has_usual_copy()
 
     def renew(self, copy: UsualCopy) -> None:
         """Takes another copy of the same statistics to compare with."""

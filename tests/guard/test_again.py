@@ -246,12 +246,13 @@ def run(events: Iterable[Any], options: dict[str, Any], seed: int = 0) -> list[A
                 _forward_of_quiet_block(net, random_)
         places = [True, False] if is_inside is None else [is_inside]
         trace += [_block(net, guard, event, random_, inside=inside) for inside in places]
-    _stop_others(net, random_)
+    with told():
+        _stop_others(net, random_)
     return trace
 
 
 def _forward_of_quiet_block(net: nn.Module, random_: random.Random) -> None:
-    with contextlib.suppress(RuntimeError, TypeError, bnguard.StatsChangedError):
+    with contextlib.suppress(AttributeError, RuntimeError, TypeError, ValueError, bnguard.StatsChangedError):
         net.eval()(_batch(random_))
 
 
@@ -265,9 +266,9 @@ def _block(net: nn.Module, guard: bnguard.frozen, event: Any, random_: random.Ra
                 if inside:
                     outputs.append(event(net, random_))
                 outputs.append(_forward(net.eval(), random_))
-        except (KeyError, RuntimeError, TypeError, bnguard.BNGuardError) as error:
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError, bnguard.BNGuardError) as error:
             outputs.append(f"{error} {getattr(error, '__notes__', '')}")
-    with told(), contextlib.suppress(RuntimeError, TypeError):
+    with told(), contextlib.suppress(AttributeError, RuntimeError, TypeError, ValueError):
         outputs.append(net(_batch(random_)))
     lines = [line for text in (said.error or "", *said.warnings) for line in text.splitlines()]
     changes = [(change.names, change.buffers, change.updates, change.mean_shift) for change in guard.changes]
@@ -481,3 +482,17 @@ def test_a_forward_replaced_on_the_class_between_blocks_is_noticed() -> None:
         output = net(torch.ones(4, 6))
     assert_same_bits(output, torch.full((4, 6), 2.0))
     assert_same_bits(state_of(net), before)
+
+
+def test_statistics_replaced_by_equal_ones_inside_are_compared_in_the_next_block() -> None:
+    """Under "warn" the new tensors stay; the next block copies and compares these."""
+    net = nn.Sequential(nn.BatchNorm1d(6))
+    guard = bnguard.frozen(net, "warn")
+    for _ in range(2):
+        with guard:
+            net.double().float()
+    with told() as said, guard:
+        _write(net, random.Random(0))
+    assert said.error is None
+    assert "0 (BatchNorm1d): running_var" in said.warnings[0]
+    assert_clean(net)
