@@ -544,3 +544,17 @@ def test_a_forward_replaced_on_the_class_between_blocks_is_noticed() -> None:
         output = net(torch.ones(4, 6))
     assert_same_bits(output, torch.full((4, 6), 2.0))
     assert_same_bits(state_of(net), before)
+
+
+def test_statistics_replaced_by_equal_ones_inside_are_compared_in_the_next_block() -> None:
+    """Under "warn" the new tensors stay; the next block copies and compares these."""
+    net = nn.Sequential(nn.BatchNorm1d(6))
+    guard = bnguard.frozen(net, "warn")
+    for _ in range(2):
+        with guard:
+            net.double().float()
+    with told() as said, guard:
+        _write(net, random.Random(0))
+    assert said.error is None
+    assert "0 (BatchNorm1d): running_var" in said.warnings[0]
+    assert_clean(net)
