@@ -9,7 +9,9 @@ differently: they copy the ``__dict__``, with all that a guard has put there, an
    as the clones of learn2learn do, its forwards are those of the layer as far as a guard is concerned.
 2. A copy, a pickle or a guard of a clone that has not run takes everything off first. They, and a direct call of
    ``forward``, do not say which module they are about, so it is looked for on the stack.
-3. The end of a block takes everything off the clones that are left. ``gc`` finds them; it is asked only if there are
+3. A layer that is parametrized inside a block has another class, which copies the ``__dict__`` deeply. The methods in
+   it are then bound to the copy: whichever is called first takes them all off.
+4. The end of a block takes everything off the clones that are left. ``gc`` finds them; it is asked only if there are
    some, which a reference count tells.
 """
 
@@ -198,6 +200,8 @@ class InstancePatch:
 
     def getstate(self) -> Any:
         """The layer's state for a copy or a pickle, without anything of bnguard."""
+        if isinstance(self, nn.Module):
+            return strip_copy(self).__getstate__()
         module = self.module_in_question()
         if module is not self.module:
             self.strip(module)
@@ -208,6 +212,8 @@ class InstancePatch:
 
     def deepcopy(self, memo: dict[int, Any]) -> Any:
         """A deep copy of a layer whose class makes them itself, as that of a parametrized one: without ours."""
+        if isinstance(self, nn.Module):
+            return copy.deepcopy(strip_copy(self), memo)
         module = self.module_in_question()
         if module is not self.module:
             self.strip(module)
@@ -217,6 +223,8 @@ class InstancePatch:
 
     def reduce(self, protocol: Any) -> Any:
         """What a pickle of a layer holds whose class pickles itself, as that of a graph does: without ours."""
+        if isinstance(self, nn.Module):
+            return strip_copy(self).__reduce_ex__(protocol)
         module = self.module_in_question()
         if module is not self.module:
             self.strip(module)
@@ -278,6 +286,24 @@ class InstancePatch:
 
     def _is_ours(self, value: Any) -> bool:
         return getattr(value, "__self__", None) is self
+
+
+def strip_copy(module: Any) -> Any:
+    """Takes off a copy what its class has copied to it. See Note [Clones]."""
+    attributes = module.__dict__
+    for name in _ATTRIBUTES:
+        value = attributes.get(name)
+        if getattr(value, "__self__", None) is module and _is_of_package(value):
+            del attributes[name]
+    for table in _TABLES[:2]:
+        if KEY in attributes[table] and not isinstance(attributes[table][KEY], LayerHook):  # what a copy of one is
+            del attributes[table][KEY]
+            attributes["_forward_hooks_always_called"].pop(KEY, None)
+    return module
+
+
+def _is_of_package(method: Any) -> bool:
+    return str(getattr(getattr(method, "__func__", None), "__module__", "")).startswith("bnguard.")
 
 
 def strip_clone(module: nn.Module) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bnguard.errors import BNGuardError, hides_frame
+from bnguard.guard.copies import strip_copy
 from bnguard.guard.hold import (
     NO_STATISTICS,
     cloned,
@@ -375,5 +376,5 @@ def _forward_bound_to(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
     """
     guard = guards.get(id(module))
     if guard is None or guard.module is not module:
-        return type(module).forward(module, *args, **kwargs)
+        return type(strip_copy(module)).forward(module, *args, **kwargs)
     return guard.run(args, kwargs)

@@ -39,7 +39,7 @@ import torch
 from torch import Tensor, nn
 
 from bnguard.errors import BNGuardError, hides_frame
-from bnguard.guard.copies import LayerHook, strip_clone, strip_clones
+from bnguard.guard.copies import LayerHook, strip_clone, strip_clones, strip_copy
 from bnguard.guard.forward import HeldLayer
 from bnguard.guard.hold import guards
 from bnguard.guard.messages import script_text
@@ -228,6 +228,8 @@ class LayerGuard(HeldLayer):
 
     def refuse_script(self) -> nn.Module:
         """Called first by ``torch.jit.script``, which would compile the guard along with the source of the layer."""
+        if isinstance(self, nn.Module):
+            return strip_copy(self)
         if all([entry.block is not None and entry.block.guards_every_model for entry in self.ruling.entries]):
             plain: nn.Module = self.without_ours()
             return plain  # a ScriptModule runs no hooks: compared at the end
@@ -237,6 +239,8 @@ class LayerGuard(HeldLayer):
 
     def replicate(self) -> nn.Module:
         """Makes a replica for ``nn.DataParallel``, which is guarded as long as the layer is."""
+        if isinstance(self, nn.Module):
+            return strip_copy(self)._replicate_for_data_parallel()
         replica: nn.Module = type(self.module)._replicate_for_data_parallel(self.module)
         self.strip(replica)
         replica.__dict__["forward"] = partial(self.run_replica, replica)

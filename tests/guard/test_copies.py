@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel
 
 import bnguard
@@ -369,3 +370,43 @@ def test_copy_under_affine_can_be_trained() -> None:
         assert_same_bits(other.state_dict(), net.state_dict())
         other(torch.randn(4, 2)).sum().backward()
         assert other[0].weight.grad is not None
+
+
+class Twice(nn.Module):
+    """A parametrization."""
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        """Doubles a weight."""
+        return weight * 2
+
+
+USES: dict[str, Callable[[nn.Module], object]] = {
+    "runs": lambda net: net(images()),
+    "deepcopy": copy.deepcopy,
+    "loses its parametrization": lambda net: parametrize.remove_parametrizations(net[0], "weight"),
+    "replica": lambda net: net[0]._replicate_for_data_parallel(),
+}
+
+
+@EVERY_GUARD
+@pytest.mark.parametrize("use", USES)
+def test_copy_of_a_layer_that_is_parametrized_inside(guard: str, use: str) -> None:
+    """Its new class copies it deeply, and asks nobody: the copy works as a module of its own, whatever comes first."""
+    net, twin = nn.Sequential(nn.BatchNorm2d(2)).eval(), nn.Sequential(nn.BatchNorm2d(2)).eval()
+    with bnguard.frozen(net, **GUARDS[guard]):
+        parametrize.register_parametrization(net[0], "weight", Twice())
+        copied = copy.deepcopy(net)
+    parametrize.register_parametrization(twin[0], "weight", Twice())
+    copied, twin = copied.train(use == "runs"), twin.train(use == "runs")
+    USES[use](copied)
+    USES[use](twin)
+    if use == "loses its parametrization":
+        pickle.dumps(copied)  # a parametrized layer has no pickle
+    if use == "replica":
+        copy.deepcopy(copied)
+    else:
+        assert_same_bits(copied.train()(images()), twin.train()(images()))
+    copy.deepcopy(copied)
+    assert "forward" not in copied[0].__dict__
+    assert_clean(net)
+    assert_same_bits(state_of(copied), state_of(twin))
