@@ -22,7 +22,7 @@ from typing import Any, Final
 
 from torch import Tensor, nn
 
-from bnguard.guard.copies import KEY, MARK, NO_CLONES, strip_clones
+from bnguard.guard.copies import KEY, MARK, NO_CLONES, ONE_REFERENCE, strip_clones
 from bnguard.guard.coverage import has_nothing_beside
 from bnguard.guard.exit_check import ExitCheck
 from bnguard.guard.forward import forward_of_batch_norm
@@ -30,15 +30,14 @@ from bnguard.guard.hold import guards
 from bnguard.guard.hooks import BeforeForward, LayerGuard, entries_lock
 from bnguard.guard.options import Settings
 from bnguard.guard.policy import NO_RULING, Counts, PolicyEntry, Ruling, Rulings, innermost_order
-from bnguard.layers.kinds import BATCH_NORM, BATCH_NORMS, StatsLayer
+from bnguard.layers.kinds import BATCH_NORM, BATCH_NORM_STATISTICS, BATCH_NORMS, StatsLayer
 from bnguard.layers.swaps import swaps
 from bnguard.layers.tree import Tree
 from bnguard.layers.usual_copy import UsualCopy
 from bnguard.torch_internals.compile import GUARDS_GRAPHS
 from bnguard.torch_internals.tracing import is_calm
 
-_NAMES: Final = ("running_mean", "running_var", "num_batches_tracked")
-_COLUMNS: Final = tuple(map(itemgetter, _NAMES))
+_COLUMNS: Final = tuple(map(itemgetter, BATCH_NORM_STATISTICS))
 _PUT: Final = ("forward", "_replicate_for_data_parallel", "__getstate__", MARK)
 _TABLE: Final = itemgetter("_buffers")
 _ATTRIBUTES: Final = attrgetter("__dict__")
@@ -78,7 +77,7 @@ class Again:
     def rest(self) -> bool:
         """Lets go of the block, so that no cycle outlives it; False if a forward that began in it goes on."""
         in_ruling = 1 if self._ruling.decider is None else 2
-        if getrefcount(self.entry) != _REFERENCES + in_ruling or getrefcount(self._ruling) != _REFERENCES:
+        if getrefcount(self.entry) != ONE_REFERENCE + in_ruling or getrefcount(self._ruling) != ONE_REFERENCE:
             return False
         self.entry.block = self.entry.manager = None
         if self._check is not None:
@@ -203,20 +202,7 @@ def goes_short(model: nn.Module, tree: Tree, layers: Sequence[StatsLayer], setti
         and all([isinstance(selector, str) for selector in (*settings.include, *settings.exclude)])
         and bool(layers)
         and tree.is_plain()
-        and all([layer.kind is BATCH_NORM and layer.buffers == _NAMES for layer in layers])
+        and all([layer.kind is BATCH_NORM and layer.buffers == BATCH_NORM_STATISTICS for layer in layers])
         and {type(layer.module) for layer in layers} <= BATCH_NORMS
         and has_nothing_beside(model)
     )
-
-
-class _Probe:
-    """Has an attribute that nothing else refers to."""
-
-    def __init__(self) -> None:
-        self.attribute = object()
-
-    def references(self) -> int:
-        return getrefcount(self.attribute)
-
-
-_REFERENCES: Final = _Probe().references()

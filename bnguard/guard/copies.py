@@ -335,14 +335,14 @@ def _is_of_clone(attributes: dict[str, Any]) -> bool:
 
 
 class _Probe:
-    """Has a mark like a guard whose layer has no clones."""
+    """Has an attribute to which nothing else refers."""
 
     def __init__(self) -> None:
-        self.mark = object()
-        self.attributes = {MARK: self.mark}
+        self.attribute = object()
 
     def references(self) -> int:
-        return getrefcount(self.mark)
+        return getrefcount(self.attribute)
 
 
-NO_CLONES: Final = _Probe().references()
+ONE_REFERENCE: Final = _Probe().references()  # what getrefcount() says of it
+NO_CLONES: Final = ONE_REFERENCE + 1  # of the mark of a guard, which the layer has, too

@@ -286,15 +286,18 @@ def clones_text(type_name: str) -> str:
 
 
 _UNHELD: Final = {
-    "program": "belongs to a program that was traced or exported in train mode|Trace or export the model in eval mode",
-    "script": "is a ScriptModule in train mode, which runs no hooks|Call eval() on it before the block",
-    "property": "has a forward that is a property, which a guard cannot replace|Make it a method",
+    "program": (
+        "belongs to a program that was traced or exported in train mode",
+        "Trace or export the model in eval mode",
+    ),
+    "script": ("is a ScriptModule in train mode, which runs no hooks", "Call eval() on it before the block"),
+    "property": ("has a forward that is a property, which a guard cannot replace", "Make it a method"),
 }
 
 
 def batch_program_text(names: Sequence[str], type_name: str, why: str) -> str:
     """The error about ``use_running_stats=True`` for a layer that would normalise with the batch all the same."""
-    what, remedy = _UNHELD[why].split("|")
+    what, remedy = _UNHELD[why]
     return (
         f"{layer_text(names, type_name)} {what}: it would normalise with the batch, not with its running statistics.\n"
         f"{remedy}, or leave out use_running_stats=True."

@@ -155,10 +155,10 @@ def statistics_of(module: nn.Module) -> tuple[tuple[str, ...], LayerKind]:
         if rule is not None:
             return tuple([name for name in rule.buffers if buffers.get(name) is not None]), rule.kind
     cls = type(module)
-    if cls in BATCH_NORMS and cls.forward is _BATCH_NORM_FORWARD and tuple(buffers) == _BATCH_NORM_STATISTICS:
+    if cls in BATCH_NORMS and cls.forward is _BATCH_NORM_FORWARD and tuple(buffers) == BATCH_NORM_STATISTICS:
         mean, var, count = buffers.values()  # the most common case
         if mean is not None and var is not None and count is not None and is_known(_BATCH_NORM_FORWARD):
-            return _BATCH_NORM_STATISTICS, BATCH_NORM
+            return BATCH_NORM_STATISTICS, BATCH_NORM
     present = tuple([name for name, tensor in buffers.items() if tensor is not None])
     names = _statistics_among(present)
     kind = kind_of(module) if names else OWN_FORWARD
@@ -302,7 +302,7 @@ NO_FORWARD: Final = LayerKind(hold="none", exit_only="it has no forward of its o
 
 BATCH_NORMS: Final = frozenset({nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d})
 _BATCH_NORM_FORWARD: Final = _BatchNorm.forward
-_BATCH_NORM_STATISTICS: Final = ("running_mean", "running_var", "num_batches_tracked")
+BATCH_NORM_STATISTICS: Final = ("running_mean", "running_var", "num_batches_tracked")
 _APPLY_INSTANCE_NORM: Final = _InstanceNorm._apply_instance_norm
 _STOCK: Final[dict[Callable[..., Any], LayerKind]] = {
     _BATCH_NORM_FORWARD: BATCH_NORM,

@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from bnguard.layers.bits import has_values, is_valueless, put_back, readable, same_bits, wide
 from bnguard.layers.flat_copy import Counts, FlatCopy, part_of
+from bnguard.layers.kinds import BATCH_NORM_STATISTICS
 from bnguard.layers.swaps import Table, own_tables, own_tensors, put_tensor, swap_lock
 from bnguard.layers.usual_copy import UsualCopy
 from bnguard.torch_internals.tracing import outside_modes
@@ -74,7 +75,7 @@ class Snapshot:
         self._odd: dict[int, Tensor] = {}
         self._saved_by_id: dict[int, Tensor | None] | None = None
         self._copies: Sequence[FlatCopy | Counts | UsualCopy]
-        if len(self._groups) == 1 and names[0] == _USUAL:
+        if len(self._groups) == 1 and names[0] == BATCH_NORM_STATISTICS:
             try:
                 self._copies = (UsualCopy(self._columns),)
             except (ValueError, RuntimeError):
@@ -104,9 +105,9 @@ class Snapshot:
         """
         if any(map(_TRANSIENT, modules)):
             return None
-        snapshot = cls.__new__(cls)
-        snapshot.modules, snapshot._names, snapshot._table = modules, [_USUAL] * len(modules), "_buffers"
-        snapshot._groups, snapshot._columns, snapshot._copies = {_USUAL: range(len(modules))}, columns, (copy,)
+        snapshot, names = cls.__new__(cls), BATCH_NORM_STATISTICS
+        snapshot.modules, snapshot._names, snapshot._table = modules, [names] * len(modules), "_buffers"
+        snapshot._groups, snapshot._columns, snapshot._copies = {names: range(len(modules))}, columns, (copy,)
         snapshot._places = snapshot._pointers = snapshot._saved_by_id = None
         snapshot._transient, snapshot._odd = {}, {}
         return snapshot
@@ -326,7 +327,6 @@ class Snapshot:
 
 
 _TRANSIENT: Final = attrgetter("_non_persistent_buffers_set")
-_USUAL: Final = ("running_mean", "running_var", "num_batches_tracked")
 _INITIAL: Final = {"running_mean": 0.0, "running_var": 1.0}
 
 

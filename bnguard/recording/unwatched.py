@@ -29,10 +29,11 @@ class Unwatched:
 
     def meet(self, model: nn.Module, tree: Tree) -> None:
         """Looks at a model that is met."""
-        self.has_models = self.has_models or any([part._parameters for part in tree.modules])
+        is_model = any([part._parameters for part in tree.modules])  # else it is a loss or a transform
+        self.has_models = self.has_models or is_model
         if len(self._elsewhere) + len(self._passing) + len(self._bare) >= _MOST:
             return
-        if not tree.layers and any([part._parameters for part in tree.modules]):  # else it is a loss or a transform
+        if is_model and not tree.layers:
             self._bare[type(model).__name__] = None
         told = {id(layer.module) for layer in tree.layers}
         for name, place, attributes in places_in(model):
