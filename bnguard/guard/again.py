@@ -22,14 +22,14 @@ from typing import Any, Final
 
 from torch import Tensor, nn
 
-from bnguard.guard.copies import KEY, MARK, NO_CLONES, ONE_REFERENCE, strip_clones
+from bnguard.guard.copies import KEY, MARK, NO_CLONES, ONE_REFERENCE
 from bnguard.guard.coverage import has_nothing_beside
 from bnguard.guard.exit_check import ExitCheck
 from bnguard.guard.forward import forward_of_batch_norm
 from bnguard.guard.hold import guards
-from bnguard.guard.hooks import BeforeForward, LayerGuard, entries_lock
+from bnguard.guard.hooks import BeforeForward, LayerGuard, drop_entry, entries_lock
 from bnguard.guard.options import Settings
-from bnguard.guard.policy import NO_RULING, Counts, PolicyEntry, Ruling, Rulings, innermost_order
+from bnguard.guard.policy import NO_RULING, Counts, PolicyEntry, Ruling, innermost_order
 from bnguard.layers.kinds import BATCH_NORM, BATCH_NORM_STATISTICS, BATCH_NORMS, StatsLayer
 from bnguard.layers.swaps import swaps
 from bnguard.layers.tree import Tree
@@ -146,17 +146,18 @@ class Again:
             and self._check.has_same_values()
         )
 
-    def end(self) -> None:
-        """Takes the entry off all layers. If that fails, ``drop_entry`` does the rest."""
+    def end(self, model: nn.Module) -> None:
+        """Takes the entry off all layers of the model. If that fails, ``drop_entry`` does the rest."""
         entry, has_forward = self.entry, self._ruling.needs_forward
+        others = []
         with entries_lock:
             for guard, attributes in zip(self.guards, self._attributes, strict=True):
-                guard.members.pop(entry, None)
-                is_alone = not (guard.members or guard._before) and guard._original is None
-                if not is_alone or guard.has_forward is not has_forward or getrefcount(guard.mark) > NO_CLONES:
-                    strip_clones([guard])
-                    guard.sync(Rulings())
+                is_alone = len(guard.members) == 1 and not guard._before and guard._original is None
+                is_as_put = guard.has_forward if has_forward else KEY in attributes["_forward_pre_hooks"]
+                if not (is_alone and is_as_put and getrefcount(guard.mark) <= NO_CLONES):
+                    others.append(guard)
                     continue
+                guard.members.pop(entry, None)
                 guard.ruling = NO_RULING
                 for name in _PUT:
                     if name in attributes and getattr(attributes[name], "__self__", None) is guard:
@@ -167,9 +168,8 @@ class Again:
                     guard.remove_hooks()
                 if guards.get(guard.layer_id) is guard:
                     del guards[guard.layer_id]
-            for guard in self.guards:
-                if guard.is_hook_elsewhere:
-                    guard.sync(Rulings())
+            if others:
+                drop_entry(others, entry, model)
 
     def _has_same_statistics(self) -> bool:
         if not all(map(is_, map(_ATTRIBUTES, self._modules), self._attributes)):

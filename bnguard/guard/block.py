@@ -155,7 +155,7 @@ class Block:
         """
         again = self._again
         if again is not None and self._is_as_new() and again.is_quiet():
-            again.end()
+            again.end(self._model)
             self._entry = self._again = self._check = None
             if again.rest():
                 self._kept.append(again)

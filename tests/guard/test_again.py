@@ -390,6 +390,21 @@ def test_what_sees_operations_sees_none_of_a_block(is_inside: bool, taken: list[
     assert_clean(net)
 
 
+@pytest.mark.parametrize("policy", ["raise", "warn"])
+def test_a_hook_that_was_moved_is_taken_off(policy: str, taken: list[bool]) -> None:
+    """Fusing moves the hooks of a layer to another module: they go with the block, the short way too."""
+    net = nn.Sequential(nn.BatchNorm1d(6), nn.ReLU()).eval()
+    guard = bnguard.frozen(net, **POLICIES[policy])
+    for _ in range(3):
+        with guard:
+            net(torch.ones(4, 6))
+    with guard:
+        net[1]._forward_pre_hooks.update(net[0]._forward_pre_hooks)
+        net[0]._forward_pre_hooks.clear()
+    assert taken == [True] * 3
+    assert_clean(net)
+
+
 def test_a_guard_in_two_threads_opens_two_blocks(taken: list[bool]) -> None:
     """Only one of them may go the short way; both hold, and both end."""
     net = nn.Sequential(nn.BatchNorm1d(6))
