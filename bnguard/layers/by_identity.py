@@ -14,6 +14,9 @@ class ByIdentity(Generic[V]):
     def __init__(self) -> None:
         self._entries: dict[int, tuple[weakref.ref[Any], V]] = {}
 
+    def __bool__(self) -> bool:
+        return bool(self._entries)
+
     def get(self, owner: object) -> V | None:
         """The value for this object; None if there is none."""
         entry = self._entries.get(id(owner))

@@ -135,7 +135,6 @@ class LayerListener(Generic[L]):
     Models are held weakly.
 
     Attributes:
-        logs: One object for each layer, model by model, in the order of ``state_dict()``.
         wants_results: Whether torch calls ``after``, which takes a second hook on every module.
     """
 
@@ -145,10 +144,19 @@ class LayerListener(Generic[L]):
         self._known: dict[int, weakref.ref[nn.Module]] = {}  # by id: modules of models that have been met
         self._pending: dict[tuple[int, int], list[Pending]] = {}  # by thread and layer
         self._meets_models = True  # whatever runs
-        self.logs: list[L] = []
+        self._logs: list[L] = []
         self.wants_results = False  # until there is a layer of which only results tell
 
+    @property
+    def logs(self) -> list[L]:
+        """One object for each layer, model by model, in the order of ``state_dict()``."""
+        self._work_up()
+        return self._logs
+
     # What comes of it.
+
+    def _work_up(self) -> None:
+        """Makes the logs current."""
 
     def _met(self, model: nn.Module, layers: list[StatsLayer]) -> None:
         """Has met layers of a model: calls ``_add()`` for those that it wants to see."""
@@ -179,9 +187,11 @@ class LayerListener(Generic[L]):
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Sees what a forward has done of which its flags do not tell."""
-        waiting = self._pending.get((threading.get_ident(), id(module)))
         log = self._by_id.get(id(module))
-        if not waiting or log is None:
+        if log is None:
+            return
+        waiting = self._pending.get((threading.get_ident(), id(module)))
+        if not waiting:
             return
         pending = waiting.pop()
         if pending.is_sure or (
@@ -249,7 +259,7 @@ class LayerListener(Generic[L]):
 
     def _add(self, log: L, layer: StatsLayer) -> None:
         self._by_id[id(layer.module)] = log
-        self.logs.append(log)
+        self._logs.append(log)
 
     def _is_known(self, layer: StatsLayer) -> bool:
         known = self._by_id.get(id(layer.module))

@@ -5,10 +5,9 @@ from __future__ import annotations
 import weakref
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, is_inference_mode_enabled, nn
 
 from bnguard.findings.events import Evaluation, LayerEnd, Result, StepEnd, Update, UpdateSite
 from bnguard.findings.observer import LayerObserver
@@ -16,35 +15,38 @@ from bnguard.findings.rule import Evidence
 from bnguard.findings.soundness import is_initial
 from bnguard.guard.hooks import guard_of
 from bnguard.layers.kinds import OTHER_BUFFERS, StatsLayer
-from bnguard.layers.snapshot import holds
 from bnguard.layers.swaps import Table, own_tensors
 from bnguard.layers.tree import parameters_of
 from bnguard.recording.layer_listener import SeenLayer, copies_of
 from bnguard.recording.model_calls import ModelCall
 from bnguard.recording.optimizer_steps import OptimizerSteps, StepCounter, has_stepped_since
+from bnguard.recording.put_back import CopiesBefore
 from bnguard.recording.timeline import Timeline
 from bnguard.recording.update_sites import count_update, joined, leaf_of, watch_result
 from bnguard.records import Mode, StatsUpdates
+from bnguard.torch_internals.autocast import is_autocast
 from bnguard.torch_internals.checkpointing import is_in_backward
 from bnguard.torch_internals.distributed import differs_per_rank
 from bnguard.torch_internals.functional_call import in_reentrant_checkpoint
-from bnguard.torch_internals.tracing import is_capturing, is_recorded, outside_modes
+from bnguard.torch_internals.tracing import is_capturing, is_traced, outside_modes
 
 _MOST_UPDATES: Final = 64  # of one step that are distinguished
-_MOST_COPIES: Final = 16
 _MOST_WRITES: Final = 64  # of somebody else that are looked at
+
+
+NotedUpdate: TypeAlias = "tuple[LayerLog, weakref.ref[nn.Module], Update, Sequence[int] | None, Any]"
 
 
 class LayerLog(SeenLayer):
     """What was seen of one layer, from the host alone: no tensor is read. Rules get every event through an observer.
 
-    Note [Put back by hand]
-    ~~~~~~~~~~~~~~~~~~~~~~~
-    Scripts save statistics, run forwards that should not count, and put them back. Such forwards are no updates. A
-    forward in train mode leaves the version and the place of the running mean alone, so whether somebody else has
-    written is seen at the next forward for nothing. Only then is the value compared with copies; these are taken before
-    forwards that may be put back: those without gradients, and those after the first of a step. Without success, copies
-    are taken of the first few only.
+    Note [Two parts of a record]
+    ~~~~~~~~~~~~~~~~~~~~~~~~~~~~
+    Between two operations of torch little Python is in the caches of the processor, so that each line costs several
+    times as much as in a loop. Right after a forward ``note_update`` does what cannot wait: how the forward ran,
+    whether anything will be learned from its result, and where its statistics are. The rest, ``record_update``, waits
+    until the recorder works up the updates of all layers one after the other: when the call of the model is over, and
+    before anything else that counts, as a backward pass, a step of an optimizer or an evaluation.
 
     Attributes:
         model_number: The number of its model among those that were met.
@@ -53,8 +55,8 @@ class LayerLog(SeenLayer):
     """
 
     __slots__ = (
-        "_copies", "_copies_left", "_count", "_evaluations", "_is_trained", "_last", "_model", "_momentum", "_observer",
-        "_optimizers", "_optimizers_of", "_parameters", "_parameters_before", "_parents", "_recalibrates",
+        "_copies", "_count", "_evaluations", "_is_trained", "_last", "_model", "_momentum", "_noted",
+        "_observer", "_optimizers", "_optimizers_of", "_parameters", "_parameters_before", "_parents", "_recalibrates",
         "_rewritten", "_rivals", "_sites", "_tick", "_updates", "_was_evaluated", "_writes_left",
         "differs_per_rank", "is_loaded", "model_number",
     )  # fmt: skip
@@ -76,13 +78,13 @@ class LayerLog(SeenLayer):
         self._tick = 0
         self._updates: list[Update] = []  # since that step of any optimizer
         self._count = 0
+        self._noted = 0  # updates that are to be recorded
         self._is_trained = False
         self._optimizers: tuple[OptimizerSteps, ...] = ()
         self._rivals: tuple[OptimizerSteps, ...] = ()
         self._optimizers_of = -1  # the counter's ``changes`` for which those are right
-        self._last = self._place()
-        self._copies: list[tuple[Update | None, dict[str, Tensor]]] = []  # the update after it
-        self._copies_left = _MOST_COPIES
+        self._last = self._place(layer.module)
+        self._copies = CopiesBefore()
         self._recalibrates = -1  # at which tick the statistics were reset
         self._was_evaluated = False
         self._evaluations = 0
@@ -96,17 +98,19 @@ class LayerLog(SeenLayer):
 
     # What happened.
 
-    def record_beginning(self, steps: StepCounter) -> None:
-        """Looks, right before a forward that may update, whether somebody else has written."""
-        if self._place() != self._last:
-            self._record_write(steps.ticks)
-        self._was_evaluated = False
-        may_be_put_back = not torch.is_grad_enabled() or (self._updates and self._tick == steps.ticks)
-        if self._copies_left and may_be_put_back and not is_capturing():
-            self._copies_left -= 1
-            self._copies.append((None, copies_of(self._present())))
+    def is_written(self, module: nn.Module) -> bool:
+        """Whether somebody else has written since the last forward: then ``record_write`` is due."""
+        return self._place(module) != self._last
 
-    def record_update(
+    def record_beginning(self, steps: StepCounter) -> None:
+        """Takes copies, right before a forward that may update, if it may be put back."""
+        self._was_evaluated = False
+        if self._copies.left:
+            is_repeated = self._noted or (self._updates and self._tick == steps.ticks)
+            if (is_repeated or not is_grad_enabled()) and not is_capturing():
+                self._copies.add(steps.ticks, copies_of(self._present()))
+
+    def note_update(
         self,
         module: nn.Module,
         call: ModelCall,
@@ -114,9 +118,8 @@ class LayerLog(SeenLayer):
         output: Any,
         steps: StepCounter,
         backwards: int,
-        timelines: defaultdict[str, Timeline],
-    ) -> None:
-        """Records one update.
+    ) -> NotedUpdate:
+        """Notes one update. See Note [Two parts of a record].
 
         Args:
             module: The layer, or a clone that shares its statistics.
@@ -125,47 +128,71 @@ class LayerLog(SeenLayer):
             output: What it has returned; None if it is not over.
             steps: The optimizer steps so far.
             backwards: How many backward passes there were so far.
-            timelines: The timeline of each line.
         """
         input = args[0] if args and isinstance(args[0], Tensor) else None
         flags = _flags_of(module, input, call)
-        if is_recorded((), {}):
-            input = None  # the program would contain our arithmetic on its shape
-        if self._optimizers_of != steps.changes:
-            self._find_optimizers(module, steps)
-        if self._tick != steps.ticks:
-            self.close_step(steps)
+        # A program that is being traced would contain our reading of the shape.
+        shape = None if input is None or is_traced() else input.shape
         key = (call.site, call.part, flags)
         site = self._sites.get(key)
         if site is None:
-            shape = None if input is None else tuple(map(int, input.shape))
-            site = UpdateSite(call.site, call.part, Mode(*flags), steps.count, steps.count, shape)
+            batch_shape = None if shape is None else tuple(map(int, shape))
+            site = UpdateSite(call.site, call.part, Mode(*flags), steps.count, steps.count, batch_shape)
             self._sites[key] = site
-        self.updates += 1
-        count_update(site, input, steps.count, getattr(module, "momentum", None))
-        timelines[call.site].add(steps.count)
-        site.recalibrating += self._recalibrates == steps.ticks
         update = Update(site, self._is_frozen(module), call.number, call.parent, backwards)
         if site.mode.grad and not site.mode.recompute:
             watch_result(output, update)
-        for listener in self._observer.on_update:
-            listener(update, module)
+        self._copies.updated(update)
+        self._last = self._place(module)
+        self._noted += 1
+        own = self._module if self._module() is module else weakref.ref(module)
+        return self, own, update, shape, getattr(module, "momentum", None)
+
+    def record_update(
+        self,
+        module: nn.Module | None,
+        update: Update,
+        shape: Sequence[int] | None,
+        momentum: Any,
+        steps: StepCounter,
+        timelines: defaultdict[str, Timeline],
+    ) -> None:
+        """Records an update that was noted since the last step of any optimizer.
+
+        Args:
+            module: The layer, or a clone that shares its statistics; None if it is deleted.
+            update: The update.
+            shape: The shape of the batch, if it is known.
+            momentum: The momentum of the layer.
+            steps: The optimizer steps so far.
+            timelines: The timeline of each line.
+        """
+        self._noted -= 1
+        if module is not None:
+            self._find_optimizers(module, steps)
+        if self._tick != steps.ticks:
+            self.close_step(steps)
+        site = update.of
+        self.updates += 1
+        count_update(site, shape, steps.count, momentum)
+        timelines[site.site].add(steps.count)
+        site.recalibrating += self._recalibrates == steps.ticks
+        if module is not None:
+            for listener in self._observer.on_update:
+                listener(update, module)
         self._count += 1
         if len(self._updates) < _MOST_UPDATES:
             self._updates.append(update)
-        if self._copies and self._copies[-1][0] is None:
-            self._copies[-1] = update, self._copies[-1][1]
-        self._last = self._place()
 
     def record_reset(self, tick: int) -> None:
         """Records that ``reset_running_stats()`` was called."""
         self._recalibrates = tick
-        self._last = self._place()
+        self._last = self._place(self.module)
 
     def record_load(self) -> None:
         """Records that a state dict was loaded."""
         self.is_loaded = True
-        self._last = self._place()
+        self._last = self._place(self.module)
         self._copies.clear()
 
     def record_held(self) -> None:
@@ -176,9 +203,9 @@ class LayerLog(SeenLayer):
     def record_evaluation(self, module: nn.Module, steps: StepCounter) -> None:
         """Records a forward that updates nothing."""
         self._find_optimizers(module, steps)
-        if self._place() != self._last:
+        if self.is_written(module):
             was_evaluated = self._was_evaluated
-            if not self._record_write(steps.ticks) and was_evaluated and not module.training and self._is_trained:
+            if not self.record_write(steps.ticks) and was_evaluated and not module.training and self._is_trained:
                 self._rewritten += 1
         self._was_evaluated = not module.training
         self._evaluations += self._was_evaluated
@@ -201,17 +228,16 @@ class LayerLog(SeenLayer):
 
     def close(self, steps: StepCounter) -> None:
         """Ends the record."""
-        if self._place() != self._last:
-            self._record_write(steps.ticks)
+        if self._place(self.module) != self._last:
+            self.record_write(steps.ticks)
         self.close_step(steps)
 
     def close_step(self, steps: StepCounter) -> None:
         """Ends what lies between two steps of optimizers."""
-        updates, count = [update for update in self._updates if not update.is_undone], self._count
+        updates, count, tick = self._updates, self._count, self._tick
         module = self.module
-        self._updates, self._count, tick = [], 0, self._tick
-        self._tick = steps.ticks
-        self._copies = [copied for copied in self._copies if copied[0] is None]
+        self._updates, self._count, self._tick = [], 0, steps.ticks
+        self._copies.step(steps.ticks)
         if module is not None:
             self._find_optimizers(module, steps)
         is_trained = None
@@ -276,9 +302,8 @@ class LayerLog(SeenLayer):
         own = known if module is None else own_tensors(module, table)
         return {name: tensor for name in known if (tensor := own.get(name)) is not None}
 
-    def _place(self) -> tuple[int, int, int] | None:
+    def _place(self, module: nn.Module | None) -> tuple[int, int, int] | None:
         """The first statistic, its version and its place in memory, if it has them."""
-        module = self.module
         try:
             # The table of a ScriptModule has no get().
             tensor = self.first_tensor if module is None else module._buffers[self.first]
@@ -287,9 +312,12 @@ class LayerLog(SeenLayer):
             return None
 
     @outside_modes
-    def _record_write(self, tick: int) -> bool:
-        """Somebody else has written. Returns whether that is explained: put back by hand, or reset."""
-        was, self._last = self._last, self._place()
+    def record_write(self, tick: int) -> bool:
+        """Records that somebody else has written. Returns whether that is explained: put back by hand, or reset.
+
+        See Note [Put back by hand].
+        """
+        was, self._last = self._last, self._place(self.module)
         self._writes_left -= 1
         if self._writes_left < 0 or is_capturing():
             return True
@@ -297,19 +325,18 @@ class LayerLog(SeenLayer):
         if is_initial({name: tensor for name, tensor in now.items() if name != "num_batches_tracked"}):
             self._recalibrates = tick
             return True
-        for position, (_, copied) in enumerate(self._copies):
-            if all([name in now and holds(now[name], value) for name, value in copied.items()]):
-                for update, _ in self._copies[position:]:
-                    if update is not None and not update.is_undone:
-                        self._undo(update)
-                del self._copies[position:]
-                self._copies_left = _MOST_COPIES
-                return True
+        undone = self._copies.undone_by(now)
+        if undone is not None:
+            for update in undone:
+                self._undo(update)
+            return True
         # Other tensors are those of a conversion.
         return was is None or self._last is None or was[0] != self._last[0]
 
     def _undo(self, update: Update) -> None:
         update.is_undone = True
+        if update in self._updates:
+            self._updates.remove(update)
         self.updates -= 1
         self._count -= 1
         site = update.of
@@ -346,16 +373,12 @@ class LayerLog(SeenLayer):
 
 def _flags_of(module: nn.Module, input: Tensor | None, call: ModelCall) -> tuple[bool, ...]:
     """The first fields of ``Mode``, for a forward that is about to begin or has just ended."""
-    is_inference = torch.is_inference_mode_enabled()
+    is_inference = is_inference_mode_enabled()
     return (
         module.training,
-        torch.is_grad_enabled() or (module.training and not is_inference and in_reentrant_checkpoint()),
+        is_grad_enabled() or (module.training and not is_inference and in_reentrant_checkpoint()),
         is_inference,
-        input is not None and _is_autocast(input.device.type),
+        input is not None and is_autocast(input),
         is_in_backward(),
         call.calibrates,
     )
-
-
-def _is_autocast(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

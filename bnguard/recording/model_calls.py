@@ -53,8 +53,9 @@ _new_call: Final = tuple.__new__  # takes half the time of calling the class
 class ModelCalls:
     """The calls of modules that are running.
 
-    Every call must be announced with ``begin``, so that only a few frames have to be searched for its line. A frame is
-    known by its id: a later frame with the same id is announced before it calls anything.
+    Every call must be announced with ``begin``, so that only a few frames have to be searched for its line, or, of a
+    module without modules in it, with ``pass_over``. A frame is known by its id: a later frame with the same id is
+    announced before it calls anything.
     """
 
     def __init__(self) -> None:
@@ -68,11 +69,14 @@ class ModelCalls:
         wraps = type(module).__name__ in WRAPPERS
         if frame is None:
             return ModelCall("<unknown>", calibrates=False, wraps=wraps)
-        parent = _call_at(frame.f_back)
-        outer = None if parent is None else self._by_frame.get(id(parent))
+        around = _call_at(frame.f_back)
+        is_outermost, outer = around is None, None
+        while around is not None and outer is None:
+            outer = self._by_frame.get(id(around))
+            around = _call_at(around.f_back) if outer is None else around
         if outer is None or outer.wraps:
             wraps = wraps or (outer is not None and runs_a_step(module))
-            site, calibrates = self._user_line(frame) if parent is None or outer is not None else self._search(frame)
+            site, calibrates = self._user_line(frame) if is_outermost or outer is not None else self._search(frame)
             self._begun += 1
             call = ModelCall(site, calibrates, wraps, self._begun, self._begun, 0, torch.is_grad_enabled())
         else:
@@ -88,6 +92,10 @@ class ModelCalls:
             self._by_frame.clear()
         self._by_frame[id(frame)] = call
         return call
+
+    def pass_over(self, frame: FrameType | None) -> None:
+        """Announces a call that is not worth remembering: what it calls counts as called by the call around it."""
+        self._by_frame.pop(id(_call_at(frame)), None)
 
     def under_way(self, frame: FrameType | None) -> ModelCall | None:
         """The innermost announced call that contains ``frame``; None if there is none."""

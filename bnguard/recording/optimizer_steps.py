@@ -82,15 +82,23 @@ class StepCounter:
 
     def __init__(self) -> None:
         self.optimizers: list[OptimizerSteps] = []
-        self._after_each: Callable[[int], None] | None = None  # while it is open
+        self._before_each: Callable[[], None] | None = None  # while it is open
+        self._after_each: Callable[[int], None] | None = None
         self._round: set[OptimizerSteps] = set()
         self.count = 0
         self.ticks = 0
         self.changes = 0
 
-    def open(self, after_each: Callable[[int], None] | None = None) -> None:
-        """Counts from now on. Calls ``after_each`` at the first step of each round, with the new ``count``."""
-        self._after_each = after_each
+    def open(
+        self, before_each: Callable[[], None] | None = None, after_each: Callable[[int], None] | None = None
+    ) -> None:
+        """Counts from now on.
+
+        Args:
+            before_each: Called before each step of any optimizer is counted.
+            after_each: Called at the first step of each round, with the new ``count``.
+        """
+        self._before_each, self._after_each = before_each, after_each
         _step_hook.add(self)
         _scaler_step.add(self)
 
@@ -98,7 +106,7 @@ class StepCounter:
         """Stops counting."""
         _scaler_step.remove(self)
         _step_hook.remove(self)
-        self._after_each = None
+        self._before_each = self._after_each = None
 
     def of(self, parameters: Iterable[int]) -> tuple[OptimizerSteps, ...]:
         """The optimizers that train some of the parameters with these ids."""
@@ -117,6 +125,8 @@ class StepCounter:
 
     def add_step_of(self, optimizer: Optimizer) -> None:
         """Counts one step."""
+        if self._before_each is not None:
+            self._before_each()
         steps = self.steps_of(optimizer)
         self.changes += steps.look_again()
         is_successor = not steps.count and any([steps.has_replaced(other) for other in self._round])
@@ -169,24 +179,33 @@ class BackwardCounter:
         count: How many have begun.
     """
 
-    __slots__ = ("count",)
+    __slots__ = ("_before_each", "count")
 
     def __init__(self) -> None:
+        self._before_each: Callable[[], None] | None = None  # while it is open
         self.count = 0
 
-    def open(self) -> None:
-        """Counts from now on."""
+    def open(self, before_each: Callable[[], None]) -> None:
+        """Counts from now on. Calls ``before_each`` before each of them is counted."""
+        self._before_each = before_each
         _engine_call.add(self)
+
+    def add(self) -> None:
+        """Counts one that begins."""
+        if self._before_each is not None:
+            self._before_each()
+        self.count += 1
 
     def close(self) -> None:
         """Stops counting."""
         _engine_call.remove(self)
+        self._before_each = None
 
 
 def _count_backward(run: Callable[..., Any]) -> Callable[..., Any]:
     def counted(*args: Any, **kwargs: Any) -> Any:
         for counter in _engine_call.users:
-            counter.count += 1
+            counter.add()
         return run(*args, **kwargs)
 
     return counted

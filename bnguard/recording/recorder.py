@@ -18,7 +18,7 @@ from bnguard.layers.other_buffers import select_with_buffers
 from bnguard.layers.swaps import own_tensors
 from bnguard.layers.tree import Tree, ancestors_of, parts_of, unwrapped
 from bnguard.recording.layer_listener import LayerListener, Pending
-from bnguard.recording.layer_log import LayerLog
+from bnguard.recording.layer_log import LayerLog, NotedUpdate
 from bnguard.recording.model_calls import ModelCall, ModelCalls
 from bnguard.recording.model_names import ModelName, distinct
 from bnguard.recording.optimizer_steps import BackwardCounter, StepCounter
@@ -66,6 +66,8 @@ class Recorder(LayerListener[LayerLog]):
         self._evaluated: ByIdentity[weakref.ref[nn.Module]] = ByIdentity()
         self._undone: ByIdentity[None] = ByIdentity()
         self._calls = ModelCalls()
+        self._outermost = 0  # the id of the module whose call began last from outside of all modules
+        self._noted: list[NotedUpdate] = []  # updates that are to be recorded
         self._backwards = BackwardCounter()
         self._interval = 1 if every in (None, "auto") else int(every)
         self._models: list[ModelName] = []
@@ -87,8 +89,8 @@ class Recorder(LayerListener[LayerLog]):
         self.place = f"watch of {what} at {os.path.basename(where.filename)}:{where.lineno}"  # folders may differ
         if self._model is not None:
             self._take_in(self._model)
-        self._backwards.open()
-        self.steps.open(None if self._every is None else self._sample)
+        self._backwards.open(self._work_up)
+        self.steps.open(self._work_up, None if self._every is None else self._sample)
         model_events.listen(self)
         global_hook.listen(self)
 
@@ -129,22 +131,33 @@ class Recorder(LayerListener[LayerLog]):
 
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Records a forward that is about to begin."""
+        key = id(module)
+        if key not in self._by_id and not module._modules and (not self._meets_models or key in self._known):
+            self._calls.pass_over(sys._getframe(3))
+            return  # most modules of a model
         call = self._calls.begin(module, sys._getframe(3))
+        if not call.parent:
+            self._outermost = key
         if module is self._model:
             self._look_again()
         self._see(module, args, call)
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Records what a forward has done."""
-        super().after(module, args, output)
         log = self._by_id.get(id(module))
-        if log is not None and not module.training and torch.is_grad_enabled():
-            call = self._calls.under_way(sys._getframe(3))
-            if call is not None:
-                log.record_result(output, call)
+        if log is not None:
+            super().after(module, args, output)
+            if not module.training and torch.is_grad_enabled():
+                call = self._calls.under_way(sys._getframe(3))
+                if call is not None:
+                    self._work_up()
+                    log.record_result(output, call)
+        if id(module) == self._outermost:
+            self._work_up()
 
     def loaded(self, model: nn.Module) -> None:
         """Records that a state dict was loaded."""
+        self._work_up()
         for module in parts_of(model):
             log = self._by_id.get(id(module))
             if log is not None:
@@ -154,6 +167,7 @@ class Recorder(LayerListener[LayerLog]):
 
     def was_reset(self, layer: nn.Module) -> None:
         """Records that the statistics of a layer were reset."""
+        self._work_up()
         log = self._by_id.get(id(layer))
         if log is not None:
             log.record_reset(self.steps.ticks)
@@ -176,22 +190,35 @@ class Recorder(LayerListener[LayerLog]):
 
     # Parts.
 
+    def _work_up(self) -> None:
+        """Records the updates that were noted so far. See Note [Two parts of a record]."""
+        if self._noted:
+            with self._lock:
+                noted, self._noted = self._noted, []
+                for log, module, update, shape, momentum in noted:
+                    log.record_update(module(), update, shape, momentum, self.steps, self.timelines)
+
     def _predicted(self, log: LayerLog, module: nn.Module, args: tuple[Any, ...], call: ModelCall) -> None:
         if getattr(module, "momentum", None) == 0:
             return  # moves nothing but the counter
         if is_in_backward():  # whose end may be cut off
             super()._predicted(log, module, args, call)
             return
+        if log.is_written(module):
+            self._work_up()
+            log.record_write(self.steps.ticks)
         log.record_beginning(self.steps)
         self._want_results()
         self._pend(module, Pending(None, call, is_sure=True))
 
     def _updates(self, log: LayerLog, module: nn.Module, args: tuple[Any, ...], output: Any, call: ModelCall) -> None:
-        log.record_update(module, call, args, output, self.steps, self._backwards.count, self.timelines)
-        if self._undone.drop(module):
+        self._noted.append(log.note_update(module, call, args, output, self.steps, self._backwards.count))
+        if self._undone and self._undone.drop(module):
+            self._work_up()
             log.record_eval_undone(call)
 
     def _evaluates(self, log: LayerLog, module: nn.Module) -> None:
+        self._work_up()
         log.record_evaluation(module, self.steps)
         if torch.is_grad_enabled():
             if not module.training:

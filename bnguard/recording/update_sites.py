@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -14,14 +16,14 @@ _MOST_MOMENTA: Final = 4
 _MOST_COMPUTED: Final = 256  # operations between a parameter and that of a clone
 
 
-def count_update(site: UpdateSite, input: Tensor | None, step: int, momentum: Any) -> None:
-    """Counts one update, by a forward of a layer with this momentum."""
+def count_update(site: UpdateSite, shape: Sequence[int] | None, step: int, momentum: Any) -> None:
+    """Counts one update, by a forward on a batch of this shape, of a layer with this momentum."""
     site.count += 1
     site.last_step = step
     if len(site.momenta) < _MOST_MOMENTA and not isinstance(momentum, Tensor):
         site.momenta.add(momentum)
-    if input is not None and input.dim() > 1:
-        values = input.numel() // max(1, input.shape[1])
+    if shape is not None and len(shape) > 1:
+        values = math.prod(shape) // max(1, shape[1])
         if site.fewest_values is None or values < site.fewest_values:
             site.fewest_values = values
         if values < FEW_VALUES:

@@ -45,10 +45,13 @@ def is_recorded(args: Iterable[Any], kwargs: Mapping[str, Any]) -> bool:
     Does not cover ``torch.compile``, whose graphs are only run with the objects they were traced with, and
     ``torch.export``.
     """
-    return (
-        _get_tracing_state() is not None
-        or (_len_torch_dispatch_stack() > 0 and _get_dispatch_mode(_PROXY) is not None and not is_below(_LINEARIZE))
-        or is_symbolic(args, kwargs)
+    return is_traced() or is_symbolic(args, kwargs)
+
+
+def is_traced() -> bool:
+    """Whether ``torch.jit.trace`` or ``make_fx`` records what is done to tensors."""
+    return _get_tracing_state() is not None or (
+        _len_torch_dispatch_stack() > 0 and _get_dispatch_mode(_PROXY) is not None and not is_below(_LINEARIZE)
     )
 
 
@@ -83,7 +86,7 @@ def are_on_cuda(tensors: Iterable[torch.Tensor | None]) -> bool:
 
 def is_being_recorded() -> bool:
     """Whether code outside of any forward is being traced, including by ``torch.export``."""
-    if is_exporting() or is_recorded((), {}):
+    if is_exporting() or is_traced():
         return True
     return _is_fx_tracing() and not is_below(_LINEARIZE) and is_below(_FX_TRACE)
 

@@ -5,6 +5,7 @@ import gc
 import re
 import threading
 import weakref
+from contextlib import suppress
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 import bnguard
-from bnguard.recording import layer_log, optimizer_steps
+from bnguard.recording import layer_log, optimizer_steps, put_back
 from tests.asserts import assert_clean, assert_same_bits, state_of
 from tests.nets import conv_net, images
 from tests.old_torch import needs_traced_layers
@@ -780,11 +781,9 @@ def test_model_that_looks_up_its_attributes_itself_runs(is_given):
 def test_nothing_is_computed_while_a_cuda_graph_is_captured(monkeypatch, captures):
     """Neither copies for what may be put back, nor comparisons after somebody else has written."""
     computed = []
-    for name in ("copies_of", "holds", "is_initial"):
-        original = getattr(layer_log, name)
-        monkeypatch.setattr(
-            layer_log, name, lambda *args, original=original: computed.append(original) or original(*args)
-        )
+    for place, name in ((layer_log, "copies_of"), (put_back, "holds"), (layer_log, "is_initial")):
+        original = getattr(place, name)
+        monkeypatch.setattr(place, name, lambda *args, original=original: computed.append(original) or original(*args))
     net = net_of(nn.BatchNorm2d(4))
     with bnguard.watch(net), monkeypatch.context() as patch, torch.no_grad():
         patch.setattr(torch.cuda, "is_initialized", lambda: captures)
@@ -821,3 +820,188 @@ def test_models_that_are_no_ordinary_objects_are_watched(make):
         with torch.no_grad():
             net(IMAGES)
     assert sum(update.count for update in record.updates) == 1
+
+
+class TrainsItself(nn.Module):
+    """A module whose forward is a whole training step."""
+
+    def __init__(self, net, asked):
+        super().__init__()
+        self.net, self.asked = net, asked
+        self.optimizer = torch.optim.SGD(net.parameters(), 0.1)
+
+    def forward(self, x):
+        """Forward, backward, step, and a second forward."""
+        loss = self.net(x).square().mean()
+        self.asked.append("forward")
+        loss.backward()
+        self.asked.append("backward")
+        self.net(x)
+        self.optimizer.step()
+        self.net(x)
+
+
+def test_steps_inside_of_a_call_are_told_apart():
+    """A model may train in its own forward: updates before and after a step belong to different steps."""
+    net = net_of(nn.BatchNorm2d(4))
+    with bnguard.watch() as record:
+        TrainsItself(net, [])(IMAGES)
+    update = only(record.updates)
+    assert (update.count, update.first_step, update.last_step) == (3, 0, 1)
+    assert record.update_series.counts[:, 0].tolist() == [2, 1]
+
+
+class PutsBack(nn.Module):
+    """A module whose forward puts back what every other forward of its net has moved."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        """Three forwards."""
+        self.net(x)
+        kept = {name: buffer.clone() for name, buffer in self.net.named_buffers()}
+        self.net(x)
+        for name, buffer in self.net.named_buffers():
+            buffer.copy_(kept[name])
+        self.net(x)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_statistics_are_put_back_inside_of_a_call(grad):
+    """A forward whose statistics are put back is no update, also where all of that is one call."""
+    with bnguard.watch() as record, torch.set_grad_enabled(grad):
+        PutsBack(net_of(nn.BatchNorm2d(4)))(IMAGES)
+    assert only(record.updates).count == 2
+
+
+class LooksAhead(TrainsItself):
+    """A module that trains on a batch twice, and puts back what it has seen of another one in between."""
+
+    def forward(self, x):
+        """Three forwards, of which two count."""
+        loss = self.net(x).square().mean()
+        kept = {name: buffer.clone() for name, buffer in self.net.named_buffers()}
+        self.net(x + 1)
+        for name, buffer in self.net.named_buffers():
+            buffer.data = kept[name]
+        (loss + self.net(x).square().mean()).backward()
+        self.optimizer.step()
+
+
+def test_update_that_is_put_back_inside_of_a_call_is_not_counted():
+    """Two updates a step remain, for the record and for the findings."""
+    model = LooksAhead(net_of(nn.BatchNorm2d(4)), [])
+    with bnguard.watch() as record:
+        for _ in range(4):
+            model(IMAGES)
+    assert only(record.updates).count == 8
+    assert "up to twice" in only([one for one in record.findings if one.code == "BN003"]).what
+
+
+class MovesBetween(nn.Module):
+    """A module whose forward updates between a forward in eval mode and its backward pass."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        """Forward in eval mode, update, backward."""
+        loss = self.net.eval()(x).square().mean()
+        with torch.no_grad():
+            self.net.train()(x)
+        loss.backward()
+
+
+def test_update_before_a_backward_inside_of_a_call_is_found():
+    """The backward pass knows the update before it."""
+    with bnguard.watch() as record:
+        MovesBetween(net_of(nn.BatchNorm2d(4)))(IMAGES)
+    assert "BN013" in [finding.code for finding in record.findings]
+
+
+class Asks(list):
+    """Notes how many updates are known at each of some moments."""
+
+    def __init__(self, record):
+        super().__init__()
+        self.record = record
+
+    def append(self, moment):
+        """At this one."""
+        super().append((moment, sum(update.count for update in self.record.updates)))
+
+
+def test_record_is_current_in_the_middle_of_a_call():
+    """Who asks inside of a forward is told what has happened so far."""
+    net, asked = net_of(nn.BatchNorm2d(4)), None
+    with bnguard.watch() as record:
+        asked = Asks(record)
+        TrainsItself(net, asked)(IMAGES)
+    assert asked == [("forward", 1), ("backward", 1)]
+
+
+def test_updates_before_a_failure_are_recorded():
+    """What a model has updated before its forward fails has happened, whatever comes next."""
+
+    def fail(*_):
+        raise RuntimeError("on purpose")
+
+    net = net_of(nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4))
+    handle = net[2].register_forward_pre_hook(fail)
+    with bnguard.watch(net) as record:
+        with pytest.raises(RuntimeError, match="on purpose"):
+            run(net)
+        assert [update.names for update in record.updates] == [("1",)]
+        handle.remove()
+        run(net)
+    assert [(update.names, update.count) for update in record.updates] == [(("1",), 2), (("3",), 1)]
+
+
+class Hides(nn.Module):
+    """A module without modules that calls layers of its own."""
+
+    def __init__(self, *layers):
+        super().__init__()
+        self.layers = layers  # a tuple: not registered
+
+    def forward(self, x):
+        """One layer after the other."""
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_layers_behind_a_module_without_modules_have_their_line():
+    """A model may call layers through a module that has none registered: the line is that of the outermost call."""
+    torch.manual_seed(0)
+    layer = nn.BatchNorm2d(4)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), Hides(nn.Identity(), layer))
+    with bnguard.watch() as record:
+        for _ in range(2):
+            nn.Sequential(nn.Sequential(nn.Sequential(layer)))(torch.randn(2, 4, 3, 3))
+            run(net)
+    assert {update.where.rsplit(" ", 1)[-1]: update.count for update in record.updates} == {
+        "run": 2,
+        "test_layers_behind_a_module_without_modules_have_their_line": 2,
+    }
+
+
+def test_model_of_a_forward_that_failed_is_freed():
+    """An update that is known only by half keeps no model alive."""
+
+    def fail(*_):
+        raise RuntimeError("on purpose")
+
+    net = net_of(nn.BatchNorm2d(4), nn.ReLU())
+    net[2].register_forward_pre_hook(fail)
+    layer = weakref.ref(net[1])
+    with bnguard.watch() as record:
+        with suppress(RuntimeError):
+            run(net)
+        del net
+        gc.collect()
+        assert layer() is None
+        assert only(record.updates).count == 1
