@@ -45,7 +45,7 @@ def suggestion(value: object, valid: Iterable[str], listed: str = "") -> str:
     """
     valid = list(valid)
     everything = f"valid are {listed or listing([repr(name) for name in valid])}"
-    nearest = difflib.get_close_matches(str(value), valid, n=1, cutoff=0.7)
+    nearest = difflib.get_close_matches(str(value), valid, n=1, cutoff=0.65)
     return f"did you mean {nearest[0]!r}? ({everything})" if nearest else everything
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import re
@@ -105,6 +106,17 @@ def interpreter(request: pytest.FixtureRequest) -> Iterator[None]:
     """Runs the programs of ``tests.forks`` in forked processes, and among the slow tests in real ones too."""
     with forks.real_processes() if request.param == "real" else nullcontext():
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _collections_are_short() -> None:
+    """Garbage collections, and searches for references, pass over what was there before the tests of a file.
+
+    That is a million objects of torch and pytest: a pass over them takes longer than most tests, and suites that run in
+    this process collect at their end.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-__all__ = ["LIMIT", "ROOT", "TORCHRUN", "job", "once", "start"]
+__all__ = ["LIMIT", "ROOT", "TORCHRUN", "check", "job", "once", "start"]
 
 ROOT = Path(__file__).parents[1]
 LIMIT = 240  # seconds for a whole job
@@ -39,7 +39,11 @@ def start(command, folder=ROOT, **environment):
 
 def job(folder, *command, backend="gloo"):
     """Runs ranks that write what they report into a folder."""
-    done = start(command, BACKEND=backend)
+    check(folder, start(command, BACKEND=backend))
+
+
+def check(folder, done):
+    """That the processes of such a job have succeeded."""
     results = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     assert done.returncode == 0, [result.get("failed") for result in results] or done.stderr
 

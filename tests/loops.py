@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import inspect
 import re
 import textwrap
@@ -37,16 +36,10 @@ __all__ = [
 
 @pytest.fixture(autouse=True, scope="module")
 def little_waiting() -> Iterator[None]:
-    """Runs take the time of their work: threads do not wait for each other, and collections pass over the libraries.
-
-    accelerate collects garbage at each run, which takes longer than a run of this size.
-    """
+    """Runs take the time of their work: threads do not wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    gc.collect()
-    gc.freeze()
     yield
-    gc.unfreeze()
     torch.set_num_threads(threads)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from bnguard.cli.exit_codes import USAGE
-from bnguard.words import listing
+from bnguard.words import listing, suggestion
 
 
 class Parser(argparse.ArgumentParser):
@@ -35,10 +35,7 @@ def unknown_command_text(word: str, commands: Sequence[str]) -> str:
     """What to say of a first word that is no command."""
     if os.path.isfile(word):
         return f"expected a command, got the file {word!r}: to run a script, write bnguard run {word}"
-    nearest = difflib.get_close_matches(word, commands, n=1)
-    everything = f"valid are {listing([repr(name) for name in commands])}"
-    hint = f"did you mean {nearest[0]!r}? ({everything})" if nearest else everything
-    return f"unknown command {word!r}: {hint}"
+    return f"unknown command {word!r}: {suggestion(word, commands)}"
 
 
 def one_of(choices: Sequence[str]) -> Callable[[str], str]:

@@ -15,15 +15,13 @@ from bnguard.words import count_text
 _EVERY: Final = 64  # forwards of modules between two readings of the clock
 
 
-class Progress:
+class Progress(global_hook.Listener):
     """Prints a line to stderr every ``seconds`` seconds while a watch records.
 
     Args:
         record: The watch.
         seconds: The time between two lines.
     """
-
-    wants_results = False
 
     def __init__(self, record: watch, seconds: float) -> None:
         self._record = record
@@ -45,12 +43,6 @@ class Progress:
             if now - self._last >= self._seconds:
                 self._last = now
                 print(self._line(now - self._start), file=sys.stderr, flush=True)
-
-    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Does nothing."""
-
-    def traced(self, key: int) -> None:
-        """Does nothing."""
 
     def _line(self, seconds: float) -> str:
         steps, updates, layers = self._record.counts

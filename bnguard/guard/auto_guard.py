@@ -35,7 +35,7 @@ from bnguard.torch_internals.tracing import is_capturing
 _MOST_OPEN: Final = 16
 
 
-class AutoGuard:
+class AutoGuard(global_hook.Listener):
     """Guards each model that runs, from the first forward of its outermost module.
 
     In a compiled graph no hook runs. Models that have been seen in one are compared at the end.
@@ -47,8 +47,6 @@ class AutoGuard:
     Attributes:
         has_guarded: Whether a model with a selected layer has run.
     """
-
-    wants_results = False
 
     def __init__(self, requests: GuardRequests, settings: Settings) -> None:
         self._requests = requests
@@ -84,9 +82,6 @@ class AutoGuard:
             if guard is not None and not was_guarded:
                 # torch looked up the hooks and the forward before it called this one.
                 guard.before_first(args, sys._getframe(3))
-
-    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Does nothing."""
 
     def traced(self, key: int) -> None:
         """Compares, from the next ``begin()`` on at the latest, the model of a module that is compiled into a graph."""

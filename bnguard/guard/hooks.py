@@ -91,7 +91,9 @@ class LayerGuard(HeldLayer):
     def serves_again(self, layer: StatsLayer, known: tuple[Tensor | None, ...]) -> bool:
         """Whether this guard, which has no entries any more, can be used again as if it were new."""
         module = layer.module
-        if module is not self.module or layer.kind is not self.kind or self.members or "forward" in module.__dict__:
+        if module is not self.module or layer.kind is not self.kind or self.members:
+            return False
+        if self.previous is not None or "forward" in module.__dict__:
             return False
         return all(map(is_, known, self._known))
 

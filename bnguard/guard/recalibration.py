@@ -42,7 +42,8 @@ from bnguard.layers.kinds import (
 )
 from bnguard.layers.moments import Share, summed_over_ranks
 from bnguard.layers.select import Selector, as_selectors, select_layers
-from bnguard.layers.swaps import own_tensors, put_tensor
+from bnguard.layers.snapshot import Snapshot
+from bnguard.layers.swaps import own_tensors
 from bnguard.layers.tree import find_layers
 from bnguard.records import Recalibration
 from bnguard.torch_internals.callsite import call_site
@@ -266,7 +267,7 @@ def _run(
     modules = list(model.modules())
     undo.append(partial(_put_modes_back, [(module, module.training) for module in modules]))
     undo.append(partial(torch.set_grad_enabled, torch.is_grad_enabled()))
-    undo.append(partial(_put_buffers_back, _saved(modules)))
+    undo.append(_buffers_of(modules).restore)
     beside = _guarded_beside(model, pools)
     if beside:
         settings = Settings("rollback", include=(beside,), frontend=Frontend(has_coverage_warnings=False))
@@ -314,32 +315,20 @@ def _undo_all(undo: list[Callable[[], object]]) -> None:
         raise failure
 
 
+def _buffers_of(modules: Sequence[nn.Module]) -> Snapshot:
+    """All buffers of modules, and their values."""
+    present = [
+        (module, tuple([name for name, tensor in own_tensors(module, "_buffers").items() if tensor is not None]))
+        for module in modules
+    ]
+    owners = [(module, names) for module, names in present if names]
+    return Snapshot([module for module, _ in owners], [names for _, names in owners])
+
+
 def _put_modes_back(modes: Sequence[tuple[nn.Module, bool]]) -> None:
     for module, mode in modes:
         if module.training is not mode:
             module.training = mode
-
-
-_Saved = list[tuple[nn.Module, str, Tensor, Tensor, int]]
-
-
-@outside_modes
-def _saved(modules: Sequence[nn.Module]) -> _Saved:
-    """Copies of all buffers that can be read."""
-    return [
-        (module, name, tensor, cloned(tensor), tensor.data_ptr())
-        for module in modules
-        for name, tensor in own_tensors(module, "_buffers").items()
-        if tensor is not None and has_values(tensor)
-    ]
-
-
-@outside_modes
-def _put_buffers_back(saved: _Saved) -> None:
-    for module, name, tensor, value, place in saved:
-        if own_tensors(module, "_buffers").get(name) is not tensor:
-            put_tensor(module, "_buffers", name, tensor)
-        put_back(tensor, value, place)
 
 
 _New = tuple[tuple[Tensor, Tensor], ...]

@@ -45,7 +45,7 @@ def drift_between(
         The drift, on the CPU in float64; None if the layer has no mean with a variance, their shapes changed, or
         they are no real numbers.
     """
-    pairs = _pairs(before, after)
+    pairs = _pairs(before, after, torch.device("cpu"))
     if not pairs:
         return None
     old_mean, new_mean = (torch.cat([pair[part] for pair in pairs]) for part in (0, 1))
@@ -90,9 +90,9 @@ def sample_of(
     """
     groups: dict[torch.device, list[tuple[int, list[Tensor]]]] = {}
     for position, before, now, eps in layers:
-        columns = _columns(before, now, eps)
-        if columns:
-            groups.setdefault(columns[0].device, []).append((position, columns))
+        for old_mean, new_mean, old_var, new_var in _pairs(before, now)[:1]:
+            columns = [old_mean, new_mean, old_var + eps, new_var + eps]
+            groups.setdefault(old_mean.device, []).append((position, columns))
     values = []
     for group in groups.values():
         old_mean, new_mean, old_var, new_var = (torch.cat([columns[part] for _, columns in group]) for part in range(4))
@@ -101,18 +101,6 @@ def sample_of(
         largest = [torch.stack([part.max() for part in some.split(sizes)]) for some in (shift, divergence)]
         values.append(torch.stack(largest))
     return DriftSample(step, tuple([position for group in groups.values() for position, _ in group]), values)
-
-
-def _columns(before: Mapping[str, Tensor], now: Mapping[str, Tensor], eps: float) -> list[Tensor]:
-    """Mean before and now, variance before and now with ``eps`` added, on the current device; else empty."""
-    for mean, variance in _names(before)[:1]:
-        both = [statistics[name] for name in (mean, variance) for statistics in (before, now) if name in statistics]
-        if len(both) == 4 and are_alike(both):
-            device = now[mean].device
-            dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
-            four = [tensor.detach().to(device, dtype).reshape(-1) for tensor in both]
-            return [*four[:2], four[2] + eps, four[3] + eps]
-    return []
 
 
 @outside_modes
@@ -170,13 +158,21 @@ def _names(statistics: Mapping[str, Tensor]) -> list[tuple[str, str]]:
     return [(mean, variance) for mean, variance in found if variance in statistics]
 
 
-def _pairs(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """For each mean that has a variance: mean before and after, variance before and after, in float64 on the CPU."""
+def _pairs(
+    before: Mapping[str, Tensor], after: Mapping[str, Tensor], device: torch.device | None = None
+) -> list[list[Tensor]]:
+    """For each mean that has a variance: mean before and after, variance before and after, in float64.
+
+    Args:
+        before: Statistics of one layer by buffer name.
+        after: Its later statistics.
+        device: Where to compute; None for where the later statistics are.
+    """
     pairs = []
-    for mean, variance in _names(before):
-        if mean in after and variance in after:
-            both = (before[mean], after[mean], before[variance], after[variance])
-            if are_alike(both):
-                four = [tensor.detach().double().cpu().reshape(-1) for tensor in both]
-                pairs.append((four[0], four[1], four[2], four[3]))
+    for names in _names(before):
+        both = [statistics[name] for name in names for statistics in (before, after) if name in statistics]
+        if len(both) == 4 and are_alike(both):
+            place = device or both[1].device
+            dtype = torch.float32 if place.type == "mps" else torch.float64  # MPS has no float64
+            pairs.append([tensor.detach().to(place, dtype).reshape(-1) for tensor in both])
     return pairs

@@ -123,44 +123,6 @@ class FlatCopy:
         return [from_bytes(piece, part.dtype) for piece, part in zip(pieces, self._parts, strict=True)]
 
 
-class Counts:
-    """A copy of integer scalar tensors on the CPU, such as ``num_batches_tracked``, as Python integers.
-
-    Args:
-        tensors: Tensors of an integer dtype with one element each, all on the CPU.
-    """
-
-    __slots__ = ("_pointers", "_saved", "_tensors", "_viewed")
-
-    def __init__(self, tensors: list[Tensor]) -> None:
-        self._tensors = tensors
-        self._pointers = list(map(Tensor.data_ptr, tensors))
-        self._saved = self._current_numbers()
-        self._viewed: Tensor | None = None  # replaces _saved once views() has been called: callers may write to them
-
-    def has_values(self) -> bool:
-        """Whether all values are integers: a tensor of another dtype gives a float or a bool."""
-        return set(map(type, self._saved)) == {int}
-
-    def is_unchanged(self) -> bool:
-        """Whether the tensors still have the copied values."""
-        return self._current_numbers() == (self._saved if self._viewed is None else self._viewed.tolist())
-
-    def views(self) -> Iterator[tuple[int, Tensor]]:
-        """The id of each tensor and its copied value, a view: writing to it changes what is compared with."""
-        if self._viewed is None:
-            self._viewed = torch.tensor(self._saved, device="cpu")  # not the device of a torch.device() block
-        return zip(map(id, self._tensors), self._viewed.unbind(), strict=True)
-
-    def pointers(self) -> Iterator[tuple[int, int]]:
-        """The id of each tensor, and where its value was in memory when it was copied."""
-        return zip(map(id, self._tensors), self._pointers, strict=True)
-
-    def _current_numbers(self) -> list[int | float | bool]:
-        # Takes half as long as copying all tensors into one and comparing that.
-        return [tensor.item() for tensor in self._tensors]
-
-
 def _width(part: Part) -> int:
     return -part.dtype.itemsize
 

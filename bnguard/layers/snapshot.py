@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from bnguard.layers.bits import has_values, is_valueless, put_back, readable, same_bits, wide
-from bnguard.layers.flat_copy import Counts, FlatCopy, part_of
+from bnguard.layers.flat_copy import FlatCopy, part_of
 from bnguard.layers.kinds import BATCH_NORM_STATISTICS
 from bnguard.layers.swaps import Table, own_tables, own_tensors, put_tensor, swap_lock
 from bnguard.layers.usual_copy import UsualCopy
@@ -74,7 +74,7 @@ class Snapshot:
         )
         self._odd: dict[int, Tensor] = {}
         self._saved_by_id: dict[int, Tensor | None] | None = None
-        self._copies: Sequence[FlatCopy | Counts | UsualCopy]
+        self._copies: Sequence[FlatCopy | UsualCopy]
         if len(self._groups) == 1 and names[0] == BATCH_NORM_STATISTICS:
             try:
                 self._copies = (UsualCopy(self._columns),)
@@ -82,9 +82,9 @@ class Snapshot:
                 pass
             else:
                 return
-        copies = _copies_of_columns(self._columns)
-        if copies is not None:
-            self._copies = copies
+        copy = _copy_of_columns(self._columns)
+        if copy is not None:
+            self._copies = (copy,)
             return
         tensors = list({id(tensor): tensor for column in self._columns for tensor in column}.values())
         self._odd = {id(tensor): tensor for tensor in tensors if type(tensor) not in PLAIN or not has_values(tensor)}
@@ -340,7 +340,7 @@ def _grouped(names: Sequence[tuple[str, ...]]) -> dict[tuple[str, ...], Sequence
     return dict(groups)
 
 
-def _copies_of_columns(columns: list[list[Tensor]]) -> list[FlatCopy | Counts] | None:
+def _copy_of_columns(columns: list[list[Tensor]]) -> FlatCopy | None:
     """Copies all columns, if each has plain tensors of one dtype and rank and all are on one device; else None.
 
     Properties that are slow to read from each tensor are checked once, on the flat copy.
@@ -351,26 +351,21 @@ def _copies_of_columns(columns: list[list[Tensor]]) -> list[FlatCopy | Counts] |
         if type(first) not in PLAIN:
             return None
         groups.setdefault((first.dtype, first.dim()), []).extend(column)
-    copies: list[FlatCopy | Counts] = []
     parts = []
     try:
         for (dtype, rank), tensors in groups.items():
             if rank > 1 or not set(map(type, tensors)) <= PLAIN:
                 return None
-            if rank == 0 and dtype is torch.int64 and tensors[0].is_cpu:
-                copies.append(Counts(tensors))
-            elif {tensor.dtype for tensor in tensors} == {dtype}:
-                parts.append(part_of(tensors, dtype, rank))
-            else:
+            if {tensor.dtype for tensor in tensors} != {dtype}:
                 return None
-        if parts:
-            copies.append(FlatCopy(parts))
+            parts.append(part_of(tensors, dtype, rank))
+        copy = FlatCopy(parts)
     except RuntimeError:  # several devices or ranks, or a tensor that a torch.func transform has left wrapped
         return None
-    return copies if all([copy.has_values() for copy in copies]) else None
+    return copy if copy.has_values() else None
 
 
-def _copies_of(tensors: list[Tensor]) -> list[FlatCopy | Counts]:
+def _copies_of(tensors: list[Tensor]) -> list[FlatCopy]:
     """Copies tensors into one flat copy per device."""
     found: dict[torch.device, dict[tuple[torch.dtype, int | None], list[Tensor]]] = {}
     for tensor in tensors:

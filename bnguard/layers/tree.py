@@ -162,11 +162,9 @@ def ancestors_of(layer: nn.Module, model: nn.Module) -> list[nn.Module]:
             if child is not None:
                 parents.setdefault(id(child), module)
     found = []
-    current: nn.Module | None = layer
-    while current is not None and current is not model:
-        current = parents.pop(id(current), None)  # each once: a module may contain itself
-        if current is not None:
-            found.append(current)
+    while layer is not model:
+        layer = parents[id(layer)]
+        found.append(layer)
     return found
 
 

@@ -129,7 +129,7 @@ class Pending:
     is_sure: bool = False
 
 
-class LayerListener(Generic[L]):
+class LayerListener(global_hook.Listener, Generic[L]):
     """Meets the models that run, and sees which forwards of their layers update.
 
     Models are held weakly.

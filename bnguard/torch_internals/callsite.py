@@ -63,7 +63,7 @@ def call_site() -> CallSite:
     innermost: dict[Origin, tuple[FrameType, int]] = {}
     calling: dict[Origin, tuple[FrameType, int]] = {}
     is_called = False  # whether the next frame that is no machinery calls a module
-    outermost: tuple[FrameType, int] | None = None
+    outermost = sys._getframe(1), 1
     while frame is not None:
         if frame.f_code is MODULE_CALL:
             is_called = is_called or type(frame.f_locals.get("self")).__name__ not in WRAPPERS
@@ -81,7 +81,7 @@ def call_site() -> CallSite:
             inside = _site(*innermost[origin])
             site = _site(*calling.get(origin, innermost[origin]))
             return site if site == inside else replace(site, inside=inside)
-    return CallSite("<unknown>", 0, "<unknown>", 1) if outermost is None else _site(*outermost)
+    return _site(*outermost)
 
 
 # Every call of a module runs this function once.
@@ -149,8 +149,6 @@ _PACKAGES = tuple({os.path.join(sysconfig.get_paths()[key], "") for key in ("pur
 
 def path_in_packages(filename: str) -> str:
     """The path of a file inside the folder of installed packages, ``trainer/loop.py``; empty if it is elsewhere."""
-    if origin_of(filename) != "library":
-        return ""
     return next((filename.removeprefix(folder) for folder in _PACKAGES if filename.startswith(folder)), "")
 
 

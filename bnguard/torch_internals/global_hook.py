@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -16,15 +16,15 @@ from bnguard.torch_internals.patching import Patch
 _KEY: Final = "bnguard"
 
 
-class Listener(Protocol):
-    """An object whose methods are called for each forward of a module.
+class Listener:
+    """An object whose methods are called for each forward of a module. Those of this class do nothing.
 
     Attributes:
         wants_results: Whether ``after`` is called, which takes a second hook on every module. Call
             ``update_hooks()`` after changing it.
     """
 
-    wants_results: bool
+    wants_results = False
 
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Called before the forward of a module."""
@@ -36,22 +36,8 @@ class Listener(Protocol):
         """Called when the module with this id is compiled into a graph, which runs no hooks."""
 
 
-class _NoListener:
-    """Keeps the hook registered between two listeners, so that compiled graphs stay valid."""
-
-    wants_results = False
-
-    def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Does nothing."""
-
-    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Never called, since ``wants_results`` is False."""
-
-    def traced(self, key: int) -> None:
-        """Does nothing."""
-
-
-_KEEPER: Final[Listener] = _NoListener()
+# Keeps the hook registered between two listeners, so that compiled graphs stay valid.
+_KEEPER: Final = Listener()
 
 
 def listen(listener: Listener) -> None:

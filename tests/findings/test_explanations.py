@@ -16,7 +16,7 @@ import bnguard
 from bnguard.findings.codes import CODES
 from bnguard.findings.explanations import Explanation, explanation_of
 from bnguard.findings.rules import RULES
-from tests import launch
+from tests import forks
 
 IN_RANKS = "BN015"
 
@@ -73,7 +73,8 @@ def found(program: str, folder: Path) -> set[str]:
 def found_in_ranks(program: str, folder: Path) -> set[str]:
     """The codes that a program has under ``bnguard run``, in two processes."""
     (folder / "train.py").write_text(program)
-    done = launch.start([*launch.TORCHRUN, "-m", "bnguard", "run", "--json", "out.json", "train.py"], folder)
+    command = ["tests.forked_ranks", 2, "bnguard", "run", "--json", "out.json", "train.py"]
+    done = forks.run("-m", *command, cwd=folder)
     assert done.returncode == 0, done.stderr
     return {finding["code"] for finding in json.loads((folder / "out.json").read_text())["findings"]}
 

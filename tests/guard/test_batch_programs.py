@@ -85,6 +85,14 @@ def test_program_in_eval_mode_is_the_eval_twins(layer: str, form: Callable[[nn.M
     assert_clean(program)
 
 
+def test_layer_of_an_unflattened_program_is_said_to_normalise_as_it_was_exported() -> None:
+    """A guard holds its statistics, and cannot make it use others."""
+    program = unflatten(make("BatchNorm2d", training=False))
+    with bnguard.frozen(program, use_running_stats=True) as guard:
+        (layer,) = guard.layers
+    assert layer.protection == "held in its forward, which normalises as it was exported; compared at exit"
+
+
 @EVERY_FORM
 def test_other_policies_take_a_program_in_train_mode(form: Callable[[nn.Module], Any]) -> None:
     """They do not say what it normalises with."""

@@ -240,3 +240,13 @@ def test_error_says_that_data_is_not_searched() -> None:
 
     with pytest.raises(TypeError, match="Containers of more than 256 entries are data, and are not searched"):
         step([nn.BatchNorm1d(3)] * 300)
+
+
+def test_sparse_buffer_of_the_model_is_no_hindrance() -> None:
+    """It has no memory of its own, by which layers that share statistics are recognised."""
+    net = Holding(lambda layer: [layer])
+    net.register_buffer("edges", torch.eye(3).to_sparse())
+    with told() as said, bnguard.frozen(net):
+        net(rows())
+    (text,) = said.warnings
+    assert text.startswith("also moved inside frozen(), not guarded: held.0 (BatchNorm1d).\n")

@@ -27,8 +27,30 @@ GUARDS: dict[str, dict[str, Any]] = {
 }
 EVERY_GUARD = pytest.mark.parametrize("guard", GUARDS)
 HOLDING = pytest.mark.parametrize("guard", ["restore", "running"])
+
+
+class CopyingNorm(nn.BatchNorm1d):
+    """Makes its copies itself, as a parametrized layer does, and pickles itself."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CopyingNorm:
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+    def __reduce__(self) -> Any:
+        return rebuilt, (self.__dict__,)
+
+
+def rebuilt(attributes: dict[str, Any]) -> CopyingNorm:
+    """A layer with these attributes."""
+    layer = CopyingNorm.__new__(CopyingNorm)
+    layer.__dict__.update(attributes)
+    return layer
+
+
 NORMS = {"BatchNorm": nn.BatchNorm1d, "own-forward": OwnForward, "reassigning": ReassigningNorm}
 EVERY_NORM = pytest.mark.parametrize("norm", NORMS)
+OF_EVERY_NAME = {**NORMS, "copying": CopyingNorm}
 
 
 def rows(seed: int = 0) -> Tensor:
@@ -90,7 +112,7 @@ def shifted(module: nn.Module) -> nn.Module:
 def make_net(norm: str) -> nn.Sequential:
     """A net with one guarded layer, three levels down."""
     torch.manual_seed(3)
-    return warmed(nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.Sequential(NORMS[norm](3))), nn.Linear(3, 1)))
+    return warmed(nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.Sequential(OF_EVERY_NAME[norm](3))), nn.Linear(3, 1)))
 
 
 # MAML. A task takes a net, adapts a clone of it to some data, and returns the loss of that on other data.
@@ -234,7 +256,7 @@ def through_pickle(module: nn.Module) -> Any:
 
 
 @pytest.mark.parametrize("make_copy", [copy.deepcopy, through_pickle, owning, sharing], ids=lambda way: way.__name__)
-@EVERY_NORM
+@pytest.mark.parametrize("norm", OF_EVERY_NAME)
 @EVERY_GUARD
 def test_copy_of_a_clone_has_its_values(clone_of: Any, guard: str, norm: str, make_copy: Callable[..., Any]) -> None:
     """Those of the clone, not of the layer that it was cloned from; it runs by itself, and so does the clone."""

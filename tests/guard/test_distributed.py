@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.launch import TORCHRUN, job, once, start
+from tests import forks
+from tests.launch import LIMIT, TORCHRUN, check, job, once, start
 from tests.old_torch import RELEASE
 from tests.rank_scenarios import SCENARIOS
 
@@ -26,7 +27,18 @@ OF_FOUR = [*OF_ALL, "two_ddp_groups"]
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
+def forked(tmp_path_factory):
+    """Two ranks, forked from one process."""
+
+    def run(folder):
+        command = ["tests.forked_ranks", 2, "tests.rank_job", folder, *OF_PAIRS]
+        check(folder, forks.run("-m", *command, timeout=LIMIT))
+
+    return once(tmp_path_factory, "forked_ranks", run)
+
+
+@pytest.fixture(scope="module")
+def torchrun(tmp_path_factory):
     """Two ranks, started with torchrun."""
 
     def run(folder):
@@ -60,9 +72,18 @@ def two_gpus(tmp_path_factory):
     return once(tmp_path_factory, "two_gpus", run)
 
 
-@pytest.fixture(params=["two", pytest.param("four", marks=pytest.mark.slow), "two_gpus"])
+OF_TORCHRUN = pytest.param("torchrun", marks=pytest.mark.slow)
+
+
+@pytest.fixture(params=["forked", OF_TORCHRUN])
+def two(request):
+    """Two ranks."""
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(params=["forked", OF_TORCHRUN, pytest.param("four", marks=pytest.mark.slow), "two_gpus"])
 def ranks(request):
-    """Both."""
+    """Any number of them."""
     return request.getfixturevalue(request.param)
 
 

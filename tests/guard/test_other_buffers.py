@@ -383,3 +383,33 @@ def test_strict_takes_it() -> None:
     codes = net[2]
     validate(codes)
     assert_same_bits(state_of(net), before)
+
+
+def test_other_buffers_of_a_layer_in_two_places_are_found_by_either_name() -> None:
+    """As its statistics are."""
+    layer = Scaled()
+    net = nn.ModuleDict({"first": layer, "second": layer})
+    guard = bnguard.frozen(net, "restore", buffers="second.scale")
+    with guard:
+        assert [found.names for found in guard.layers] == [("first", "second")]
+
+
+class Scaled(nn.Module):
+    """Has a bias of the shape of a buffer that is no statistic."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.ones(3))
+        self.bias = nn.Parameter(torch.zeros(3))
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return input * self.scale + self.bias
+
+
+def test_affine_holds_no_parameters_beside_other_buffers() -> None:
+    """``affine`` is about normalisation layers; what else is guarded goes on learning."""
+    net = nn.Sequential(Scaled(), nn.BatchNorm1d(3))
+    with bnguard.frozen(net, "restore", affine=True, buffers="0.scale"):
+        net(torch.randn(4, 3)).square().sum().backward()
+        assert net[0].bias.grad is not None
+        assert net[1].bias.grad is None

@@ -249,6 +249,21 @@ def test_forward_of_the_class_that_is_patched_inside_is_used() -> None:
         assert_same_bits(net(batch()), batch() * 7)
 
 
+@EVERY_GUARD
+def test_forward_on_a_layer_that_was_taken_off_between_blocks_stays_off(guard: str) -> None:
+    """A guard that is used again calls the forward of the class, and does not bring the other one back."""
+    net = nn.Sequential(Norm()).eval()
+    expected = net(batch())
+    block = bnguard.frozen(net, **GUARDS[guard])
+    net[0].forward = lambda input: input * 100
+    with block:
+        net(batch())
+    del net[0].forward
+    with block:
+        assert_same_bits(net(batch()), expected)
+    assert "forward" not in vars(net[0])
+
+
 def test_budget_on_a_layer_that_gives_its_statistics_a_shape() -> None:
     """The first update decides how many features there are."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import re
+import sys
 from collections import UserDict
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -802,3 +803,25 @@ def test_in_inference_mode() -> None:
     bnguard.recalibrate(twin, batches)
     assert_same_bits(state_of(net), state_of(twin))
     net(rows()).sum().backward()
+
+
+def test_statistics_that_cannot_be_read_are_refused() -> None:
+    """The error says what they are, and which layer to leave out."""
+    net = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3))
+    net[1].running_mean = net[1].running_mean.to_sparse()
+    with pytest.raises(bnguard.BNGuardError, match=r"running statistics are in a tensor with the layout"):
+        bnguard.recalibrate(net, [torch.randn(4, 3)])
+    assert bnguard.recalibrate(net[:1], [torch.randn(4, 3)]).layers == ("0",)
+
+
+def test_models_are_recalibrated_where_nothing_was_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the compiler there is nothing to switch off."""
+    for name in ("torch._dynamo", "torch._dynamo.eval_frame"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    net = nn.Sequential(nn.BatchNorm1d(3))
+    rows = torch.randn(4, 3)
+    bnguard.recalibrate(net, [rows])
+    assert torch.allclose(net[0].running_mean, rows.mean(0))
+    with bnguard.frozen(net) as guard:
+        assert [layer.protection for layer in guard.layers] == ["checked before each forward; compared at exit"]
+    assert "torch._dynamo.eval_frame" not in sys.modules

@@ -292,3 +292,15 @@ def test_layer_runs_without_a_hook_more_after_its_first_forward(model):
     model(images())
     assert not model[1]._forward_pre_hooks
     callback.on_end()
+
+
+@pytest.mark.usefixtures("no_graphs")
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+def test_scripted_layers_are_not_said_to_be_idle() -> None:
+    """A ScriptModule runs no hooks: whether it has run is not known."""
+    net = torch.jit.script(nn.Sequential(nn.BatchNorm2d(2)).eval())
+    callback = CountingCallback()
+    callback.on_begin(net)
+    net(images())
+    callback.on_validate()
+    callback.on_end()  # a warning would be an error

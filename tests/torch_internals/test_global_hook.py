@@ -13,7 +13,7 @@ from torch.nn.modules import module as torch_module
 from bnguard.torch_internals import global_hook
 
 
-class Listener:
+class Listener(global_hook.Listener):
     """Takes down what it is told."""
 
     def __init__(self, *, wants_results: bool) -> None:
