@@ -10,7 +10,8 @@ differently: they copy the ``__dict__``, with all that a guard has put there, an
 2. A copy, a pickle or a guard of a clone that has not run takes everything off first. They, and a direct call of
    ``forward``, do not say which module they are about, so it is looked for on the stack.
 3. A layer that is parametrized inside a block has another class, which copies the ``__dict__`` deeply. The methods in
-   it are then bound to the copy: whichever is called first takes them all off.
+   it are then bound to the copy, and are taken off it when ``deepcopy`` drops its memo; should somebody keep that,
+   whichever method is called first takes them all off.
 4. The end of a block takes everything off the clones that are left. ``gc`` finds them; it is asked only if there are
    some, which a reference count tells.
 """
@@ -296,10 +297,25 @@ def strip_copy(module: Any) -> Any:
         if getattr(value, "__self__", None) is module and _is_of_package(value):
             del attributes[name]
     for table in _TABLES[:2]:
-        if KEY in attributes[table] and not isinstance(attributes[table][KEY], LayerHook):  # what a copy of one is
-            del attributes[table][KEY]
+        hooks = attributes.get(table) or {}
+        if KEY in hooks and not isinstance(hooks[KEY], LayerHook):  # what a copy of one is
+            del hooks[KEY]
             attributes["_forward_hooks_always_called"].pop(KEY, None)
     return module
+
+
+class StripsCopy:
+    """Takes off a copy what its class copies to it, once the copy is made: the memo of ``deepcopy`` keeps this alive.
+
+    Args:
+        module: The copy, whose attributes are not there yet.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __del__(self) -> None:
+        strip_copy(self.module)
 
 
 def _is_of_package(method: Any) -> bool:

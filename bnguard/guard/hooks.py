@@ -91,7 +91,9 @@ class LayerGuard(HeldLayer):
     def serves_again(self, layer: StatsLayer, known: tuple[Tensor | None, ...]) -> bool:
         """Whether this guard, which has no entries any more, can be used again as if it were new."""
         module = layer.module
-        if module is not self.module or layer.kind is not self.kind or self.members or "forward" in module.__dict__:
+        if module is not self.module or type(module) is not self.cls or layer.kind is not self.kind:
+            return False
+        if self.members or "forward" in module.__dict__:
             return False
         return all(map(is_, known, self._known))
 
@@ -145,6 +147,15 @@ class LayerGuard(HeldLayer):
             waiting.remove(before)
             self.forget(before)
 
+    def follow_class(self) -> None:
+        """Makes the layer conform again if the user's code has changed its class."""
+        if type(self.module) is not self.cls:
+            super().follow_class()
+            with entries_lock:
+                self.sync(Rulings())
+                if self.has_hooks and not self.has_forward and self.kind.predict is None:
+                    self.put_after(_AfterForward(self))
+
     # The hooks.
 
     def before_first(self, args: tuple[Any, ...], call: FrameType) -> None:
@@ -168,6 +179,10 @@ class LayerGuard(HeldLayer):
             is_clone = module is not self.module and not module.__dict__.get("_is_replica", False)
             if is_clone and not self.shared_statistics(module):
                 self.strip(module)  # it shares the hooks
+                return
+            if type(self.module) is not self.cls and not torch.compiler.is_compiling():
+                self.follow_class()
+                self.before_first(args, call or sys._getframe(3))
                 return
         predict = self.kind.predict
         if predict is not None and not predict(module):
