@@ -103,6 +103,8 @@ class Again:
                     or guard._original is not None
                     or "forward" in attributes
                     or MARK in attributes
+                    or "__getstate__" in attributes
+                    or "_replicate_for_data_parallel" in attributes
                     or attributes["_forward_hooks"]
                     or attributes["_forward_pre_hooks"]
                 ):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from types import FunctionType, MethodType
 from typing import Any, Final, Literal
@@ -60,6 +60,8 @@ class HeldLayer(WatchedLayer):
 
     _scratch: tuple[Tensor | None, Tensor | None] = (None, None)  # of the last forward
 
+    conform_again: Callable[[], None]  # a method of a subclass
+
     # The ``forward`` on the instance: a bound method of this object.
 
     def put_forward(self) -> None:
@@ -73,11 +75,12 @@ class HeldLayer(WatchedLayer):
         if self.has_hooks and not self.is_watching():
             self.remove_hooks()
         if not self.has_forward:
-            self.has_forward = True
+            if self.is_outdated():
+                self.look_again()
             function = forward_of_batch_norm if self.kind is BATCH_NORM else self._forward_like_own()
-            attributes = self.module.__dict__
-            attributes["_replicate_for_data_parallel"] = self.replicate
-            attributes["forward"] = MethodType(function, self)
+            self.has_forward = True
+            self.put("_replicate_for_data_parallel", self.replicate)
+            self.put("forward", MethodType(function, self))
 
     def _forward_like_own(self) -> FunctionType:
         """A copy of ``forward`` that has the signature of the layer's own."""
@@ -110,7 +113,8 @@ class HeldLayer(WatchedLayer):
 
     def of_copy(self, module: nn.Module, names: tuple[str, ...]) -> HeldLayer:
         """A guard like this one for a forward of a replica, or of a clone that has the statistics ``names`` of it."""
-        self.follow_class()
+        if type(self.module) is not self.cls:
+            self.look_again()
         layer = StatsLayer(module, (), names, self.kind)
         guard = type(self)(layer, *own_values([layer]))
         guard.kind, guard.previous, guard._turn = self.kind, self.previous, self._turn
@@ -142,7 +146,7 @@ class HeldLayer(WatchedLayer):
             if torch.compiler.is_compiling():
                 class_changed(id(self.module))
             else:
-                self.follow_class()
+                self.conform_again()
         if self._turn is None or self.ruling.action is not None or torch.compiler.is_compiling():
             return self._run(args, kwargs)
         with self._turn:

@@ -91,9 +91,9 @@ class LayerGuard(HeldLayer):
     def serves_again(self, layer: StatsLayer, known: tuple[Tensor | None, ...]) -> bool:
         """Whether this guard, which has no entries any more, can be used again as if it were new."""
         module = layer.module
-        if module is not self.module or type(module) is not self.cls or layer.kind is not self.kind:
+        if module is not self.module or layer.kind is not self.kind or self.members or self.replaced:
             return False
-        if self.members or "forward" in module.__dict__:
+        if self.previous is not None or self.is_outdated():
             return False
         return all(map(is_, known, self._known))
 
@@ -147,14 +147,13 @@ class LayerGuard(HeldLayer):
             waiting.remove(before)
             self.forget(before)
 
-    def follow_class(self) -> None:
-        """Makes the layer conform again if the user's code has changed its class."""
-        if type(self.module) is not self.cls:
-            super().follow_class()
-            with entries_lock:
-                self.sync(Rulings())
-                if self.has_hooks and not self.has_forward and self.kind.predict is None:
-                    self.put_after(_AfterForward(self))
+    def conform_again(self) -> None:
+        """Looks at the layer again, and makes it conform to what it is now."""
+        with entries_lock:
+            self.look_again()
+            self.sync(Rulings())
+            if self.has_hooks and not self.has_forward and self.kind.predict is None:
+                self.put_after(_AfterForward(self))
 
     # The hooks.
 
@@ -180,8 +179,8 @@ class LayerGuard(HeldLayer):
             if is_clone and not self.shared_statistics(module):
                 self.strip(module)  # it shares the hooks
                 return
-            if type(self.module) is not self.cls and not torch.compiler.is_compiling():
-                self.follow_class()
+            if not torch.compiler.is_compiling() and self.is_outdated():
+                self.conform_again()
                 self.before_first(args, call or sys._getframe(3))
                 return
         predict = self.kind.predict
@@ -256,7 +255,9 @@ class LayerGuard(HeldLayer):
         """Makes a replica for ``nn.DataParallel``, which is guarded as long as the layer is."""
         if isinstance(self, nn.Module):
             return strip_copy(self)._replicate_for_data_parallel()
-        replica: nn.Module = type(self.module)._replicate_for_data_parallel(self.module)
+        name = "_replicate_for_data_parallel"
+        own: Any = self.replaced.get(name)
+        replica: nn.Module = getattr(type(self.module), name)(self.module) if own is None else own()
         self.strip(replica)
         replica.__dict__["forward"] = partial(self.run_replica, replica)
         return replica

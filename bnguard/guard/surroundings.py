@@ -68,7 +68,7 @@ def class_changed(key: int) -> None:
     """Finds out anew what depends on the class of the layer with this id."""
     guard = guards.get(key)
     if guard is not None:
-        guard.follow_class()
+        guard.conform_again()
 
 
 @at_compile_time
@@ -138,13 +138,19 @@ class Surroundings(InstancePatch):
             cls.__reduce_ex__ is not object.__reduce_ex__ or cls.__reduce__ is not object.__reduce__
         )
 
-    def follow_class(self) -> None:
-        """Finds out anew what depends on the class of the layer, if the user's code has changed that."""
-        cls = type(self.module)
-        if cls is not self.cls:
-            found = statistics_of(self.module)[1]
-            kind = self.kind if self.kind is OTHER_BUFFERS else OWN_FORWARD if found.hold == "none" else found
-            self._set_class(cls, kind)
+    def is_outdated(self) -> bool:
+        """Whether the user's code has changed the class of the layer, or put a ``forward`` on the instance."""
+        if type(self.module) is not self.cls:
+            return True
+        return not self.has_forward and self.module.__dict__.get("forward") is not self.previous
+
+    def look_again(self) -> None:
+        """Finds out anew what depends on the class of the layer and on a ``forward`` of the user's."""
+        if not self.has_forward:
+            self.previous = self.module.__dict__.get("forward")
+        found = statistics_of(self.module)[1]
+        kind = self.kind if self.kind is OTHER_BUFFERS else OWN_FORWARD if found.hold == "none" else found
+        self._set_class(type(self.module), kind)
 
     def remember(self) -> None:
         """Remembers the current statistics as the layer's own."""
