@@ -29,6 +29,7 @@ from bnguard.layers.search import TABLES, named_modules_beside, named_modules_in
 from bnguard.layers.snapshot import Snapshot
 from bnguard.layers.tree import Tree, find_layers
 from bnguard.torch_internals.callsite import call_site
+from bnguard.torch_internals.tracing import unseen
 from bnguard.words import first_of
 
 _MOST: Final = 16
@@ -93,7 +94,7 @@ def bystanders_of(owner: Any, models: Iterable[nn.Module], tree: Tree | None = N
     known = _known.get(owner)
     if known is None or _has_grown(known, owner, tree):
         parts = [owner] if tree is None else tree.modules
-        references = tuple(_references(owner, list(models)))
+        references = _search(owner, list(models))
         containers = tuple([(weakref.ref(part), key) for part in parts for key in _containers_of(part)])
         known = _Found(references, containers, 0, 1 if known is None else known.searches + 1)
         known.size = _size(known, owner, tree)
@@ -157,6 +158,11 @@ def _containers_of(part: Any) -> list[str]:
         for key, value in attributes
         if type(value) in _GROWING and key not in TABLES and (not value or named_modules_in(value, key))
     ]
+
+
+@unseen
+def _search(owner: Any, models: Sequence[nn.Module]) -> tuple[tuple[str, weakref.ref[nn.Module]], ...]:
+    return tuple(_references(owner, models))
 
 
 def _references(owner: Any, models: Sequence[nn.Module]) -> Iterable[tuple[str, weakref.ref[nn.Module]]]:

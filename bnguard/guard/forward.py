@@ -17,7 +17,7 @@ from bnguard.errors import BNGuardError, hides_frame
 from bnguard.guard.copies import StripsCopy, strip_copy
 from bnguard.guard.hold import (
     NO_STATISTICS,
-    cloned,
+    clone_in_modes,
     copies,
     copies_for,
     guards,
@@ -39,7 +39,7 @@ from bnguard.torch_internals.compile import is_called_by_graph, is_exporting, re
 from bnguard.torch_internals.fork import call_in_children
 from bnguard.torch_internals.functional_call import calling_module
 from bnguard.torch_internals.locks import RLock
-from bnguard.torch_internals.tracing import is_symbolic
+from bnguard.torch_internals.tracing import has_function_mode, is_symbolic, unseen
 
 __tracebackhide__ = hides_frame
 
@@ -285,7 +285,8 @@ class HeldLayer(WatchedLayer):
             return self._run_with(copies_for(self.module, self.names, inputs), NO_FLAGS, args, kwargs)
         if surroundings == "graph":
             return normalise_with_batch_in_graph(self.module, *args)
-        return normalise_with_batch(self.module, args[0], *self._scratch_pair())
+        scratch = unseen(self._scratch_pair)() if has_function_mode() else self._scratch_pair()
+        return normalise_with_batch(self.module, args[0], *scratch)
 
     def run_in_eval_mode(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs the layer with its running statistics."""
@@ -295,11 +296,12 @@ class HeldLayer(WatchedLayer):
             if module.training:
                 recorded(id(module))
             return self.run_held(args, kwargs)
-        statistics = NO_STATISTICS if surroundings == "graph" else self.of_entry()
+        of_entry = unseen(self.of_entry) if has_function_mode() else self.of_entry
+        statistics = NO_STATISTICS if surroundings == "graph" else of_entry()
         if kind is BATCH_NORM:
             return normalise_with_running_stats(module, *args, statistics=statistics)
         if not kind.reads_in_eval(module):
-            own = {name: cloned(value) for name, value in statistics.items()}
+            own = {name: clone_in_modes(value) for name, value in statistics.items()}
             statistics = {**copies(module, self.names), **own}
         return self._run_with(statistics, kind.eval_flags, args, kwargs)
 

@@ -39,7 +39,7 @@ from bnguard.torch_internals.compile import (
 from bnguard.torch_internals.distributed import is_distributed
 from bnguard.torch_internals.functional_call import in_functional_call
 from bnguard.torch_internals.locks import RLock
-from bnguard.torch_internals.tracing import are_on_cuda, is_capturing, is_recorded
+from bnguard.torch_internals.tracing import are_on_cuda, is_capturing, is_recorded, unseen
 
 
 @at_compile_time
@@ -224,6 +224,7 @@ class Surroundings(InstancePatch):
             return "capture"
         return "record" if is_recorded(args, kwargs) else None
 
+    @unseen
     def rejects(self, args: tuple[Any, ...]) -> bool:
         """Whether torch rejects the input before it counts the batch."""
         check = getattr(self.module, "_check_input_dim", None)
@@ -235,6 +236,7 @@ class Surroundings(InstancePatch):
             return True
         return False
 
+    @unseen
     def refuse_batch(self, args: tuple[Any, ...]) -> None:
         """Raises torch's own error if it refuses the batch, which it does after it has counted it."""
         kind, input = self.kind, args[0] if args else None
