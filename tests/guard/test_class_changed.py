@@ -242,7 +242,8 @@ def test_replica_has_the_forward_of_the_new_class() -> None:
 def test_graph_has_the_forward_of_the_new_class(guard: str) -> None:
     """So does a compiled graph, traced before or after."""
     net = make(nn.BatchNorm2d).eval()
-    compiled = torch.compile(net, backend="eager", fullgraph=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda input: net(input), backend="eager", fullgraph=True)
     compiled(images())
     with bnguard.frozen(net, **GUARDS[guard]):
         assert_same_bits(compiled(images()), net(images()))
