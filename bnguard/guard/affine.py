@@ -13,8 +13,10 @@ from bnguard.layers.kinds import OTHER_BUFFERS, StatsLayer
 from bnguard.layers.swaps import own_tensors
 from bnguard.torch_internals.fork import renew_after_fork
 from bnguard.torch_internals.locks import RLock
+from bnguard.torch_internals.tracing import unseen
 
 
+@unseen
 def affine_parameters(layer: StatsLayer) -> tuple[str, ...]:
     """Names of the layer's affine parameters: ``weight`` and ``bias``, if they have the shape of its statistics."""
     if layer.kind is OTHER_BUFFERS:
@@ -84,6 +86,7 @@ class AffineHold:
     def __init__(self) -> None:
         self._taken: list[_Held] = []
 
+    @unseen
     def take(self, parameters: Sequence[Tensor]) -> None:
         """Freezes ``parameters`` as well. If it raises, ``release()`` still restores those that were frozen before."""
         for parameter in parameters:
@@ -99,6 +102,7 @@ class AffineHold:
                     if _held.get(key) is held:
                         break
 
+    @unseen
     def release(self) -> None:
         """Restores the flag and gradient of each parameter that no other block keeps frozen."""
         for held in tuple(self._taken):

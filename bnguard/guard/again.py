@@ -14,7 +14,7 @@ no forward that began in it goes on, which the number of references to its entry
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from operator import attrgetter, is_, itemgetter
 from sys import getrefcount
 from types import MethodType
@@ -22,6 +22,7 @@ from typing import Any, Final
 
 from torch import Tensor, nn
 
+from bnguard.guard.bystanders import counted_in, is_alone
 from bnguard.guard.copies import KEY, MARK, NO_CLONES, ONE_REFERENCE
 from bnguard.guard.coverage import has_nothing_beside
 from bnguard.guard.exit_check import ExitCheck
@@ -58,7 +59,8 @@ class Again:
     """
 
     __slots__ = (
-        "_attributes", "_check", "_columns", "_layers", "_modules", "_ruling", "_settings", "_tree", "entry", "guards",
+        "_attributes", "_check", "_columns", "_counted", "_layers", "_modules", "_ruling", "_settings", "_size",
+        "_tree", "entry", "guards",
     )  # fmt: skip
 
     def __init__(self, tree: Tree, layers: Sequence[StatsLayer], settings: Settings, counts: Counts) -> None:
@@ -73,6 +75,7 @@ class Again:
         self._columns: list[list[Tensor]] = [list(map(column, tables)) for column in _COLUMNS]
         self.guards = list(map(LayerGuard, layers, zip(*self._columns, strict=True)))
         self._check: ExitCheck | None = None  # once there was one
+        self._counted: list[Collection[Any]] | None = None  # once the block is used again
 
     def rest(self) -> bool:
         """Lets go of the block, so that no cycle outlives it; False if a forward that began in it goes on."""
@@ -86,7 +89,15 @@ class Again:
 
     def is_ready(self) -> bool:
         """Whether the model is as it was."""
-        return self._tree.is_current() and self._has_same_statistics()
+        if not (self._tree.is_current() and self._has_same_statistics()):
+            return False
+        if self._counted is None:
+            model = self._tree.modules[0]
+            if not is_alone(model, self._tree):
+                return False
+            self._counted = counted_in(model, self._tree)
+            self._size = sum(map(len, self._counted))
+        return sum(map(len, self._counted)) == self._size  # else there may be layers beside its modules
 
     def begin(self) -> bool:
         """Puts the entry on all layers; False, with nothing done, where that takes the long way."""
@@ -103,6 +114,8 @@ class Again:
                     or guard._original is not None
                     or "forward" in attributes
                     or MARK in attributes
+                    or "__getstate__" in attributes
+                    or "_replicate_for_data_parallel" in attributes
                     or attributes["_forward_hooks"]
                     or attributes["_forward_pre_hooks"]
                 ):
@@ -204,5 +217,5 @@ def goes_short(model: nn.Module, tree: Tree, layers: Sequence[StatsLayer], setti
         and tree.is_plain()
         and all([layer.kind is BATCH_NORM and layer.buffers == BATCH_NORM_STATISTICS for layer in layers])
         and {type(layer.module) for layer in layers} <= BATCH_NORMS
-        and has_nothing_beside(model)
+        and has_nothing_beside(model, tree)
     )

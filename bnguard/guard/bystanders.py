@@ -1,13 +1,20 @@
 """Layers that a model runs without having them among its modules: in plain lists, dicts and objects.
 
 A block neither holds nor restores them. Its end says, once for each, which of them moved.
+
+To look for them takes long, so a model is searched at its first block, and again at the beginning of a block if one of
+its modules has got or lost an attribute since, or a list, dict or set among its attributes an item. What is counted is
+cheap. One list in the place of another, or an item of a list within a list, goes unnoticed until then; and a model that
+changes all the time is not searched more than ``_MOST`` times.
 """
 
 from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, Final
 
 from torch import nn
@@ -18,15 +25,36 @@ from bnguard.guard.phrases import Phrases
 from bnguard.layers.bits import is_valueless
 from bnguard.layers.by_identity import ByIdentity
 from bnguard.layers.kinds import StatsLayer, statistics_of
-from bnguard.layers.search import named_modules_beside
+from bnguard.layers.search import TABLES, named_modules_beside, named_modules_in
 from bnguard.layers.snapshot import Snapshot
-from bnguard.layers.tree import find_layers
+from bnguard.layers.tree import Tree, find_layers
 from bnguard.torch_internals.callsite import call_site
+from bnguard.torch_internals.tracing import unseen
 from bnguard.words import first_of
 
-_References = tuple[tuple[str, "weakref.ref[nn.Module]"], ...]
+_MOST: Final = 16
+_ATTRIBUTES: Final = attrgetter("__dict__")
+_GROWING: Final = frozenset({list, dict, set})
 
-_known: Final[ByIdentity[_References]] = ByIdentity()  # of a model or another object: they are looked for once
+
+@dataclass(slots=True)
+class _Found:
+    """What a search has found.
+
+    Attributes:
+        references: The layers, by place.
+        containers: Attributes of modules that may come to hold a layer: those that are empty, or hold one already.
+        size: The number of attributes, and of items in these, at the search.
+        searches: How many searches there have been.
+    """
+
+    references: tuple[tuple[str, weakref.ref[nn.Module]], ...]
+    containers: tuple[tuple[weakref.ref[Any], str], ...]
+    size: int
+    searches: int
+
+
+_known: Final[ByIdentity[_Found]] = ByIdentity()  # of a model or another object
 _told: Final[ByIdentity[bool]] = ByIdentity()  # layers of which a user has been told
 
 
@@ -55,22 +83,27 @@ class Bystanders:
         warnings.warn(_bystanders_text(described, phrases), BNGuardWarning, stacklevel=call_site().stacklevel)
 
 
-def bystanders_of(owner: Any, models: Iterable[nn.Module]) -> Bystanders | None:
+def bystanders_of(owner: Any, models: Iterable[nn.Module], tree: Tree | None = None) -> Bystanders | None:
     """The layers that an object holds beside its models, unless another block guards them; None if there are none.
 
     Args:
         owner: A model, or another object, such as a trainer.
         models: The models of which the block guards all or some layers.
+        tree: The modules of the owner, if it is a model.
     """
     known = _known.get(owner)
-    if known is None:
-        known = tuple(_references(owner, list(models)))
+    if known is None or _has_grown(known, owner, tree):
+        parts = [owner] if tree is None else tree.modules
+        references = _search(owner, list(models))
+        containers = tuple([(weakref.ref(part), key) for part in parts for key in _containers_of(part)])
+        known = _Found(references, containers, 0, 1 if known is None else known.searches + 1)
+        known.size = _size(known, owner, tree)
         try:
             _known.put(owner, known)
         except TypeError:  # it has slots
             return None
     layers = []
-    for name, place in known:
+    for name, place in known.references:
         module = place()
         if module is not None and id(module) not in guards and not _told.get(module):
             buffers, kind = statistics_of(module)
@@ -79,9 +112,57 @@ def bystanders_of(owner: Any, models: Iterable[nn.Module]) -> Bystanders | None:
     return Bystanders(layers) if layers else None
 
 
-def is_alone(owner: Any) -> bool:
-    """Whether an object was found to hold no layers beside its models."""
-    return _known.get(owner) == ()
+def is_alone(model: nn.Module, tree: Tree) -> bool:
+    """Whether a model was found to hold no layers beside its modules, and nothing was added since."""
+    known = _known.get(model)
+    return known is not None and not (known.references or _has_grown(known, model, tree))
+
+
+def has_grown(model: nn.Module, tree: Tree) -> bool:
+    """Whether a model was searched, and is to be searched again."""
+    known = _known.get(model)
+    return known is not None and _has_grown(known, model, tree)
+
+
+def counted_in(model: nn.Module, tree: Tree) -> list[Collection[Any]]:
+    """What is counted of a model that was searched. The attributes of layers are not: guards put some there."""
+    known, layers = _known.get(model), {id(layer.module) for layer in tree.layers}
+    return [part.__dict__ for part in tree.modules if id(part) not in layers] + _containers(known)
+
+
+def _has_grown(known: _Found, owner: Any, tree: Tree | None) -> bool:
+    return known.searches < _MOST and known.size != _size(known, owner, tree)
+
+
+def _size(known: _Found, owner: Any, tree: Tree | None) -> int:
+    if tree is None:
+        size = len(getattr(owner, "__dict__", ()))
+    else:
+        layers = [layer.module for layer in tree.layers]
+        size = sum(map(len, map(_ATTRIBUTES, tree.modules))) - sum(map(len, map(_ATTRIBUTES, layers)))
+    return size + sum(map(len, _containers(known))) if known.containers else size
+
+
+def _containers(known: _Found | None) -> list[Collection[Any]]:
+    """The containers that are counted, as far as they are still there."""
+    containers = () if known is None else known.containers
+    values: list[Any] = [getattr(place(), "__dict__", {}).get(key) for place, key in containers]
+    return [value for value in values if type(value) in _GROWING]
+
+
+def _containers_of(part: Any) -> list[str]:
+    """The attributes that are counted. A list with other items than layers is data, which may grow at every step."""
+    attributes = getattr(part, "__dict__", {}).items()
+    return [
+        key
+        for key, value in attributes
+        if type(value) in _GROWING and key not in TABLES and (not value or named_modules_in(value, key))
+    ]
+
+
+@unseen
+def _search(owner: Any, models: Sequence[nn.Module]) -> tuple[tuple[str, weakref.ref[nn.Module]], ...]:
+    return tuple(_references(owner, models))
 
 
 def _references(owner: Any, models: Sequence[nn.Module]) -> Iterable[tuple[str, weakref.ref[nn.Module]]]:

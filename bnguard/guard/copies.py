@@ -10,7 +10,8 @@ differently: they copy the ``__dict__``, with all that a guard has put there, an
 2. A copy, a pickle or a guard of a clone that has not run takes everything off first. They, and a direct call of
    ``forward``, do not say which module they are about, so it is looked for on the stack.
 3. A layer that is parametrized inside a block has another class, which copies the ``__dict__`` deeply. The methods in
-   it are then bound to the copy: whichever is called first takes them all off.
+   it are then bound to the copy, and are taken off it when ``deepcopy`` drops its memo; should somebody keep that,
+   whichever method is called first takes them all off.
 4. The end of a block takes everything off the clones that are left. ``gc`` finds them; it is asked only if there are
    some, which a reference count tells.
 """
@@ -23,6 +24,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from sys import getrefcount
+from types import MappingProxyType
 from typing import Any, Final
 
 from torch import nn
@@ -71,6 +73,7 @@ class InstancePatch:
         copies_itself: Whether its class defines ``__deepcopy__``.
         reduces_itself: Whether its class says itself how to pickle it.
         previous: A ``forward`` that the user's code had put on the instance; None as a rule.
+        replaced: What else it had put there under names that ours have now.
         has_hooks: Whether the hooks are on the layer.
         has_forward: Whether a ``forward`` of ours is on it.
         is_hook_elsewhere: Whether a hook was no longer on the layer when it was to be removed: fusing moves hooks to
@@ -85,6 +88,7 @@ class InstancePatch:
     mark: Callable[[], nn.Module] | None = None
     module: Any
     previous: Any
+    replaced: Mapping[str, Any] = MappingProxyType({})
     copies_itself: bool
     reduces_itself: bool
     replicate: Callable[[], nn.Module]
@@ -194,9 +198,17 @@ class InstancePatch:
         """Takes those off that are still ours: code that has wrapped one goes on calling it."""
         for name in names:
             if name in attributes and self._is_ours(attributes[name]):
-                del attributes[name]
-                if self.previous is not None and name == "forward":
-                    attributes[name] = self.previous
+                if name in self.replaced:
+                    attributes[name] = self.replaced[name]
+                else:
+                    del attributes[name]
+
+    def put(self, name: str, method: Callable[..., Any]) -> None:
+        """Puts an attribute on the layer, and keeps what the user's code had there."""
+        attributes = self.module.__dict__
+        if name in attributes and not self._is_ours(attributes[name]):
+            self.replaced = {**self.replaced, name: attributes[name]}
+        attributes[name] = method
 
     def getstate(self) -> Any:
         """The layer's state for a copy or a pickle, without anything of bnguard."""
@@ -207,7 +219,8 @@ class InstancePatch:
             self.strip(module)
             return module.__getstate__()
         cls: Any = type(self.module)
-        state = cls.__getstate__(self.module)
+        own = self.replaced.get("__getstate__")
+        state = cls.__getstate__(self.module) if own is None else own()
         return self._without_ours(state) if isinstance(state, dict) else state
 
     def deepcopy(self, memo: dict[int, Any]) -> Any:
@@ -218,7 +231,8 @@ class InstancePatch:
         if module is not self.module:
             self.strip(module)
             return copy.deepcopy(module, memo)
-        memo[id(self.module)] = copied = copy.deepcopy(self.without_ours(), memo)
+        own = self.replaced.get("__deepcopy__")
+        memo[id(self.module)] = copied = copy.deepcopy(self.without_ours(), memo) if own is None else own(memo)
         return copied
 
     def reduce(self, protocol: Any) -> Any:
@@ -242,13 +256,13 @@ class InstancePatch:
         """Puts on the layer what keeps copies of it free of us, unless it is there."""
         if self.mark is not None:
             return
-        attributes = self.module.__dict__
-        self.mark = attributes[MARK] = self.refuse_script
-        attributes["__getstate__"] = self.getstate
+        self.mark = mark = self.refuse_script
+        self.put(MARK, mark)
+        self.put("__getstate__", self.getstate)
         if self.copies_itself:  # else Python asks __getstate__
-            attributes["__deepcopy__"] = self.deepcopy
+            self.put("__deepcopy__", self.deepcopy)
         if self.reduces_itself:
-            attributes["__reduce_ex__"] = self.reduce
+            self.put("__reduce_ex__", self.reduce)
 
     def remove_hooks(self) -> None:
         """Removes the hooks from the layer."""
@@ -263,10 +277,8 @@ class InstancePatch:
         self.has_hooks = False
 
     def _without_ours(self, state: dict[str, Any]) -> dict[str, Any]:
-        had_forward = self._is_ours(state.get("forward"))
-        state = {name: value for name, value in state.items() if name not in _ATTRIBUTES or not self._is_ours(value)}
-        if had_forward and self.previous is not None:
-            state["forward"] = self.previous
+        state = state.copy()
+        self.strip_attributes(state)
         for table in _TABLES:
             hooks = state.get(table)
             # Without ours the user's handles go on knowing this dictionary.
@@ -296,10 +308,25 @@ def strip_copy(module: Any) -> Any:
         if getattr(value, "__self__", None) is module and _is_of_package(value):
             del attributes[name]
     for table in _TABLES[:2]:
-        if KEY in attributes[table] and not isinstance(attributes[table][KEY], LayerHook):  # what a copy of one is
-            del attributes[table][KEY]
+        hooks = attributes.get(table) or {}
+        if KEY in hooks and not isinstance(hooks[KEY], LayerHook):  # what a copy of one is
+            del hooks[KEY]
             attributes["_forward_hooks_always_called"].pop(KEY, None)
     return module
+
+
+class StripsCopy:
+    """Takes off a copy what its class copies to it, once the copy is made: the memo of ``deepcopy`` keeps this alive.
+
+    Args:
+        module: The copy, whose attributes are not there yet.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __del__(self) -> None:
+        strip_copy(self.module)
 
 
 def _is_of_package(method: Any) -> bool:

@@ -11,7 +11,7 @@ from torch import nn
 from bnguard.errors import BNGuardError, BNGuardWarning
 from bnguard.guard import messages
 from bnguard.guard.affine import affine_parameters
-from bnguard.guard.bystanders import bystanders_of, is_alone
+from bnguard.guard.bystanders import bystanders_of, has_grown, is_alone
 from bnguard.guard.options import Settings
 from bnguard.guard.phrases import Phrases
 from bnguard.guard.surroundings import has_fixed_forward
@@ -123,9 +123,9 @@ def warn_about_added_layers(model: nn.Module, settings: Settings, tree: Tree, st
         )
 
 
-def has_nothing_beside(model: nn.Module) -> bool:
+def has_nothing_beside(model: nn.Module, tree: Tree) -> bool:
     """Whether an earlier block on the model has found nothing to look after beside its layers."""
-    return is_alone(model) and has_only_buffers(model)
+    return is_alone(model, tree) and has_only_buffers(model)
 
 
 def found_beside(
@@ -139,10 +139,11 @@ def found_beside(
         guarded: What the block guards.
         settings: The options of the block.
     """
+    is_new = has_grown(model, tree)
     found = (
-        bystanders_of(model, (model,)),
+        bystanders_of(model, (model,), tree),
         unguarded_buffers(model, tree, guarded, settings),
-        unregistered_in(model, settings),
+        unregistered_in(model, settings, is_new=is_new),
     )
     return [partial(beside.tell, settings.frontend.phrases) for beside in found if beside is not None]
 

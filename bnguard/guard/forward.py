@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from types import FunctionType, MethodType
 from typing import Any, Final, Literal
@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from bnguard.errors import BNGuardError, hides_frame
-from bnguard.guard.copies import strip_copy
+from bnguard.guard.copies import StripsCopy, strip_copy
 from bnguard.guard.hold import (
     NO_STATISTICS,
-    cloned,
+    clone_in_modes,
     copies,
     copies_for,
     guards,
@@ -31,7 +31,7 @@ from bnguard.guard.hold import (
 )
 from bnguard.guard.messages import IN_GRAPH_OF_CLONE
 from bnguard.guard.policy import Action, Entries, Ruling, decide
-from bnguard.guard.surroundings import is_cloned, recorded, refuse_graph, traced
+from bnguard.guard.surroundings import class_changed, is_cloned, recorded, refuse_graph, traced
 from bnguard.guard.watching import WatchedLayer
 from bnguard.layers.kinds import BATCH_NORM, StatsLayer
 from bnguard.layers.swaps import NO_FLAGS, is_swapped, own_mode, own_values, swap_lock, swapped
@@ -39,7 +39,7 @@ from bnguard.torch_internals.compile import is_called_by_graph, is_exporting, re
 from bnguard.torch_internals.fork import call_in_children
 from bnguard.torch_internals.functional_call import calling_module
 from bnguard.torch_internals.locks import RLock
-from bnguard.torch_internals.tracing import is_symbolic
+from bnguard.torch_internals.tracing import has_function_mode, is_symbolic, unseen
 
 __tracebackhide__ = hides_frame
 
@@ -60,6 +60,8 @@ class HeldLayer(WatchedLayer):
 
     _scratch: tuple[Tensor | None, Tensor | None] = (None, None)  # of the last forward
 
+    conform_again: Callable[[], None]  # a method of a subclass
+
     # The ``forward`` on the instance: a bound method of this object.
 
     def put_forward(self) -> None:
@@ -73,11 +75,12 @@ class HeldLayer(WatchedLayer):
         if self.has_hooks and not self.is_watching():
             self.remove_hooks()
         if not self.has_forward:
-            self.has_forward = True
+            if self.is_outdated():
+                self.look_again()
             function = forward_of_batch_norm if self.kind is BATCH_NORM else self._forward_like_own()
-            attributes = self.module.__dict__
-            attributes["_replicate_for_data_parallel"] = self.replicate
-            attributes["forward"] = MethodType(function, self)
+            self.has_forward = True
+            self.put("_replicate_for_data_parallel", self.replicate)
+            self.put("forward", MethodType(function, self))
 
     def _forward_like_own(self) -> FunctionType:
         """A copy of ``forward`` that has the signature of the layer's own."""
@@ -110,6 +113,8 @@ class HeldLayer(WatchedLayer):
 
     def of_copy(self, module: nn.Module, names: tuple[str, ...]) -> HeldLayer:
         """A guard like this one for a forward of a replica, or of a clone that has the statistics ``names`` of it."""
+        if type(self.module) is not self.cls:
+            self.look_again()
         layer = StatsLayer(module, (), names, self.kind)
         guard = type(self)(layer, *own_values([layer]))
         guard.kind, guard.previous, guard._turn = self.kind, self.previous, self._turn
@@ -118,12 +123,13 @@ class HeldLayer(WatchedLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The forward of a replica or a clone, as the guards around the layer want it."""
-        if self.kind is BATCH_NORM and "input" in kwargs:
-            args, kwargs = (kwargs["input"],), {}
         return self.run(args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return copy.deepcopy(self.module, memo)  # the method is then bound to the copy of the layer
+        copied = copy.deepcopy(self.module, memo)
+        strips = StripsCopy(copied)
+        memo[id(strips)] = strips
+        return copied  # to which the method is then bound
 
     def __reduce__(self) -> Any:
         return operator.getitem, ((self.module,), 0)  # of which a pickled method is an attribute
@@ -131,11 +137,16 @@ class HeldLayer(WatchedLayer):
     # What it does.
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The layer's forward, as the guards around it want it.
+        """The layer's forward, as the guards around it want it: that of its class, which user code may have changed.
 
-        Where that depends on a budget, one thread at a time: a forward that may update runs on the statistics
-        themselves, and must not find them swapped out by one that may not.
+        Where it depends on a budget, one thread at a time: a forward that may update runs on the statistics themselves,
+        and must not find them swapped out by one that may not.
         """
+        if self.module.__class__ is not self.cls:
+            if torch.compiler.is_compiling():
+                class_changed(id(self.module))
+            else:
+                self.conform_again()
         if self._turn is None or self.ruling.action is not None or torch.compiler.is_compiling():
             return self._run(args, kwargs)
         with self._turn:
@@ -143,6 +154,10 @@ class HeldLayer(WatchedLayer):
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         module, ruling, kind = self.module, self.ruling, self.kind  # the ruling of the moment at which it begins
+        if kind is BATCH_NORM and (kwargs or len(args) != 1):
+            if args or kwargs.keys() != {"input"}:
+                return self.original(*args, **kwargs)  # raises
+            args, kwargs = (kwargs["input"],), {}
         if is_exporting():
             return self._exported(args, kwargs)
         has_moved = kind is BATCH_NORM and not module._buffers.keys() >= _OF_BATCH_NORM  # deleted, or plain attributes
@@ -176,6 +191,8 @@ class HeldLayer(WatchedLayer):
         own, known = module._buffers, self._known
         if own.get("running_mean") is not known[0] or own.get("running_var") is not known[1]:
             return None
+        if self.kind is not BATCH_NORM or module.__class__ is not self.cls:
+            return None  # it has another class than when the block began
         action = self.ruling.action
         if module.training:
             return action if module.track_running_stats else None
@@ -268,7 +285,8 @@ class HeldLayer(WatchedLayer):
             return self._run_with(copies_for(self.module, self.names, inputs), NO_FLAGS, args, kwargs)
         if surroundings == "graph":
             return normalise_with_batch_in_graph(self.module, *args)
-        return normalise_with_batch(self.module, args[0], *self._scratch_pair())
+        scratch = unseen(self._scratch_pair)() if has_function_mode() else self._scratch_pair()
+        return normalise_with_batch(self.module, args[0], *scratch)
 
     def run_in_eval_mode(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs the layer with its running statistics."""
@@ -278,11 +296,12 @@ class HeldLayer(WatchedLayer):
             if module.training:
                 recorded(id(module))
             return self.run_held(args, kwargs)
-        statistics = NO_STATISTICS if surroundings == "graph" else self.of_entry()
+        of_entry = unseen(self.of_entry) if has_function_mode() else self.of_entry
+        statistics = NO_STATISTICS if surroundings == "graph" else of_entry()
         if kind is BATCH_NORM:
             return normalise_with_running_stats(module, *args, statistics=statistics)
         if not kind.reads_in_eval(module):
-            own = {name: cloned(value) for name, value in statistics.items()}
+            own = {name: clone_in_modes(value) for name, value in statistics.items()}
             statistics = {**copies(module, self.names), **own}
         return self._run_with(statistics, kind.eval_flags, args, kwargs)
 
@@ -340,33 +359,34 @@ def forward(guard: HeldLayer, /, *args: Any, **kwargs: Any) -> Any:
 
 
 @refused_in_graphs
-def forward_of_batch_norm(guard: HeldLayer, input: Tensor) -> Any:
-    """The forward of a guarded layer that runs torch's ``_BatchNorm.forward``."""
+def forward_of_batch_norm(guard: HeldLayer, /, *args: Any, **kwargs: Any) -> Any:
+    """The forward of a guarded layer that runs torch's ``_BatchNorm.forward``, unless its class is changed."""
     if is_called_by_graph():
         refuse_graph()
     if isinstance(guard, nn.Module):
-        return _forward_bound_to(guard, input)
+        return _forward_bound_to(guard, *args, **kwargs)
     if torch.compiler.is_dynamo_compiling():
         if is_cloned(id(guard.module)):
             raise BNGuardError(IN_GRAPH_OF_CLONE)
     elif guard.has_clones():
         of_clone = guard.forward_of_clone()
         if of_clone is not None:
-            return of_clone(input)
-    if not torch.compiler.is_compiling():
+            return of_clone(*args, **kwargs)
+    if not torch.compiler.is_compiling() and len(args) == 1 and not kwargs:
         action = guard.usual_action()
         if action == "hold":
-            return guard.run_held((input,), {})
+            return guard.run_held(args, kwargs)
         if action == "running":
-            return guard.run_in_eval_mode((input,), {})
+            return guard.run_in_eval_mode(args, kwargs)
         if action == "read":
-            return type(guard.module).forward(guard.module, input)
-    return guard.run((input,), {})
+            return type(guard.module).forward(guard.module, *args)
+    return guard.run(args, kwargs)
 
 
-# Errors about the arguments are worded as the layer's own; a pickle finds the layer's own forward by the name.
+# A pickle finds the layer's own forward by the name.
 forward_of_batch_norm.__name__ = "forward"
 forward_of_batch_norm.__qualname__ = nn.BatchNorm2d.forward.__qualname__
+forward_of_batch_norm.__wrapped__ = nn.BatchNorm2d.forward  # type: ignore[attr-defined]  # functions take any
 
 
 def _forward_bound_to(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:

@@ -193,6 +193,7 @@ def cloned(tensor: Tensor) -> Tensor:
 
 
 _cloned_outside_modes: Final = outside_modes(cloned)
+clone_in_modes: Final = without_autograd(cloned)
 
 # Only for F.batch_norm, which saves the statistics for backward and writes to them without a version counter increase.
 # An operation that increases it, such as instance_norm, would break the backward pass of every layer that shares them.
@@ -204,7 +205,7 @@ _scratch: Final[dict[tuple[Any, ...], Tensor]] = {}
 def _clone(tensor: Tensor | None) -> Tensor | None:
     if tensor is None:
         return None
-    return tensor.clone() if torch.compiler.is_compiling() else cloned(tensor)
+    return tensor.clone() if torch.compiler.is_compiling() else clone_in_modes(tensor)
 
 
 def scratch_like(tensor: Tensor | None, slot: int) -> Tensor | None:

@@ -39,7 +39,7 @@ import torch
 from torch import Tensor, nn
 
 from bnguard.errors import BNGuardError, hides_frame
-from bnguard.guard.copies import LayerHook, strip_clone, strip_clones, strip_copy
+from bnguard.guard.copies import KEY, LayerHook, strip_clone, strip_clones, strip_copy
 from bnguard.guard.forward import HeldLayer
 from bnguard.guard.hold import guards
 from bnguard.guard.messages import script_text
@@ -91,9 +91,9 @@ class LayerGuard(HeldLayer):
     def serves_again(self, layer: StatsLayer, known: tuple[Tensor | None, ...]) -> bool:
         """Whether this guard, which has no entries any more, can be used again as if it were new."""
         module = layer.module
-        if module is not self.module or layer.kind is not self.kind or self.members:
+        if module is not self.module or layer.kind is not self.kind or self.members or self.replaced:
             return False
-        if self.previous is not None or "forward" in module.__dict__:
+        if self.previous is not None or self.is_outdated():
             return False
         return all(map(is_, known, self._known))
 
@@ -147,6 +147,14 @@ class LayerGuard(HeldLayer):
             waiting.remove(before)
             self.forget(before)
 
+    def conform_again(self) -> None:
+        """Looks at the layer again, and makes it conform to what it is now."""
+        with entries_lock:
+            self.look_again()
+            self.sync(Rulings())
+            if self.has_hooks and not self.has_forward and self.kind.predict is None:
+                self.put_after(_AfterForward(self))
+
     # The hooks.
 
     def before_first(self, args: tuple[Any, ...], call: FrameType) -> None:
@@ -163,14 +171,14 @@ class LayerGuard(HeldLayer):
         """The forward pre-hook: decides about a forward that would update, or copies what it may change."""
         if self.has_forward:
             return  # the forward sees to it; the hooks are there for forwards that began before it was put
-        if GUARDS_GRAPHS or not torch.compiler.is_compiling():  # dynamo of torch 2.4 cannot compare modules
-            if type(module) is not type(self.module):
-                self.unhook(module)  # fusing has moved the hook to another module
-                return
-            is_clone = module is not self.module and not module.__dict__.get("_is_replica", False)
-            if is_clone and not self.shared_statistics(module):
-                self.strip(module)  # it shares the hooks
-                return
+        is_eager = not torch.compiler.is_compiling()
+        # Dynamo of torch 2.4 cannot compare modules.
+        if (GUARDS_GRAPHS or is_eager) and self._is_left(module, is_eager=is_eager):
+            return
+        if is_eager and self.is_outdated():
+            self.conform_again()
+            self.before_first(args, call or sys._getframe(3))
+            return
         predict = self.kind.predict
         if predict is not None and not predict(module):
             return
@@ -185,6 +193,21 @@ class LayerGuard(HeldLayer):
                 self.apply(self.decide_and_count(entries), args)
         elif entries and not self.is_captured():
             self._watch(entries, call or sys._getframe(3))
+
+    def _is_left(self, module: nn.Module, *, is_eager: bool) -> bool:
+        """Whether the hook is on another module, or on the layer without a block around it. It is removed then."""
+        if is_eager and not self.members:
+            self.unhook(module)  # the user's code had put the dictionary of hooks aside when the block ended
+            return True
+        if module is self.module:
+            return False
+        if type(module) is not type(self.module):
+            self.unhook(module)  # fusing has moved the hook to another module
+            return True
+        if not module.__dict__.get("_is_replica", False) and not self.shared_statistics(module):
+            self.strip(module)  # a clone: it shares the hooks
+            return True
+        return False
 
     def _before_in_graph(self, module: nn.Module) -> None:
         if GUARDS_GRAPHS:
@@ -210,6 +233,8 @@ class LayerGuard(HeldLayer):
             return
         waiting = None if self._before is None else self._before.get(threading.get_ident())
         if not waiting:
+            if not self.members and sys.exception() is None:  # after an exception torch is iterating over the hooks
+                self.unhook(module)
             return
         frame = sys._getframe(2)
         # After an exception torch calls the hook from one frame further out.
@@ -243,7 +268,9 @@ class LayerGuard(HeldLayer):
         """Makes a replica for ``nn.DataParallel``, which is guarded as long as the layer is."""
         if isinstance(self, nn.Module):
             return strip_copy(self)._replicate_for_data_parallel()
-        replica: nn.Module = type(self.module)._replicate_for_data_parallel(self.module)
+        name = "_replicate_for_data_parallel"
+        own: Any = self.replaced.get(name)
+        replica: nn.Module = getattr(type(self.module), name)(self.module) if own is None else own()
         self.strip(replica)
         replica.__dict__["forward"] = partial(self.run_replica, replica)
         return replica
@@ -277,6 +304,7 @@ def add_entry(
                 guard = guards.get(key)
                 if guard is None:
                     strip_clone(layer.module)
+                    _unhook_ended(layer.module)
                     if candidate is not None and candidate.serves_again(layer, known):
                         guard = candidate
                     else:
@@ -287,6 +315,14 @@ def add_entry(
                 if guards.get(key) is guard:
                     break
                 drop_entry([into.pop()], entry, layer.module)  # interrupted: another one guards the layer now
+
+
+def _unhook_ended(module: nn.Module) -> None:
+    """Removes hooks of blocks that have ended: the user's code had put their dictionary aside meanwhile."""
+    tables: Sequence[dict[Any, Any]] = (module._forward_pre_hooks, module._forward_hooks)
+    for hook in [table.get(KEY) for table in tables]:
+        if isinstance(hook, LayerHook) and not hook.guard.members:
+            hook.guard.unhook(module)
 
 
 def drop_entry(guards: Sequence[LayerGuard], entry: PolicyEntry, model: nn.Module) -> None:

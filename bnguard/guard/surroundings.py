@@ -19,9 +19,12 @@ from bnguard.layers.kinds import (
     BATCH_NORM,
     BATCH_NORMS,
     INSTANCE_NORM,
+    OTHER_BUFFERS,
     OWN_FORWARD,
     SYNC_BATCH_NORM,
+    LayerKind,
     StatsLayer,
+    statistics_of,
 )
 from bnguard.layers.swaps import own_tensors
 from bnguard.torch_internals.batch_sizes import refuse_single_values
@@ -36,7 +39,7 @@ from bnguard.torch_internals.compile import (
 from bnguard.torch_internals.distributed import is_distributed
 from bnguard.torch_internals.functional_call import in_functional_call
 from bnguard.torch_internals.locks import RLock
-from bnguard.torch_internals.tracing import are_on_cuda, is_capturing, is_recorded
+from bnguard.torch_internals.tracing import are_on_cuda, is_capturing, is_recorded, unseen
 
 
 @at_compile_time
@@ -58,6 +61,14 @@ def is_cloned(key: int) -> bool:
     """Whether there are clones of the layer with this id which have its ``forward``. A graph cannot say whose runs."""
     guard = guards.get(key)
     return guard is not None and any([_is_of_module(clone) for clone in clones_of([guard])])
+
+
+@at_compile_time
+def class_changed(key: int) -> None:
+    """Finds out anew what depends on the class of the layer with this id."""
+    guard = guards.get(key)
+    if guard is not None:
+        guard.conform_again()
 
 
 @at_compile_time
@@ -89,6 +100,7 @@ class Surroundings(InstancePatch):
         ruling: What follows from the blocks around it.
         members: What the blocks around it want: see Note [Interruption]. If the layer normalises with its statistics,
             with those of the beginning, as soon as a forward has asked for them.
+        cls: The class on which the kind depends.
         is_plain: Whether its forward is an ordinary method of its class.
 
     Args:
@@ -103,23 +115,42 @@ class Surroundings(InstancePatch):
     def __init__(self, layer: StatsLayer, known: tuple[Tensor | None, ...]) -> None:
         # The whole object, in one go: of each layer one is made at every step.
         self.module = module = layer.module
-        cls = type(module)
         self.layer_id = id(module)
         self.members: dict[PolicyEntry, dict[str, Tensor] | None] = {}
         self.names = layer.buffers
-        self.kind = kind = layer.kind
-        self.previous = previous = module.__dict__.get("forward")
+        self.previous = module.__dict__.get("forward")
+        self._set_class(type(module), layer.kind)
+        self._known = known
+
+    def _set_class(self, cls: type[nn.Module], kind: LayerKind) -> None:
+        """Sets what depends on the class of the layer, which is of this kind."""
+        self.cls = cls
+        previous = self.previous
         if previous is not None and kind.hold != "none":
-            self.kind = kind = OWN_FORWARD
+            kind = OWN_FORWARD
+        self.kind = kind
         self.is_plain = kind is BATCH_NORM or (previous is None and _is_plain(cls))
-        if kind is not BATCH_NORM:
+        if kind is not BATCH_NORM and self._turn is None:
             self._turn = RLock()
         is_usual = cls in BATCH_NORMS  # to look for an attribute that is not there takes long
         self.copies_itself = not is_usual and hasattr(cls, "__deepcopy__")
         self.reduces_itself = not is_usual and (
             cls.__reduce_ex__ is not object.__reduce_ex__ or cls.__reduce__ is not object.__reduce__
         )
-        self._known = known
+
+    def is_outdated(self) -> bool:
+        """Whether the user's code has changed the class of the layer, or put a ``forward`` on the instance."""
+        if type(self.module) is not self.cls:
+            return True
+        return not self.has_forward and self.module.__dict__.get("forward") is not self.previous
+
+    def look_again(self) -> None:
+        """Finds out anew what depends on the class of the layer and on a ``forward`` of the user's."""
+        if not self.has_forward:
+            self.previous = self.module.__dict__.get("forward")
+        found = statistics_of(self.module)[1]
+        kind = self.kind if self.kind is OTHER_BUFFERS else OWN_FORWARD if found.hold == "none" else found
+        self._set_class(type(self.module), kind)
 
     def remember(self) -> None:
         """Remembers the current statistics as the layer's own."""
@@ -193,6 +224,7 @@ class Surroundings(InstancePatch):
             return "capture"
         return "record" if is_recorded(args, kwargs) else None
 
+    @unseen
     def rejects(self, args: tuple[Any, ...]) -> bool:
         """Whether torch rejects the input before it counts the batch."""
         check = getattr(self.module, "_check_input_dim", None)
@@ -204,6 +236,7 @@ class Surroundings(InstancePatch):
             return True
         return False
 
+    @unseen
     def refuse_batch(self, args: tuple[Any, ...]) -> None:
         """Raises torch's own error if it refuses the batch, which it does after it has counted it."""
         kind, input = self.kind, args[0] if args else None

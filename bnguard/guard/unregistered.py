@@ -58,14 +58,15 @@ class Unregistered:
             warnings.warn(text, BNGuardWarning, stacklevel=call_site().stacklevel)
 
 
-def unregistered_in(model: nn.Module, settings: Settings) -> Unregistered | None:
+def unregistered_in(model: nn.Module, settings: Settings, *, is_new: bool = False) -> Unregistered | None:
     """The running statistics of a model that are no buffers; None if there are none.
 
     Args:
         model: The model.
         settings: The options of the block, which select modules.
+        is_new: Whether the model has changed since they were looked for.
     """
-    known = _known.get(model)
+    known = None if is_new else _known.get(model)
     if known is None:
         known = tuple(places_in(model))
         _known.put(model, known)

@@ -17,7 +17,7 @@ from bnguard.layers.bits import has_values, put_back, same_bits, write
 from bnguard.layers.swaps import own_tensors, put_tensor
 from bnguard.torch_internals.fork import renew_after_fork
 from bnguard.torch_internals.locks import RLock
-from bnguard.torch_internals.tracing import outside_modes
+from bnguard.torch_internals.tracing import outside_modes, unseen
 from bnguard.torch_internals.transforms import is_wrapped, unwrapped_tensor
 
 __tracebackhide__ = hides_frame
@@ -90,11 +90,7 @@ class WatchedLayer(Surroundings):
             else:
                 own = own_tensors(self.module, "_buffers")
                 tensors = {name: tensor for name in self.names if (tensor := own.get(name)) is not None}
-                values = copies_outside_modes(tensors)
-                if len(values) < len(tensors):
-                    tensors = {name: tensor for name, tensor in tensors.items() if not is_wrapped(tensor)}
-                pointers = {name: unwrapped_tensor(tensors[name]).data_ptr() for name in values}
-                self._original = original = _Original(tensors, values, pointers)
+                self._original = original = _original(tensors)
             before = Before(entries, original, sys.exception())
             self.under_way.add(before)
         return before
@@ -189,3 +185,12 @@ class WatchedLayer(Surroundings):
             return decide_and_count(entries, self.layer_id)
         decision = decide(entries, self.layer_id)
         return decision if decision.action == "stop" else Decision("update")
+
+
+@unseen
+def _original(tensors: dict[str, Tensor]) -> _Original:
+    values = copies_outside_modes(tensors)
+    if len(values) < len(tensors):
+        tensors = {name: tensor for name, tensor in tensors.items() if not is_wrapped(tensor)}
+    pointers = {name: unwrapped_tensor(tensors[name]).data_ptr() for name in values}
+    return _Original(tensors, values, pointers)

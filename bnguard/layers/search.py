@@ -18,7 +18,7 @@ from bnguard.layers.tree import Tree
 
 LARGEST: Final = 256  # entries of a container, and containers: data is not searched
 _CONTAINERS: Final = (list, tuple, set, frozenset, dict)
-_TABLES: Final = frozenset(nn.Module().__dict__)
+TABLES: Final = frozenset(nn.Module().__dict__)  # attributes of every module
 _NO_CONTAINERS: Final = frozenset({bool, bytes, complex, float, int, str, type(None), FunctionType, Tensor, Parameter})
 
 
@@ -46,7 +46,7 @@ def named_modules_beside(owner: Any, name: str = "") -> list[tuple[str, nn.Modul
     found: list[tuple[str, nn.Module]] = []
     prefix = f"{name}." if name else ""
     for key, value in list(getattr(owner, "__dict__", {}).items()):
-        if type(value) in _NO_CONTAINERS or key in _TABLES:
+        if type(value) in _NO_CONTAINERS or key in TABLES:
             continue
         found += _in_or_beside(value, prefix + key)
     return found

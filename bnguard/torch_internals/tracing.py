@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from typing import Any, Final, TypeVar
 
@@ -12,8 +12,12 @@ from torch import is_grad_enabled, is_inference_mode_enabled
 from torch._C import (
     _functorch,
     _get_dispatch_mode,
+    _get_function_stack_at,
     _get_tracing_state,
     _len_torch_dispatch_stack,
+    _len_torch_function_stack,
+    _pop_torch_function_stack,
+    _push_on_torch_function_stack,
     _set_grad_enabled,
 )
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
@@ -29,11 +33,15 @@ F = TypeVar("F", bound=Callable[..., Any])
 _LINEARIZE: Final = torch.func.linearize.__code__
 _FX_TRACE: Final = _symbolic_trace.Tracer.trace.__code__
 _PROXY: Final = torch._C._TorchDispatchModeKey.PROXY
+_OWN_MODES: Final = (_PROXY, torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.FUNCTIONAL)
 
 
 def _flag_of_all_threads() -> bool:
     return bool(_symbolic_trace._is_fx_tracing_flag)
 
+
+# Whether a function mode, such as a logger, sees the operations of this thread. Not a function of ours: forwards ask.
+has_function_mode: Final[Callable[[], int]] = _len_torch_function_stack
 
 # Up to torch 2.13 all threads share one flag; from 2.14 on, each thread has its own.
 _is_fx_tracing: Final[Callable[[], bool]] = getattr(_symbolic_trace, "_get_is_fx_tracing", _flag_of_all_threads)
@@ -67,6 +75,7 @@ def is_calm() -> bool:
     return (
         _get_tracing_state() is None
         and not _len_torch_dispatch_stack()
+        and not _len_torch_function_stack()
         and not is_inference_mode_enabled()
         and _functorch.peek_interpreter_stack() is None
         and not _is_fx_tracing()
@@ -94,8 +103,9 @@ def is_being_recorded() -> bool:
 def outside_modes(function: F) -> F:
     """Makes ``function`` run without autograd, and outside of every mode in which the user's code runs.
 
-    These modes are inference mode, tracing, dispatch modes (``FakeTensorMode``, ``make_fx``, a logger) and transforms
-    of ``torch.func``. They do not record the operations inside, and tensors created inside are ordinary tensors.
+    These modes are inference mode, tracing, dispatch modes (``FakeTensorMode``, ``make_fx``, a logger), function modes
+    (``torch.device``, a logger) and transforms of ``torch.func``. They do not record the operations inside, and tensors
+    created inside are ordinary tensors.
     """
 
     @functools.wraps(function)
@@ -106,6 +116,7 @@ def outside_modes(function: F) -> F:
             if (
                 trace is not None
                 or _len_torch_dispatch_stack()
+                or _len_torch_function_stack()
                 or is_inference_mode_enabled()
                 or _functorch.peek_interpreter_stack() is not None
             ):
@@ -114,40 +125,93 @@ def outside_modes(function: F) -> F:
             return function(*args, **kwargs)
         finally:
             try:
-                if undo is not None:
-                    undo.close()
-            finally:
                 try:
                     _set_grad_enabled(grad)
                 except BaseException:
                     _set_grad_enabled(grad)
                     raise
+            finally:
+                if undo is not None:
+                    undo.close()
 
     return outside  # type: ignore[return-value]  # of the same signature
 
 
 def without_autograd(function: F) -> F:
-    """Makes ``function`` run outside of autograd and of inference mode, but inside every other mode."""
+    """Makes ``function`` run without autograd and outside of modes, but for those that change what a tensor is.
+
+    What it makes is fake under ``FakeTensorMode``, traced by ``make_fx``, and batched under ``vmap``. A logger does not
+    see it.
+    """
 
     @functools.wraps(function)
     def without(*args: Any) -> Any:
-        grad = is_grad_enabled()
+        grad, functions = is_grad_enabled(), _function_modes()
         try:
-            with torch.inference_mode(mode=False) if is_inference_mode_enabled() else nullcontext():
+            _pop(functions)
+            with (
+                torch.inference_mode(mode=False) if is_inference_mode_enabled() else nullcontext(),
+                _disable_current_modes() if _len_torch_dispatch_stack() and not _changes_tensors() else nullcontext(),
+            ):
                 _set_grad_enabled(False)  # noqa: FBT003  # takes no keyword
                 return function(*args)
         finally:
             try:
-                _set_grad_enabled(grad)
-            except BaseException:
-                _set_grad_enabled(grad)
-                raise
+                try:
+                    _set_grad_enabled(grad)
+                except BaseException:
+                    _set_grad_enabled(grad)
+                    raise
+            finally:
+                _push(functions)
 
     return without  # type: ignore[return-value]  # of the same signature
 
 
+def unseen(function: F) -> F:
+    """Makes ``function`` run outside of function modes, which see each attribute of a tensor that is read."""
+
+    @functools.wraps(function)
+    def outside(*args: Any, **kwargs: Any) -> Any:
+        functions = _function_modes()
+        if not functions:
+            return function(*args, **kwargs)
+        try:
+            _pop(functions)
+            return function(*args, **kwargs)
+        finally:
+            _push(functions)
+
+    return outside  # type: ignore[return-value]  # of the same signature
+
+
+def _changes_tensors() -> bool:
+    """Whether one of torch's own dispatch modes is on, for which each tensor must be made inside it."""
+    return any([_get_dispatch_mode(key) is not None for key in _OWN_MODES])
+
+
+def _function_modes() -> Sequence[Any]:
+    """The function modes of this thread, the outermost first."""
+    number = _len_torch_function_stack()
+    return [_get_function_stack_at(place) for place in range(number)] if number else ()
+
+
+def _pop(modes: Sequence[Any]) -> None:
+    for _ in modes:
+        _pop_torch_function_stack()
+
+
+def _push(modes: Sequence[Any]) -> None:
+    """Puts those back that are missing. May be done again."""
+    for mode in modes[_len_torch_function_stack() :]:
+        _push_on_torch_function_stack(mode)
+
+
 def _disable_modes(trace: Any) -> ExitStack:
     with ExitStack() as undo:
+        functions = _function_modes()
+        undo.callback(_push, functions)
+        _pop(functions)
         undo.enter_context(torch.inference_mode(mode=False))
         if trace is not None:
             set_trace = torch._C._set_tracing_state  # type: ignore[attr-defined]  # missing in the stub

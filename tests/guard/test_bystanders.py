@@ -250,3 +250,66 @@ def test_sparse_buffer_of_the_model_is_no_hindrance() -> None:
         net(rows())
     (text,) = said.warnings
     assert text.startswith("also moved inside frozen(), not guarded: held.0 (BatchNorm1d).\n")
+
+
+class Growing(nn.Module):
+    """Runs whatever layers its attributes hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.BatchNorm1d(3).eval()
+        self.extra: list[nn.Module] = []
+        self.by_name: dict[str, nn.Module] = {}
+        self.losses: list[float] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for layer in (*self.extra, *self.by_name.values(), *self.__dict__.get("later", ())):
+            x = layer(x)
+        self.losses.append(float(x.sum()))
+        return x
+
+
+ADDITIONS: dict[str, tuple[Callable[[Growing], Any], str]] = {
+    "list": (lambda net: net.extra.append(nn.BatchNorm1d(3)), "extra.0"),
+    "dict": (lambda net: net.by_name.update(norm=nn.BatchNorm1d(3)), "by_name.norm"),
+    "attribute": (lambda net: setattr(net, "later", [nn.BatchNorm1d(3)]), "later.0"),
+}
+
+
+@pytest.mark.parametrize("is_kept", [True, False], ids=["one guard", "new guards"])
+@pytest.mark.parametrize("is_nested", [True, False], ids=["in a model", "the model"])
+@pytest.mark.parametrize(("add", "name"), ADDITIONS.values(), ids=ADDITIONS)
+def test_layer_that_is_added_between_blocks_is_named(
+    add: Callable[[Growing], Any], name: str, is_nested: bool, is_kept: bool
+) -> None:
+    """At the end of the first block after it, whether the guard is used again or another one."""
+    holder = Growing()
+    net = nn.Sequential(holder, nn.Linear(3, 3)) if is_nested else holder
+    guard = bnguard.frozen(net)
+    with told() as said:
+        for number in range(6):
+            with guard if is_kept else bnguard.frozen(net):
+                net(rows())
+            if number == 3:
+                assert not said.warnings
+                add(holder)
+    (text,) = said.warnings
+    assert f"not guarded: {'0.' if is_nested else ''}{name} (BatchNorm1d).\n" in text
+
+
+def test_model_that_only_collects_data_is_searched_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A list of losses is no place for layers once it has some."""
+    searches: list[Any] = []
+    references = bystanders._references
+    monkeypatch.setattr(bystanders, "_references", lambda *args: searches.append(args) or references(*args))
+    net = Growing()
+    for _ in range(20):
+        with bnguard.frozen(net):
+            net(rows())
+    assert len(searches) == 2
+    for number in range(40):
+        setattr(net, f"result_{number}", number)
+        with bnguard.frozen(net):
+            net(rows())
+    assert len(searches) == 16

@@ -136,3 +136,20 @@ def test_nothing_of_a_model_is_kept() -> None:
     del net
     gc.collect()
     assert (len(unregistered._known._entries), len(unregistered._told._entries)) == before
+
+
+@EVERY_WAY
+def test_statistics_that_are_added_between_blocks_are_named(way: Any) -> None:
+    """The model is looked at again if one of its modules has got an attribute."""
+    net = nn.Sequential(nn.BatchNorm1d(3).eval(), nn.Sequential(nn.Identity()))
+    guard = bnguard.frozen(net)
+    with told() as said:
+        for number in range(6):
+            if number == 3:
+                net[1][0].__class__ = Handmade  # type: ignore[assignment]  # mypy takes it for a property
+                net[1][0].running_mean, net[1][0].running_var = way(torch.zeros(3)), way(torch.ones(3))
+                net[1][0].is_handmade = True
+            with guard:
+                net(rows())
+    (text,) = said.warnings
+    assert "not guarded: running_mean and running_var of 1.0 (Handmade).\n" in text
