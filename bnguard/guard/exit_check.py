@@ -19,8 +19,10 @@ compiled graph no forward can be counted; the layer's own ``num_batches_tracked`
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from operator import attrgetter, not_
 from typing import Final, Self
 
 from torch import Tensor, nn
@@ -43,6 +45,7 @@ from bnguard.torch_internals.distributed import overwritten_by_ddp
 from bnguard.torch_internals.locks import RLock
 from bnguard.torch_internals.tracing import outside_modes
 
+_BEYOND: Final = attrgetter("beyond")
 # Pairs of copies that are kept of one layer. More are compared at once, which may wait for the device.
 _PAIRS: Final = 16
 
@@ -63,7 +66,7 @@ class ExitCheck:
 
     __slots__ = (
         "_budget",
-        "_is_intact",
+        "_differing",
         "_layers",
         "_lock",
         "_pairs",
@@ -79,7 +82,7 @@ class ExitCheck:
         self._policy = settings.policy
         self._budget = settings.updates
         self._lock = RLock()
-        self._is_intact = False
+        self._differing: tuple[Snapshot, ...] = ()  # as of the last comparison
         self._pairs: dict[int, list[tuple[dict[str, Tensor], Mapping[str, Tensor]]]] = {}  # by owner
         self.broadcast: Mapping[str, int] = {}
         phrases = settings.frontend.phrases
@@ -109,7 +112,7 @@ class ExitCheck:
             return None
         check = cls.__new__(cls)
         check._layers, check._policy, check._budget = layers, settings.policy, 0
-        check._lock, check._is_intact, check._pairs, check.broadcast = RLock(), False, {}, {}
+        check._lock, check._differing, check._pairs, check.broadcast = RLock(), (), {}, {}
         check.statistics, check.parameters = statistics, None
         return check
 
@@ -152,16 +155,13 @@ class ExitCheck:
             guards: The guard of each layer; empty if forwards were not observed.
             name_layers: Called before the first change is made of a layer.
         """
-        self._is_intact = False
+        self._differing = tuple(filter(None, (self.statistics, self.parameters)))
         has_reverted = bool(self._pairs) and any([self._revert(owner) for owner in list(self._pairs)])
-        intact = self.statistics.is_intact() and not has_reverted, not self.parameters or self.parameters.is_intact()
-        if all(intact):
-            self._is_intact = True
-            return {}
+        is_intact = not self._expects_changes(counts) and self.statistics.is_intact()
+        intact = is_intact and not has_reverted, not self.parameters or self.parameters.is_intact()
         changes: dict[int, StatsChange] = {}
-        for snapshot, is_intact in zip((self.statistics, self.parameters), intact, strict=True):
-            if snapshot is None or is_intact:
-                continue
+        self._differing = tuple(itertools.compress(self._differing, map(not_, intact)))
+        for snapshot in self._differing:
             is_of_statistics = snapshot is self.statistics
             differences = snapshot.changed()
             paid = self._within_budget(differences, counts, guards) if is_of_statistics else frozenset()
@@ -175,11 +175,15 @@ class ExitCheck:
                 self.broadcast = self._overwritten(changes)
         return changes
 
+    def _expects_changes(self, counts: Counts) -> bool:
+        """Whether statistics on a device have moved in all likelihood: the values are then read in the first place."""
+        lets_update = self._policy.action == "update" and (self._policy.hides or any(map(_BEYOND, counts.values())))
+        return lets_update and self.statistics.waits
+
     def restore(self, *, is_compared: bool = True) -> None:
-        """Restores what has changed, unless it has just been compared and found intact."""
-        if not (is_compared and self._is_intact):
-            for snapshot in filter(None, (self.statistics, self.parameters)):
-                snapshot.restore()
+        """Restores what has changed; of what has just been compared, only what was found to differ."""
+        for snapshot in self._differing if is_compared else filter(None, (self.statistics, self.parameters)):
+            snapshot.restore(is_compared=is_compared)
 
     def cause(self, found: Sequence[StatsChange], model: nn.Module) -> Cause:
         """The cause of the changes that no observed forward explains, as far as it is known."""

@@ -1,0 +1,98 @@
+"""Compare captured tensors with what they were at one later moment, when the result is wanted."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from bnguard.layers.bits import same_bits
+from bnguard.layers.flat_copy import FlatPair
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Moved:
+    """A module whose tensors have other bits than when they were captured.
+
+    Attributes:
+        owner: The position of the module.
+        names: The names of these tensors.
+        before: The captured values of all its tensors by name.
+        now: The later values, likewise.
+    """
+
+    owner: int
+    names: tuple[str, ...]
+    before: dict[str, Tensor]
+    now: dict[str, Tensor]
+
+
+class Comparison:
+    """The tensors of some modules at two moments. Refers to no module.
+
+    Args:
+        names: For each module the names of its tensors.
+        groups: By equal names, the positions of the modules that have them.
+        columns: The tensors with one name of each group.
+        pairs: Their values at both moments.
+    """
+
+    __slots__ = ("_columns", "_groups", "_names", "_pairs", "_values")
+
+    def __init__(
+        self,
+        names: Sequence[tuple[str, ...]],
+        groups: Mapping[tuple[str, ...], Sequence[int]],
+        columns: Sequence[Sequence[Tensor]],
+        pairs: Sequence[FlatPair],
+    ) -> None:
+        self._names = names
+        self._groups = groups
+        self._columns = columns
+        self._pairs = pairs
+        self._values: dict[int, tuple[Tensor, Tensor]] | None = None
+
+    def launch(self) -> None:
+        """Has each device find out whether anything differs, and does not wait for it."""
+        for pair in self._pairs:
+            pair.launch()
+
+    def differs(self) -> bool:
+        """Whether anything differs. Waits for what ``launch()`` has begun: one read for each device."""
+        return any([pair.differs() for pair in self._pairs])
+
+    def of(self, tensor: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The values of a tensor at both moments, on the CPU; None if it was not captured flat.
+
+        The first call copies all values to the CPU: one read for each device.
+        """
+        if self._values is None:
+            self._values = {key: (then, now) for pair in self._pairs for key, then, now in pair.values()}
+        return self._values.get(id(tensor))
+
+    def moved(self) -> Iterator[Moved]:
+        """Yields each module with differences."""
+        starts = itertools.accumulate(map(len, self._groups), initial=0)
+        rows: dict[int, list[Tensor]] = {}
+        for start, (names, owners) in zip(starts, self._groups.items(), strict=False):
+            for row, owner in enumerate(owners):
+                rows[owner] = [column[row] for column in self._columns[start : start + len(names)]]
+        for owner, tensors in sorted(rows.items()):
+            found = dict(zip(self._names[owner], map(self.of, tensors), strict=True))
+            sides = {name: pair for name, pair in found.items() if pair is not None}
+            differing = tuple([name for name, pair in sides.items() if not same_bits(*pair)])
+            if differing:
+                before, now = ({name: pair[side] for name, pair in sides.items()} for side in (0, 1))
+                yield Moved(owner, differing, before, now)
+
+
+def grouped(names: Sequence[tuple[str, ...]]) -> dict[tuple[str, ...], Sequence[int]]:
+    """Groups positions by equal names."""
+    if len(set(map(id, names))) == 1:  # the common case
+        return {names[0]: range(len(names))}
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for position, its_names in enumerate(names):
+        groups.setdefault(its_names, []).append(position)
+    return dict(groups)
