@@ -198,6 +198,7 @@ def goes_short(model: nn.Module, tree: Tree, layers: Sequence[StatsLayer], setti
         GUARDS_GRAPHS
         and frontend.has_coverage_warnings
         and not (frontend.compares_only or frontend.is_outermost or frontend.only_without_grad)
+        and settings.check == "exit"
         and not (settings.affine or settings.updates or settings.buffers or settings.policy.hides)
         and all([isinstance(selector, str) for selector in (*settings.include, *settings.exclude)])
         and bool(layers)

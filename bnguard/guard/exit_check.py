@@ -34,6 +34,7 @@ from bnguard.guard.messages import Cause
 from bnguard.guard.options import Settings
 from bnguard.guard.policy import Counts, UpdateCount, spend
 from bnguard.layers.bits import count_of
+from bnguard.layers.comparison import Comparison
 from bnguard.layers.drift import eps_of, largest_mean_shift
 from bnguard.layers.kinds import OTHER_BUFFERS, StatsLayer
 from bnguard.layers.snapshot import Difference, Snapshot, holds
@@ -86,12 +87,14 @@ class ExitCheck:
         self._pairs: dict[int, list[tuple[dict[str, Tensor], Mapping[str, Tensor]]]] = {}  # by owner
         self.broadcast: Mapping[str, int] = {}
         phrases = settings.frontend.phrases
-        self.statistics = Snapshot(modules, [layer.buffers for layer in layers])
+        is_flat = settings.check == "deferred"
+        self.statistics = Snapshot(modules, [layer.buffers for layer in layers], is_flat=is_flat)
         if self.statistics.without_values():
             refuse_unreadable(layers, phrases)
         self.parameters: Snapshot | None = None
         if settings.affine:
-            self.parameters = Snapshot(modules, [affine_parameters(layer) for layer in layers], "_parameters")
+            names = [affine_parameters(layer) for layer in layers]
+            self.parameters = Snapshot(modules, names, "_parameters", is_flat=is_flat)
             if self.parameters.without_values():
                 refuse_unreadable(layers, phrases, "_parameters")
 
@@ -170,10 +173,23 @@ class ExitCheck:
                     name_layers()
                     change = self._change(snapshot, difference, counts[self._layer_id(difference.owner)])
                     earlier = changes.get(difference.owner)
-                    changes[difference.owner] = _joined(earlier, change) if earlier else change
+                    changes[difference.owner] = joined(earlier, change) if earlier else change
             if is_of_statistics:
-                self.broadcast = self._overwritten(changes)
+                self.broadcast = overwritten(changes, dict(enumerate(self._layers)))
         return changes
+
+    def launch(self) -> list[Comparison] | None:
+        """Compares, and restores, without waiting for the result; None, with nothing done, where it has to be read."""
+        snapshots = list(filter(None, (self.statistics, self.parameters)))
+        comparisons = [comparison for snapshot in snapshots if (comparison := snapshot.compared()) is not None]
+        if len(comparisons) < len(snapshots):
+            return None
+        for comparison in comparisons:
+            comparison.launch()
+        if self._policy.puts_back:
+            for snapshot in snapshots:
+                snapshot.write_back()
+        return comparisons
 
     def _expects_changes(self, counts: Counts) -> bool:
         """Whether statistics on a device have moved in all likelihood: the values are then read in the first place."""
@@ -187,15 +203,7 @@ class ExitCheck:
 
     def cause(self, found: Sequence[StatsChange], model: nn.Module) -> Cause:
         """The cause of the changes that no observed forward explains, as far as it is known."""
-        unseen = {change.names for change in found if not change.updates}
-        if unseen <= {layer.names for layer in compiled_layers(self._layers, model)}:
-            return "compiled"
-        left = set(map(id, Tree(model).modules))
-        gone = {layer.names for layer in self._layers if id(layer.module) not in left}
-        if unseen <= gone:
-            return "replaced"
-        others = {layer.names for layer in self._layers if layer.kind is OTHER_BUFFERS}
-        return "elsewhere" if unseen <= others else "unknown"
+        return cause_of(found, self._layers, model)
 
     @outside_modes
     def _revert(self, owner: int) -> bool:
@@ -252,16 +260,6 @@ class ExitCheck:
     def _layer_id(self, owner: int) -> int:
         return id(self._layers[owner].module)
 
-    def _overwritten(self, changes: Mapping[int, StatsChange]) -> dict[str, int]:
-        """Layers whose change a broadcast of DDP explains: no forward updated them, and another rank decides."""
-        modules = {owner: self._layers[owner].module for owner, change in changes.items() if not change.updates}
-        sources = overwritten_by_ddp(modules.values()) if modules else {}
-        return {
-            self._layers[owner].names[0]: sources[id(module)]
-            for owner, module in modules.items()
-            if id(module) in sources
-        }
-
     def _change(self, snapshot: Snapshot, difference: Difference, count: UpdateCount) -> StatsChange:
         layer = self._layers[difference.owner]
         shift = None
@@ -280,5 +278,32 @@ def compiled_layers(layers: Sequence[StatsLayer], model: nn.Module) -> list[Stat
     return [layer for layer in layers if id(layer.module) in parts or was_compiled(layer.module)]
 
 
-def _joined(one: StatsChange, other: StatsChange) -> StatsChange:
+def cause_of(found: Sequence[StatsChange], layers: Sequence[StatsLayer], model: nn.Module) -> Cause:
+    """The cause of changes of some layers that no observed forward explains, as far as it is known."""
+    unseen = {change.names for change in found if not change.updates}
+    if unseen <= {layer.names for layer in compiled_layers(layers, model)}:
+        return "compiled"
+    left = set(map(id, Tree(model).modules))
+    gone = {layer.names for layer in layers if id(layer.module) not in left}
+    if unseen <= gone:
+        return "replaced"
+    others = {layer.names for layer in layers if layer.kind is OTHER_BUFFERS}
+    return "elsewhere" if unseen <= others else "unknown"
+
+
+def overwritten(changes: Mapping[int, StatsChange], layers: Mapping[int, StatsLayer]) -> dict[str, int]:
+    """Layers whose change a broadcast of DDP explains: no forward updated them, and another rank decides.
+
+    Args:
+        changes: The changes by owner.
+        layers: The layers by owner.
+    """
+    owners = [owner for owner, change in changes.items() if not change.updates and owner in layers]
+    sources = overwritten_by_ddp([layers[owner].module for owner in owners]) if owners else {}
+    ranks = {layers[owner].names[0]: sources.get(id(layers[owner].module)) for owner in owners}
+    return {name: rank for name, rank in ranks.items() if rank is not None}
+
+
+def joined(one: StatsChange, other: StatsChange) -> StatsChange:
+    """One change of two of the same layer."""
     return replace(one, buffers=one.buffers + other.buffers, mean_shift=one.mean_shift or other.mean_shift)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from bnguard.layers.bits import same_bits
 from bnguard.layers.flat_copy import FlatPair
+from bnguard.torch_internals.tracing import outside_modes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,15 +55,18 @@ class Comparison:
         self._pairs = pairs
         self._values: dict[int, tuple[Tensor, Tensor]] | None = None
 
+    @outside_modes
     def launch(self) -> None:
         """Has each device find out whether anything differs, and does not wait for it."""
         for pair in self._pairs:
             pair.launch()
 
+    @outside_modes
     def differs(self) -> bool:
         """Whether anything differs. Waits for what ``launch()`` has begun: one read for each device."""
         return any([pair.differs() for pair in self._pairs])
 
+    @outside_modes
     def of(self, tensor: Tensor) -> tuple[Tensor, Tensor] | None:
         """The values of a tensor at both moments, on the CPU; None if it was not captured flat.
 
@@ -72,8 +76,10 @@ class Comparison:
             self._values = {key: (then, now) for pair in self._pairs for key, then, now in pair.values()}
         return self._values.get(id(tensor))
 
-    def moved(self) -> Iterator[Moved]:
-        """Yields each module with differences."""
+    @outside_modes
+    def moved(self) -> list[Moved]:
+        """The modules with differences."""
+        moved = []
         starts = itertools.accumulate(map(len, self._groups), initial=0)
         rows: dict[int, list[Tensor]] = {}
         for start, (names, owners) in zip(starts, self._groups.items(), strict=False):
@@ -85,7 +91,8 @@ class Comparison:
             differing = tuple([name for name, pair in sides.items() if not same_bits(*pair)])
             if differing:
                 before, now = ({name: pair[side] for name, pair in sides.items()} for side in (0, 1))
-                yield Moved(owner, differing, before, now)
+                moved.append(Moved(owner, differing, before, now))
+        return moved
 
 
 def grouped(names: Sequence[tuple[str, ...]]) -> dict[tuple[str, ...], Sequence[int]]:
