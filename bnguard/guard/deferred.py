@@ -32,7 +32,7 @@ from bnguard.guard.options import Settings
 from bnguard.guard.outcome import Outcome
 from bnguard.guard.policy import Counts
 from bnguard.layers.by_identity import ByIdentity
-from bnguard.layers.comparison import Comparison, Moved
+from bnguard.layers.comparison import Comparison, Moved, any_differ
 from bnguard.layers.drift import eps_of, largest_mean_shift
 from bnguard.layers.kinds import LayerKind, StatsLayer
 from bnguard.records import StatsChange
@@ -161,8 +161,8 @@ class Verdict:
         changes: dict[int, StatsChange] = {}
         if os.getpid() != self._process:
             return changes  # a forked child: what the shared statistics are to be is up to the parent
-        for number, comparison in enumerate(comparisons):
-            for moved in comparison.moved() if comparison.differs() else ():
+        for number, (comparison, differs) in enumerate(zip(comparisons, any_differ(comparisons), strict=True)):
+            for moved in comparison.moved() if differs else ():
                 change = self._change(moved, is_of_statistics=number == 0)
                 earlier = changes.get(moved.owner)
                 changes[moved.owner] = joined(earlier, change) if earlier else change

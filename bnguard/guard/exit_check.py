@@ -34,7 +34,7 @@ from bnguard.guard.messages import Cause
 from bnguard.guard.options import Settings
 from bnguard.guard.policy import Counts, UpdateCount, spend
 from bnguard.layers.bits import count_of
-from bnguard.layers.comparison import Comparison
+from bnguard.layers.comparison import Comparison, any_differ, comparison_of
 from bnguard.layers.drift import eps_of, largest_mean_shift
 from bnguard.layers.kinds import OTHER_BUFFERS, StatsLayer
 from bnguard.layers.snapshot import Difference, Snapshot, holds
@@ -159,9 +159,7 @@ class ExitCheck:
             name_layers: Called before the first change is made of a layer.
         """
         self._differing = tuple(filter(None, (self.statistics, self.parameters)))
-        has_reverted = bool(self._pairs) and any([self._revert(owner) for owner in list(self._pairs)])
-        is_intact = not self._expects_changes(counts) and self.statistics.is_intact()
-        intact = is_intact and not has_reverted, not self.parameters or self.parameters.is_intact()
+        intact = self._intact(counts)
         changes: dict[int, StatsChange] = {}
         self._differing = tuple(itertools.compress(self._differing, map(not_, intact)))
         for snapshot in self._differing:
@@ -177,6 +175,32 @@ class ExitCheck:
             if is_of_statistics:
                 self.broadcast = overwritten(changes, dict(enumerate(self._layers)))
         return changes
+
+    def _intact(self, counts: Counts) -> tuple[bool, bool]:
+        """Whether nothing has changed of the statistics, and of the parameters."""
+        expects_changes = self._expects_changes(counts)
+        is_worth_it = self.statistics.waits and (bool(self._pairs) or not expects_changes)
+        if is_worth_it and (intact := self._intact_in_one_read()) is not None:
+            return intact
+        has_reverted = bool(self._pairs) and any([self._revert(owner) for owner in list(self._pairs)])
+        is_intact = not expects_changes and self.statistics.is_intact()
+        return is_intact and not has_reverted, not self.parameters or self.parameters.is_intact()
+
+    def _intact_in_one_read(self) -> tuple[bool, bool] | None:
+        """``_intact`` of what is on a device; None where that takes more."""
+        with self._lock:
+            both = [pair for pairs in self._pairs.values() for then, before in pairs for pair in _common(then, before)]
+            compared = [snapshot.compared() for snapshot in self._differing]
+            comparisons = [each for each in (comparison_of(both), *compared) if each is not None]
+            if len(comparisons) <= len(compared):
+                return None
+            for comparison in comparisons:
+                comparison.launch()
+            has_unknown, *differ = any_differ(comparisons)
+            if has_unknown:  # an update built on what somebody else had written
+                return None
+            self._pairs.clear()
+        return not differ[0], not any(differ[1:])
 
     def launch(self) -> list[Comparison] | None:
         """Compares, and restores, without waiting for the result; None, with nothing done, where it has to be read."""
@@ -276,6 +300,10 @@ def compiled_layers(layers: Sequence[StatsLayer], model: nn.Module) -> list[Stat
     """The layers that compiled graphs run, as far as that can be known."""
     parts = compiled_parts(model)
     return [layer for layer in layers if id(layer.module) in parts or was_compiled(layer.module)]
+
+
+def _common(then: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    return [(value, before[name]) for name, value in then.items() if name in before]
 
 
 def cause_of(found: Sequence[StatsChange], layers: Sequence[StatsLayer], model: nn.Module) -> Cause:

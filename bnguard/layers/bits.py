@@ -146,12 +146,12 @@ def digest_of(tensors: Mapping[str, Tensor | None]) -> str:
     digest = hashlib.sha256()
     for name, tensor in readable(tensors).items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        data = as_bytes(_flat(tensor).cpu())
+        data = as_bytes(flattened(tensor).cpu())
         digest.update(ctypes.string_at(data.data_ptr(), data.numel()))
     return digest.hexdigest()
 
 
-def _flat(tensor: Tensor) -> Tensor:
+def flattened(tensor: Tensor) -> Tensor:
     """Flattens a tensor into a contiguous one, with lazy conjugation and negation resolved."""
     return tensor.detach().resolve_conj().resolve_neg().reshape(-1).contiguous()
 
@@ -160,7 +160,7 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors on one device have the same dtype, shape and bits."""
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
-    return torch.equal(as_bytes(_flat(one)), as_bytes(_flat(other)))
+    return torch.equal(as_bytes(flattened(one)), as_bytes(flattened(other)))
 
 
 def comparison_dtype(flat: Tensor) -> torch.dtype:

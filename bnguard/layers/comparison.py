@@ -6,10 +6,11 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from bnguard.layers.bits import same_bits
-from bnguard.layers.flat_copy import FlatPair
+from bnguard.layers.flat_copy import FlatPair, pairs_of
 from bnguard.torch_internals.tracing import outside_modes
 
 
@@ -61,10 +62,9 @@ class Comparison:
         for pair in self._pairs:
             pair.launch()
 
-    @outside_modes
-    def differs(self) -> bool:
-        """Whether anything differs. Waits for what ``launch()`` has begun: one read for each device."""
-        return any([pair.differs() for pair in self._pairs])
+    def results(self) -> list[Tensor]:
+        """Whether anything differs, for ``any_differ``."""
+        return [pair.result() for pair in self._pairs]
 
     @outside_modes
     def of(self, tensor: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -93,6 +93,28 @@ class Comparison:
                 before, now = ({name: pair[side] for name, pair in sides.items()} for side in (0, 1))
                 moved.append(Moved(owner, differing, before, now))
         return moved
+
+
+@outside_modes
+def comparison_of(both: Sequence[tuple[Tensor, Tensor]]) -> Comparison | None:
+    """A comparison of pairs of tensors; None if two have another dtype, shape or device."""
+    pairs = pairs_of(both)
+    return None if pairs is None else Comparison((), {}, (), pairs)
+
+
+@outside_modes
+def any_differ(comparisons: Sequence[Comparison]) -> list[bool]:
+    """Of each comparison whether anything differs. Waits for what they have launched: one read for each device."""
+    results = [(number, result) for number, each in enumerate(comparisons) for result in each.results()]
+    by_device: dict[torch.device, list[tuple[int, Tensor]]] = {}
+    for number, result in results:
+        by_device.setdefault(result.device, []).append((number, result))
+    found = [False] * len(comparisons)
+    for some in by_device.values():
+        values = torch.stack([result for _, result in some]).tolist()
+        for (number, _), differs in zip(some, values, strict=True):
+            found[number] |= differs
+    return found
 
 
 def grouped(names: Sequence[tuple[str, ...]]) -> dict[tuple[str, ...], Sequence[int]]:

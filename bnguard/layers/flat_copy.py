@@ -12,6 +12,7 @@ from bnguard.layers.bits import (
     as_bytes,
     as_integers,
     comparison_dtype,
+    flattened,
     from_bytes,
     has_values,
     same_flat_bits,
@@ -186,11 +187,13 @@ class FlatPair:
         if differs.is_cuda:  # another stream may be the current one when the result is read
             self._is_computed = torch.cuda.current_stream(differs.device).record_event()
 
-    def differs(self) -> bool:
-        """Whether any bits differ. Waits for what ``launch()`` has begun: one read."""
+    def result(self) -> Tensor:
+        """Whether any bits differ: one truth value on the device, which ``launch()`` has begun to compute."""
+        if self._differs is None:
+            raise RuntimeError("not launched")
         if self._is_computed is not None:
             self._is_computed.synchronize()
-        return bool(self._differs)
+        return self._differs
 
     def values(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         """The id of each tensor, its values when it was copied and its later ones, on the CPU: one read."""
@@ -200,6 +203,17 @@ class FlatPair:
             then, now = [[side.clone()] for side in torch.stack([*then, *now]).cpu().unbind()]
         for part, *sides in zip(self._parts, _by_part(self._parts, then), _by_part(self._parts, now), strict=True):
             yield from zip(map(id, part.tensors), *map(part.views, sides), strict=True)
+
+
+def pairs_of(both: Sequence[tuple[Tensor, Tensor]]) -> list[FlatPair] | None:
+    """Joins pairs of tensors into one flat pair for each device; None if two have another dtype, shape or device."""
+    sides: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
+    for one, other in both:
+        if (one.dtype, one.shape, one.device) != (other.dtype, other.shape, other.device):
+            return None
+        sides.setdefault(one.device, []).append((as_bytes(flattened(one)), as_bytes(flattened(other))))
+    joined = [[torch.cat(side) for side in zip(*some, strict=True)] for some in sides.values()]
+    return [FlatPair([], [then], [now], [comparison_dtype(then)]) for then, now in joined]
 
 
 class Counts:

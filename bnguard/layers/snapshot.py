@@ -146,11 +146,11 @@ class Snapshot:
     def compared(self) -> Comparison | None:
         """The captured values beside the current ones, without waiting for a device.
 
-        Of tensors on the CPU only if the snapshot is flat. None if a tensor is another object, has another shape or
-        dtype by now, or is elsewhere in memory: ``changed()`` finds that.
+        None if some copies are not flat, as those of tensors on the CPU unless the snapshot is flat; if a tensor is
+        another object, has another shape or dtype by now, or is elsewhere in memory. ``changed()`` compares these.
         """
         copies = [copy for copy in self._copies if isinstance(copy, FlatCopy)]
-        if self._odd or not self._has_same_objects():
+        if self._odd or len(copies) < len(self._copies) or not self._has_same_objects():
             return None
         try:
             pairs = [copy.beside_current() for copy in copies]

@@ -516,10 +516,10 @@ def test_result_that_cannot_be_read_says_so(
 ) -> None:
     """The device may have failed in the meantime."""
 
-    def fail(self: Any) -> bool:
+    def fail(self: Any) -> Any:
         raise RuntimeError("an illegal memory access was encountered")
 
-    monkeypatch.setattr("bnguard.layers.flat_copy.FlatPair.differs", fail)
+    monkeypatch.setattr("bnguard.layers.flat_copy.FlatPair.result", fail)
     net = make_net()
     with bnguard.frozen(net, **DEFERRED):
         pass

@@ -113,10 +113,51 @@ def test_held_layer_with_a_forward_of_its_own_reads_once_at_exit(options: dict[s
 
 
 @EACH_DEPTH
-def test_frozen_weights_read_once_more_at_exit(layers: int) -> None:
-    """With ``affine=True`` parameters are compared as well: one more, however many layers there are."""
-    assert count_reads(deep_net(layers), {"affine": True}, evaluate) == Reads(at_exit=2)
-    assert count_reads(deep_net(layers), {"affine": True}, write).at_exit == 3
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"affine": True},
+        {"updates": 1},
+        {"updates": 1, "on_change": "restore"},
+        {"updates": 1, "on_change": "warn"},
+        {"updates": 20},
+        {"buffers": "all"},
+    ],
+    ids=str,
+)
+def test_other_options_read_no_more(options: dict[str, Any], layers: int) -> None:
+    """Frozen weights and updates within a budget are compared together with the statistics."""
+    for work in (evaluate, *[train] * ("updates" in options)):
+        assert count_reads(deep_net(layers), options, work) == Reads(at_exit=1)
+    assert count_reads(deep_net(layers), options, write).at_exit == 2
+
+
+def test_write_before_an_update_within_the_budget_is_found_on_a_device() -> None:
+    """The update built on what somebody else had written: it is put back, as on the CPU."""
+    net, twin = deep_net(2), deep_net(2)
+    with emulated_device() as device:
+        guard, input = bnguard.frozen(put_on(device, net), updates=1), images()
+        device.put(input)
+        with pytest.raises(bnguard.StatsChangedError, match="running_mean"), guard:
+            write(net, input)
+            net(input)
+    assert [change.names for change in guard.changes] == [("0",)]
+    assert_same_bits(state_of(net[0]), state_of(twin[0]))
+    assert net[1].num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("on_change", ["raise", "restore", "warn"])
+def test_counters_on_the_host_are_compared_as_well(on_change: Any) -> None:
+    """Where a model has some statistics on the device and others not."""
+    net = deep_net(2)
+    with emulated_device() as device, warnings.catch_warnings():
+        warnings.simplefilter("ignore", bnguard.BNGuardWarning)
+        device.put(*[buffer for buffer in net.buffers() if buffer.dim()])
+        guard = bnguard.frozen(net, on_change)
+        with suppress(bnguard.StatsChangedError), guard:
+            net[1].num_batches_tracked.add_(1)
+    assert [change.buffers for change in guard.changes] == [("num_batches_tracked",)]
+    assert net[1].num_batches_tracked == (1 if on_change == "warn" else 0)
 
 
 @EACH_POLICY
