@@ -153,7 +153,8 @@ class Verdict:
         changes = {} if self.is_silent else self._changes()
         found = [changes[owner] for owner in sorted(changes)]
         text = self._outcome.text(found) if found else ""
-        return f"{text}\n{_UNREAD}" if text else ""
+        kind = "error" if self._policy.tells_others == "error" else "warning"
+        return f"{kind}: {text}\n{_UNREAD}" if text else ""
 
     def _changes(self) -> dict[int, StatsChange]:
         """What differs, by owner."""
@@ -220,6 +221,6 @@ def _print_unread(waiting: deque[Verdict]) -> None:
         try:
             text = verdict.text()
         except Exception as error:  # the device has failed, or is gone
-            text = f'the result of a comparison with check="deferred" could not be read: {error}'
+            text = f'error: the result of a comparison with check="deferred" could not be read: {error}'
         if text and sys.stderr is not None:
-            print(f"bnguard: error: {text}", file=sys.stderr)
+            print(f"bnguard: {text}", file=sys.stderr)

@@ -40,6 +40,7 @@ from tests.devices import emulated_device
 from tests.guard.test_device_reads import EACH_DEPTH, EACH_POLICY, evaluate, put_on, train, write
 from tests.guard.test_exit_check import EVERY_WRITE, make_input, make_net
 from tests.nets import OwnForward, deep_net, images
+from tests.old_torch import needs_guarded_graphs
 
 DEFERRED: dict[str, Any] = {"check": "deferred"}
 NOTE = 'It was found when the block ended, and is read only now: check="deferred".'
@@ -274,6 +275,23 @@ def test_replaced_statistics_are_reported_at_once() -> None:
     assert NOTE not in str(caught.value)
 
 
+@needs_guarded_graphs
+def test_graph_is_named_as_the_cause() -> None:
+    """Of a late report as of one at exit."""
+    net = make_net()
+    compiled = torch.compile(net, backend="eager")
+    compiled(make_input())
+    guard = bnguard.frozen(compiled, **DEFERRED)  # type: ignore[arg-type]
+
+    def run() -> None:
+        with guard:
+            compiled(make_input())
+
+    assert_untouched(net, run)
+    with pytest.raises(bnguard.StatsChangedError, match="In a compiled graph no forward can be seen"):
+        guard.check()
+
+
 # When it is read.
 
 
@@ -462,6 +480,15 @@ def test_unread_result_is_printed_when_the_model_goes(
     assert lines[0] == "bnguard: error: running statistics of 1 layer changed inside frozen():"
     assert lines[1].startswith("  1 (BatchNorm2d): running_mean; mean moved by up to ")
     assert lines[-1].startswith('Nothing has read this result of check="deferred"')
+
+
+def test_unread_result_of_restore_is_printed_as_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
+    """As it would have been one."""
+    net = make_net()
+    with bnguard.frozen(net, "restore", **DEFERRED):
+        write_mean(net)
+    del net
+    assert capsys.readouterr().err.startswith("bnguard: warning: running statistics of 1 layer changed inside frozen()")
 
 
 def test_nothing_is_printed_of_models_that_did_not_change(capsys: pytest.CaptureFixture[str]) -> None:
