@@ -101,6 +101,7 @@ class Again:
                     or guard.members
                     or guard._before
                     or guard._original is not None
+                    or guard.previous is not None  # of another block, which has ended since
                     or "forward" in attributes
                     or MARK in attributes
                     or attributes["_forward_hooks"]
