@@ -21,6 +21,7 @@ from benchmarks.step import entered_each_step
 __all__ = ["BENCHMARKS"]
 
 PLAIN, LOOP, EACH = "unguarded", "frozen(net, 'restore') around the loop", "frozen(net, 'restore') around each step"
+DEFERRED = "frozen(net, 'restore', check='deferred') around each step"
 _KINDS: Final = ("fp32", "channels_last", "bf16")
 
 
@@ -43,6 +44,17 @@ def _made(kind: str, batch: int = 64) -> tuple[nn.Module, Callable[[], None]]:
     return net, step
 
 
+def _deferred_each_step(net: nn.Module, step: Callable[[], None]) -> Callable[[], None]:
+    """The step in a block of one guard, which reads at each step what the step before has found."""
+    guard = bnguard.frozen(net, "restore", check="deferred")
+
+    def guarded() -> None:
+        with guard:
+            step()
+
+    return guarded
+
+
 def train(kind: str) -> list[Row]:
     """A training step, guarded and unguarded."""
     net, step = _made(kind)
@@ -51,6 +63,7 @@ def train(kind: str) -> list[Row]:
         Contender(PLAIN, step),
         Contender(LOOP, step, partial(bnguard.frozen, net, "restore")),
         Contender(EACH, entered_each_step(net, step)),
+        Contender(DEFERRED, _deferred_each_step(net, step)),
     ]
     result = race(contenders, rounds=20, steps=3)
     title = f"Training step on the GPU, ResNet-50, batch 64x3x224x224, {kind}"
@@ -105,7 +118,8 @@ def syncs() -> list[Row]:
         with torch.no_grad():
             net(x)
 
-    for policy, work, mode in (("restore", step, True), ("raise", forward, False), ("warn", step, True)):
+    cases = (("restore", step, True), ("raise", forward, False), ("warn", step, True), ("rollback", step, True))
+    for policy, work, mode in cases:
         net.train(mode)
         work()
         inside: list[int] = []
@@ -120,8 +134,14 @@ def syncs() -> list[Row]:
                 with _counted_syncs(at_exit):
                     guard.stop()
         rows.append(row(subject=f"{policy}: a step inside the block", ratio=spread(inside), target=0))
-        if policy != "warn":  # which reads out how far the statistics have moved
-            rows.append(row(subject=f"{policy}: the end of the block", ratio=spread(at_exit), target=1))
+        rows.append(row(subject=f"{policy}: the end of the block", ratio=spread(at_exit), target=1))
+        at_exit.clear()
+        deferred = bnguard.frozen(net, policy, check="deferred")  # type: ignore[arg-type]
+        deferred.__enter__()
+        with _counted_syncs(at_exit):
+            deferred.__exit__(None, None, None)
+        deferred.check()
+        rows.append(row(subject=f"{policy}, deferred: the end of the block", ratio=spread(at_exit), target=0))
     return rows
 
 

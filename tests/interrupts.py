@@ -233,6 +233,7 @@ CASES: Final[dict[str, Callable[[], Case]]] = {
     "running": _frozen("raise", use_running_stats=True),
     "affine": _frozen("restore", affine=True),
     "budget": _frozen("restore", updates=1),
+    "deferred": _frozen("rollback", check="deferred"),
     "usual raise": _usual("raise"),
     "usual restore": _usual("restore"),
     "usual running": _usual("restore", use_running_stats=True),

@@ -112,6 +112,7 @@ class Again:
                     or guard.members
                     or guard._before
                     or guard._original is not None
+                    or guard.previous is not None  # of another block, which has ended since
                     or "forward" in attributes
                     or MARK in attributes
                     or "__getstate__" in attributes
@@ -211,6 +212,7 @@ def goes_short(model: nn.Module, tree: Tree, layers: Sequence[StatsLayer], setti
         GUARDS_GRAPHS
         and frontend.has_coverage_warnings
         and not (frontend.compares_only or frontend.is_outermost or frontend.only_without_grad)
+        and settings.check == "exit"
         and not (settings.affine or settings.updates or settings.buffers or settings.policy.hides)
         and all([isinstance(selector, str) for selector in (*settings.include, *settings.exclude)])
         and bool(layers)

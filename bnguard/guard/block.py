@@ -23,6 +23,7 @@ from bnguard.guard.coverage import (
     warn_about_pending_regions,
     warn_about_programs,
 )
+from bnguard.guard.deferred import Verdict, keep_verdict
 from bnguard.guard.exit_check import ExitCheck, compiled_layers
 from bnguard.guard.hooks import LayerGuard, add_entry, drop_entry, is_any_held
 from bnguard.guard.options import Settings, guarded_layers
@@ -56,7 +57,7 @@ class Block:
     """
 
     __slots__ = (
-        "_affine", "_again", "_beside", "_check", "_counts", "_entry", "_found", "_guards", "_has_named",
+        "__weakref__", "_affine", "_again", "_beside", "_check", "_counts", "_entry", "_found", "_guards", "_has_named",
         "_has_warned_of_program", "_kept", "_layers", "_model", "_on_cuda", "_outcome", "_owners",
         "_process", "_regions", "_settings", "_tree", "_verified", "_without_values",
     )  # fmt: skip
@@ -166,7 +167,8 @@ class Block:
             self._let_go()  # a forked child: what the shared statistics are to be is up to the parent
             return
         # While the entry is still there: what other threads run meanwhile is held.
-        found = self._verify(restores=self._settings.policy.puts_back)
+        is_left = self._settings.check == "deferred" and error is None and self._launch()
+        found = [] if is_left else self._verify(restores=self._settings.policy.puts_back)
         self._let_go()
         if error is None and self._settings.frontend.has_coverage_warnings:
             self._warn_of_gaps(has_found=bool(found))
@@ -227,6 +229,14 @@ class Block:
     def guards_every_model(self) -> bool:
         """Whether the user has not named the model: the pytest plugin, or ``bnguard run``."""
         return self._settings.frontend.is_outermost
+
+    def take_late(self, found: Mapping[int, StatsChange]) -> None:
+        """Adds what a comparison has found, by owner, to the changes of the block."""
+        if not (found or self._found or self._counts):
+            return
+        # Where nothing is put back, what changed before has been found again.
+        self._found = {**self._found, **found} if self._settings.policy.puts_back else found
+        self._verified = {layer: count.beyond for layer, count in dict(self._counts).items() if count.beyond}
 
     # What a forward calls.
 
@@ -310,14 +320,21 @@ class Block:
         changes = check.compare(self._counts, self._guards, self._name_layers)
         if restores:
             self._put_back(check)
-        if not (changes or self._found or self._counts):
-            return []
-        if self._settings.policy.puts_back:
-            self._found = {**self._found, **changes}
-        else:
-            self._found = changes  # what changed before has been found again
-        self._verified = {layer: count.beyond for layer, count in dict(self._counts).items() if count.beyond}
+        self.take_late(changes)
         return [changes[owner] for owner in sorted(changes)]
+
+    def _launch(self) -> bool:
+        """Compares, and puts back, without reading the result; False where it has to be read at once."""
+        self._refuse_capture()
+        comparisons = None if self._check is None else self._check.launch()
+        if comparisons is None:
+            return False
+        if self._settings.policy.puts_back:
+            for guard in self._guards:
+                guard.restored()
+        about = self._model, self._layers, comparisons, self._counts, self._outcome, self._settings
+        keep_verdict(self._model, Verdict(self, *about))
+        return True
 
     def _act(self, found: list[StatsChange], error: BaseException | None) -> None:
         check = self._check

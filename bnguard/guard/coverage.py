@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from typing import Final
 
 from torch import nn
 
@@ -18,6 +19,7 @@ from bnguard.guard.surroundings import has_fixed_forward
 from bnguard.guard.unguarded_buffers import unguarded_buffers
 from bnguard.guard.unregistered import has_only_buffers, unregistered_in
 from bnguard.layers.bits import is_valueless, what_is_unreadable
+from bnguard.layers.by_identity import ByIdentity
 from bnguard.layers.kinds import OTHER_BUFFERS, SCRIPTED, StatsLayer, is_observer
 from bnguard.layers.select import is_selected
 from bnguard.layers.snapshot import Snapshot
@@ -27,6 +29,8 @@ from bnguard.torch_internals.callsite import call_site
 from bnguard.torch_internals.checkpointing import Region
 from bnguard.torch_internals.programs import normalised_with_batch, script_uses_batch
 from bnguard.torch_internals.tracing import is_being_recorded
+
+_looked_beside: Final[ByIdentity[bool]] = ByIdentity()  # models on which blocks with a deferred check began
 
 
 def refuse_unreadable(layers: Iterable[StatsLayer], phrases: Phrases | None, table: Table = "_buffers") -> None:
@@ -133,12 +137,18 @@ def found_beside(
 ) -> list[Callable[[], None]]:
     """Functions to call at the end of a block, which warn of what has moved since this call.
 
+    They read tensors, so a block whose check is deferred has them only if it is the first one on the model.
+
     Args:
         model: The model.
         tree: Its modules.
         guarded: What the block guards.
         settings: The options of the block.
     """
+    if settings.check == "deferred":
+        if _looked_beside.get(model):
+            return []
+        _looked_beside.put(model, value=True)
     is_new = has_grown(model, tree)
     found = (
         bystanders_of(model, (model,), tree),

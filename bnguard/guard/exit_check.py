@@ -19,8 +19,10 @@ compiled graph no forward can be counted; the layer's own ``num_batches_tracked`
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from operator import attrgetter, not_
 from typing import Final, Self
 
 from torch import Tensor, nn
@@ -32,6 +34,7 @@ from bnguard.guard.messages import Cause
 from bnguard.guard.options import Settings
 from bnguard.guard.policy import Counts, UpdateCount, spend
 from bnguard.layers.bits import count_of
+from bnguard.layers.comparison import Comparison, any_differ, comparison_of
 from bnguard.layers.drift import eps_of, largest_mean_shift
 from bnguard.layers.kinds import OTHER_BUFFERS, StatsLayer
 from bnguard.layers.snapshot import Difference, Snapshot, holds
@@ -43,6 +46,7 @@ from bnguard.torch_internals.distributed import overwritten_by_ddp
 from bnguard.torch_internals.locks import RLock
 from bnguard.torch_internals.tracing import outside_modes
 
+_BEYOND: Final = attrgetter("beyond")
 # Pairs of copies that are kept of one layer. More are compared at once, which may wait for the device.
 _PAIRS: Final = 16
 
@@ -63,7 +67,7 @@ class ExitCheck:
 
     __slots__ = (
         "_budget",
-        "_is_intact",
+        "_differing",
         "_layers",
         "_lock",
         "_pairs",
@@ -79,16 +83,18 @@ class ExitCheck:
         self._policy = settings.policy
         self._budget = settings.updates
         self._lock = RLock()
-        self._is_intact = False
+        self._differing: tuple[Snapshot, ...] = ()  # as of the last comparison
         self._pairs: dict[int, list[tuple[dict[str, Tensor], Mapping[str, Tensor]]]] = {}  # by owner
         self.broadcast: Mapping[str, int] = {}
         phrases = settings.frontend.phrases
-        self.statistics = Snapshot(modules, [layer.buffers for layer in layers])
+        is_flat = settings.check == "deferred"
+        self.statistics = Snapshot(modules, [layer.buffers for layer in layers], is_flat=is_flat)
         if self.statistics.without_values():
             refuse_unreadable(layers, phrases)
         self.parameters: Snapshot | None = None
         if settings.affine:
-            self.parameters = Snapshot(modules, [affine_parameters(layer) for layer in layers], "_parameters")
+            names = [affine_parameters(layer) for layer in layers]
+            self.parameters = Snapshot(modules, names, "_parameters", is_flat=is_flat)
             if self.parameters.without_values():
                 refuse_unreadable(layers, phrases, "_parameters")
 
@@ -109,7 +115,7 @@ class ExitCheck:
             return None
         check = cls.__new__(cls)
         check._layers, check._policy, check._budget = layers, settings.policy, 0
-        check._lock, check._is_intact, check._pairs, check.broadcast = RLock(), False, {}, {}
+        check._lock, check._differing, check._pairs, check.broadcast = RLock(), (), {}, {}
         check.statistics, check.parameters = statistics, None
         return check
 
@@ -152,16 +158,11 @@ class ExitCheck:
             guards: The guard of each layer; empty if forwards were not observed.
             name_layers: Called before the first change is made of a layer.
         """
-        self._is_intact = False
-        has_reverted = bool(self._pairs) and any([self._revert(owner) for owner in list(self._pairs)])
-        intact = self.statistics.is_intact() and not has_reverted, not self.parameters or self.parameters.is_intact()
-        if all(intact):
-            self._is_intact = True
-            return {}
+        self._differing = tuple(filter(None, (self.statistics, self.parameters)))
+        intact = self._intact(counts)
         changes: dict[int, StatsChange] = {}
-        for snapshot, is_intact in zip((self.statistics, self.parameters), intact, strict=True):
-            if snapshot is None or is_intact:
-                continue
+        self._differing = tuple(itertools.compress(self._differing, map(not_, intact)))
+        for snapshot in self._differing:
             is_of_statistics = snapshot is self.statistics
             differences = snapshot.changed()
             paid = self._within_budget(differences, counts, guards) if is_of_statistics else frozenset()
@@ -170,28 +171,63 @@ class ExitCheck:
                     name_layers()
                     change = self._change(snapshot, difference, counts[self._layer_id(difference.owner)])
                     earlier = changes.get(difference.owner)
-                    changes[difference.owner] = _joined(earlier, change) if earlier else change
+                    changes[difference.owner] = joined(earlier, change) if earlier else change
             if is_of_statistics:
-                self.broadcast = self._overwritten(changes)
+                self.broadcast = overwritten(changes, dict(enumerate(self._layers)))
         return changes
 
+    def _intact(self, counts: Counts) -> tuple[bool, bool]:
+        """Whether nothing has changed of the statistics, and of the parameters."""
+        expects_changes = self._expects_changes(counts)
+        is_worth_it = self.statistics.waits and (bool(self._pairs) or not expects_changes)
+        if is_worth_it and (intact := self._intact_in_one_read()) is not None:
+            return intact
+        has_reverted = bool(self._pairs) and any([self._revert(owner) for owner in list(self._pairs)])
+        is_intact = not expects_changes and self.statistics.is_intact()
+        return is_intact and not has_reverted, not self.parameters or self.parameters.is_intact()
+
+    def _intact_in_one_read(self) -> tuple[bool, bool] | None:
+        """``_intact`` of what is on a device; None where that takes more."""
+        with self._lock:
+            both = [pair for pairs in self._pairs.values() for then, before in pairs for pair in _common(then, before)]
+            compared = [snapshot.compared() for snapshot in self._differing]
+            comparisons = [each for each in (comparison_of(both), *compared) if each is not None]
+            if len(comparisons) <= len(compared):
+                return None
+            for comparison in comparisons:
+                comparison.launch()
+            has_unknown, *differ = any_differ(comparisons)
+            if has_unknown:  # an update built on what somebody else had written
+                return None
+            self._pairs.clear()
+        return not differ[0], not any(differ[1:])
+
+    def launch(self) -> list[Comparison] | None:
+        """Compares, and restores, without waiting for the result; None, with nothing done, where it has to be read."""
+        snapshots = list(filter(None, (self.statistics, self.parameters)))
+        comparisons = [comparison for snapshot in snapshots if (comparison := snapshot.compared()) is not None]
+        if len(comparisons) < len(snapshots):
+            return None
+        for comparison in comparisons:
+            comparison.launch()
+        if self._policy.puts_back:
+            for snapshot in snapshots:
+                snapshot.write_back()
+        return comparisons
+
+    def _expects_changes(self, counts: Counts) -> bool:
+        """Whether statistics on a device have moved in all likelihood: the values are then read in the first place."""
+        lets_update = self._policy.action == "update" and (self._policy.hides or any(map(_BEYOND, counts.values())))
+        return lets_update and self.statistics.waits
+
     def restore(self, *, is_compared: bool = True) -> None:
-        """Restores what has changed, unless it has just been compared and found intact."""
-        if not (is_compared and self._is_intact):
-            for snapshot in filter(None, (self.statistics, self.parameters)):
-                snapshot.restore()
+        """Restores what has changed; of what has just been compared, only what was found to differ."""
+        for snapshot in self._differing if is_compared else filter(None, (self.statistics, self.parameters)):
+            snapshot.restore(is_compared=is_compared)
 
     def cause(self, found: Sequence[StatsChange], model: nn.Module) -> Cause:
         """The cause of the changes that no observed forward explains, as far as it is known."""
-        unseen = {change.names for change in found if not change.updates}
-        if unseen <= {layer.names for layer in compiled_layers(self._layers, model)}:
-            return "compiled"
-        left = set(map(id, Tree(model).modules))
-        gone = {layer.names for layer in self._layers if id(layer.module) not in left}
-        if unseen <= gone:
-            return "replaced"
-        others = {layer.names for layer in self._layers if layer.kind is OTHER_BUFFERS}
-        return "elsewhere" if unseen <= others else "unknown"
+        return cause_of(found, self._layers, model)
 
     @outside_modes
     def _revert(self, owner: int) -> bool:
@@ -248,16 +284,6 @@ class ExitCheck:
     def _layer_id(self, owner: int) -> int:
         return id(self._layers[owner].module)
 
-    def _overwritten(self, changes: Mapping[int, StatsChange]) -> dict[str, int]:
-        """Layers whose change a broadcast of DDP explains: no forward updated them, and another rank decides."""
-        modules = {owner: self._layers[owner].module for owner, change in changes.items() if not change.updates}
-        sources = overwritten_by_ddp(modules.values()) if modules else {}
-        return {
-            self._layers[owner].names[0]: sources[id(module)]
-            for owner, module in modules.items()
-            if id(module) in sources
-        }
-
     def _change(self, snapshot: Snapshot, difference: Difference, count: UpdateCount) -> StatsChange:
         layer = self._layers[difference.owner]
         shift = None
@@ -276,5 +302,36 @@ def compiled_layers(layers: Sequence[StatsLayer], model: nn.Module) -> list[Stat
     return [layer for layer in layers if id(layer.module) in parts or was_compiled(layer.module)]
 
 
-def _joined(one: StatsChange, other: StatsChange) -> StatsChange:
+def _common(then: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    return [(value, before[name]) for name, value in then.items() if name in before]
+
+
+def cause_of(found: Sequence[StatsChange], layers: Sequence[StatsLayer], model: nn.Module) -> Cause:
+    """The cause of changes of some layers that no observed forward explains, as far as it is known."""
+    unseen = {change.names for change in found if not change.updates}
+    if unseen <= {layer.names for layer in compiled_layers(layers, model)}:
+        return "compiled"
+    left = set(map(id, Tree(model).modules))
+    gone = {layer.names for layer in layers if id(layer.module) not in left}
+    if unseen <= gone:
+        return "replaced"
+    others = {layer.names for layer in layers if layer.kind is OTHER_BUFFERS}
+    return "elsewhere" if unseen <= others else "unknown"
+
+
+def overwritten(changes: Mapping[int, StatsChange], layers: Mapping[int, StatsLayer]) -> dict[str, int]:
+    """Layers whose change a broadcast of DDP explains: no forward updated them, and another rank decides.
+
+    Args:
+        changes: The changes by owner.
+        layers: The layers by owner.
+    """
+    owners = [owner for owner, change in changes.items() if not change.updates and owner in layers]
+    sources = overwritten_by_ddp([layers[owner].module for owner in owners]) if owners else {}
+    ranks = {layers[owner].names[0]: sources.get(id(layers[owner].module)) for owner in owners}
+    return {name: rank for name, rank in ranks.items() if rank is not None}
+
+
+def joined(one: StatsChange, other: StatsChange) -> StatsChange:
+    """One change of two of the same layer."""
     return replace(one, buffers=one.buffers + other.buffers, mean_shift=one.mean_shift or other.mean_shift)

@@ -32,7 +32,8 @@ from bnguard.errors import BNGuardWarning, StatsChangedError, hides_frame
 from bnguard.guard import messages
 from bnguard.guard.block import Block
 from bnguard.guard.decorate import guard_function
-from bnguard.guard.options import PLAIN, Frontend, OnChange, Settings, check_settings, guarded_layers
+from bnguard.guard.deferred import read_verdicts
+from bnguard.guard.options import PLAIN, Check, Frontend, OnChange, Settings, check_settings, guarded_layers
 from bnguard.guard.phrases import Phrases
 from bnguard.layers.kinds import StatsLayer
 from bnguard.layers.select import Selector
@@ -114,6 +115,13 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
             statistics: by name, with the forward of the module that owns them. What the forward of another module or a
             method moves is seen at the end of the block. Under ``use_running_stats=True`` a module that has one runs in
             eval mode.
+        check: When the comparison at the end of the block is read.
+            ``"exit"``: at once, which waits for the device.
+            ``"deferred"``: when the next block with this option begins on the model, by ``check()`` or by ``stop()``.
+            The statistics are right as soon as the block has ended; only the report is late, and one that nobody reads
+            is printed when the model or the process ends. Updates that a forward would make still raise at once. It
+            takes a second copy of the statistics, and does not see what other streams write while the block ends. Not
+            deferred are the end of a block by an exception, and statistics that were replaced or converted.
 
     Raises:
         TypeError: ``model`` is no module; an option has the wrong type.
@@ -143,10 +151,11 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
         include: Selector | Iterable[Selector] | None = None,
         exclude: Selector | Iterable[Selector] | None = None,
         buffers: str | Iterable[str] | None = None,
+        check: Check = "exit",
     ) -> None:
         _check_is_module(model, self._frontend.phrases)
         settings = check_settings(
-            on_change, use_running_stats, affine, updates, include, exclude, buffers, frontend=self._frontend
+            on_change, use_running_stats, affine, updates, include, exclude, buffers, check, frontend=self._frontend
         )
         _check_model(model, settings)
         self._set(model, settings)
@@ -178,6 +187,7 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
 
     def _enter(self, *, is_started: bool = False) -> Self:
         """Begins a block. One that was started stays until it is stopped, with or without a reference to the guard."""
+        self._read_verdicts(at_entry=True)
         block, number = self._last, next(_numbers)
         if block is None or not block.is_ready_again():
             block = Block(self._model, self._settings, block)
@@ -248,26 +258,33 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
         if isinstance(error, StatsChangedError):
             end_in_users_line(error)
         self.__exit__(None, None, None)
+        self._read_verdicts()
 
     @outside_graphs
     def check(self) -> None:
         """Compares the statistics now, without leaving, and acts as the end of the block would.
 
-        Without an open block, does nothing.
+        With ``check="deferred"`` it first reads what the blocks that have ended found. Without either, does nothing.
 
         Raises:
             StatsChangedError: Under ``on_change="raise"``, if something changed or the error of a forward was caught.
         """
+        self._read_verdicts()
         block = self._innermost()
         if block is not None:
             block.check()
+
+    def _read_verdicts(self, *, at_entry: bool = False) -> None:
+        if self._settings.check == "deferred":
+            read_verdicts(self._model, at_entry=at_entry)
 
     @property
     @outside_graphs
     def changes(self) -> tuple[StatsChange, ...]:
         """What changed, or was about to, in the current or last block, in the order of ``state_dict()``.
 
-        At any time what the forwards showed; complete after ``check()`` and at the end of the block.
+        At any time what the forwards showed; complete after ``check()`` and at the end of the block, with
+        ``check="deferred"`` after ``check()`` only.
         """
         return () if self._last is None else self._last.changes
 

@@ -17,10 +17,12 @@ from bnguard.layers.select import Selector, as_selectors, select_layers
 from bnguard.words import short_repr, suggestion
 
 OnChange: TypeAlias = Literal["raise", "warn", "restore", "rollback"]
+Check: TypeAlias = Literal["exit", "deferred"]
+_CHECKS: Final = ("exit", "deferred")
 
 
 class GuardOptions(TypedDict, total=False):
-    """The options of ``frozen`` after ``on_change``, for functions that pass them on."""
+    """The options of ``frozen`` after ``on_change`` that frontends pass on."""
 
     use_running_stats: bool
     affine: bool
@@ -57,13 +59,14 @@ class Settings:
     """The options of ``frozen``, checked.
 
     Attributes:
-        on_change: See ``frozen``, as for the next six.
+        on_change: See ``frozen``, as for the next seven.
         use_running_stats: See there.
         affine: See there.
         updates: See there.
         include: See there.
         exclude: See there.
         buffers: See there.
+        check: See there.
         within: Paths of submodules: what is outside of them is not meant; empty for the whole model.
         frontend: What the guard does differently for the frontend that opened it.
         policy: What becomes of an update beyond the budget, and of the statistics at the end; follows from the others.
@@ -76,6 +79,7 @@ class Settings:
     include: tuple[Selector, ...] = ()
     exclude: tuple[Selector, ...] = ()
     buffers: tuple[str, ...] = ()
+    check: Check = "exit"
     within: tuple[str, ...] = ()
     frontend: Frontend = PLAIN
     policy: Policy = field(init=False)
@@ -92,7 +96,8 @@ class Settings:
         """The policies, as a user writes them."""
         options = {"use_running_stats": self.use_running_stats, "affine": self.affine, "updates": self.updates}
         chosen = [f"{name}={value}" for name, value in options.items() if value]
-        return ", ".join([f'on_change="{self.on_change}"', *chosen])
+        late = ['check="deferred"'] if self.check == "deferred" else []
+        return ", ".join([f'on_change="{self.on_change}"', *chosen, *late])
 
 
 def check_settings(
@@ -103,6 +108,7 @@ def check_settings(
     include: Any = None,
     exclude: Any = None,
     buffers: Any = None,
+    check: Any = "exit",
     *,
     frontend: Frontend = PLAIN,
 ) -> Settings:
@@ -129,8 +135,15 @@ def check_settings(
             f"on_change='rollback' contradicts {option}: inside the block the statistics move as they would without a "
             "guard; leave one of them out"
         )
+    if check not in _CHECKS:
+        raise ValueError(f"check={short_repr(check)}: {suggestion(check, _CHECKS)}")
+    if check == "deferred" and updates:
+        raise ValueError(
+            f"check='deferred' contradicts updates={updates}: whether an update was within the budget is found out at "
+            "the end of each block; leave one of them out"
+        )
     if include is None and exclude is None and buffers is None:
-        return _of_all_layers(on_change, use_running_stats, affine, updates, frontend)
+        return _of_all_layers(on_change, use_running_stats, affine, updates, check, frontend)
     return Settings(
         on_change,
         use_running_stats,
@@ -139,16 +152,17 @@ def check_settings(
         as_selectors("include", include),
         as_selectors("exclude", exclude),
         as_patterns(buffers),
+        check,
         frontend=frontend,
     )
 
 
 @functools.lru_cache(maxsize=64)
 def _of_all_layers(
-    on_change: OnChange, use_running_stats: bool, affine: bool, updates: int, frontend: Frontend
+    on_change: OnChange, use_running_stats: bool, affine: bool, updates: int, check: Check, frontend: Frontend
 ) -> Settings:
     """Settings that have been made before: a block around each step asks for the same each time."""
-    return Settings(on_change, use_running_stats, affine, updates, frontend=frontend)
+    return Settings(on_change, use_running_stats, affine, updates, check=check, frontend=frontend)
 
 
 def guarded_layers(model: nn.Module, layers: list[StatsLayer], settings: Settings) -> list[StatsLayer]:

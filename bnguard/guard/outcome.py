@@ -42,6 +42,12 @@ class Outcome:
         """Whether something was raised or warned about."""
         return self._has_warned or bool(self._errors)
 
+    def with_settings(self, settings: Settings) -> Outcome:
+        """Another one, which has said as much."""
+        outcome = Outcome(settings)
+        outcome._errors, outcome._has_warned = self._errors, self._has_warned
+        return outcome
+
     def stopped(self, change: StatsChange, mode: str, budget: int) -> StatsChangedError:
         """Returns the error for a forward that would have updated. The user's code may catch it."""
         text = rank_prefix() + messages.stopped_text(change, mode, budget, self._settings.frontend.phrases)
@@ -62,6 +68,8 @@ class Outcome:
         changes: tuple[StatsChange, ...],
         cause: Cause,
         error: BaseException | None,
+        *,
+        note: str = "",
     ) -> None:
         """Does what the policy says at the end of a block, or of ``check()``.
 
@@ -72,6 +80,7 @@ class Outcome:
             changes: Everything that is known to have changed, or was about to.
             cause: What is known of changes for which no forward was seen.
             error: The exception that leads out of the block.
+            note: A line to add.
 
         Raises:
             StatsChangedError: As the policy says, unless an exception leads out of the block.
@@ -87,6 +96,7 @@ class Outcome:
         text = self._text([change for change in found if change not in explained], earlier, cause, error)
         if not text:
             return
+        text = f"{text}\n{note}" if note else text
         raises = policy.stops or policy.tells_others == "error"
         if raises and error is None:
             self._note(rank_prefix() + text)  # of check(): may be caught as well
@@ -96,6 +106,11 @@ class Outcome:
             error.add_note(f"bnguard: {rank_prefix()}{text}")
         if not raises or isinstance(error, _ENDS):
             self._warn(text, error)
+
+    def text(self, found: Sequence[StatsChange]) -> str:
+        """What there is to say about changes where nobody can be told but by a printed text; empty for nothing."""
+        text = self._text(found, (), "unknown", None)
+        return text and rank_prefix() + text
 
     def _text(
         self, found: Sequence[StatsChange], earlier: Sequence[StatsChange], cause: Cause, error: BaseException | None

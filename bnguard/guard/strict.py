@@ -16,7 +16,7 @@ from bnguard.errors import hides_frame
 from bnguard.guard.bystanders import bystanders_of
 from bnguard.guard.decorate import guard_function
 from bnguard.guard.frozen import frozen
-from bnguard.guard.options import Frontend, OnChange, Settings, check_settings
+from bnguard.guard.options import Check, Frontend, OnChange, Settings, check_settings
 from bnguard.guard.phrases import Phrases
 from bnguard.guard.policy import POLICIES
 from bnguard.layers.search import LARGEST, modules_in, roots_of
@@ -51,6 +51,7 @@ def strict(
     include: Selector | Iterable[Selector] | None = None,
     exclude: Selector | Iterable[Selector] | None = None,
     buffers: str | Iterable[str] | None = None,
+    check: Check = "exit",
 ) -> Callable[[F], F]: ...
 
 
@@ -66,6 +67,7 @@ def strict(
     include: Selector | Iterable[Selector] | None = None,
     exclude: Selector | Iterable[Selector] | None = None,
     buffers: str | Iterable[str] | None = None,
+    check: Check = "exit",
 ) -> Any:
     """Runs each call of a function inside ``frozen``, on the models that the call is about.
 
@@ -97,6 +99,8 @@ def strict(
         include: See ``frozen``.
         exclude: See ``frozen``.
         buffers: See ``frozen``.
+        check: See ``frozen``: ``"deferred"`` reads at each call what the previous one found, and
+            ``frozen(model, check="deferred").check()`` what the last one did.
 
     Raises:
         TypeError: At decoration: what is decorated is no function, or an option has the wrong type. At the call: no
@@ -109,7 +113,7 @@ def strict(
         option = "on_change" if function in POLICIES else "model"
         raise TypeError(f"strict decorates functions, got {function!r}: write @strict({option}={function!r})")
     settings = check_settings(
-        on_change, use_running_stats, affine, updates, include, exclude, buffers, frontend=_FRONTEND
+        on_change, use_running_stats, affine, updates, include, exclude, buffers, check, frontend=_FRONTEND
     )
     if not (model is None or isinstance(model, (nn.Module, str)) or callable(model)):
         raise TypeError(f"model must be a module, the name of a parameter or a callable, got {short_repr(model)}")

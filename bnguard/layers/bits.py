@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from bnguard.torch_internals.foreach import copy_each
 from bnguard.torch_internals.tracing import outside_modes
 from bnguard.torch_internals.transforms import PLAIN, is_fake, is_wrapped, unwrapped_tensor
 
@@ -97,7 +98,16 @@ def write(tensor: Tensor, value: Tensor) -> None:
     target.copy_(value)
 
 
-def put_back(target: Tensor, value: Tensor, place: int | None) -> None:
+def write_all(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Writes values into tensors of one dtype and device, past autograd, in few operations of the device."""
+    try:
+        copy_each([tensor.data for tensor in tensors], values)
+    except RuntimeError:  # an expanded one: see write()
+        for tensor, value in zip(tensors, values, strict=True):
+            write(tensor, value)
+
+
+def put_back(target: Tensor, value: Tensor, place: int | None, *, differs: bool | None = None) -> None:
     """Gives a tensor back an earlier value, past autograd, unless it has its bits.
 
     Args:
@@ -106,8 +116,9 @@ def put_back(target: Tensor, value: Tensor, place: int | None) -> None:
         place: Where the tensor's values were in memory. If they are elsewhere now, or have another shape, they are
             replaced and not overwritten: through ``.data`` the tensor was given memory that may be somebody else's.
             None if that is not known.
+        differs: Whether the bits are known to differ; None if they are to be compared.
     """
-    if target.shape == value.shape and same_bits(target, value):
+    if differs is False or (differs is None and target.shape == value.shape and same_bits(target, value)):
         return
     if target.shape != value.shape or place not in (None, target.data_ptr()):
         target.data = value.clone()
@@ -135,12 +146,12 @@ def digest_of(tensors: Mapping[str, Tensor | None]) -> str:
     digest = hashlib.sha256()
     for name, tensor in readable(tensors).items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        data = as_bytes(_flat(tensor).cpu())
+        data = as_bytes(flattened(tensor).cpu())
         digest.update(ctypes.string_at(data.data_ptr(), data.numel()))
     return digest.hexdigest()
 
 
-def _flat(tensor: Tensor) -> Tensor:
+def flattened(tensor: Tensor) -> Tensor:
     """Flattens a tensor into a contiguous one, with lazy conjugation and negation resolved."""
     return tensor.detach().resolve_conj().resolve_neg().reshape(-1).contiguous()
 
@@ -149,7 +160,7 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors on one device have the same dtype, shape and bits."""
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
-    return torch.equal(as_bytes(_flat(one)), as_bytes(_flat(other)))
+    return torch.equal(as_bytes(flattened(one)), as_bytes(flattened(other)))
 
 
 def comparison_dtype(flat: Tensor) -> torch.dtype:
@@ -171,6 +182,9 @@ def same_flat_bits(one: Tensor, other: Tensor, view_dtype: torch.dtype) -> bool:
     """
     if one.dtype != other.dtype or one.nbytes != other.nbytes:
         return False
-    if one.is_complex():
-        one, other = torch.view_as_real(one).reshape(-1), torch.view_as_real(other).reshape(-1)
-    return torch.equal(one.view(view_dtype), other.view(view_dtype))
+    return torch.equal(as_integers(one, view_dtype), as_integers(other, view_dtype))
+
+
+def as_integers(flat: Tensor, view_dtype: torch.dtype) -> Tensor:
+    """Views a contiguous one-dimensional tensor as its ``comparison_dtype``, without a copy."""
+    return (torch.view_as_real(flat).reshape(-1) if flat.is_complex() else flat).view(view_dtype)

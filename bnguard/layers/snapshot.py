@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from bnguard.layers.bits import has_values, is_valueless, put_back, readable, same_bits, wide
-from bnguard.layers.flat_copy import FlatCopy, part_of
+from bnguard.layers.comparison import Comparison, grouped
+from bnguard.layers.flat_copy import FlatCopy, copies_of, copy_of_columns
 from bnguard.layers.kinds import BATCH_NORM_STATISTICS
 from bnguard.layers.swaps import Table, own_tables, own_tensors, put_tensor, swap_lock
 from bnguard.layers.usual_copy import UsualCopy
@@ -45,11 +46,12 @@ class Snapshot:
         modules: The modules that own the tensors.
         names: For each module the names of its tensors, all of which must exist.
         table: Whether these are buffers or parameters.
+        is_flat: Whether ``compared()`` is to be used on the CPU as well.
     """
 
     __slots__ = (
-        "_columns", "_copies", "_groups", "_names", "_odd", "_places", "_pointers", "_saved_by_id", "_table",
-        "_transient", "modules",
+        "_columns", "_compared", "_copies", "_groups", "_names", "_odd", "_places", "_pointers", "_saved_by_id",
+        "_table", "_transient", "modules",
     )  # fmt: skip
 
     @outside_modes
@@ -58,12 +60,14 @@ class Snapshot:
         modules: Sequence[nn.Module],
         names: Sequence[tuple[str, ...]],
         table: Table = "_buffers",
+        *,
+        is_flat: bool = False,
     ) -> None:
         self.modules = modules
         self._names = names
         self._table = table
         # Modules with the same names form a group. Their tensors with one name form a column, mostly of one dtype.
-        self._groups: dict[tuple[str, ...], Sequence[int]] = _grouped(names)
+        self._groups: dict[tuple[str, ...], Sequence[int]] = grouped(names)
         self._columns: list[list[Tensor]] = self._current_columns()  # type: ignore[assignment]  # all exist
         self._places: list[tuple[int, int]] | None = None  # first column and row of each module, once needed
         self._pointers: dict[int, int] | None = None  # once needed
@@ -74,21 +78,22 @@ class Snapshot:
         )
         self._odd: dict[int, Tensor] = {}
         self._saved_by_id: dict[int, Tensor | None] | None = None
+        self._compared: Comparison | None = None  # right after changed(): what is on a device
         self._copies: Sequence[FlatCopy | UsualCopy]
-        if len(self._groups) == 1 and names[0] == BATCH_NORM_STATISTICS:
+        if not is_flat and len(self._groups) == 1 and names[0] == BATCH_NORM_STATISTICS:
             try:
                 self._copies = (UsualCopy(self._columns),)
             except (ValueError, RuntimeError):
                 pass
             else:
                 return
-        copy = _copy_of_columns(self._columns)
+        copy = copy_of_columns(self._columns)
         if copy is not None:
             self._copies = (copy,)
             return
         tensors = list({id(tensor): tensor for column in self._columns for tensor in column}.values())
         self._odd = {id(tensor): tensor for tensor in tensors if type(tensor) not in PLAIN or not has_values(tensor)}
-        self._copies = _copies_of([tensor for tensor in tensors if id(tensor) not in self._odd])
+        self._copies = copies_of([tensor for tensor in tensors if id(tensor) not in self._odd])
         if self._odd:
             odd = {key: unwrapped_tensor(tensor) for key, tensor in self._odd.items() if has_values(tensor)}
             values = {key: tensor.detach().clone() for key, tensor in odd.items()}
@@ -109,7 +114,7 @@ class Snapshot:
         snapshot.modules, snapshot._names, snapshot._table = modules, [names] * len(modules), "_buffers"
         snapshot._groups, snapshot._columns, snapshot._copies = {names: range(len(modules))}, columns, (copy,)
         snapshot._places = snapshot._pointers = snapshot._saved_by_id = None
-        snapshot._transient, snapshot._odd = {}, {}
+        snapshot._transient, snapshot._odd, snapshot._compared = {}, {}, None
         return snapshot
 
     def renew(self, copies: Sequence[UsualCopy]) -> None:
@@ -130,12 +135,38 @@ class Snapshot:
 
         Takes one comparison per device. False if the snapshot has tensors that cannot be compared this way.
         """
-        if self._odd:
-            return False
-        for now, then in zip(self._current_columns(), self._columns, strict=True):
-            if not all(map(is_, now, then)):
-                return False
-        return self.has_same_values()
+        return not self._odd and self._has_same_objects() and self.has_same_values()
+
+    @property
+    def waits(self) -> bool:
+        """Whether to compare takes a synchronisation with a device."""
+        return any([isinstance(copy, FlatCopy) and not copy.is_on_host for copy in self._copies])
+
+    @outside_modes
+    def compared(self) -> Comparison | None:
+        """The captured values beside the current ones, without waiting for a device.
+
+        None if some copies are not flat, as those of tensors on the CPU unless the snapshot is flat; if a tensor is
+        another object, has another shape or dtype by now, or is elsewhere in memory. ``changed()`` compares these.
+        """
+        copies = [copy for copy in self._copies if isinstance(copy, FlatCopy)]
+        if self._odd or len(copies) < len(self._copies) or not self._has_same_objects():
+            return None
+        try:
+            pairs = [copy.beside_current() for copy in copies]
+        except RuntimeError:
+            return None
+        return Comparison(self._names, self._groups, self._columns, pairs)
+
+    @outside_modes
+    def write_back(self) -> None:
+        """Writes the captured values of a flat snapshot, past autograd, whatever is there; waits for no device."""
+        for copy in self._copies:
+            if isinstance(copy, FlatCopy):
+                copy.write_back()
+
+    def _has_same_objects(self) -> bool:
+        return all([all(map(is_, *sides)) for sides in zip(self._current_columns(), self._columns, strict=True)])
 
     @outside_modes
     def changed(self) -> list[Difference]:
@@ -145,6 +176,7 @@ class Snapshot:
         Another object with the same bits does not count as changed.
         """
         differences = []
+        self._compared = self.compared() if self.waits else None
         for owner in range(len(self.modules)):
             places = self._pairs(owner)
             differing = tuple([name for name, then, now in places if not self._is_intact(owner, name, now, then)])
@@ -153,13 +185,17 @@ class Snapshot:
         return differences
 
     @outside_modes
-    def restore(self) -> None:
+    def restore(self, *, is_compared: bool = False) -> None:
         """Restores the captured objects and values.
 
         Values are written through ``.data`` and only if bits differ. No version counter increases, so a later backward
         pass still works. An object of another dtype or device that replaced the captured one is kept if it holds the
         captured values, converted; otherwise it is replaced with a new tensor. Only captured tensors are written to.
+
+        Args:
+            is_compared: Whether ``changed()`` has just been called: what it has found need not be read again.
         """
+        self._compared = self._compared if is_compared else None
         places = [(owner, *place) for owner in range(len(self.modules)) for place in self._pairs(owner)]
         for owner, name, original, current in places:
             self._restore(owner, name, current, original)
@@ -210,10 +246,14 @@ class Snapshot:
 
     @outside_modes
     def before(self, owner: int) -> dict[str, Tensor]:
-        """Copies of the captured values of one module's tensors by name; initial values for uninitialised tensors."""
+        """Copies of the captured values of one module's tensors by name; initial values for uninitialised tensors.
+
+        Right after ``changed()`` they are on the CPU, like those of ``now()``, if no tensor has been replaced.
+        """
         values = {}
         for name, original in zip(self._names[owner], self.objects_of(owner), strict=True):
-            value = self._value(name, original)
+            pair = self._pair(original, original)
+            value = self._value(name, original) if pair is None else pair[0]
             if value is not None:
                 values[name] = value.clone()
         return values
@@ -221,8 +261,8 @@ class Snapshot:
     @outside_modes
     def now(self, owner: int) -> dict[str, Tensor]:
         """The current tensors of one module by name, without tensors that cannot be read."""
-        table = own_tensors(self.modules[owner], self._table)
-        return readable({name: table.get(name) for name in self._names[owner]})
+        places = [(name, now, self._pair(then, now)) for name, then, now in self._pairs(owner)]
+        return readable({name: now if pair is None else pair[1] for name, now, pair in places})
 
     def _current_columns(self) -> list[list[Tensor | None]]:
         """The current tensors by column; None for a removed tensor."""
@@ -268,9 +308,15 @@ class Snapshot:
             return
         if value is not None and has_values(original):
             target = unwrapped_tensor(original)
-            put_back(target, value.to(target.device, target.dtype), self._place(original))
+            pair = self._pair(original, current)
+            differs = None if pair is None else not same_bits(*pair)
+            put_back(target, value.to(target.device, target.dtype), self._place(original), differs=differs)
         if current is not original:
             self._put(owner, name, original)
+
+    def _pair(self, original: Tensor, current: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """Copies on the CPU of the captured and the current values, if ``changed()`` has made them."""
+        return self._compared.of(original) if self._compared is not None and current is original else None
 
     def _place(self, original: Tensor) -> int | None:
         """Where the values of a tensor were in memory when they were captured; None if that is not known."""
@@ -289,6 +335,8 @@ class Snapshot:
         """Whether ``current`` has the captured values of ``original``, converted to its dtype and device."""
         if current is None:
             return self._has_moved(owner, original)
+        if (pair := self._pair(original, current)) is not None:
+            return same_bits(*pair)
         current = unwrapped_tensor(current)
         value = self._value(name, original)
         if value is None or is_valueless(current):
@@ -328,50 +376,6 @@ class Snapshot:
 
 _TRANSIENT: Final = attrgetter("_non_persistent_buffers_set")
 _INITIAL: Final = {"running_mean": 0.0, "running_var": 1.0}
-
-
-def _grouped(names: Sequence[tuple[str, ...]]) -> dict[tuple[str, ...], Sequence[int]]:
-    """Groups positions by equal names."""
-    if len(set(map(id, names))) == 1:  # the common case
-        return {names[0]: range(len(names))}
-    groups: dict[tuple[str, ...], list[int]] = {}
-    for position, its_names in enumerate(names):
-        groups.setdefault(its_names, []).append(position)
-    return dict(groups)
-
-
-def _copy_of_columns(columns: list[list[Tensor]]) -> FlatCopy | None:
-    """Copies all columns, if each has plain tensors of one dtype and rank and all are on one device; else None.
-
-    Properties that are slow to read from each tensor are checked once, on the flat copy.
-    """
-    groups: dict[tuple[torch.dtype, int], list[Tensor]] = {}
-    for column in columns:
-        first = column[0]
-        if type(first) not in PLAIN:
-            return None
-        groups.setdefault((first.dtype, first.dim()), []).extend(column)
-    parts = []
-    try:
-        for (dtype, rank), tensors in groups.items():
-            if rank > 1 or not set(map(type, tensors)) <= PLAIN:
-                return None
-            if {tensor.dtype for tensor in tensors} != {dtype}:
-                return None
-            parts.append(part_of(tensors, dtype, rank))
-        copy = FlatCopy(parts)
-    except RuntimeError:  # several devices or ranks, or a tensor that a torch.func transform has left wrapped
-        return None
-    return copy if copy.has_values() else None
-
-
-def _copies_of(tensors: list[Tensor]) -> list[FlatCopy]:
-    """Copies tensors into one flat copy per device."""
-    found: dict[torch.device, dict[tuple[torch.dtype, int | None], list[Tensor]]] = {}
-    for tensor in tensors:
-        rank = tensor.dim() if tensor.dim() <= 1 else None
-        found.setdefault(tensor.device, {}).setdefault((tensor.dtype, rank), []).append(tensor)
-    return [FlatCopy([part_of(some, dtype, rank) for (dtype, rank), some in parts.items()]) for parts in found.values()]
 
 
 def holds(current: Tensor, value: Tensor) -> bool:

@@ -573,3 +573,22 @@ def test_statistics_replaced_by_equal_ones_inside_are_compared_in_the_next_block
     assert said.error is None
     assert "0 (BatchNorm1d): running_var" in said.warnings[0]
     assert_clean(net)
+
+
+def test_block_that_ends_while_another_one_begins_does_not_return_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The forward that one block had on a layer is not taken for the user's, which the other block would put back."""
+    net = nn.Sequential(nn.BatchNorm1d(6))
+    with bnguard.frozen(net, "restore"):
+        pass
+    first = bnguard.frozen(net, "restore").start()
+    begin = Again.begin
+
+    def begin_later(again: Again) -> bool:
+        first.stop()  # as another thread may do
+        return begin(again)
+
+    monkeypatch.setattr(Again, "begin", begin_later)
+    second, third = bnguard.frozen(net, "restore").start(), bnguard.frozen(net, "restore").start()
+    second.stop()
+    third.stop()
+    assert_clean(net)

@@ -73,6 +73,7 @@ GUARDS: dict[str, Callable[[nn.Module], AbstractContextManager[Any]]] = {
     "rollback": lambda net: bnguard.frozen(net, "rollback"),
     "budget": lambda net: bnguard.frozen(net, "restore", updates=1),
     "running": lambda net: bnguard.frozen(net, use_running_stats=True),
+    "deferred": lambda net: bnguard.frozen(net, "rollback", check="deferred"),
     "recompute": bnguard.recompute_frozen,
     "watch": lambda net: bnguard.watch(net, every=1),
     "watch-all": lambda net: bnguard.watch(),
@@ -84,6 +85,7 @@ KEPT: dict[str, Callable[[nn.Module], bnguard.frozen]] = {
     "restore": lambda net: bnguard.frozen(net, "restore"),
     "rollback": lambda net: bnguard.frozen(net, "rollback"),
     "running": lambda net: bnguard.frozen(net, use_running_stats=True, affine=True),
+    "deferred": lambda net: bnguard.frozen(net, "rollback", check="deferred"),
 }
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in KEPT if name != "raise"]
 MOVES = {"raise", "warn", "budget", "recompute", "watch", "watch-all"}

@@ -48,6 +48,8 @@ policy: bnguard.OnChange = "rollback"
 selectors: list[bnguard.Selector] = ["*", net, nn.BatchNorm2d, lambda name, module: name == "stem"]
 assert_type(bnguard.frozen(net, policy, include=selectors, exclude=(nn.BatchNorm1d, "head")), bnguard.frozen)
 bnguard.frozen(net, include=nn.BatchNorm1d)
+bnguard.frozen(net, check="deferred")
+bnguard.frozen(net, check="later")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 bnguard.frozen(net, "restor")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 bnguard.frozen(net, include=int)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 bnguard.strict("restore")  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]
