@@ -125,8 +125,9 @@ class StepCounter:
 
     def add_step_of(self, optimizer: Optimizer) -> None:
         """Counts one step."""
-        if self._before_each is not None:
-            self._before_each()
+        before_each = self._before_each  # close() may come between any two lines
+        if before_each is not None:
+            before_each()
         steps = self.steps_of(optimizer)
         self.changes += steps.look_again()
         is_successor = not steps.count and any([steps.has_replaced(other) for other in self._round])
@@ -138,8 +139,9 @@ class StepCounter:
             return
         self._round = {steps}
         self.count += 1
-        if self._after_each is not None:
-            self._after_each(self.count)
+        after_each = self._after_each
+        if after_each is not None:
+            after_each(self.count)
 
 
 def has_stepped_since(optimizers: Sequence[OptimizerSteps], tick: int) -> bool:
@@ -192,8 +194,9 @@ class BackwardCounter:
 
     def add(self) -> None:
         """Counts one that begins."""
-        if self._before_each is not None:
-            self._before_each()
+        before_each = self._before_each  # close() may come between any two lines
+        if before_each is not None:
+            before_each()
         self.count += 1
 
     def close(self) -> None:
