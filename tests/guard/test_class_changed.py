@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 import bnguard
 from tests.asserts import assert_clean, assert_same_bits, outcome, state_of, told
 from tests.nets import PlainSubclass, ScaledNorm, images, warmed
+from tests.policies import EVERY_GUARD, GUARDS
 
 
 class TwoArguments(nn.BatchNorm2d):
@@ -91,14 +92,6 @@ CHANGES: dict[str, tuple[type[nn.Module], type[nn.Module]]] = {
 }
 EVERY_CHANGE = pytest.mark.parametrize("change", CHANGES)
 MODES = pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
-GUARDS: dict[str, dict[str, Any]] = {
-    "raise": {},
-    "warn": {"on_change": "warn"},
-    "restore": {"on_change": "restore"},
-    "running": {"use_running_stats": True},
-    "rollback": {"on_change": "rollback"},
-    "budget": {"on_change": "restore", "updates": 1},
-}
 
 
 def make(cls: type[nn.Module]) -> nn.Sequential:
@@ -146,7 +139,7 @@ def assert_same_results(one: Any, other: Any) -> None:
 
 @MODES
 @EVERY_CHANGE
-@pytest.mark.parametrize("guard", GUARDS)
+@EVERY_GUARD
 def test_changed_class_is_guarded_like_that_class(guard: str, change: str, mode: bool) -> None:
     """Results, statistics and findings are those of a block that began with the new class."""
     before, after = CHANGES[change]
@@ -156,7 +149,7 @@ def test_changed_class_is_guarded_like_that_class(guard: str, change: str, mode:
     assert_same_results(found, program(twin, guard, after, is_early=True))
 
 
-@pytest.mark.parametrize("guard", GUARDS)
+@EVERY_GUARD
 def test_arguments_of_the_new_class_reach_it(guard: str) -> None:
     """A forward that takes other arguments than torch's gets them, and errors about them are Python's own."""
     net = make(nn.BatchNorm2d).eval()
@@ -174,7 +167,7 @@ def test_arguments_of_the_new_class_reach_it(guard: str) -> None:
     assert_clean(net)
 
 
-@pytest.mark.parametrize("guard", GUARDS)
+@EVERY_GUARD
 def test_class_that_is_changed_back_is_guarded_as_before(guard: str) -> None:
     """Inside one block, and in the next ones of a guard that is used again, the class at the moment decides."""
     net = make(nn.BatchNorm2d)
@@ -194,7 +187,7 @@ def test_class_that_is_changed_back_is_guarded_as_before(guard: str) -> None:
 
 
 @pytest.mark.parametrize("runs", [True, False], ids=["run", "not run"])
-@pytest.mark.parametrize("guard", GUARDS)
+@EVERY_GUARD
 def test_copy_of_a_layer_that_is_parametrized_inside_is_clean(guard: str, runs: bool) -> None:
     """Parametrizing changes the class to one that makes the copies itself: without anything of the guard."""
     net = make(nn.BatchNorm2d).eval()

@@ -14,18 +14,11 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bnguard
+from tests import policies
 from tests.asserts import assert_clean, assert_same_bits, state_of, told
 from tests.nets import OwnForward, ReassigningNorm, ScaledNorm, images, warmed
 
-GUARDS: dict[str, dict[str, Any]] = {
-    "raise": {},
-    "warn": {"on_change": "warn"},
-    "restore": {"on_change": "restore"},
-    "running": {"use_running_stats": True},
-    "rollback": {"on_change": "rollback"},
-    "budget": {"on_change": "restore", "updates": 1},
-    "budget raise": {"updates": 3},
-}
+GUARDS = {**policies.GUARDS, "budget raise": {"updates": 3}}
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "stock": lambda: nn.BatchNorm2d(2),
     "own": lambda: OwnForward(2),

@@ -15,16 +15,8 @@ from torch import Tensor, nn
 import bnguard
 from tests.asserts import assert_clean, assert_same_bits, state_of
 from tests.nets import ScaledNorm, images, warmed
+from tests.policies import EVERY_GUARD, GUARDS
 
-GUARDS: dict[str, dict[str, Any]] = {
-    "raise": {},
-    "warn": {"on_change": "warn"},
-    "restore": {"on_change": "restore"},
-    "running": {"use_running_stats": True},
-    "rollback": {"on_change": "rollback"},
-    "budget": {"on_change": "restore", "updates": 1},
-}
-EVERY_GUARD = pytest.mark.parametrize("guard", GUARDS)
 EVERY_CLASS = pytest.mark.parametrize("cls", [nn.BatchNorm2d, ScaledNorm])
 
 
