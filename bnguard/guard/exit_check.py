@@ -13,7 +13,9 @@ Note [Budgets]
 ~~~~~~~~~~~~~~
 An update within the budget becomes part of the state that a block protects: right after it, the statistics are captured
 again. A write from elsewhere before that update would be captured along with it. So copies taken right before the
-update are kept together with the statistics captured until then, and the exit check compares the two as well. In a
+update are kept together with the statistics captured until then, and the exit check compares the two as well. On the
+short way the copies from before and after an update are only kept, as a ``Write``. All of them are compared and
+captured at once, when the state to protect is asked for; a ``Write`` that does not fit is then treated as above. In a
 compiled graph no forward can be counted; the layer's own ``num_batches_tracked`` gives the number of updates.
 """
 
@@ -28,16 +30,16 @@ from torch import Tensor, nn
 from bnguard.guard.affine import affine_parameters
 from bnguard.guard.coverage import refuse_unreadable
 from bnguard.guard.hooks import LayerGuard
-from bnguard.guard.messages import Cause
+from bnguard.guard.messages import Cause, protection_text
 from bnguard.guard.options import Settings
 from bnguard.guard.policy import Counts, UpdateCount, spend
-from bnguard.layers.bits import count_of
+from bnguard.layers.bits import count_of, holds
 from bnguard.layers.drift import eps_of, largest_mean_shift
-from bnguard.layers.kinds import OTHER_BUFFERS, StatsLayer
-from bnguard.layers.snapshot import Difference, Snapshot, holds
+from bnguard.layers.kinds import OTHER_BUFFERS, StatsLayer, moving_statistics
+from bnguard.layers.snapshot import Difference, Snapshot
 from bnguard.layers.tree import Tree
-from bnguard.layers.usual_copy import UsualCopy
-from bnguard.records import StatsChange
+from bnguard.layers.usual_copy import Moved, UsualCopy, Write
+from bnguard.records import GuardedLayer, StatsChange
 from bnguard.torch_internals.compile import compiled_parts, was_compiled
 from bnguard.torch_internals.distributed import overwritten_by_ddp
 from bnguard.torch_internals.locks import RLock
@@ -68,6 +70,7 @@ class ExitCheck:
         "_lock",
         "_pairs",
         "_policy",
+        "_writes",
         "broadcast",
         "parameters",
         "statistics",
@@ -81,6 +84,7 @@ class ExitCheck:
         self._lock = RLock()
         self._is_intact = False
         self._pairs: dict[int, list[tuple[dict[str, Tensor], Mapping[str, Tensor]]]] = {}  # by owner
+        self._writes: list[Write] = []  # within the budget, and not yet looked at
         self.broadcast: Mapping[str, int] = {}
         phrases = settings.frontend.phrases
         self.statistics = Snapshot(modules, [layer.buffers for layer in layers])
@@ -100,7 +104,7 @@ class ExitCheck:
 
         Args:
             layers: The layers.
-            settings: The options of the block, without ``affine`` and ``updates``.
+            settings: The options of the block, without ``affine``.
             columns: The means, variances and numbers of batches of the layers.
             copy: The copy of these.
         """
@@ -108,8 +112,9 @@ class ExitCheck:
         if statistics is None:
             return None
         check = cls.__new__(cls)
-        check._layers, check._policy, check._budget = layers, settings.policy, 0
+        check._layers, check._policy, check._budget = layers, settings.policy, settings.updates
         check._lock, check._is_intact, check._pairs, check.broadcast = RLock(), False, {}, {}
+        check._writes = []
         check.statistics, check.parameters = statistics, None
         return check
 
@@ -120,25 +125,57 @@ class ExitCheck:
     def forget(self) -> None:
         """Drops the copy."""
         self.statistics.renew(())
+        self._pairs, self._writes = {}, []
 
-    def has_same_values(self) -> bool:
-        """Whether the statistics have the values of the copy."""
-        return self.statistics.has_same_values()
+    def moved(self) -> Moved | None:
+        """What the statistics ``of_usual`` layers have moved to, beyond the budget; None if they have not.
+
+        Raises:
+            RuntimeError: This takes ``compare``.
+        """
+        self._absorb()
+        if self._pairs:
+            raise RuntimeError("an update within the budget may have built on what somebody else had written")
+        return self.statistics.moved()
 
     def captured(self, owner: int) -> Mapping[str, Tensor]:
         """What is to be the state of a layer, by buffer name; not to be written to. With a budget that may change."""
+        self._absorb()
         return self.statistics.captured(owner) if self._budget else self.statistics.views(owner)
 
     def allowed(self, owner: int, before: Mapping[str, Tensor] | None) -> None:
         """Captures a layer again after an update within its budget. See Note [Budgets]."""
         with self._lock:  # of several threads the last one to capture must be the last one to read
+            self._absorb()
             self._allow(owner, before)
 
-    def _allow(self, owner: int, before: Mapping[str, Tensor] | None) -> None:
+    def wrote(self, write: Write) -> None:
+        """Captures a layer ``of_usual`` ones again after an update within its budget, later: together with others."""
+        self._writes.append(write)
+        if len(self._writes) >= _PAIRS * len(self._layers):
+            self._absorb()
+
+    def _absorb(self) -> None:
+        """Captures what updates within the budget have written, all at once if nobody else has written in between."""
+        if not self._writes:
+            return
+        with self._lock:
+            writes = self._writes[:]  # another thread may have been faster
+            if writes and (self._pairs or not self.statistics.absorb(writes)):
+                for write in writes:
+                    self._allow(write.row, *write.values())
+            del self._writes[: len(writes)]
+
+    def _allow(
+        self, owner: int, before: Mapping[str, Tensor] | None, after: Mapping[str, Tensor] | None = None
+    ) -> None:
         pairs = self._pairs.setdefault(owner, [])
         if before is not None:
             pairs.append((self.statistics.captured(owner), before))
-        self.statistics.accept(owner)
+        if after is None:
+            self.statistics.accept(owner)
+        else:
+            self.statistics.recapture(owner, after)
         if len(pairs) >= _PAIRS:
             self._revert(owner)
 
@@ -153,6 +190,7 @@ class ExitCheck:
             name_layers: Called before the first change is made of a layer.
         """
         self._is_intact = False
+        self._absorb()
         has_reverted = bool(self._pairs) and any([self._revert(owner) for owner in list(self._pairs)])
         intact = self.statistics.is_intact() and not has_reverted, not self.parameters or self.parameters.is_intact()
         if all(intact):
@@ -178,6 +216,7 @@ class ExitCheck:
     def restore(self, *, is_compared: bool = True) -> None:
         """Restores what has changed, unless it has just been compared and found intact."""
         if not (is_compared and self._is_intact):
+            self._absorb()
             for snapshot in filter(None, (self.statistics, self.parameters)):
                 snapshot.restore()
 
@@ -232,7 +271,7 @@ class ExitCheck:
         for owner, module in modules.items():
             if (
                 id(module) in overwritten
-                or (guards and guards[owner].under_way)
+                or (guards and guards[owner].is_under_way())
                 or (was_compiled(module) and self._has_counted(owner, counts[id(module)]))
             ):
                 self.statistics.accept(owner)
@@ -268,6 +307,48 @@ class ExitCheck:
         where, inside = count.lines if seen else (None, None)
         type_name = type(layer.module).__name__
         return StatsChange(layer.names, type_name, difference.names, seen, where, shift, inside=inside)
+
+
+def changes_of(
+    moved: Moved, layers: Sequence[StatsLayer], counts: Mapping[int, UpdateCount], seen: Mapping[int, int]
+) -> dict[int, StatsChange]:
+    """What ``ExitCheck.compare`` would have listed under ``"warn"``, from the values of then and now.
+
+    Args:
+        moved: What has moved.
+        layers: The layers of the block.
+        counts: Where its updates came from, by the id of the layer.
+        seen: How many it had seen, likewise.
+    """
+    changes = {}
+    for owner, names, then, now in moved.layers():
+        layer = layers[owner]
+        key, type_name = id(layer.module), type(layer.module).__name__
+        updates = seen.get(key, 0)
+        where, inside = counts[key].lines if updates else (None, None)
+        shift = largest_mean_shift(then, now, eps_of(layer.module))
+        changes[owner] = StatsChange(layer.names, type_name, names, updates, where, shift, inside=inside)
+    return changes
+
+
+def change_of_forward(layer: StatsLayer, count: UpdateCount, *, prevented: bool) -> StatsChange:
+    """What the updates of a layer are, before anything is compared."""
+    where, inside = count.lines
+    type_name = type(layer.module).__name__
+    return StatsChange(layer.names, type_name, moving_statistics(layer), count.beyond, where, None, prevented, inside)
+
+
+def protected_layers(
+    layers: Sequence[StatsLayer], settings: Settings, model: nn.Module, without_values: frozenset[int]
+) -> tuple[GuardedLayer, ...]:
+    """The layers of a block, and how each is protected; ``without_values`` has the owners that cannot be compared."""
+    compiled = {id(layer.module) for layer in compiled_layers(layers, model)}
+    found = []
+    for owner, layer in enumerate(layers):
+        is_compiled, has_values = id(layer.module) in compiled, owner not in without_values
+        how = protection_text(layer, settings.policy, settings.updates, is_compiled, has_values)
+        found.append(GuardedLayer(layer.names, type(layer.module).__name__, layer.buffers, how))
+    return tuple(found)
 
 
 def compiled_layers(layers: Sequence[StatsLayer], model: nn.Module) -> list[StatsLayer]:

@@ -32,7 +32,7 @@ from bnguard.guard.hold import (
 from bnguard.guard.messages import IN_GRAPH_OF_CLONE
 from bnguard.guard.policy import Action, Entries, Ruling, decide
 from bnguard.guard.surroundings import is_cloned, recorded, refuse_graph, traced
-from bnguard.guard.watching import WatchedLayer
+from bnguard.guard.updating import UpdatingLayer
 from bnguard.layers.kinds import BATCH_NORM, StatsLayer
 from bnguard.layers.swaps import NO_FLAGS, is_swapped, own_mode, own_values, swap_lock, swapped
 from bnguard.torch_internals.compile import is_called_by_graph, is_exporting, refused_in_graphs, run_as_python
@@ -55,7 +55,7 @@ def _renew_turns() -> None:
 call_in_children(_renew_turns)
 
 
-class HeldLayer(WatchedLayer):
+class HeldLayer(UpdatingLayer):
     """A guarded layer whose forward can run otherwise than without a guard."""
 
     _scratch: tuple[Tensor | None, Tensor | None] = (None, None)  # of the last forward
@@ -170,7 +170,8 @@ class HeldLayer(WatchedLayer):
     def usual_action(self) -> Action | Literal["read"] | None:
         """What a forward does now: a quick answer for torch's BatchNorm outside of graphs; None: not known.
 
-        ``"read"``: it only reads the statistics, and runs as without a guard.
+        ``"read"``: it only reads the statistics, and runs as without a guard. ``"update"``: it updates, unless a budget
+        is spent.
         """
         module = self.module
         own, known = module._buffers, self._known
@@ -178,7 +179,9 @@ class HeldLayer(WatchedLayer):
             return None
         action = self.ruling.action
         if module.training:
-            return action if module.track_running_stats else None
+            if not module.track_running_stats:
+                return None
+            return "update" if action is None and self.ruling.rows is not None else action
         return "read" if self.ruling.leaves_eval else action if action == "running" else None
 
     def _would_update(self) -> bool:
@@ -361,6 +364,8 @@ def forward_of_batch_norm(guard: HeldLayer, input: Tensor) -> Any:
             return guard.run_in_eval_mode((input,), {})
         if action == "read":
             return type(guard.module).forward(guard.module, input)
+        if action == "update":
+            return guard.run_updating(input)
     return guard.run((input,), {})
 
 

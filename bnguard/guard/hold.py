@@ -108,6 +108,17 @@ def normalise_with_batch(module: Any, input: Tensor, mean: Tensor | None, var: T
     return F.batch_norm(input, mean, var, weight, bias, True, factor, module.eps)  # noqa: FBT003  # by position, as torch
 
 
+def normalise_and_update(module: Any, input: Tensor) -> Tensor:
+    """``_BatchNorm.forward`` in train mode, of a layer that tracks all three statistics."""
+    own, factor = module._buffers, module.momentum
+    count = own["num_batches_tracked"]
+    count.add_(1)
+    if factor is None:
+        factor = 1.0 / float(count)
+    weight, bias = _parameter(module, "weight"), _parameter(module, "bias")
+    return F.batch_norm(input, own["running_mean"], own["running_var"], weight, bias, True, factor, module.eps)  # noqa: FBT003  # by position, as torch
+
+
 def normalise_with_batch_in_graph(module: Any, input: Tensor) -> Tensor:
     """``_BatchNorm.forward`` in train mode while a graph is traced, with clones of the statistics to write to.
 

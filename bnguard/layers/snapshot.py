@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from bnguard.layers.bits import has_values, is_valueless, put_back, readable, same_bits, wide
+from bnguard.layers.bits import has_values, holds, is_valueless, put_back, readable, wide
 from bnguard.layers.flat_copy import Counts, FlatCopy, part_of
 from bnguard.layers.kinds import BATCH_NORM_STATISTICS
 from bnguard.layers.swaps import Table, own_tables, own_tensors, put_tensor, swap_lock
-from bnguard.layers.usual_copy import UsualCopy
+from bnguard.layers.usual_copy import Moved, UsualCopy, Write
 from bnguard.torch_internals.tracing import outside_modes
 from bnguard.torch_internals.transforms import PLAIN, unwrapped_tensor
 
@@ -122,6 +122,20 @@ class Snapshot:
         try:
             return all([copy.is_unchanged() for copy in self._copies])
         except RuntimeError:  # converted in place through .data: other shapes or devices
+            return False
+
+    def moved(self) -> Moved | None:
+        """What the values of a snapshot ``of_usual`` layers have moved to; see ``UsualCopy.moved`` and above."""
+        (copy,) = self._copies
+        return copy.moved() if isinstance(copy, UsualCopy) else None
+
+    @outside_modes
+    def absorb(self, writes: Sequence[Write]) -> bool:
+        """Replaces the captured values with what ``writes`` have left; False, with nothing done, if they do not fit."""
+        copy = self._copies[0]
+        try:
+            return self._saved_by_id is None and isinstance(copy, UsualCopy) and copy.absorb(writes)
+        except RuntimeError:
             return False
 
     @outside_modes
@@ -377,19 +391,6 @@ def _copies_of(tensors: list[Tensor]) -> list[FlatCopy | Counts]:
         rank = tensor.dim() if tensor.dim() <= 1 else None
         found.setdefault(tensor.device, {}).setdefault((tensor.dtype, rank), []).append(tensor)
     return [FlatCopy([part_of(some, dtype, rank) for (dtype, rank), some in parts.items()]) for parts in found.values()]
-
-
-def holds(current: Tensor, value: Tensor) -> bool:
-    """Whether ``current`` has the bits of ``value``, converted to its dtype and device.
-
-    A conversion does not preserve the bits of a NaN: if the dtypes differ, all NaNs are equal.
-    """
-    expected = value.to(current.device, current.dtype)
-    if current.dtype != value.dtype and current.shape == value.shape:
-        current, expected = wide(current), wide(expected)
-        if (is_nan := current.isnan() & expected.isnan()).any():
-            current, expected = current.masked_fill(is_nan, 0), expected.masked_fill(is_nan, 0)
-    return same_bits(current, expected)
 
 
 def _is_converted(current: Tensor, original: Tensor) -> bool:

@@ -15,8 +15,8 @@ from bnguard.findings.observer import LayerObserver
 from bnguard.findings.rule import Evidence
 from bnguard.findings.soundness import is_initial
 from bnguard.guard.hooks import guard_of
+from bnguard.layers.bits import holds
 from bnguard.layers.kinds import OTHER_BUFFERS, StatsLayer
-from bnguard.layers.snapshot import holds
 from bnguard.layers.swaps import Table, own_tensors
 from bnguard.layers.tree import parameters_of
 from bnguard.recording.layer_listener import SeenLayer, copies_of
