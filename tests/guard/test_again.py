@@ -730,3 +730,15 @@ def test_copies_of_updates_within_a_budget_do_not_pile_up() -> None:
             net(torch.randn(2, 4096))
             assert _copies_of(8192) <= 2 * 16 + 1
     assert _copies_of(8192) == 0
+
+
+def test_layers_that_share_statistics_go_the_long_way_under_a_budget(taken: list[bool]) -> None:
+    """An update of one is one of the other; both are within the budget, and nothing else has changed."""
+    net = nn.Sequential(nn.BatchNorm1d(6), nn.BatchNorm1d(6))
+    net[1]._buffers.update(net[0]._buffers)
+    guard = bnguard.frozen(net, "warn", updates=1)
+    for _ in range(3):
+        with told() as said, guard:
+            net(torch.randn(4, 6))
+        assert (said.error, said.warnings, guard.changes) == (None, [], ())
+    assert taken == []
