@@ -6,6 +6,7 @@ import os
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Final
 
 import torch
@@ -15,6 +16,7 @@ from bnguard.errors import BNGuardError, BNGuardWarning, StatsChangedError, hide
 from bnguard.guard import messages
 from bnguard.guard.affine import AffineHold
 from bnguard.guard.again import Again, goes_short
+from bnguard.guard.changes import change_of_forward, changes_of, protected_layers
 from bnguard.guard.coverage import (
     found_beside,
     refuse_batch_programs,
@@ -24,19 +26,21 @@ from bnguard.guard.coverage import (
     warn_about_programs,
 )
 from bnguard.guard.deferred import Verdict, keep_verdict
-from bnguard.guard.exit_check import ExitCheck, compiled_layers
+from bnguard.guard.exit_check import ExitCheck
 from bnguard.guard.hooks import LayerGuard, add_entry, drop_entry, is_any_held
 from bnguard.guard.options import Settings, guarded_layers
 from bnguard.guard.outcome import Outcome
 from bnguard.guard.policy import Counts, PolicyEntry, count_update
-from bnguard.layers.kinds import StatsLayer, moving_statistics
+from bnguard.layers.kinds import StatsLayer
 from bnguard.layers.search import registered_root
 from bnguard.layers.swaps import own_tensors
 from bnguard.layers.tree import Tree
+from bnguard.layers.usual_copy import Write
 from bnguard.records import GuardedLayer, StatsChange
-from bnguard.torch_internals.callsite import call_site
+from bnguard.torch_internals.callsite import CallSites, call_site
 from bnguard.torch_internals.checkpointing import Region
 from bnguard.torch_internals.compile import GUARDS_GRAPHS, explain_break, forget_graphs
+from bnguard.torch_internals.distributed import is_distributed
 from bnguard.torch_internals.tracing import are_on_cuda, is_capturing
 
 __tracebackhide__ = hides_frame
@@ -57,9 +61,9 @@ class Block:
     """
 
     __slots__ = (
-        "__weakref__", "_affine", "_again", "_beside", "_check", "_counts", "_entry", "_found", "_guards", "_has_named",
-        "_has_warned_of_program", "_kept", "_layers", "_model", "_on_cuda", "_outcome", "_owners",
-        "_process", "_regions", "_settings", "_tree", "_verified", "_without_values",
+        "__weakref__", "_affine", "_again", "_beside", "_check", "_counts", "_entry", "_found", "_found_later",
+        "_guards", "_has_named", "_has_warned_of_program", "_kept", "_layers", "_model", "_on_cuda", "_outcome",
+        "_owners", "_process", "_regions", "_settings", "_sites", "_tree", "_verified", "_without_values",
     )  # fmt: skip
 
     def __init__(self, model: nn.Module, settings: Settings, earlier: Block | None = None) -> None:
@@ -82,8 +86,10 @@ class Block:
         self._beside: list[Callable[[], None]] = []
         self._without_values: frozenset[int] = frozenset()  # owners
         self._found: Mapping[int, StatsChange] = _NONE  # by owner: what a comparison found
+        self._found_later: Callable[[], Mapping[int, StatsChange]] | None = None  # the same, once it is asked for
         self._verified: Mapping[int, int] = {}  # by layer: updates when it was last compared
         self._outcome = Outcome(settings)
+        self._sites = CallSites()
         self._has_warned_of_program = False
         self._has_named = False
         self._regions: dict[int, Region] = {}  # checkpointed, held, and not recomputed so far
@@ -98,6 +104,9 @@ class Block:
             return False
         if again.is_ready():
             self._again = again
+            self._counts = again.entry.counts = Counts()
+            self._found, self._found_later, self._verified = _NONE, None, {}
+            self._outcome = Outcome(self._settings)
             return True
         return False
 
@@ -155,7 +164,7 @@ class Block:
             StatsChangedError: As the policy says, unless an exception is on its way.
         """
         again = self._again
-        if again is not None and self._is_as_new() and again.is_quiet():
+        if again is not None and self._ends_short(again):
             again.end(self._model)
             self._entry = self._again = self._check = None
             if again.rest():
@@ -193,7 +202,9 @@ class Block:
     @property
     def changes(self) -> tuple[StatsChange, ...]:
         """What changed, or was about to, in the order of the layers."""
-        counts = dict(self._counts)
+        later, counts = self._found_later, dict(self._counts)
+        if later is not None:
+            self._found, self._found_later = later(), None
         if not self._found and not any([count.beyond for count in counts.values()]):
             return ()
         changes = []
@@ -211,14 +222,7 @@ class Block:
     @property
     def layers(self) -> tuple[GuardedLayer, ...]:
         """The layers, and how each is protected."""
-        settings = self._settings
-        compiled = {id(layer.module) for layer in compiled_layers(self._layers, self._model)}
-        layers = []
-        for owner, layer in enumerate(self._layers):
-            is_compiled, has_values = id(layer.module) in compiled, owner not in self._without_values
-            how = messages.protection_text(layer, settings.policy, settings.updates, is_compiled, has_values)
-            layers.append(GuardedLayer(layer.names, type(layer.module).__name__, layer.buffers, how))
-        return tuple(layers)
+        return protected_layers(self._layers, self._settings, self._model, self._without_values)
 
     @property
     def stats_layers(self) -> list[StatsLayer]:
@@ -252,21 +256,25 @@ class Block:
         if count.site is not None:
             count_update(count, count.site)
             return
-        site = call_site()
+        site = self._sites.find()
         count_update(count, site)
-        found = self._layer(layer)
-        self._outcome.updated(self._change(found), _mode(found), self._settings.updates, site)
+        if not self._outcome.has_warned:
+            found = self._layer(layer)
+            self._outcome.updated(self._change(found), _mode(found), self._settings.updates, site)
+
+    def wrote(self, write: Write) -> None:
+        """Takes what an update within the budget has written as the state to protect, on the short way."""
+        if (check := self._check) is not None:
+            check.wrote(write)
 
     def allowed(self, layer: int, before: Mapping[str, Tensor] | None) -> None:
         """Takes what an update within the budget has written as the state to protect."""
-        check = self._check
-        if check is not None:
+        if (check := self._check) is not None:
             check.allowed(self._owner(layer), before)
 
     def captured(self, layer: int) -> Mapping[str, Tensor]:
         """The statistics of the beginning, by buffer name; not to be written to."""
-        check = self._check
-        return {} if check is None else check.captured(self._owner(layer))
+        return {} if (check := self._check) is None else check.captured(self._owner(layer))
 
     def recorded(self, layer: int) -> None:
         """Warns, once a block, that a layer in train mode is traced or exported although it is held in eval mode."""
@@ -303,13 +311,28 @@ class Block:
             self._again = again
         return True
 
-    def _is_as_new(self) -> bool:
-        """Whether the block has found nothing and said nothing, in the process that entered it."""
-        return (
-            os.getpid() == self._process
-            and not (self._counts or self._found or self._verified or self._regions)
-            and not (self._has_warned_of_program or self._has_named or self._outcome.has_spoken)
-        )
+    def _ends_short(self, again: Again) -> bool:
+        """Whether the end of the block has nothing to say and nothing to put back. See Note [The short way].
+
+        Updates that stand have been told of at the first one. What they are is looked at when somebody asks.
+        """
+        is_otherwise = self._found or self._verified or self._regions or self._has_warned_of_program or self._has_named
+        check, policy, outcome = self._check, self._settings.policy, self._outcome
+        if check is None or is_otherwise or os.getpid() != self._process or not again.is_quiet():
+            return False
+        counts = dict(self._counts)
+        seen = {layer: count.beyond for layer, count in counts.items() if count.beyond}
+        try:
+            moved = check.moved()
+        except RuntimeError:
+            return False
+        if moved is None and not (seen or outcome.has_spoken):
+            return True
+        if policy.puts_back or not outcome.has_only_warned or is_distributed():
+            return False
+        self._verified = seen
+        self._found_later = None if moved is None else partial(changes_of, moved, self._layers, counts, seen)
+        return True
 
     def _verify(self, *, restores: bool) -> list[StatsChange]:
         """Compares, and puts back if asked to. Returns what differed."""
@@ -388,11 +411,7 @@ class Block:
 
     def _change(self, layer: StatsLayer) -> StatsChange:
         self._name_layers()
-        count, type_name = self._counts[id(layer.module)], type(layer.module).__name__
-        is_prevented = self._settings.policy.stops
-        moved = moving_statistics(layer)
-        where, inside = count.lines
-        return StatsChange(layer.names, type_name, moved, count.beyond, where, None, is_prevented, inside)
+        return change_of_forward(layer, self._counts[id(layer.module)], prevented=self._settings.policy.stops)
 
 
 def _mode(layer: StatsLayer) -> str:
