@@ -6,8 +6,6 @@ import os
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
-from functools import partial
-from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +14,7 @@ from bnguard.errors import BNGuardError, BNGuardWarning, StatsChangedError, hide
 from bnguard.guard import messages
 from bnguard.guard.affine import AffineHold
 from bnguard.guard.again import Again, goes_short
-from bnguard.guard.changes import change_of_forward, changes_of, protected_layers
+from bnguard.guard.changes import KnownChanges, change_of_forward, protected_layers
 from bnguard.guard.coverage import (
     found_beside,
     refuse_batch_programs,
@@ -45,8 +43,6 @@ from bnguard.torch_internals.tracing import are_on_cuda, is_capturing
 
 __tracebackhide__ = hides_frame
 
-_NONE: Final[Mapping[int, StatsChange]] = {}
-
 
 class Block:
     """One block of a guard on one model.
@@ -61,9 +57,9 @@ class Block:
     """
 
     __slots__ = (
-        "__weakref__", "_affine", "_again", "_beside", "_check", "_counts", "_entry", "_found", "_found_later",
-        "_guards", "_has_named", "_has_warned_of_program", "_kept", "_layers", "_model", "_on_cuda", "_outcome",
-        "_owners", "_process", "_regions", "_settings", "_sites", "_tree", "_verified", "_without_values",
+        "__weakref__", "_affine", "_again", "_beside", "_check", "_counts", "_entry", "_guards", "_has_named",
+        "_has_warned_of_program", "_kept", "_known", "_layers", "_model", "_on_cuda", "_outcome", "_owners",
+        "_process", "_regions", "_settings", "_sites", "_tree", "_without_values",
     )  # fmt: skip
 
     def __init__(self, model: nn.Module, settings: Settings, earlier: Block | None = None) -> None:
@@ -85,9 +81,7 @@ class Block:
         self._check: ExitCheck | None = None
         self._beside: list[Callable[[], None]] = []
         self._without_values: frozenset[int] = frozenset()  # owners
-        self._found: Mapping[int, StatsChange] = _NONE  # by owner: what a comparison found
-        self._found_later: Callable[[], Mapping[int, StatsChange]] | None = None  # the same, once it is asked for
-        self._verified: Mapping[int, int] = {}  # by layer: updates when it was last compared
+        self._known = KnownChanges(self._layers, settings.policy)
         self._outcome = Outcome(settings)
         self._sites = CallSites()
         self._has_warned_of_program = False
@@ -105,7 +99,7 @@ class Block:
         if again.is_ready():
             self._again = again
             self._counts = again.entry.counts = Counts()
-            self._found, self._found_later, self._verified = _NONE, None, {}
+            self._known = KnownChanges(self._layers, self._settings.policy)
             self._outcome = Outcome(self._settings)
             return True
         return False
@@ -202,22 +196,7 @@ class Block:
     @property
     def changes(self) -> tuple[StatsChange, ...]:
         """What changed, or was about to, in the order of the layers."""
-        later, counts = self._found_later, dict(self._counts)
-        if later is not None:
-            self._found, self._found_later = later(), None
-        if not self._found and not any([count.beyond for count in counts.values()]):
-            return ()
-        changes = []
-        policy = self._settings.policy
-        for owner, layer in enumerate(self._layers):
-            layer_id = id(layer.module)
-            seen = counts[layer_id].beyond if layer_id in counts else 0
-            has_news = seen > (0 if policy.stops else self._verified.get(layer_id, 0))
-            if owner in self._found and not (has_news and policy.only_without_grad):
-                changes.append(self._found[owner])
-            elif has_news:
-                changes.append(self._change(layer))
-        return tuple(changes)
+        return self._known.listed(dict(self._counts), self._change)
 
     @property
     def layers(self) -> tuple[GuardedLayer, ...]:
@@ -236,11 +215,7 @@ class Block:
 
     def take_late(self, found: Mapping[int, StatsChange]) -> None:
         """Adds what a comparison has found, by owner, to the changes of the block."""
-        if not (found or self._found or self._counts):
-            return
-        # Where nothing is put back, what changed before has been found again.
-        self._found = {**self._found, **found} if self._settings.policy.puts_back else found
-        self._verified = {layer: count.beyond for layer, count in dict(self._counts).items() if count.beyond}
+        self._known.take(found, self._counts)
 
     # What a forward calls.
 
@@ -316,7 +291,7 @@ class Block:
 
         Updates that stand have been told of at the first one. What they are is looked at when somebody asks.
         """
-        is_otherwise = self._found or self._verified or self._regions or self._has_warned_of_program or self._has_named
+        is_otherwise = self._known.is_compared or self._regions or self._has_warned_of_program or self._has_named
         check, policy, outcome = self._check, self._settings.policy, self._outcome
         if check is None or is_otherwise or os.getpid() != self._process or not again.is_quiet():
             return False
@@ -330,8 +305,7 @@ class Block:
             return True
         if policy.puts_back or not outcome.has_only_warned or is_distributed():
             return False
-        self._verified = seen
-        self._found_later = None if moved is None else partial(changes_of, moved, self._layers, counts, seen)
+        self._known.take_later(moved, counts, seen)
         return True
 
     def _verify(self, *, restores: bool) -> list[StatsChange]:

@@ -1,15 +1,17 @@
-"""Put what a block has found into records: changes, their causes, and how each layer is protected."""
+"""What there is to say about changes of a block's layers: names, lines, drift and causes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from typing import Final
 
 from torch import nn
 
 from bnguard.guard.messages import Cause, protection_text
 from bnguard.guard.options import Settings
-from bnguard.guard.policy import UpdateCount
+from bnguard.guard.policy import Counts, Policy, UpdateCount
 from bnguard.layers.drift import eps_of, largest_mean_shift
 from bnguard.layers.kinds import OTHER_BUFFERS, StatsLayer, moving_statistics
 from bnguard.layers.tree import Tree
@@ -17,6 +19,70 @@ from bnguard.layers.usual_copy import Moved
 from bnguard.records import GuardedLayer, StatsChange
 from bnguard.torch_internals.compile import compiled_parts, was_compiled
 from bnguard.torch_internals.distributed import overwritten_by_ddp
+
+_NONE: Final[Mapping[int, StatsChange]] = {}
+
+
+class KnownChanges:
+    """What is known to have changed in a block: what comparisons have found, and what its forwards have shown since.
+
+    Args:
+        layers: The layers of the block.
+        policy: Its policy.
+    """
+
+    __slots__ = ("_found", "_found_later", "_layers", "_policy", "_verified")
+
+    def __init__(self, layers: Sequence[StatsLayer], policy: Policy) -> None:
+        self._layers = layers
+        self._policy = policy
+        self._found: Mapping[int, StatsChange] = _NONE  # by owner: what a comparison found
+        self._found_later: Callable[[], Mapping[int, StatsChange]] | None = None  # the same, once it is asked for
+        self._verified: Mapping[int, int] = {}  # by layer: updates when it was last compared
+
+    @property
+    def is_compared(self) -> bool:
+        """Whether a comparison has found something, or has confirmed updates."""
+        return bool(self._found or self._verified)
+
+    def take(self, found: Mapping[int, StatsChange], counts: Counts) -> None:
+        """Adds what a comparison has found, by owner, after the updates in ``counts``."""
+        if not (found or self._found or counts):
+            return
+        # Where nothing is put back, what changed before has been found again.
+        self._found = {**self._found, **found} if self._policy.puts_back else found
+        self._verified = {layer: count.beyond for layer, count in dict(counts).items() if count.beyond}
+
+    def take_later(self, moved: Moved | None, counts: Mapping[int, UpdateCount], seen: Mapping[int, int]) -> None:
+        """Takes what has moved, if anything has, as all that was found; see ``changes_of``."""
+        self._verified = seen
+        self._found_later = None if moved is None else partial(changes_of, moved, self._layers, counts, seen)
+
+    def listed(
+        self, counts: Mapping[int, UpdateCount], change: Callable[[StatsLayer], StatsChange]
+    ) -> tuple[StatsChange, ...]:
+        """What changed, or was about to, in the order of the layers.
+
+        Args:
+            counts: The updates that the block has seen.
+            change: Makes the change of a layer whose updates have not been compared.
+        """
+        later = self._found_later
+        if later is not None:
+            self._found, self._found_later = later(), None
+        if not self._found and not any([count.beyond for count in counts.values()]):
+            return ()
+        changes = []
+        policy = self._policy
+        for owner, layer in enumerate(self._layers):
+            layer_id = id(layer.module)
+            seen = counts[layer_id].beyond if layer_id in counts else 0
+            has_news = seen > (0 if policy.stops else self._verified.get(layer_id, 0))
+            if owner in self._found and not (has_news and policy.only_without_grad):
+                changes.append(self._found[owner])
+            elif has_news:
+                changes.append(change(layer))
+        return tuple(changes)
 
 
 def changes_of(

@@ -118,8 +118,7 @@ class ExitCheck:
             return None
         check = cls.__new__(cls)
         check._layers, check._policy, check._budget = layers, settings.policy, settings.updates
-        check._lock, check._differing, check._pairs, check.broadcast = RLock(), (), {}, {}
-        check._writes = []
+        check._lock, check._differing, check._pairs, check._writes, check.broadcast = RLock(), (), {}, [], {}
         check.statistics, check.parameters = statistics, None
         return check
 
@@ -194,8 +193,8 @@ class ExitCheck:
             guards: The guard of each layer; empty if forwards were not observed.
             name_layers: Called before the first change is made of a layer.
         """
-        self._differing = tuple(filter(None, (self.statistics, self.parameters)))
         self._absorb()
+        self._differing = tuple(filter(None, (self.statistics, self.parameters)))
         intact = self._intact(counts)
         changes: dict[int, StatsChange] = {}
         self._differing = tuple(itertools.compress(self._differing, map(not_, intact)))
@@ -259,8 +258,10 @@ class ExitCheck:
 
     def restore(self, *, is_compared: bool = True) -> None:
         """Restores what has changed; of what has just been compared, only what was found to differ."""
-        self._absorb()
-        for snapshot in self._differing if is_compared else filter(None, (self.statistics, self.parameters)):
+        snapshots = self._differing if is_compared else tuple(filter(None, (self.statistics, self.parameters)))
+        if snapshots:
+            self._absorb()
+        for snapshot in snapshots:
             snapshot.restore(is_compared=is_compared)
 
     def cause(self, found: Sequence[StatsChange], model: nn.Module) -> Cause:

@@ -40,7 +40,7 @@ class UpdatingLayer(WatchedLayer):
         ruling, known = self.ruling, self._known  # the ruling of the moment at which it begins
         own = self.module._buffers
         is_usual = len(known) == len(BATCH_NORM_STATISTICS) and own.get("num_batches_tracked") is known[2]
-        is_usual = is_usual and known[0].is_cpu and is_calm() and not has_function_mode()
+        is_usual = is_usual and not has_function_mode() and is_calm() and known[0].is_cpu
         if ruling.decider is not None or not is_usual:  # decided by a "rollback"
             return self.run((input,), {})
         self.module._check_input_dim(input)
