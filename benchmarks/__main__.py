@@ -12,12 +12,12 @@ from typing import Final
 
 import torch
 
-from benchmarks import compiled, cuda, enter_exit, forward, memory, startup, step, watch
+from benchmarks import compiled, cuda, enter_exit, forward, memory, startup, step, updating, watch
 from benchmarks.results import Benchmark, Row, from_json, line, to_json, write
 
 _CPU: Final[dict[str, Benchmark]] = {
     **forward.BENCHMARKS, **step.BENCHMARKS, **enter_exit.BENCHMARKS, **compiled.BENCHMARKS,
-    **memory.BENCHMARKS, **startup.BENCHMARKS, **watch.BENCHMARKS,
+    **memory.BENCHMARKS, **startup.BENCHMARKS, **updating.BENCHMARKS, **watch.BENCHMARKS,
 }  # fmt: skip
 _ALL: Final = {**_CPU, **cuda.BENCHMARKS}
 

@@ -18,6 +18,7 @@ __all__ = [
     "compared_by_hooks",
     "compared_by_state_dict",
     "converted",
+    "counted_by_hand",
     "eval_by_hand",
     "guarded_by_hand",
     "keep_in_eval_mode",
@@ -164,6 +165,18 @@ def compared_by_hooks(net: nn.Module) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def counted_by_hand(net: nn.Module, step: Step) -> Step:
+    """The check that a step updates each layer once, without saying which line does it, or undoing anything."""
+    counts = [bn.num_batches_tracked for bn in batch_norms(net)]
+
+    def run() -> None:
+        before = [count.item() for count in counts]
+        step()
+        assert all(count.item() == number + 1 for count, number in zip(counts, before, strict=True))
+
+    return run
 
 
 def guarded_by_hand(net: nn.Module) -> None:

@@ -6,7 +6,6 @@ import os
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from bnguard.errors import BNGuardError, BNGuardWarning, StatsChangedError, hide
 from bnguard.guard import messages
 from bnguard.guard.affine import AffineHold
 from bnguard.guard.again import Again, goes_short
+from bnguard.guard.changes import KnownChanges, change_of_forward, protected_layers
 from bnguard.guard.coverage import (
     found_beside,
     refuse_batch_programs,
@@ -24,24 +24,24 @@ from bnguard.guard.coverage import (
     warn_about_programs,
 )
 from bnguard.guard.deferred import Verdict, keep_verdict
-from bnguard.guard.exit_check import ExitCheck, compiled_layers
+from bnguard.guard.exit_check import ExitCheck
 from bnguard.guard.hooks import LayerGuard, add_entry, drop_entry, is_any_held
 from bnguard.guard.options import Settings, guarded_layers
 from bnguard.guard.outcome import Outcome
 from bnguard.guard.policy import Counts, PolicyEntry, count_update
-from bnguard.layers.kinds import StatsLayer, moving_statistics
+from bnguard.layers.kinds import StatsLayer
 from bnguard.layers.search import registered_root
 from bnguard.layers.swaps import own_tensors
 from bnguard.layers.tree import Tree
+from bnguard.layers.usual_copy import Write
 from bnguard.records import GuardedLayer, StatsChange
-from bnguard.torch_internals.callsite import call_site
+from bnguard.torch_internals.callsite import CallSites, call_site
 from bnguard.torch_internals.checkpointing import Region
 from bnguard.torch_internals.compile import GUARDS_GRAPHS, explain_break, forget_graphs
+from bnguard.torch_internals.distributed import is_distributed
 from bnguard.torch_internals.tracing import are_on_cuda, is_capturing
 
 __tracebackhide__ = hides_frame
-
-_NONE: Final[Mapping[int, StatsChange]] = {}
 
 
 class Block:
@@ -57,9 +57,9 @@ class Block:
     """
 
     __slots__ = (
-        "__weakref__", "_affine", "_again", "_beside", "_check", "_counts", "_entry", "_found", "_guards", "_has_named",
-        "_has_warned_of_program", "_kept", "_layers", "_model", "_on_cuda", "_outcome", "_owners",
-        "_process", "_regions", "_settings", "_tree", "_verified", "_without_values",
+        "__weakref__", "_affine", "_again", "_beside", "_check", "_counts", "_entry", "_guards", "_has_named",
+        "_has_warned_of_program", "_kept", "_known", "_layers", "_model", "_on_cuda", "_outcome", "_owners",
+        "_process", "_regions", "_settings", "_sites", "_tree", "_without_values",
     )  # fmt: skip
 
     def __init__(self, model: nn.Module, settings: Settings, earlier: Block | None = None) -> None:
@@ -81,9 +81,9 @@ class Block:
         self._check: ExitCheck | None = None
         self._beside: list[Callable[[], None]] = []
         self._without_values: frozenset[int] = frozenset()  # owners
-        self._found: Mapping[int, StatsChange] = _NONE  # by owner: what a comparison found
-        self._verified: Mapping[int, int] = {}  # by layer: updates when it was last compared
+        self._known = KnownChanges(self._layers, settings.policy)
         self._outcome = Outcome(settings)
+        self._sites = CallSites()
         self._has_warned_of_program = False
         self._has_named = False
         self._regions: dict[int, Region] = {}  # checkpointed, held, and not recomputed so far
@@ -98,6 +98,9 @@ class Block:
             return False
         if again.is_ready():
             self._again = again
+            self._counts = again.entry.counts = Counts()
+            self._known = KnownChanges(self._layers, self._settings.policy)
+            self._outcome = Outcome(self._settings)
             return True
         return False
 
@@ -155,7 +158,7 @@ class Block:
             StatsChangedError: As the policy says, unless an exception is on its way.
         """
         again = self._again
-        if again is not None and self._is_as_new() and again.is_quiet():
+        if again is not None and self._ends_short(again):
             again.end(self._model)
             self._entry = self._again = self._check = None
             if again.rest():
@@ -193,32 +196,12 @@ class Block:
     @property
     def changes(self) -> tuple[StatsChange, ...]:
         """What changed, or was about to, in the order of the layers."""
-        counts = dict(self._counts)
-        if not self._found and not any([count.beyond for count in counts.values()]):
-            return ()
-        changes = []
-        policy = self._settings.policy
-        for owner, layer in enumerate(self._layers):
-            layer_id = id(layer.module)
-            seen = counts[layer_id].beyond if layer_id in counts else 0
-            has_news = seen > (0 if policy.stops else self._verified.get(layer_id, 0))
-            if owner in self._found and not (has_news and policy.only_without_grad):
-                changes.append(self._found[owner])
-            elif has_news:
-                changes.append(self._change(layer))
-        return tuple(changes)
+        return self._known.listed(dict(self._counts), self._change)
 
     @property
     def layers(self) -> tuple[GuardedLayer, ...]:
         """The layers, and how each is protected."""
-        settings = self._settings
-        compiled = {id(layer.module) for layer in compiled_layers(self._layers, self._model)}
-        layers = []
-        for owner, layer in enumerate(self._layers):
-            is_compiled, has_values = id(layer.module) in compiled, owner not in self._without_values
-            how = messages.protection_text(layer, settings.policy, settings.updates, is_compiled, has_values)
-            layers.append(GuardedLayer(layer.names, type(layer.module).__name__, layer.buffers, how))
-        return tuple(layers)
+        return protected_layers(self._layers, self._settings, self._model, self._without_values)
 
     @property
     def stats_layers(self) -> list[StatsLayer]:
@@ -232,11 +215,7 @@ class Block:
 
     def take_late(self, found: Mapping[int, StatsChange]) -> None:
         """Adds what a comparison has found, by owner, to the changes of the block."""
-        if not (found or self._found or self._counts):
-            return
-        # Where nothing is put back, what changed before has been found again.
-        self._found = {**self._found, **found} if self._settings.policy.puts_back else found
-        self._verified = {layer: count.beyond for layer, count in dict(self._counts).items() if count.beyond}
+        self._known.take(found, self._counts)
 
     # What a forward calls.
 
@@ -252,21 +231,25 @@ class Block:
         if count.site is not None:
             count_update(count, count.site)
             return
-        site = call_site()
+        site = self._sites.find()
         count_update(count, site)
-        found = self._layer(layer)
-        self._outcome.updated(self._change(found), _mode(found), self._settings.updates, site)
+        if not self._outcome.has_warned:
+            found = self._layer(layer)
+            self._outcome.updated(self._change(found), _mode(found), self._settings.updates, site)
+
+    def wrote(self, write: Write) -> None:
+        """Takes what an update within the budget has written as the state to protect, on the short way."""
+        if (check := self._check) is not None:
+            check.wrote(write)
 
     def allowed(self, layer: int, before: Mapping[str, Tensor] | None) -> None:
         """Takes what an update within the budget has written as the state to protect."""
-        check = self._check
-        if check is not None:
+        if (check := self._check) is not None:
             check.allowed(self._owner(layer), before)
 
     def captured(self, layer: int) -> Mapping[str, Tensor]:
         """The statistics of the beginning, by buffer name; not to be written to."""
-        check = self._check
-        return {} if check is None else check.captured(self._owner(layer))
+        return {} if (check := self._check) is None else check.captured(self._owner(layer))
 
     def recorded(self, layer: int) -> None:
         """Warns, once a block, that a layer in train mode is traced or exported although it is held in eval mode."""
@@ -303,13 +286,27 @@ class Block:
             self._again = again
         return True
 
-    def _is_as_new(self) -> bool:
-        """Whether the block has found nothing and said nothing, in the process that entered it."""
-        return (
-            os.getpid() == self._process
-            and not (self._counts or self._found or self._verified or self._regions)
-            and not (self._has_warned_of_program or self._has_named or self._outcome.has_spoken)
-        )
+    def _ends_short(self, again: Again) -> bool:
+        """Whether the end of the block has nothing to say and nothing to put back. See Note [The short way].
+
+        Updates that stand have been told of at the first one. What they are is looked at when somebody asks.
+        """
+        is_otherwise = self._known.is_compared or self._regions or self._has_warned_of_program or self._has_named
+        check, policy, outcome = self._check, self._settings.policy, self._outcome
+        if check is None or is_otherwise or os.getpid() != self._process or not again.is_quiet():
+            return False
+        counts = dict(self._counts)
+        seen = {layer: count.beyond for layer, count in counts.items() if count.beyond}
+        try:
+            moved = check.moved()
+        except RuntimeError:
+            return False
+        if moved is None and not (seen or outcome.has_spoken):
+            return True
+        if policy.puts_back or not outcome.has_only_warned or is_distributed():
+            return False
+        self._known.take_later(moved, counts, seen)
+        return True
 
     def _verify(self, *, restores: bool) -> list[StatsChange]:
         """Compares, and puts back if asked to. Returns what differed."""
@@ -388,11 +385,7 @@ class Block:
 
     def _change(self, layer: StatsLayer) -> StatsChange:
         self._name_layers()
-        count, type_name = self._counts[id(layer.module)], type(layer.module).__name__
-        is_prevented = self._settings.policy.stops
-        moved = moving_statistics(layer)
-        where, inside = count.lines
-        return StatsChange(layer.names, type_name, moved, count.beyond, where, None, is_prevented, inside)
+        return change_of_forward(layer, self._counts[id(layer.module)], prevented=self._settings.policy.stops)
 
 
 def _mode(layer: StatsLayer) -> str:

@@ -27,7 +27,7 @@ from typing import Final, Protocol
 from torch import nn
 
 from bnguard.errors import hides_frame
-from bnguard.guard.exit_check import cause_of, joined, overwritten
+from bnguard.guard.changes import cause_of, joined, overwritten
 from bnguard.guard.options import Settings
 from bnguard.guard.outcome import Outcome
 from bnguard.guard.policy import Counts

@@ -13,7 +13,9 @@ Note [Budgets]
 ~~~~~~~~~~~~~~
 An update within the budget becomes part of the state that a block protects: right after it, the statistics are captured
 again. A write from elsewhere before that update would be captured along with it. So copies taken right before the
-update are kept together with the statistics captured until then, and the exit check compares the two as well. In a
+update are kept together with the statistics captured until then, and the exit check compares the two as well. On the
+short way the copies from before and after an update are only kept, as a ``Write``. All of them are compared and
+captured at once, when the state to protect is asked for; a ``Write`` that does not fit is then treated as above. In a
 compiled graph no forward can be counted; the layer's own ``num_batches_tracked`` gives the number of updates.
 """
 
@@ -21,27 +23,26 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from operator import attrgetter, not_
 from typing import Final, Self
 
 from torch import Tensor, nn
 
 from bnguard.guard.affine import affine_parameters
+from bnguard.guard.changes import cause_of, joined, overwritten
 from bnguard.guard.coverage import refuse_unreadable
 from bnguard.guard.hooks import LayerGuard
 from bnguard.guard.messages import Cause
 from bnguard.guard.options import Settings
 from bnguard.guard.policy import Counts, UpdateCount, spend
-from bnguard.layers.bits import count_of
+from bnguard.layers.bits import count_of, holds
 from bnguard.layers.comparison import Comparison, any_differ, comparison_of
 from bnguard.layers.drift import eps_of, largest_mean_shift
-from bnguard.layers.kinds import OTHER_BUFFERS, StatsLayer
-from bnguard.layers.snapshot import Difference, Snapshot, holds
-from bnguard.layers.tree import Tree
-from bnguard.layers.usual_copy import UsualCopy
+from bnguard.layers.kinds import StatsLayer
+from bnguard.layers.snapshot import Difference, Snapshot
+from bnguard.layers.usual_copy import Moved, UsualCopy, Write
 from bnguard.records import StatsChange
-from bnguard.torch_internals.compile import compiled_parts, was_compiled
+from bnguard.torch_internals.compile import was_compiled
 from bnguard.torch_internals.distributed import overwritten_by_ddp
 from bnguard.torch_internals.locks import RLock
 from bnguard.torch_internals.tracing import outside_modes
@@ -72,6 +73,7 @@ class ExitCheck:
         "_lock",
         "_pairs",
         "_policy",
+        "_writes",
         "broadcast",
         "parameters",
         "statistics",
@@ -85,6 +87,7 @@ class ExitCheck:
         self._lock = RLock()
         self._differing: tuple[Snapshot, ...] = ()  # as of the last comparison
         self._pairs: dict[int, list[tuple[dict[str, Tensor], Mapping[str, Tensor]]]] = {}  # by owner
+        self._writes: list[Write] = []  # within the budget, and not yet looked at
         self.broadcast: Mapping[str, int] = {}
         phrases = settings.frontend.phrases
         is_flat = settings.check == "deferred"
@@ -106,7 +109,7 @@ class ExitCheck:
 
         Args:
             layers: The layers.
-            settings: The options of the block, without ``affine`` and ``updates``.
+            settings: The options of the block, without ``affine``.
             columns: The means, variances and numbers of batches of the layers.
             copy: The copy of these.
         """
@@ -114,8 +117,8 @@ class ExitCheck:
         if statistics is None:
             return None
         check = cls.__new__(cls)
-        check._layers, check._policy, check._budget = layers, settings.policy, 0
-        check._lock, check._differing, check._pairs, check.broadcast = RLock(), (), {}, {}
+        check._layers, check._policy, check._budget = layers, settings.policy, settings.updates
+        check._lock, check._differing, check._pairs, check._writes, check.broadcast = RLock(), (), {}, [], {}
         check.statistics, check.parameters = statistics, None
         return check
 
@@ -126,25 +129,57 @@ class ExitCheck:
     def forget(self) -> None:
         """Drops the copy."""
         self.statistics.renew(())
+        self._pairs, self._writes = {}, []
 
-    def has_same_values(self) -> bool:
-        """Whether the statistics have the values of the copy."""
-        return self.statistics.has_same_values()
+    def moved(self) -> Moved | None:
+        """What the statistics ``of_usual`` layers have moved to, beyond the budget; None if they have not.
+
+        Raises:
+            RuntimeError: This takes ``compare``.
+        """
+        self._absorb()
+        if self._pairs:
+            raise RuntimeError("an update within the budget may have built on what somebody else had written")
+        return self.statistics.moved()
 
     def captured(self, owner: int) -> Mapping[str, Tensor]:
         """What is to be the state of a layer, by buffer name; not to be written to. With a budget that may change."""
+        self._absorb()
         return self.statistics.captured(owner) if self._budget else self.statistics.views(owner)
 
     def allowed(self, owner: int, before: Mapping[str, Tensor] | None) -> None:
         """Captures a layer again after an update within its budget. See Note [Budgets]."""
         with self._lock:  # of several threads the last one to capture must be the last one to read
+            self._absorb()
             self._allow(owner, before)
 
-    def _allow(self, owner: int, before: Mapping[str, Tensor] | None) -> None:
+    def wrote(self, write: Write) -> None:
+        """Captures a layer ``of_usual`` ones again after an update within its budget, later: together with others."""
+        self._writes.append(write)
+        if len(self._writes) >= _PAIRS * len(self._layers):
+            self._absorb()
+
+    def _absorb(self) -> None:
+        """Captures what updates within the budget have written, all at once if nobody else has written in between."""
+        if not self._writes:
+            return
+        with self._lock:
+            writes = self._writes[:]  # another thread may have been faster
+            if writes and (self._pairs or not self.statistics.absorb(writes)):
+                for write in writes:
+                    self._allow(write.row, *write.values())
+            del self._writes[: len(writes)]
+
+    def _allow(
+        self, owner: int, before: Mapping[str, Tensor] | None, after: Mapping[str, Tensor] | None = None
+    ) -> None:
         pairs = self._pairs.setdefault(owner, [])
         if before is not None:
             pairs.append((self.statistics.captured(owner), before))
-        self.statistics.accept(owner)
+        if after is None:
+            self.statistics.accept(owner)
+        else:
+            self.statistics.recapture(owner, after)
         if len(pairs) >= _PAIRS:
             self._revert(owner)
 
@@ -158,6 +193,7 @@ class ExitCheck:
             guards: The guard of each layer; empty if forwards were not observed.
             name_layers: Called before the first change is made of a layer.
         """
+        self._absorb()
         self._differing = tuple(filter(None, (self.statistics, self.parameters)))
         intact = self._intact(counts)
         changes: dict[int, StatsChange] = {}
@@ -222,7 +258,10 @@ class ExitCheck:
 
     def restore(self, *, is_compared: bool = True) -> None:
         """Restores what has changed; of what has just been compared, only what was found to differ."""
-        for snapshot in self._differing if is_compared else filter(None, (self.statistics, self.parameters)):
+        snapshots = self._differing if is_compared else tuple(filter(None, (self.statistics, self.parameters)))
+        if snapshots:
+            self._absorb()
+        for snapshot in snapshots:
             snapshot.restore(is_compared=is_compared)
 
     def cause(self, found: Sequence[StatsChange], model: nn.Module) -> Cause:
@@ -268,7 +307,7 @@ class ExitCheck:
         for owner, module in modules.items():
             if (
                 id(module) in overwritten
-                or (guards and guards[owner].under_way)
+                or (guards and guards[owner].is_under_way())
                 or (was_compiled(module) and self._has_counted(owner, counts[id(module)]))
             ):
                 self.statistics.accept(owner)
@@ -296,42 +335,5 @@ class ExitCheck:
         return StatsChange(layer.names, type_name, difference.names, seen, where, shift, inside=inside)
 
 
-def compiled_layers(layers: Sequence[StatsLayer], model: nn.Module) -> list[StatsLayer]:
-    """The layers that compiled graphs run, as far as that can be known."""
-    parts = compiled_parts(model)
-    return [layer for layer in layers if id(layer.module) in parts or was_compiled(layer.module)]
-
-
 def _common(then: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
     return [(value, before[name]) for name, value in then.items() if name in before]
-
-
-def cause_of(found: Sequence[StatsChange], layers: Sequence[StatsLayer], model: nn.Module) -> Cause:
-    """The cause of changes of some layers that no observed forward explains, as far as it is known."""
-    unseen = {change.names for change in found if not change.updates}
-    if unseen <= {layer.names for layer in compiled_layers(layers, model)}:
-        return "compiled"
-    left = set(map(id, Tree(model).modules))
-    gone = {layer.names for layer in layers if id(layer.module) not in left}
-    if unseen <= gone:
-        return "replaced"
-    others = {layer.names for layer in layers if layer.kind is OTHER_BUFFERS}
-    return "elsewhere" if unseen <= others else "unknown"
-
-
-def overwritten(changes: Mapping[int, StatsChange], layers: Mapping[int, StatsLayer]) -> dict[str, int]:
-    """Layers whose change a broadcast of DDP explains: no forward updated them, and another rank decides.
-
-    Args:
-        changes: The changes by owner.
-        layers: The layers by owner.
-    """
-    owners = [owner for owner, change in changes.items() if not change.updates and owner in layers]
-    sources = overwritten_by_ddp([layers[owner].module for owner in owners]) if owners else {}
-    ranks = {layers[owner].names[0]: sources.get(id(layers[owner].module)) for owner in owners}
-    return {name: rank for name, rank in ranks.items() if rank is not None}
-
-
-def joined(one: StatsChange, other: StatsChange) -> StatsChange:
-    """One change of two of the same layer."""
-    return replace(one, buffers=one.buffers + other.buffers, mean_shift=one.mean_shift or other.mean_shift)

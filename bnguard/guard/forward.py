@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from bnguard.errors import BNGuardError, hides_frame
-from bnguard.guard.copies import StripsCopy, strip_copy
+from bnguard.guard.copies import StripsCopy
 from bnguard.guard.hold import (
     NO_STATISTICS,
     clone_in_modes,
     copies,
     copies_for,
+    forward_bound_to,
     guards,
     is_scratch_for,
     normalise_with_batch,
@@ -32,7 +33,7 @@ from bnguard.guard.hold import (
 from bnguard.guard.messages import IN_GRAPH_OF_CLONE
 from bnguard.guard.policy import Action, Entries, Ruling, decide
 from bnguard.guard.surroundings import class_changed, is_cloned, recorded, refuse_graph, traced
-from bnguard.guard.watching import WatchedLayer
+from bnguard.guard.updating import UpdatingLayer
 from bnguard.layers.kinds import BATCH_NORM, StatsLayer
 from bnguard.layers.swaps import NO_FLAGS, is_swapped, own_mode, own_values, swap_lock, swapped
 from bnguard.torch_internals.compile import is_called_by_graph, is_exporting, refused_in_graphs, run_as_python
@@ -55,7 +56,7 @@ def _renew_turns() -> None:
 call_in_children(_renew_turns)
 
 
-class HeldLayer(WatchedLayer):
+class HeldLayer(UpdatingLayer):
     """A guarded layer whose forward can run otherwise than without a guard."""
 
     _scratch: tuple[Tensor | None, Tensor | None] = (None, None)  # of the last forward
@@ -185,7 +186,8 @@ class HeldLayer(WatchedLayer):
     def usual_action(self) -> Action | Literal["read"] | None:
         """What a forward does now: a quick answer for torch's BatchNorm outside of graphs; None: not known.
 
-        ``"read"``: it only reads the statistics, and runs as without a guard.
+        ``"read"``: it only reads the statistics, and runs as without a guard. ``"update"``: it updates, unless a budget
+        is spent.
         """
         module = self.module
         own, known = module._buffers, self._known
@@ -195,7 +197,9 @@ class HeldLayer(WatchedLayer):
             return None  # it has another class than when the block began
         action = self.ruling.action
         if module.training:
-            return action if module.track_running_stats else None
+            if not module.track_running_stats:
+                return None
+            return "update" if action is None and self.ruling.rows is not None else action
         return "read" if self.ruling.leaves_eval else action if action == "running" else None
 
     def _would_update(self) -> bool:
@@ -347,7 +351,7 @@ def forward(guard: HeldLayer, /, *args: Any, **kwargs: Any) -> Any:
     if is_called_by_graph():
         refuse_graph()
     if isinstance(guard, nn.Module):
-        return _forward_bound_to(guard, *args, **kwargs)
+        return forward_bound_to(guard, *args, **kwargs)
     if torch.compiler.is_dynamo_compiling():
         if is_cloned(id(guard.module)):
             raise BNGuardError(IN_GRAPH_OF_CLONE)  # breaks the graph
@@ -364,7 +368,7 @@ def forward_of_batch_norm(guard: HeldLayer, /, *args: Any, **kwargs: Any) -> Any
     if is_called_by_graph():
         refuse_graph()
     if isinstance(guard, nn.Module):
-        return _forward_bound_to(guard, *args, **kwargs)
+        return forward_bound_to(guard, *args, **kwargs)
     if torch.compiler.is_dynamo_compiling():
         if is_cloned(id(guard.module)):
             raise BNGuardError(IN_GRAPH_OF_CLONE)
@@ -380,6 +384,8 @@ def forward_of_batch_norm(guard: HeldLayer, /, *args: Any, **kwargs: Any) -> Any
             return guard.run_in_eval_mode(args, kwargs)
         if action == "read":
             return type(guard.module).forward(guard.module, *args)
+        if action == "update":
+            return guard.run_updating(*args)
     return guard.run(args, kwargs)
 
 
@@ -387,14 +393,3 @@ def forward_of_batch_norm(guard: HeldLayer, /, *args: Any, **kwargs: Any) -> Any
 forward_of_batch_norm.__name__ = "forward"
 forward_of_batch_norm.__qualname__ = nn.BatchNorm2d.forward.__qualname__
 forward_of_batch_norm.__wrapped__ = nn.BatchNorm2d.forward  # type: ignore[attr-defined]  # functions take any
-
-
-def _forward_bound_to(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
-    """The forward of a module to which the function of a guarded forward was bound anew.
-
-    accelerate does, under mixed precision: it keeps ``model.forward.__func__``, and goes on calling it after the block.
-    """
-    guard = guards.get(id(module))
-    if guard is None or guard.module is not module:
-        return type(strip_copy(module)).forward(module, *args, **kwargs)
-    return guard.run(args, kwargs)

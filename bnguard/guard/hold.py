@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from bnguard.errors import hides_frame
+from bnguard.guard.copies import strip_copy
 from bnguard.layers.bits import has_values, write
 from bnguard.layers.swaps import own_tensors
 from bnguard.torch_internals.tracing import outside_modes, without_autograd
@@ -106,6 +107,17 @@ def normalise_with_batch(module: Any, input: Tensor, mean: Tensor | None, var: T
     # Not asked before: it would cost each forward.
     mean, var = for_each_example(mean, input), for_each_example(var, input)
     return F.batch_norm(input, mean, var, weight, bias, True, factor, module.eps)  # noqa: FBT003  # by position, as torch
+
+
+def normalise_and_update(module: Any, input: Tensor) -> Tensor:
+    """``_BatchNorm.forward`` in train mode, of a layer that tracks all three statistics."""
+    own, factor = module._buffers, module.momentum
+    count = own["num_batches_tracked"]
+    count.add_(1)
+    if factor is None:
+        factor = 1.0 / float(count)
+    weight, bias = _parameter(module, "weight"), _parameter(module, "bias")
+    return F.batch_norm(input, own["running_mean"], own["running_var"], weight, bias, True, factor, module.eps)  # noqa: FBT003  # by position, as torch
 
 
 def normalise_with_batch_in_graph(module: Any, input: Tensor) -> Tensor:
@@ -233,3 +245,14 @@ def is_scratch_for(scratch: Tensor | None, tensor: Tensor | None) -> bool:
         and scratch.shape == tensor.shape
         and scratch.device == tensor.device
     )
+
+
+def forward_bound_to(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+    """The forward of a module to which the function of a guarded forward was bound anew.
+
+    accelerate does, under mixed precision: it keeps ``model.forward.__func__``, and goes on calling it after the block.
+    """
+    guard = guards.get(id(module))
+    if guard is None or guard.module is not module:
+        return type(strip_copy(module)).forward(module, *args, **kwargs)
+    return guard.run(args, kwargs)

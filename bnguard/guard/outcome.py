@@ -38,9 +38,19 @@ class Outcome:
         return bool(self._errors)
 
     @property
+    def has_warned(self) -> bool:
+        """Whether something was warned about."""
+        return self._has_warned
+
+    @property
     def has_spoken(self) -> bool:
         """Whether something was raised or warned about."""
         return self._has_warned or bool(self._errors)
+
+    @property
+    def has_only_warned(self) -> bool:
+        """Whether something was warned about and nothing raised."""
+        return self._has_warned and not self._errors
 
     def with_settings(self, settings: Settings) -> Outcome:
         """Another one, which has said as much."""

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from bnguard.errors import StatsChangedError
+from bnguard.layers.usual_copy import Write
 from bnguard.torch_internals.callsite import CallSite
 from bnguard.torch_internals.checkpointing import Region, current_region, is_in_backward
 from bnguard.torch_internals.fork import renew_after_fork
@@ -104,6 +105,9 @@ class Reporter(Protocol):
 
     def updated(self, layer: int) -> None:
         """Records an update that was let through, and warns about the first one of the block."""
+
+    def wrote(self, write: Write) -> None:
+        """Takes what an update within the budget has written as the state to protect, on the short way."""
 
     def allowed(self, layer: int, before: Mapping[str, Tensor] | None) -> None:
         """Takes what an update within the budget has written as the state to protect.
@@ -229,11 +233,14 @@ class Ruling:
             own; None where it depends on the forward.
         needs_forward: Whether forwards are held or counted, which takes a ``forward`` on the instance.
         leaves_eval: Whether a forward that only reads the statistics runs as without a guard.
+        rows: Where the only entry has a budget, and its block goes the short way: by the id of the layer, its position
+            among the layers of the block.
     """
 
-    __slots__ = ("action", "decider", "entries", "in_graphs", "leaves_eval", "needs_forward")
+    __slots__ = ("action", "decider", "entries", "in_graphs", "leaves_eval", "needs_forward", "rows")
 
-    def __init__(self, entries: Entries) -> None:
+    def __init__(self, entries: Entries, rows: Mapping[int, int] | None = None) -> None:
+        self.rows = rows
         self.entries = entries if len(entries) < 2 else tuple(sorted(entries, key=_INNERMOST_FIRST))
         self.action, self.decider = _standing(self.entries)
         self.in_graphs, _ = _standing([entry for entry in self.entries if not _depends(entry.policy)])
@@ -308,6 +315,14 @@ def decide_and_count(entries: Sequence[PolicyEntry], layer: int) -> Decision:
         for entry in decision.within:
             entry.counts[layer].within += 1
         return decision
+
+
+def count_within(count: UpdateCount, budget: int) -> bool:
+    """Spends the budget of an entry on one update; False if nothing is left of it. See ``decide_and_count``."""
+    with _lock:
+        is_within = count.within < budget
+        count.within += is_within
+        return is_within
 
 
 def spend(count: UpdateCount, budget: int, updates: int) -> bool:

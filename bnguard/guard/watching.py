@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -64,6 +65,17 @@ class Before:
     call: object = None
 
 
+@dataclass(slots=True, eq=False, weakref_slot=True)
+class Passing:
+    """A forward within a budget that copies what it writes itself. See ``UpdatingLayer``.
+
+    Attributes:
+        is_shared: Whether another forward of the layer overlaps with it.
+    """
+
+    is_shared: bool = False
+
+
 class WatchedLayer(Surroundings):
     """A guarded layer whose statistics can be compared from one side of a forward to the other.
 
@@ -72,12 +84,34 @@ class WatchedLayer(Surroundings):
     """
 
     under_way: weakref.WeakSet[Before] | None = None  # once there are some
+    _passing: weakref.ref[Passing] | None = None  # likewise forgotten with the exception that has ended it
     _original: _Original | None = None
 
     def is_watched(self, entries: Entries) -> bool:
         """Whether anything comes of an update."""
         decision = decide(entries, self.layer_id)
         return decision.action != "update" or bool(decision.told or decision.within)
+
+    def is_under_way(self) -> bool:
+        """Whether a forward is running that may update."""
+        return bool(self.under_way) or (self._passing is not None and self._passing() is not None)
+
+    def begin_passing(self) -> Passing | None:
+        """Begins a forward that copies the statistics itself; None if another one of the layer is under way."""
+        passing = Passing()
+        with _lock:
+            if self.is_under_way():
+                return None
+            self._passing = weakref.ref(passing)
+            return passing
+
+    def end_passing(self, passing: Passing, keep: Callable[[], None]) -> bool:
+        """Ends such a forward, and keeps its copies, if they are its own; returns whether another one overlaps."""
+        with _lock:  # before another one begins
+            self._passing = None
+            if not passing.is_shared:
+                keep()
+            return passing.is_shared
 
     def look(self, entries: Entries) -> Before:
         """Copies the statistics right before a forward."""
@@ -91,6 +125,9 @@ class WatchedLayer(Surroundings):
                 own = own_tensors(self.module, "_buffers")
                 tensors = {name: tensor for name in self.names if (tensor := own.get(name)) is not None}
                 self._original = original = _original(tensors)
+            passing = None if self._passing is None else self._passing()
+            if passing is not None:
+                passing.is_shared = original.is_shared = True
             before = Before(entries, original, sys.exception())
             self.under_way.add(before)
         return before

@@ -163,6 +163,19 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     return torch.equal(as_bytes(flattened(one)), as_bytes(flattened(other)))
 
 
+def holds(current: Tensor, value: Tensor) -> bool:
+    """Whether ``current`` has the bits of ``value``, converted to its dtype and device.
+
+    A conversion does not preserve the bits of a NaN: if the dtypes differ, all NaNs are equal.
+    """
+    expected = value.to(current.device, current.dtype)
+    if current.dtype != value.dtype and current.shape == value.shape:
+        current, expected = wide(current), wide(expected)
+        if (is_nan := current.isnan() & expected.isnan()).any():
+            current, expected = current.masked_fill(is_nan, 0), expected.masked_fill(is_nan, 0)
+    return same_bits(current, expected)
+
+
 def comparison_dtype(flat: Tensor) -> torch.dtype:
     """The widest integer dtype to view a flat tensor as: int64 compares eight times as fast as uint8."""
     size = flat.nbytes

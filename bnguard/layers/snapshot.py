@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from bnguard.layers.bits import has_values, is_valueless, put_back, readable, same_bits, wide
+from bnguard.layers.bits import has_values, holds, is_valueless, put_back, readable, same_bits, wide
 from bnguard.layers.comparison import Comparison, grouped
 from bnguard.layers.flat_copy import FlatCopy, copies_of, copy_of_columns
 from bnguard.layers.kinds import BATCH_NORM_STATISTICS
 from bnguard.layers.swaps import Table, own_tables, own_tensors, put_tensor, swap_lock
-from bnguard.layers.usual_copy import UsualCopy
+from bnguard.layers.usual_copy import Moved, UsualCopy, Write
 from bnguard.torch_internals.tracing import outside_modes
 from bnguard.torch_internals.transforms import PLAIN, unwrapped_tensor
 
@@ -127,6 +127,20 @@ class Snapshot:
         try:
             return all([copy.is_unchanged() for copy in self._copies])
         except RuntimeError:  # converted in place through .data: other shapes or devices
+            return False
+
+    def moved(self) -> Moved | None:
+        """What the values of a snapshot ``of_usual`` layers have moved to; see ``UsualCopy.moved`` and above."""
+        (copy,) = self._copies
+        return copy.moved() if isinstance(copy, UsualCopy) else None
+
+    @outside_modes
+    def absorb(self, writes: Sequence[Write]) -> bool:
+        """Replaces the captured values with what ``writes`` have left; False, with nothing done, if they do not fit."""
+        copy = self._copies[0]
+        try:
+            return self._saved_by_id is None and isinstance(copy, UsualCopy) and copy.absorb(writes)
+        except RuntimeError:
             return False
 
     @outside_modes
@@ -376,19 +390,6 @@ class Snapshot:
 
 _TRANSIENT: Final = attrgetter("_non_persistent_buffers_set")
 _INITIAL: Final = {"running_mean": 0.0, "running_var": 1.0}
-
-
-def holds(current: Tensor, value: Tensor) -> bool:
-    """Whether ``current`` has the bits of ``value``, converted to its dtype and device.
-
-    A conversion does not preserve the bits of a NaN: if the dtypes differ, all NaNs are equal.
-    """
-    expected = value.to(current.device, current.dtype)
-    if current.dtype != value.dtype and current.shape == value.shape:
-        current, expected = wide(current), wide(expected)
-        if (is_nan := current.isnan() & expected.isnan()).any():
-            current, expected = current.masked_fill(is_nan, 0), expected.masked_fill(is_nan, 0)
-    return same_bits(current, expected)
 
 
 def _is_converted(current: Tensor, original: Tensor) -> bool:

@@ -6,7 +6,9 @@ runs; a test compares the two ways on random layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, chain
 from operator import attrgetter
 from typing import Any, Final
 
@@ -14,12 +16,77 @@ import torch
 from torch import Tensor
 
 from bnguard.layers.bits import comparison_dtype, same_flat_bits
+from bnguard.layers.kinds import BATCH_NORM_STATISTICS
 from bnguard.torch_internals.transforms import is_wrapped
 
 _ORDINARY: Final = {Tensor}
 _DTYPE: Final[attrgetter[Any]] = attrgetter("dtype")
 _FLOATS: Final = {torch.float32, torch.float64, torch.float16, torch.bfloat16}
 _INTEGERS: Final = {torch.int64}
+_BITS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+Values = dict[str, Tensor]
+
+
+@dataclass(slots=True)
+class Write:
+    """What one forward has made of the statistics of one layer.
+
+    Attributes:
+        row: The position of the layer among the copied ones.
+        before: The layer's mean and variance, which have one length, right before the forward, concatenated.
+        after: These right after it.
+        number: The number of batches right before it.
+        number_after: The number of batches right after it.
+    """
+
+    row: int
+    before: Tensor
+    after: Tensor
+    number: int
+    number_after: int
+
+    def values(self) -> tuple[Values, Values]:
+        """The statistics before and after, by name."""
+        before, after = (
+            dict(zip(BATCH_NORM_STATISTICS, (*flat.chunk(2), _counter(number)), strict=True))
+            for flat, number in ((self.before, self.number), (self.after, self.number_after))
+        )
+        return before, after
+
+
+@dataclass(slots=True)
+class Moved:
+    """Values of statistics at two points in time, not all of which are equal.
+
+    Attributes:
+        then: Means and variances at the first point in time, concatenated layer by layer.
+        now: These at the second one.
+        sizes: The number of channels of each of them.
+        numbers: The numbers of batches at both points in time.
+    """
+
+    then: Tensor
+    now: Tensor
+    sizes: list[int]
+    numbers: tuple[list[int], list[int]]
+
+    def layers(self) -> Iterator[tuple[int, tuple[str, ...], Values, Values]]:
+        """The position of each layer that has moved, the names of what has, and all its statistics then and now."""
+        bits = _BITS[self.then.itemsize]
+        differing = self.then.view(bits).ne(self.now.view(bits)).cumsum(0).tolist()
+        upto = [differing[end - 1] if end else 0 for end in accumulate(self.sizes, initial=0)]
+        flats = [flat.split(self.sizes) for flat in (self.then, self.now)]
+        for row, numbers in enumerate(zip(*self.numbers, strict=True)):
+            start = 2 * row
+            moved = (upto[start + 1] > upto[start], upto[start + 2] > upto[start + 1], numbers[0] != numbers[1])
+            if any(moved):
+                names = tuple([name for name, has in zip(BATCH_NORM_STATISTICS, moved, strict=True) if has])
+                then, now = (
+                    dict(zip(BATCH_NORM_STATISTICS, (*flat[start : start + 2], _counter(number)), strict=True))
+                    for flat, number in zip(flats, numbers, strict=True)
+                )
+                yield row, names, then, now
 
 
 class UsualCopy:
@@ -37,7 +104,7 @@ class UsualCopy:
 
     def __init__(self, columns: list[list[Tensor]]) -> None:
         means, variances, counts = columns
-        tensors = means + variances
+        tensors = list(chain.from_iterable(zip(means, variances, strict=True)))
         if set(map(type, tensors)) != _ORDINARY or set(map(type, counts)) != _ORDINARY:
             raise ValueError
         dtypes = set(map(_DTYPE, tensors))
@@ -58,28 +125,94 @@ class UsualCopy:
         """Whether the tensors still have the copied bits.
 
         Raises:
-            RuntimeError: They cannot be concatenated or compared any more, because the shape or device of one has
-                changed in place, or its memory has been given back: torch would crash.
+            RuntimeError: They cannot be concatenated or compared any more. See ``moved``.
+        """
+        return self.moved() is None
+
+    def moved(self) -> Moved | None:
+        """What the tensors have moved to; None if they still have the copied bits.
+
+        Raises:
+            RuntimeError: They cannot be concatenated or compared any more, because the dtype, shape or device of one
+                has changed in place, or its memory has been given back: torch would crash.
         """
         if 0 in map(Tensor.data_ptr, self._tensors + self._counts):
             raise RuntimeError("a tensor has no memory")
-        numbers = self._numbers if self._viewed is None else self._viewed.tolist()
-        if list(map(Tensor.item, self._counts)) != numbers:
-            return False
+        numbers: list[Any] = self._numbers if self._viewed is None else self._viewed.tolist()
+        numbers_now: list[Any] = list(map(Tensor.item, self._counts))
         now, then = torch.cat(self._tensors), self._flat
-        if now.dtype is not then.dtype:
+        if now.dtype is not then.dtype or now.nbytes != then.nbytes:
+            raise RuntimeError("a tensor was converted in place")
+        if list(map(Tensor.numel, self._tensors)) != self._sizes:
+            raise RuntimeError("a tensor has another length")
+        if numbers_now == numbers and _same(now, then):
+            return None
+        return Moved(then, now, self._sizes, (numbers, numbers_now))
+
+    def absorb(self, writes: Sequence[Write]) -> bool:
+        """Replaces the copied values with those that a series of writes has left.
+
+        Returns:
+            Whether each of them began with the copied values or with those that the one before it left; else nothing
+            is replaced.
+        """
+        numbers: list[Any] = list(self._numbers if self._viewed is None else self._viewed.tolist())
+        befores = [write.before for write in writes]
+        if [write.row for write in writes] == list(range(len(numbers))):  # the usual case: each layer once, in order
+            sizes = list(map(int.__add__, self._sizes[::2], self._sizes[1::2]))
+            expected, rows = self._flat, [write.after for write in writes]
+            is_alike = numbers == [write.number for write in writes]
+            numbers = [write.number_after for write in writes]
+        else:
+            expected, rows, sizes, is_alike = self._followed(writes, numbers)
+        now, after = torch.cat(befores), torch.cat(rows)
+        if not (is_alike and now.dtype is expected.dtype is after.dtype is self._flat.dtype):
             return False
-        if now.nbytes % 8:
-            return same_flat_bits(now, then, comparison_dtype(then))
-        return torch.equal(now.view(torch.int64), then.view(torch.int64))
+        if after.nbytes != self._flat.nbytes or list(map(Tensor.numel, befores)) != sizes or not _same(now, expected):
+            return False
+        self._flat.copy_(after)
+        self._numbers = numbers
+        if self._viewed is not None:
+            self._viewed.copy_(_counter(numbers))
+        return True
+
+    def _followed(self, writes: Sequence[Write], numbers: list[int]) -> tuple[Tensor, list[Tensor], list[int], bool]:
+        """What each of the writes should have begun with, concatenated, and what all of them leave.
+
+        Args:
+            writes: The writes.
+            numbers: The copied numbers of batches; replaced with those that the writes leave.
+
+        Returns:
+            What they should have begun with; mean and variance of each layer after them, concatenated; the lengths of
+            the first; and whether they began with the right numbers of batches.
+        """
+        rows = list(self._flat.split(list(map(int.__add__, self._sizes[::2], self._sizes[1::2]))))
+        begins, are_right = [], True
+        for write in writes:
+            begins.append(rows[write.row])
+            are_right = are_right and write.number == numbers[write.row]
+            rows[write.row], numbers[write.row] = write.after, write.number_after
+        return torch.cat(begins), rows, list(map(Tensor.numel, begins)), are_right
 
     def views(self) -> Iterator[tuple[int, Tensor]]:
         """The id of each tensor and its copied values, a view: writing to it changes what is compared with."""
         if self._viewed is None:
-            self._viewed = torch.tensor(self._numbers, device="cpu")  # not the device of a torch.device() block
+            self._viewed = _counter(self._numbers)
         yield from zip(map(id, self._tensors), self._flat.split(self._sizes), strict=True)
         yield from zip(map(id, self._counts), self._viewed.unbind(), strict=True)
 
     def pointers(self) -> Iterator[tuple[int, int]]:
         """The id of each tensor, and where its values were in memory when they were copied."""
         return zip(map(id, self._tensors + self._counts), self._places, strict=True)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two flat tensors of one dtype and length have the same bits."""
+    if one.nbytes % 8:
+        return same_flat_bits(one, other, comparison_dtype(other))
+    return torch.equal(one.view(torch.int64), other.view(torch.int64))
+
+
+def _counter(numbers: Any) -> Tensor:
+    return torch.tensor(numbers, device="cpu")  # not the device of a torch.device() block

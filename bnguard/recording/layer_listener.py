@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from bnguard.guard.hooks import guard_of
 from bnguard.guard.policy import decide
-from bnguard.layers.bits import readable
+from bnguard.layers.bits import holds, readable
 from bnguard.layers.drift import eps_of, largest_mean_shift
 from bnguard.layers.kinds import StatsLayer
-from bnguard.layers.snapshot import holds
 from bnguard.layers.swaps import own_tensors
 from bnguard.layers.tree import Tree
 from bnguard.records import StatsChange

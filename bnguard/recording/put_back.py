@@ -17,7 +17,7 @@ from typing import Final
 from torch import Tensor
 
 from bnguard.findings.events import Update
-from bnguard.layers.snapshot import holds
+from bnguard.layers.bits import holds
 
 _MOST_COPIES: Final = 16
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bnguard.layers import snapshot
 from bnguard.layers.snapshot import Snapshot
-from bnguard.layers.usual_copy import UsualCopy
+from bnguard.layers.usual_copy import UsualCopy, Write
 from tests.asserts import assert_same_bits
 
 NAMES = ("running_mean", "running_var", "num_batches_tracked")
@@ -104,3 +104,67 @@ def test_what_is_not_usual_is_refused(make: Callable[[nn.Module], object]) -> No
     columns = [[getattr(layer, name) for layer in layers] for name in NAMES]
     with pytest.raises((ValueError, RuntimeError)):
         UsualCopy(columns)
+
+
+def columns_of(layers: list[nn.Module]) -> list[list[Tensor]]:
+    """What a copy is made of."""
+    return [[getattr(layer, name) for layer in layers] for name in NAMES]
+
+
+def updated(layers: list[nn.Module], row: int) -> Write:
+    """An update of one layer, with the copies from before and after it."""
+    layer = layers[row]
+    before, number = torch.cat((layer.running_mean, layer.running_var)), layer.num_batches_tracked.item()
+    layer(torch.randn(6, layer.num_features, dtype=layer.running_mean.dtype))
+    after = torch.cat((layer.running_mean, layer.running_var))
+    return Write(row, before, after, number, layer.num_batches_tracked.item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("has_views", [False, True])
+@pytest.mark.parametrize("rows", [[0, 1, 2], [2, 0], [1, 1, 1, 0], [0, 1, 2, 0, 1, 2]], ids=str)
+def test_copy_absorbs_what_a_series_of_updates_has_left(rows: list[int], has_views: bool, dtype: torch.dtype) -> None:
+    """In any order: it then compares with that, and nothing is different."""
+    layers = make_layers(dtype)
+    copy = UsualCopy(columns_of(layers))
+    views = dict(copy.views()) if has_views else {}
+    assert copy.absorb([updated(layers, row) for row in rows])
+    assert copy.is_unchanged()
+    for tensor in [tensor for column in columns_of(layers) for tensor in column] if has_views else ():
+        assert_same_bits(views[id(tensor)], tensor)
+    layers[rows[0]].running_var[-1] += 1
+    assert not copy.is_unchanged()
+
+
+@pytest.mark.parametrize("at", range(4))
+@pytest.mark.parametrize("name", NAMES)
+def test_copy_absorbs_nothing_if_somebody_else_has_written_in_between(name: str, at: int) -> None:
+    """Before the first update of a layer or between two: the copy stays as it was."""
+    layers = make_layers()
+    copy = UsualCopy(columns_of(layers))
+    before = [view.clone() for _, view in copy.views()]
+    writes = []
+    for position, row in enumerate([1, 0, 2, 1]):
+        if position == at:
+            getattr(layers[row], name).data.add_(1)
+        writes.append(updated(layers, row))
+    assert not copy.absorb(writes)
+    assert_same_bits([view for _, view in copy.views()], before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("change", [change for change in CHANGES if change.startswith(("the ", "minus", "not"))])
+def test_what_has_moved_is_what_differs(change: str, dtype: torch.dtype) -> None:
+    """The names, and the values of then and now, which later writes do not change."""
+    layers = make_layers(dtype)
+    copy, taken = UsualCopy(columns_of(layers)), Snapshot(layers, [NAMES] * len(layers))
+    CHANGES[change](layers[0])
+    moved, expected = copy.moved(), taken.changed()
+    assert (moved is None) is (not expected)
+    now = {name: getattr(layers[0], name).clone() for name in NAMES}
+    layers[0].running_mean.fill_(7)
+    found = [] if moved is None else list(moved.layers())
+    assert [(row, names) for row, names, _, _ in found] == [(one.owner, one.names) for one in expected]
+    for row, _, before, after in found:
+        assert_same_bits(before, taken.before(row))
+        assert_same_bits(after, now)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import gc
 import inspect
 import linecache
 import os
@@ -10,6 +11,7 @@ import re
 import sysconfig
 import threading
 import warnings
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import bnguard
-from bnguard.torch_internals.callsite import CallSite, call_site, end_in_users_line
+from bnguard.torch_internals.callsite import CallSite, CallSites, call_site, end_in_users_line
 from tests.asserts import GuardedThread, warns
 from tests.nets import conv_net, images
 
@@ -188,6 +190,60 @@ def test_recomputation_is_found_where_backward_is_called() -> None:
     change = change_of(net, lambda: output.sum().backward())
     assert change.where == f"{FILE}:{here() - 1} in <lambda>"
     assert change.inside == IN_NET
+
+
+class Called(nn.Module):
+    """Finds its caller in two ways."""
+
+    def __init__(self, sites: CallSites) -> None:
+        super().__init__()
+        self.sites = sites
+        self.found: list[tuple[CallSite, CallSite | None, CallSite, CallSite | None]] = []
+
+    def forward(self, input: Tensor) -> Tensor:
+        again, plain = self.sites.find(), call_site()
+        assert again.stacklevel == plain.stacklevel
+        self.found.append((again, again.inside, plain, plain.inside))
+        return input
+
+
+def test_sites_are_found_again_as_by_themselves() -> None:
+    """From other lines, other depths, the same line of a function that others call, and through wrappers."""
+    layer = Called(CallSites())
+    net = nn.Sequential(layer, nn.Sequential(layer), nn.DataParallel(nn.Sequential(layer)))
+
+    class Outer(nn.Module):
+        def forward(self, input: Tensor) -> Tensor:
+            return through(input)
+
+    def through(input: Tensor) -> Tensor:
+        return net(input)
+
+    outer, input = Outer(), images()
+    for _ in range(2):
+        for call in (net, layer, outer, through):
+            call(input)
+        through(outer(input)); through(input)  # fmt: skip  # noqa: E702
+        layer.forward(input)
+    assert len({str(again) for again, *_ in layer.found}) == 4
+    for again, again_inside, plain, plain_inside in layer.found:
+        assert (again, again_inside) == (plain, plain_inside)
+
+
+def test_sites_keep_no_frame() -> None:
+    """What a caller has in its variables is freed when the caller returns."""
+    sites = CallSites()
+
+    def caller() -> weakref.ref[nn.Module]:
+        local = nn.Module()
+        sites.find()
+        return weakref.ref(local)
+
+    gc.disable()
+    try:
+        assert caller()() is None
+    finally:
+        gc.enable()
 
 
 def test_layer_that_the_loop_calls_itself_has_one_line() -> None:
