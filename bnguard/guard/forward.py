@@ -300,14 +300,19 @@ class HeldLayer(UpdatingLayer):
             if module.training:
                 recorded(id(module))
             return self.run_held(args, kwargs)
-        of_entry = unseen(self.of_entry) if has_function_mode() else self.of_entry
-        statistics = NO_STATISTICS if surroundings == "graph" else of_entry()
+        statistics = self.eval_statistics(in_graph=surroundings == "graph")
         if kind is BATCH_NORM:
             return normalise_with_running_stats(module, *args, statistics=statistics)
-        if not kind.reads_in_eval(module):
-            own = {name: clone_in_modes(value) for name, value in statistics.items()}
-            statistics = {**copies(module, self.names), **own}
         return self._run_with(statistics, kind.eval_flags, args, kwargs)
+
+    def eval_statistics(self, *, in_graph: bool = False) -> Mapping[str, Tensor]:
+        """The statistics with which the layer normalises in eval mode: its own, but for those returned by name."""
+        of_entry = unseen(self.of_entry) if has_function_mode() else self.of_entry
+        statistics = NO_STATISTICS if in_graph else of_entry()
+        if self.kind is BATCH_NORM or self.kind.reads_in_eval(self.module):
+            return statistics
+        own = {name: clone_in_modes(value) for name, value in statistics.items()}
+        return {**copies(self.module, self.names), **own}
 
     def _run_with(
         self, statistics: Mapping[str, Tensor], flags: Mapping[str, bool], args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -41,13 +41,13 @@ from torch import Tensor, nn
 from bnguard.errors import BNGuardError, hides_frame
 from bnguard.guard.copies import KEY, LayerHook, strip_clone, strip_clones, strip_copy
 from bnguard.guard.forward import HeldLayer
-from bnguard.guard.hold import guards
+from bnguard.guard.hold import copies_for, guards
 from bnguard.guard.messages import script_text
 from bnguard.guard.policy import NO_RULING, Entries, PolicyEntry, Rulings
-from bnguard.guard.surroundings import refuse_graph, traced
+from bnguard.guard.surroundings import recorded, refuse_graph, traced
 from bnguard.guard.watching import Before
 from bnguard.layers.kinds import OTHER_BUFFERS, StatsLayer
-from bnguard.layers.swaps import own_values
+from bnguard.layers.swaps import NO_FLAGS, own_values
 from bnguard.torch_internals.compile import GUARDS_GRAPHS, is_exporting
 from bnguard.torch_internals.fork import renew_after_fork
 from bnguard.torch_internals.locks import RLock
@@ -158,14 +158,34 @@ class LayerGuard(HeldLayer):
     # The hooks.
 
     def before_first(self, args: tuple[Any, ...], call: FrameType) -> None:
-        """Does what the guard would do to a forward that had begun, in the frame ``call``, when it was put on."""
+        """Does what the guard would do to a forward that had begun, in the frame ``call``, when it was put on.
+
+        Torch has chosen the layer's own ``forward``. So that runs, with other statistics or in another mode.
+        """
         if not self.has_forward:
             self.before(self.module, args, call)
             return
-        is_held = not torch.compiler.is_compiling() and self._action_now(self.ruling) == "hold" and self._would_update()
-        if is_held and not (is_symbolic(args, {}) or self.is_foreign(self.module) or self.is_captured()):
-            self.put_after(_AfterForward(self))
-            self._watch(self.ruling.entries, call)
+        if torch.compiler.is_compiling() or is_symbolic(args, {}) or self.is_foreign(self.module):
+            return
+        kind, entries, action = self.kind, self.ruling.entries, self._action_now(self.ruling)
+        if action != "running" and not (kind.rounds_in_eval or self._would_update()):
+            return
+        surroundings = self.surroundings(args, {})
+        if surroundings == "capture":
+            return
+        if action == "stop" and kind.predict is not None:
+            if not self.rejects(args):
+                self.apply(self.decide_and_count(entries), args)
+            return
+        self.put_after(_AfterForward(self))
+        before = self._watch(entries, call)
+        if surroundings == "record":
+            if action == "running" and self.module.training:
+                recorded(self.layer_id)
+        elif action == "running":
+            self.run_swapped(before, self.eval_statistics(), kind.eval_flags)
+        elif action == "hold":
+            self.run_swapped(before, copies_for(self.module, self.names, args), NO_FLAGS)
 
     def before(self, module: nn.Module, args: tuple[Any, ...], call: FrameType | None = None) -> None:
         """The forward pre-hook: decides about a forward that would update, or copies what it may change."""
@@ -215,7 +235,7 @@ class LayerGuard(HeldLayer):
         elif module.training and not is_exporting():
             refuse_graph()
 
-    def _watch(self, entries: Entries, call: FrameType) -> None:
+    def _watch(self, entries: Entries, call: FrameType) -> Before:
         """Copies what a forward may change, until the forward hook is called for the same call of the layer."""
         thread = threading.get_ident()
         if self._before is None:
@@ -226,6 +246,7 @@ class LayerGuard(HeldLayer):
         before = self.look(entries)
         before.call = _identity(call)
         self._before.setdefault(thread, []).append(before)
+        return before
 
     def after(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """The forward hook: decides about updates that the forward has made. torch calls it after an exception, too."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -15,7 +15,7 @@ from bnguard.guard.hold import copies_outside_modes
 from bnguard.guard.policy import Decision, Entries, decide, decide_and_count
 from bnguard.guard.surroundings import Surroundings
 from bnguard.layers.bits import has_values, put_back, same_bits, write
-from bnguard.layers.swaps import own_tensors, put_tensor
+from bnguard.layers.swaps import begin_swap, end_swap, own_tensors, put_tensor
 from bnguard.torch_internals.fork import renew_after_fork
 from bnguard.torch_internals.locks import RLock
 from bnguard.torch_internals.tracing import outside_modes, unseen
@@ -57,12 +57,14 @@ class Before:
         original: The statistics of the layer. Overlapping forwards share it: which one wrote what is unknown.
         error: The exception that was being handled.
         call: Identifies the frame in which torch calls the layer; None where the end of the forward is known otherwise.
+        swap: Identifies the swap of the layer's statistics that the forward runs with; None without one.
     """
 
     entries: Entries
     original: _Original
     error: BaseException | None
     call: object = None
+    swap: object = None
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
@@ -132,8 +134,15 @@ class WatchedLayer(Surroundings):
             self.under_way.add(before)
         return before
 
+    def run_swapped(self, before: Before, statistics: Mapping[str, Tensor], flags: Mapping[str, bool]) -> None:
+        """Puts ``statistics`` and ``flags`` in place of the layer's own until the watch over a forward ends."""
+        before.swap = object()
+        begin_swap(self.module, statistics, flags, before.swap)
+
     def forget(self, before: Before) -> None:
         """Ends the watch over a forward."""
+        if before.swap is not None:
+            end_swap(self.module, before.swap)
         with _lock:
             if self.under_way is not None:
                 self.under_way.discard(before)

@@ -33,9 +33,9 @@ def requests() -> Iterator[GuardRequests]:
 
 
 @contextmanager
-def every_model(requests: GuardRequests, policy: Any, include: tuple[str, ...] = ()) -> Iterator[_auto_guard.AutoGuard]:
+def every_model(requests: GuardRequests, policy: Any, **options: Any) -> Iterator[_auto_guard.AutoGuard]:
     """Guards every model that runs inside; the requests are left open, for their end to be looked at."""
-    guard = _auto_guard.AutoGuard(requests, Settings(policy, include=include, frontend=EVERY))
+    guard = _auto_guard.AutoGuard(requests, Settings(policy, frontend=EVERY, **options))
     guard.begin()
     try:
         yield guard
@@ -136,6 +136,93 @@ def test_first_forward_that_fails(make: Callable[[], nn.Module]) -> None:
         layer(images())
         assert_same_bits(state_of(layer), before)
     assert requests.end(None) == []
+    assert_clean(layer)
+
+
+@pytest.mark.parametrize("make", [*LAYERS.values(), Scaled], ids=[*LAYERS, "again"])
+def test_first_forward_of_such_a_layer_runs_in_eval_mode(make: Callable[[], nn.Module]) -> None:
+    """With ``use_running_stats`` the first forward is like the second: that of the layer in eval mode."""
+    layer = make() if make is not Scaled else trained(make(2))
+    twin, before = copy.deepcopy(layer).eval(), state_of(layer)
+    requests = GuardRequests()
+    with every_model(requests, "restore", use_running_stats=True):
+        for _ in range(2):
+            outputs = [module(images()) for module in (layer, twin)]
+            assert_same_bits(*outputs)
+            assert_same_bits(state_of(layer), before)
+            assert layer.training
+            for output in outputs:
+                output.square().sum().backward()
+            assert_same_gradients(layer, twin)
+            assert len(layer._forward_hooks) == 0
+    assert requests.end(None) == []
+    assert_clean(layer)
+
+
+def trained(layer: nn.Module) -> nn.Module:
+    """The layer, with statistics that differ from the initial ones."""
+    layer(images() * 3 + 1)
+    return layer
+
+
+@pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
+def test_first_forward_in_eval_mode_that_fails(make: Callable[[], nn.Module]) -> None:
+    """The mode and the statistics of before are back, also where no hook is called after the forward."""
+    layer = make()
+    before = state_of(layer)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    requests = GuardRequests()
+    with every_model(requests, "restore", use_running_stats=True):
+        with pytest.raises((ValueError, RuntimeError)):
+            layer(torch.ones(1, 3, 2, 2))
+        assert layer.training
+        other = make()
+        handle = other.register_forward_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            other(images())
+        handle.remove()
+        with torch.no_grad():
+            assert_same_bits(other(images()), make().eval()(images()))
+        assert other.training
+    assert requests.end(None) == []
+    assert_same_bits(state_of(layer), before)
+    assert_clean(layer)
+    assert_clean(other)
+
+
+@pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
+def test_first_forward_spends_the_budget(make: Callable[[], nn.Module]) -> None:
+    """With ``updates=1`` the first forward is the one that updates, and the second one does not."""
+    layer = make()
+    twin = copy.deepcopy(layer)
+    requests = GuardRequests()
+    with every_model(requests, "restore", updates=1):
+        assert_same_bits(layer(images()), twin(images()))
+        after = state_of(twin)
+        assert_same_bits(state_of(layer), after)
+        assert_same_bits(layer(images(seed=2)), twin(images(seed=2)))
+        assert_same_bits(state_of(layer), after)
+    assert requests.end(None) == []
+    assert_same_bits(state_of(layer), after)
+    assert_clean(layer)
+
+
+@pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
+def test_first_forward_beyond_another_budget_is_refused(make: Callable[[], nn.Module]) -> None:
+    """``updates=1`` under ``"raise"``: the first forward of each layer is counted, the second one raises."""
+    layer = make()
+    requests = GuardRequests()
+    with every_model(requests, "raise", updates=1):
+        layer(images())
+        after = state_of(layer)
+        with pytest.raises(bnguard.StatsChangedError, match="updates=1"):
+            layer(images())
+        assert_same_bits(state_of(layer), after)
+    with pytest.raises(bnguard.StatsChangedError, match="was caught"):
+        requests.end(None)
     assert_clean(layer)
 
 
