@@ -12,10 +12,11 @@ from torch import nn
 from bnguard.guard.messages import Cause, protection_text
 from bnguard.guard.options import Settings
 from bnguard.guard.policy import Counts, Policy, UpdateCount
+from bnguard.layers.comparison import Moved
 from bnguard.layers.drift import eps_of, largest_mean_shift
 from bnguard.layers.kinds import OTHER_BUFFERS, StatsLayer, moving_statistics
 from bnguard.layers.tree import Tree
-from bnguard.layers.usual_copy import Moved
+from bnguard.layers.usual_copy import FlatDifference
 from bnguard.records import GuardedLayer, StatsChange
 from bnguard.torch_internals.compile import compiled_parts, was_compiled
 from bnguard.torch_internals.distributed import overwritten_by_ddp
@@ -53,7 +54,9 @@ class KnownChanges:
         self._found = {**self._found, **found} if self._policy.puts_back else found
         self._verified = {layer: count.beyond for layer, count in dict(counts).items() if count.beyond}
 
-    def take_later(self, moved: Moved | None, counts: Mapping[int, UpdateCount], seen: Mapping[int, int]) -> None:
+    def take_later(
+        self, moved: FlatDifference | None, counts: Mapping[int, UpdateCount], seen: Mapping[int, int]
+    ) -> None:
         """Takes what has moved, if anything has, as all that was found; see ``changes_of``."""
         self._verified = seen
         self._found_later = None if moved is None else partial(changes_of, moved, self._layers, counts, seen)
@@ -86,25 +89,46 @@ class KnownChanges:
 
 
 def changes_of(
-    moved: Moved, layers: Sequence[StatsLayer], counts: Mapping[int, UpdateCount], seen: Mapping[int, int]
+    difference: FlatDifference, layers: Sequence[StatsLayer], counts: Mapping[int, UpdateCount], seen: Mapping[int, int]
 ) -> dict[int, StatsChange]:
     """What ``ExitCheck.compare`` would have listed under ``"warn"``, from the values of then and now.
 
     Args:
-        moved: What has moved.
+        difference: What has moved.
         layers: The layers of the block.
         counts: Where its updates came from, by the id of the layer.
         seen: How many it had seen, likewise.
     """
     changes = {}
-    for owner, names, then, now in moved.layers():
-        layer = layers[owner]
-        key, type_name = id(layer.module), type(layer.module).__name__
-        updates = seen.get(key, 0)
-        where, inside = counts[key].lines if updates else (None, None)
-        shift = largest_mean_shift(then, now, eps_of(layer.module))
-        changes[owner] = StatsChange(layer.names, type_name, names, updates, where, shift, inside=inside)
+    for moved in difference.layers():
+        layer = layers[moved.owner]
+        about = layer.names, type(layer.module).__name__, eps_of(layer.module)
+        key = id(layer.module)
+        changes[moved.owner] = change_of(moved, about, seen.get(key, 0), counts.get(key))
     return changes
+
+
+def updates_told(count: UpdateCount, policy: Policy) -> int:
+    """The number of updates that explain what a comparison finds of a layer."""
+    return count.beyond if policy.tells_forwards and not policy.stops else 0
+
+
+def change_of(
+    moved: Moved, about: tuple[tuple[str, ...], str, float | None], updates: int, count: UpdateCount | None
+) -> StatsChange:
+    """What a comparison has found of one layer.
+
+    Args:
+        moved: What has moved.
+        about: The names of the layer, the name of its class, and its ``eps``; None for other values than statistics,
+            which have no mean to shift.
+        updates: The number of updates that explain it.
+        count: Where they came from, if there are any.
+    """
+    names, type_name, eps = about
+    where, inside = count.lines if updates and count is not None else (None, None)
+    shift = None if eps is None else largest_mean_shift(moved.before, moved.now, eps)
+    return StatsChange(names, type_name, moved.names, updates, where, shift, inside=inside)
 
 
 def change_of_forward(layer: StatsLayer, count: UpdateCount, *, prevented: bool) -> StatsChange:

@@ -27,13 +27,13 @@ from typing import Final, Protocol
 from torch import nn
 
 from bnguard.errors import hides_frame
-from bnguard.guard.changes import cause_of, joined, overwritten
+from bnguard.guard.changes import cause_of, change_of, joined, overwritten, updates_told
 from bnguard.guard.options import Settings
 from bnguard.guard.outcome import Outcome
 from bnguard.guard.policy import Counts
 from bnguard.layers.by_identity import ByIdentity
 from bnguard.layers.comparison import Comparison, Moved, any_differ
-from bnguard.layers.drift import eps_of, largest_mean_shift
+from bnguard.layers.drift import eps_of
 from bnguard.layers.kinds import LayerKind, StatsLayer
 from bnguard.records import StatsChange
 from bnguard.torch_internals.fork import renew_after_fork
@@ -170,12 +170,10 @@ class Verdict:
         return changes
 
     def _change(self, moved: Moved, *, is_of_statistics: bool) -> StatsChange:
-        layer, policy = self._layers[moved.owner], self._policy
+        layer = self._layers[moved.owner]
         count = self._counts[layer.id]
-        seen = count.beyond if policy.tells_forwards and not policy.stops else 0
-        where, inside = count.lines if seen else (None, None)
-        shift = largest_mean_shift(moved.before, moved.now, layer.eps) if is_of_statistics else None
-        return StatsChange(layer.names, layer.type, moved.names, seen, where, shift, inside=inside)
+        about = layer.names, layer.type, layer.eps if is_of_statistics else None
+        return change_of(moved, about, updates_told(count, self._policy), count)
 
     def _alive(self) -> dict[int, StatsLayer]:
         """The layers that there still are, by owner."""

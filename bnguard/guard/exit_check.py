@@ -29,18 +29,18 @@ from typing import Final, Self
 from torch import Tensor, nn
 
 from bnguard.guard.affine import affine_parameters
-from bnguard.guard.changes import cause_of, joined, overwritten
+from bnguard.guard.changes import cause_of, change_of, joined, overwritten, updates_told
 from bnguard.guard.coverage import refuse_unreadable
 from bnguard.guard.hooks import LayerGuard
 from bnguard.guard.messages import Cause
 from bnguard.guard.options import Settings
 from bnguard.guard.policy import Counts, UpdateCount, spend
 from bnguard.layers.bits import count_of, holds
-from bnguard.layers.comparison import Comparison, any_differ, comparison_of
-from bnguard.layers.drift import eps_of, largest_mean_shift
+from bnguard.layers.comparison import Comparison, Moved, any_differ, comparison_of
+from bnguard.layers.drift import eps_of
 from bnguard.layers.kinds import StatsLayer
 from bnguard.layers.snapshot import Difference, Snapshot
-from bnguard.layers.usual_copy import Moved, UsualCopy, Write
+from bnguard.layers.usual_copy import FlatDifference, UsualCopy, Write
 from bnguard.records import StatsChange
 from bnguard.torch_internals.compile import was_compiled
 from bnguard.torch_internals.distributed import overwritten_by_ddp
@@ -131,7 +131,7 @@ class ExitCheck:
         self.statistics.renew(())
         self._pairs, self._writes = {}, []
 
-    def moved(self) -> Moved | None:
+    def moved(self) -> FlatDifference | None:
         """What the statistics ``of_usual`` layers have moved to, beyond the budget; None if they have not.
 
         Raises:
@@ -324,15 +324,11 @@ class ExitCheck:
         return id(self._layers[owner].module)
 
     def _change(self, snapshot: Snapshot, difference: Difference, count: UpdateCount) -> StatsChange:
-        layer = self._layers[difference.owner]
-        shift = None
-        if snapshot is self.statistics:
-            owner = difference.owner
-            shift = largest_mean_shift(snapshot.before(owner), snapshot.now(owner), eps_of(layer.module))
-        seen = count.beyond if self._policy.tells_forwards and not self._policy.stops else 0
-        where, inside = count.lines if seen else (None, None)
-        type_name = type(layer.module).__name__
-        return StatsChange(layer.names, type_name, difference.names, seen, where, shift, inside=inside)
+        owner, layer = difference.owner, self._layers[difference.owner]
+        eps = eps_of(layer.module) if snapshot is self.statistics else None
+        moved = Moved(owner, difference.names, snapshot.before(owner), snapshot.now(owner))
+        about = layer.names, type(layer.module).__name__, eps
+        return change_of(moved, about, updates_told(count, self._policy), count)
 
 
 def _common(then: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:

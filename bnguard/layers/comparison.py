@@ -27,8 +27,8 @@ class Moved:
 
     owner: int
     names: tuple[str, ...]
-    before: dict[str, Tensor]
-    now: dict[str, Tensor]
+    before: Mapping[str, Tensor]
+    now: Mapping[str, Tensor]
 
 
 class Comparison:

@@ -17,7 +17,7 @@ from bnguard.layers.comparison import Comparison, grouped
 from bnguard.layers.flat_copy import FlatCopy, copies_of, copy_of_columns
 from bnguard.layers.kinds import BATCH_NORM_STATISTICS
 from bnguard.layers.swaps import Table, own_tables, own_tensors, put_tensor, swap_lock
-from bnguard.layers.usual_copy import Moved, UsualCopy, Write
+from bnguard.layers.usual_copy import FlatDifference, UsualCopy, Write
 from bnguard.torch_internals.tracing import outside_modes
 from bnguard.torch_internals.transforms import PLAIN, unwrapped_tensor
 
@@ -129,7 +129,7 @@ class Snapshot:
         except RuntimeError:  # converted in place through .data: other shapes or devices
             return False
 
-    def moved(self) -> Moved | None:
+    def moved(self) -> FlatDifference | None:
         """What the values of a snapshot ``of_usual`` layers have moved to; see ``UsualCopy.moved`` and above."""
         (copy,) = self._copies
         return copy.moved() if isinstance(copy, UsualCopy) else None

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bnguard.layers.bits import comparison_dtype, same_flat_bits
+from bnguard.layers.comparison import Moved
 from bnguard.layers.kinds import BATCH_NORM_STATISTICS
 from bnguard.torch_internals.transforms import is_wrapped
 
@@ -56,7 +57,7 @@ class Write:
 
 
 @dataclass(slots=True)
-class Moved:
+class FlatDifference:
     """Values of statistics at two points in time, not all of which are equal.
 
     Attributes:
@@ -71,8 +72,8 @@ class Moved:
     sizes: list[int]
     numbers: tuple[list[int], list[int]]
 
-    def layers(self) -> Iterator[tuple[int, tuple[str, ...], Values, Values]]:
-        """The position of each layer that has moved, the names of what has, and all its statistics then and now."""
+    def layers(self) -> Iterator[Moved]:
+        """The layers that have moved, by their positions."""
         bits = _BITS[self.then.itemsize]
         differing = self.then.view(bits).ne(self.now.view(bits)).cumsum(0).tolist()
         upto = [differing[end - 1] if end else 0 for end in accumulate(self.sizes, initial=0)]
@@ -86,7 +87,7 @@ class Moved:
                     dict(zip(BATCH_NORM_STATISTICS, (*flat[start : start + 2], _counter(number)), strict=True))
                     for flat, number in zip(flats, numbers, strict=True)
                 )
-                yield row, names, then, now
+                yield Moved(row, names, then, now)
 
 
 class UsualCopy:
@@ -129,7 +130,7 @@ class UsualCopy:
         """
         return self.moved() is None
 
-    def moved(self) -> Moved | None:
+    def moved(self) -> FlatDifference | None:
         """What the tensors have moved to; None if they still have the copied bits.
 
         Raises:
@@ -147,7 +148,7 @@ class UsualCopy:
             raise RuntimeError("a tensor has another length")
         if numbers_now == numbers and _same(now, then):
             return None
-        return Moved(then, now, self._sizes, (numbers, numbers_now))
+        return FlatDifference(then, now, self._sizes, (numbers, numbers_now))
 
     def absorb(self, writes: Sequence[Write]) -> bool:
         """Replaces the copied values with those that a series of writes has left.

@@ -163,7 +163,7 @@ def test_what_has_moved_is_what_differs(change: str, dtype: torch.dtype) -> None
     assert (moved is None) is (not expected)
     now = {name: getattr(layers[0], name).clone() for name in NAMES}
     layers[0].running_mean.fill_(7)
-    found = [] if moved is None else list(moved.layers())
+    found = [] if moved is None else [(each.owner, each.names, each.before, each.now) for each in moved.layers()]
     assert [(row, names) for row, names, _, _ in found] == [(one.owner, one.names) for one in expected]
     for row, _, before, after in found:
         assert_same_bits(before, taken.before(row))
