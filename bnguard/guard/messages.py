@@ -9,7 +9,7 @@ from bnguard.guard.phrases import FROZEN, Phrases
 from bnguard.layers.kinds import is_statistic
 from bnguard.records import GuardedLayer, StatsChange
 from bnguard.torch_internals.compile import GUARDS_GRAPHS
-from bnguard.words import count_text, first_of, layer_text, listing, ranks_text, suggestion, times_text
+from bnguard.words import count_text, first_of, layer_text, listing, ranks_text, times_text
 
 if TYPE_CHECKING:
     from bnguard.guard.options import Settings
@@ -106,9 +106,11 @@ def swallowed_text(stopped: Sequence[StatsChange], phrases: Phrases = FROZEN) ->
         did, outcome = "would have updated", "The updates did not happen."
     else:
         did, outcome = "changed", "The original statistics have been restored."
-    head = f"{_layers(len(stopped))} {did} inside {phrases.place}, and the StatsChangedError that said so was caught:"
+    head = (
+        f"{layers_text(len(stopped))} {did} inside {phrases.place}, and the StatsChangedError that said so was caught:"
+    )
     advice = f"Let the error through, or {phrases.expected}."
-    return "\n".join([head, *_lines(stopped), f"{outcome} {advice}"])
+    return "\n".join([head, *change_lines(stopped), f"{outcome} {advice}"])
 
 
 def changed_text(
@@ -141,8 +143,8 @@ def changed_text(
     parts = [noun] * bool(statistics) + ["affine parameters"] * bool(affine)
     restored_parts = listing([noun.split()[-1], "parameters"][not statistics : 1 + bool(affine)])
     outcome = f"The original {restored_parts} have been restored." if restored else "The changes were kept."
-    head = f"{listing(parts)} of {_layers(len(changes))} changed inside {phrases.place}:"
-    return "\n".join([head, *_lines(changes), *causes, outcome])
+    head = f"{listing(parts)} of {layers_text(len(changes))} changed inside {phrases.place}:"
+    return "\n".join([head, *change_lines(changes), *causes, outcome])
 
 
 def _noun(buffers: Sequence[str]) -> str:
@@ -152,7 +154,7 @@ def _noun(buffers: Sequence[str]) -> str:
 def assertion_text(changes: Sequence[StatsChange], function: str) -> str:
     """The error of ``assert_stats_unchanged`` about a function."""
     what = "the function" if function == "<lambda>" else f"{function}()"
-    return "\n".join([f"running statistics of {_layers(len(changes))} changed in {what}:", *_lines(changes)])
+    return "\n".join([f"running statistics of {layers_text(len(changes))} changed in {what}:", *change_lines(changes)])
 
 
 def added_text(names: Sequence[str], phrases: Phrases) -> str:
@@ -182,19 +184,6 @@ def unguarded_text(type_name: str, phrases: Phrases = FROZEN) -> str:
     )
 
 
-def checkpoint_text(changes: Sequence[StatsChange], phrases: Phrases) -> str:
-    """The warning about saving a checkpoint with statistics that changed inside the guard."""
-    head = f"this checkpoint holds running statistics of {_layers(len(changes))} that changed inside {phrases.place}:"
-    return "\n".join(
-        [
-            head,
-            *_lines(changes),
-            "There are no warnings about later checkpoints. To keep the original statistics:",
-            *phrases.choices(('on_change="restore"', "normalise with the batch, keep the statistics")),
-        ]
-    )
-
-
 def idle_text(layers: Sequence[GuardedLayer], phrases: Phrases) -> str:
     """The warning about a run in which no guarded layer was called."""
     shown = first_of([layer_text(layer.names, layer.type) for layer in layers])
@@ -202,19 +191,6 @@ def idle_text(layers: Sequence[GuardedLayer], phrases: Phrases) -> str:
         f"no forward of a guarded layer ran inside {phrases.place}, while batches did: {shown}.\n"
         "Guard the model that runs. Some libraries make or copy it (model_init=, clone(), deepcopy())."
     )
-
-
-def averaged_text(callback: str, changes: Sequence[StatsChange], phrases: Phrases) -> str:
-    """The warning about a callback that averages weights and has written to guarded layers."""
-    head = f"{callback} wrote to running statistics of {_layers(len(changes))} inside {phrases.place}:"
-    outcome = "The original statistics have been restored. There are no warnings about later writes of this callback."
-    return "\n".join([head, *_lines(changes), outcome])
-
-
-def no_part_text(path: str, there: str, name: str, children: Sequence[str], phrases: Phrases) -> str:
-    """The error about a path to a submodule that does not exist."""
-    parts = suggestion(name, children) if children else f"{there} has no submodules"
-    return f"{phrases.place}: target {path!r}: {there} has no submodule {name!r}; {parts}"
 
 
 def broadcast_text(
@@ -361,17 +337,18 @@ def _exit_only(reason: str, has_values: bool) -> str:
 def report_text(changes: Sequence[StatsChange], layers: Sequence[GuardedLayer], settings: Settings) -> str:
     """The text of a guard's ``report()``: the guarded layers, how they are protected, and all changes."""
     guard = settings.frontend.phrases.choice.format(settings.as_written)
-    head = f"{guard} guards {_layers(len(layers)) if layers else 'no layer'}."
+    head = f"{guard} guards {layers_text(len(layers)) if layers else 'no layer'}."
     if not layers:
         return head
     kinds = list(dict.fromkeys(layer.protection for layer in layers))
     ways = [f"  {sum(layer.protection == kind for layer in layers)} {kind}" for kind in kinds]
     if not changes:
         return "\n".join([head, *ways, "No change."])
-    return "\n".join([head, *ways, f"{_layers(len(changes))} changed:", *_lines(changes, limit=None)])
+    return "\n".join([head, *ways, f"{layers_text(len(changes))} changed:", *change_lines(changes, limit=None)])
 
 
-def _lines(changes: Sequence[StatsChange], limit: int | None = _SHOWN) -> list[str]:
+def change_lines(changes: Sequence[StatsChange], limit: int | None = _SHOWN) -> list[str]:
+    """A line for each of the first ``limit`` changes, and how many more there are."""
     shown = changes if limit is None else changes[:limit]
     lines = [f"  {_change_text(change)}" for change in shown]
     if len(changes) > len(shown):
@@ -390,7 +367,8 @@ def _change_text(change: StatsChange) -> str:
     return f"{layer_text(change.names, change.type)}: {'; '.join(parts)}"
 
 
-def _layers(number: int) -> str:
+def layers_text(number: int) -> str:
+    """A number of layers."""
     return count_text(number, "layer")
 
 

@@ -15,6 +15,7 @@ from bnguard.guard.frozen import frozen
 from bnguard.guard.idle import IdleCheck
 from bnguard.guard.options import Frontend, OnChange, Settings, settings_for
 from bnguard.guard.phrases import Phrases
+from bnguard.integrations._messages import no_part_text
 from bnguard.integrations._phase import Phase, RunOptions, taken_from
 from bnguard.layers.kinds import StatsLayer
 from bnguard.layers.select import is_within
@@ -197,11 +198,6 @@ def phrases_of(call: str, variable: str, target: Target = None) -> Phrases:
     )
 
 
-def missing_text(module: str, package: str, extra: str) -> str:
-    """The error of an integration whose library is not installed."""
-    return f"{module} needs {package}: pip install 'bnguard[{extra}]'"
-
-
 def _as_paths(target: Any) -> tuple[str, ...]:
     if target is None:
         return ()
@@ -229,5 +225,5 @@ def _check_path(model: nn.Module, path: str, phrases: Phrases) -> None:
         if child is None:
             there = ".".join(names[:position]) or type(model).__name__
             children = [key for key, module in part._modules.items() if module is not None]
-            raise ValueError(messages.no_part_text(path, there, name, children, phrases))
+            raise ValueError(no_part_text(path, there, name, children, phrases))
         part = child

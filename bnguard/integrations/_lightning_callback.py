@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from bnguard.integrations._base import missing_text
+from bnguard.integrations._messages import missing_text
 
 if TYPE_CHECKING:
     from lightning.pytorch.callbacks import Callback as _Lightning

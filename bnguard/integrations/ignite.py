@@ -35,7 +35,8 @@ from torch import nn
 from bnguard.guard.frozen import frozen
 from bnguard.guard.idle import IdleCheck
 from bnguard.guard.options import OnChange
-from bnguard.integrations._base import RunGuard, missing_text, phrases_of
+from bnguard.integrations._base import RunGuard, phrases_of
+from bnguard.integrations._messages import missing_text
 from bnguard.integrations._phase import Phase, RunOptions
 from bnguard.words import short_repr
 

@@ -48,6 +48,8 @@ from bnguard.guard.frozen import frozen
 from bnguard.guard.options import OnChange
 from bnguard.integrations._base import RunGuard, Target, phrases_of
 from bnguard.integrations._lightning_callback import LightningCallback
+from bnguard.integrations._lightning_others import averaging_hooks, trials_of, users_hooks
+from bnguard.integrations._messages import checkpoint_text, written_text
 from bnguard.integrations._phase import RunOptions
 from bnguard.integrations._wrapped import Around, Wrapped
 from bnguard.records import StatsChange
@@ -56,13 +58,6 @@ from bnguard.torch_internals.callsite import call_site
 __all__ = ["BNGuardCallback"]
 
 _FIT: Final = "fit"
-# Callbacks that run the model while the trainer's callbacks are set aside, with the methods that do so.
-_FINDERS: Final = {"LearningRateFinder": "lr_find", "BatchSizeFinder": "scale_batch_size"}
-# Callbacks that average weights, with the hooks in which they write to the model.
-_AVERAGING: Final = {
-    "StochasticWeightAveraging": ("on_train_epoch_start", "on_train_end"),
-    "WeightAveraging": ("on_validation_epoch_start", "on_validation_epoch_end", "on_train_end"),
-}
 
 
 class BNGuardCallback(RunGuard, LightningCallback):  # type: ignore[misc]  # as LightningCallback
@@ -90,11 +85,13 @@ class BNGuardCallback(RunGuard, LightningCallback):  # type: ignore[misc]  # as 
     ``StochasticWeightAveraging``, ``WeightAveraging`` and ``EMAWeightAveraging`` write statistics of their own to the
     model. Except under ``"warn"``, a guarded layer gets its own back at once, with one warning that names the callback,
     and their checkpoints hold these too. Trial runs of ``LearningRateFinder``, ``BatchSizeFinder`` and ``Tuner`` are
-    guarded, each by a block of its own. With ``updates`` they are not limited: Lightning undoes what they do.
+    guarded, each by a block of its own. With ``updates`` they are not limited: Lightning undoes what they do. What your
+    own callbacks write to guarded layers between epochs, to evaluate an average for example, is put back at once as
+    well, and named: under ``"raise"`` in an error, else in one warning.
 
-    Not covered: other callbacks that average weights: what they write is a change. If ``on_exception`` of another
-    callback raises, Lightning does not call the callbacks after it: then the guard ends when the next run begins. In
-    the process that starts others (``strategy="ddp_spawn"``) ``changes`` and ``layers`` stay empty.
+    Not covered: if ``on_exception`` of another callback raises, Lightning does not call the callbacks after it: then
+    the guard ends when the next run begins. In the process that starts others (``strategy="ddp_spawn"``) ``changes``
+    and ``layers`` stay empty.
 
     Args:
         target: What to guard: the path of a submodule of the ``LightningModule``, such as ``"backbone"`` or
@@ -251,7 +248,7 @@ class BNGuardCallback(RunGuard, LightningCallback):  # type: ignore[misc]  # as 
         """Compares before a checkpoint is made; warns if it will hold changed statistics."""
         self._check(trainer)
         if self._settings.on_change == "warn" and self._trainer is not None and trainer.is_global_zero:
-            self._tell_once("save_checkpoint", messages.checkpoint_text, self.changes)
+            self._tell_once("save_checkpoint", checkpoint_text, self.changes)
 
     def _tell_once(self, key: str, text: Callable[..., str], changes: Sequence[StatsChange]) -> None:
         """Warns about changes, if there are any, once a run for each key."""
@@ -270,13 +267,12 @@ class BNGuardCallback(RunGuard, LightningCallback):  # type: ignore[misc]  # as 
         """
         around: list[tuple[Any, str, Around]] = [(trainer, "save_checkpoint", partial(self._around_save, trainer))]
         for callback in trainer.callbacks:
-            for name in [cls.__name__ for cls in type(callback).__mro__]:
-                if name in _FINDERS:
-                    around.append((callback, _FINDERS[name], self._around_trial))
-                elif name in _AVERAGING:
-                    write = partial(self._around_average, type(callback).__name__)
-                    around += [(callback, hook, write) for hook in _AVERAGING[name]]
-                    around.append((callback, "on_save_checkpoint", self._around_average_save))
+            around += [(callback, trial, self._around_trial) for trial in trials_of(callback)]
+            if averaging := averaging_hooks(callback):
+                around.append((callback, "on_save_checkpoint", self._around_average_save))
+            if not isinstance(callback, RunGuard):
+                write = partial(self._around_writes, type(callback).__name__, bool(averaging))
+                around += [(callback, hook, write) for hook in (*averaging, *users_hooks(callback))]
         self._undo = tuple([Wrapped.add(*item) for item in around])
 
     def _unwrap(self) -> None:
@@ -308,20 +304,24 @@ class BNGuardCallback(RunGuard, LightningCallback):  # type: ignore[misc]  # as 
             raise
 
     @contextmanager
-    def _around_average(self, name: str, trainer: Any, *args: Any) -> Iterator[None]:
-        """Puts back what a callback writes to guarded layers."""
-        holds = self._holds_against_averages()
+    def _around_writes(self, name: str, averages: bool, trainer: Any, *args: Any) -> Iterator[None]:
+        """Puts back what another callback writes to guarded layers in a hook."""
+        holds = self._holds_against_others()
         if holds:
             self.check()  # what has changed before is not of the callback
         yield
-        if holds and self._guard is not None:
-            self._tell_once(name, partial(messages.averaged_text, name), self._guard._put_back())
+        if not holds or self._guard is None:
+            return
+        changes, phrases = tuple(self._guard._put_back()), self._settings.frontend.phrases
+        if changes and not averages and self._settings.policy.tells_others == "error":
+            raise StatsChangedError(written_text(name, changes, phrases, is_error=True), changes)
+        self._tell_once(name, partial(written_text, name), changes)
 
     @contextmanager
     def _around_average_save(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> Iterator[None]:
         """Puts the model's statistics of guarded layers into a checkpoint of averaged weights."""
         yield
-        if self._holds_against_averages() and self._guard is not None and not self._settings.updates:
+        if self._holds_against_others() and self._guard is not None and not self._settings.updates:
             guarded = {id(layer.module): layer.buffers for layer in self._guard._stats_layers}
             state, current = checkpoint["state_dict"], checkpoint.get("current_model_state", {})
             for name, module in pl_module.named_modules(remove_duplicate=False):
@@ -329,7 +329,7 @@ class BNGuardCallback(RunGuard, LightningCallback):  # type: ignore[misc]  # as 
                     if key in state and key in current:
                         state[key] = current[key]
 
-    def _holds_against_averages(self) -> bool:
+    def _holds_against_others(self) -> bool:
         policy = self._settings.policy
         return self._trainer is not None and policy.puts_back and not policy.hides
 

@@ -37,7 +37,8 @@ from typing import Any, Final, Literal, Self, TypeAlias, Unpack, get_args
 
 from bnguard.errors import BNGuardError, BNGuardWarning
 from bnguard.guard.options import OnChange
-from bnguard.integrations._base import RunGuard, Target, missing_text, phrases_of
+from bnguard.integrations._base import RunGuard, Target, phrases_of
+from bnguard.integrations._messages import missing_text
 from bnguard.integrations._phase import RunOptions
 from bnguard.torch_internals.callsite import call_site
 from bnguard.words import short_repr, suggestion

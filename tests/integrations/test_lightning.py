@@ -599,7 +599,7 @@ def test_exception_on_its_way_is_not_masked_by_a_finding(tmp_path):
     """What changed is put back, and told in a note."""
     error = RuntimeError("of the user")
     guard = BNGuardCallback("backbone", use_running_stats=True)
-    callbacks = (guard, at("on_train_epoch_end", write), at("on_train_epoch_end", fail(error)))
+    callbacks = (guard, at("on_train_batch_end", write), at("on_train_batch_end", fail(error)))
     run = fit(make_net(), make_trainer(tmp_path, *callbacks))
     assert run.error is error
     [note] = error.__notes__
@@ -1067,13 +1067,14 @@ def test_no_checkpoint_holds_statistics_of_an_average(name, weights_only, tmp_pa
 
 @EVERY_AVERAGE
 def test_write_before_an_average_is_no_work_of_its_callback(name, tmp_path):
-    """It is an error as ever, and the callback's own writes before it were put back."""
+    """It is an error, of the callback that wrote; the other one's own writes before it were put back."""
     hook, epoch = ("on_train_end", 2) if name == "ema" else ("on_train_epoch_start", 2)
     callbacks = (at(hook, write, epoch), AVERAGING[name](), BNGuardCallback("backbone", use_running_stats=True))
     with said():
         run = fit(make_net(), make_trainer(tmp_path, *callbacks))
     assert isinstance(run.error, bnguard.StatsChangedError)
-    assert "of 1 layer changed inside BNGuardCallback():\n  backbone.1 (BatchNorm2d): running_mean;" in str(run.error)
+    assert str(run.error).startswith(f"At_{hook} wrote to running statistics of 1 layer inside BNGuardCallback():\n")
+    assert "\n  backbone.1 (BatchNorm2d): running_mean;" in str(run.error)
     run.assert_held()
 
 
@@ -1092,6 +1093,100 @@ def test_average_stays_where_changes_are_let_happen(name, on_change, tmp_path):
         run.statistics(), twin.statistics() if on_change == "warn" else {n: run.before[n] for n in run.statistics()}
     )
     run.assert_nothing_left()
+
+
+class AveragesByHand(Callback):
+    """As many people write it: an average of all floating point values, which is evaluated in place of the model."""
+
+    def on_train_start(self, trainer: Any, net: Any) -> None:
+        self.average = {name: value.clone() for name, value in net.state_dict().items() if value.is_floating_point()}
+
+    def on_train_batch_end(self, trainer: Any, net: Any, *rest: Any) -> None:
+        for name, value in net.state_dict().items():
+            if name in self.average:
+                self.average[name].mul_(0.9).add_(value, alpha=0.1)
+
+    def on_validation_start(self, trainer: Any, net: Any) -> None:
+        if hasattr(self, "average"):
+            self.own = values(net.state_dict())
+            net.load_state_dict(self.average, strict=False)
+
+    def on_validation_end(self, trainer: Any, net: Any) -> None:
+        if hasattr(self, "average"):
+            net.load_state_dict(self.own)
+
+    def on_train_end(self, trainer: Any, net: Any) -> None:
+        net.load_state_dict(self.average, strict=False)
+
+
+class PutsBack(ByHandAgainst):
+    """The same for such a callback."""
+
+    on_validation_start = on_validation_end = on_train_end = ByHandAgainst.put_back
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_average_of_a_users_callback_is_put_back_at_once(order: int, tmp_path: Path) -> None:
+    """Every bit is that of a twin whose statistics are put back by hand; one warning names the callback."""
+    net = make_net()
+    twin = fit(net, make_trainer(tmp_path, AveragesByHand(), PutsBack(net.backbone)))
+    assert twin.error is None
+    guard, average = BNGuardCallback("backbone", "restore", use_running_stats=True), AveragesByHand()
+    with said() as words:
+        run = fit(make_net(), make_trainer(tmp_path, *[guard, average][::order]))
+    assert run.error is None
+    [word] = words
+    text = str(word.message)
+    assert text.startswith("AveragesByHand wrote to running statistics of 1 layer inside BNGuardCallback():\n")
+    assert "There are no warnings about later writes of this callback." in text
+    run.assert_held()
+    assert_same_bits(run.net.state_dict(), twin.net.state_dict())
+    assert_same_bits(run.net.losses, twin.net.losses)
+    assert_same_bits(run.net.answers, twin.net.answers)
+    assert not [name for name in vars(average) if name.startswith("on_")]
+
+
+def test_write_of_a_users_callback_is_an_error_under_raise(tmp_path: Path) -> None:
+    """At once, and it names the callback; the statistics are back."""
+    guard, average = BNGuardCallback("backbone", use_running_stats=True), AveragesByHand()
+    run = fit(make_net(), make_trainer(tmp_path, average, guard))
+    assert isinstance(run.error, bnguard.StatsChangedError)
+    text = str(run.error)
+    assert text.startswith("AveragesByHand wrote to running statistics of 1 layer inside BNGuardCallback():\n")
+    assert 'on_change="restore"' in text
+    assert run.trainer.global_step == 6  # at the first validation
+    run.assert_held()
+
+
+def test_users_callback_that_writes_elsewhere_is_no_finding(tmp_path: Path) -> None:
+    """One that moves only what is not guarded, one that reads, and one that puts its own hook on the instance."""
+    seen = []
+
+    class Reads(Callback):
+        def on_train_epoch_end(self, trainer: Any, net: Any) -> None:
+            seen.append(float(net.backbone[1].running_mean.sum()))
+
+    own = pl.callbacks.LambdaCallback(on_train_epoch_end=lambda trainer, net: seen.append(trainer.current_epoch))
+    head = at("on_train_epoch_end", lambda trainer, net: net.head[1].running_mean.add_(1))
+    guard = BNGuardCallback("backbone", use_running_stats=True)
+    hook = own.on_train_epoch_end
+    with said() as words:
+        run = fit(make_net(), make_trainer(tmp_path, Reads(), own, head, guard))
+    assert run.error is None
+    assert words == []
+    assert len(seen) == 4
+    assert own.on_train_epoch_end is hook
+    run.assert_held()
+
+
+def test_average_of_a_users_callback_stays_under_warn(tmp_path: Path) -> None:
+    """Every bit is that of a twin without a guard."""
+    twin = fit(make_net(), make_trainer(tmp_path, AveragesByHand()))
+    with said():
+        run = fit(make_net(), make_trainer(tmp_path, AveragesByHand(), BNGuardCallback("backbone", "warn")))
+    assert run.error is None
+    assert_same_bits(run.net.state_dict(), twin.net.state_dict())
+    assert_same_bits(run.net.answers, twin.net.answers)
 
 
 class Tuned(Net):
@@ -1448,7 +1543,12 @@ def test_no_tensor_is_read_in_a_training_step(on_change, options, reads, tmp_pat
                 spy = lambda *args, plain=plain, **options: seen.append(plain) or plain(*args, **options)  # noqa: E731
                 monkeypatch.setattr(owner, name, spy)
 
-        end = at("on_train_epoch_end", lambda trainer, net: monkeypatch.undo())
+        class End(Callback):
+            def on_train_batch_end(self, trainer: Any, *rest: Any) -> None:
+                if trainer.is_last_batch:
+                    monkeypatch.undo()
+
+        end = End()
         trainer = make_trainer(
             tmp_path, at("on_train_batch_start", begin), *callbacks, end, max_epochs=1, limit_val_batches=0
         )
