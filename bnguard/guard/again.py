@@ -41,6 +41,7 @@ from bnguard.layers.usual_copy import UsualCopy
 from bnguard.torch_internals.compile import GUARDS_GRAPHS
 from bnguard.torch_internals.tracing import is_calm
 
+(_IN_ONE_LIST,) = map(getrefcount, [object()])  # what it says of an object to which a list refers
 _COLUMNS: Final = tuple(map(itemgetter, BATCH_NORM_STATISTICS))
 _PUT: Final = ("forward", "_replicate_for_data_parallel", "__getstate__", MARK)
 _TABLE: Final = itemgetter("_buffers")
@@ -62,8 +63,8 @@ class Again:
     """
 
     __slots__ = (
-        "_attributes", "_check", "_columns", "_counted", "_has_forward", "_layers", "_modules", "_ruling", "_settings",
-        "_size", "_tree", "entry", "guards",
+        "_attributes", "_check", "_columns", "_counted", "_has_forward", "_is_sure", "_layers", "_modules", "_ruling",
+        "_settings", "_size", "_tree", "entry", "guards",
     )  # fmt: skip
 
     def __init__(self, tree: Tree, layers: Sequence[StatsLayer], settings: Settings, counts: Counts) -> None:
@@ -81,6 +82,7 @@ class Again:
         self.guards = list(map(LayerGuard, layers, zip(*self._columns, strict=True)))
         self._check: ExitCheck | None = None  # once there was one
         self._counted: list[Collection[Any]] | None = None  # once the block is used again
+        self._is_sure = False  # until somebody else's code runs
 
     def rest(self) -> bool:
         """Lets go of the block, so that no cycle outlives it; False if a forward that began in it goes on."""
@@ -92,12 +94,47 @@ class Again:
             self._check.forget()  # a guard that is kept for later keeps no copies
         return True
 
+    def release(self) -> bool:
+        """Refers to the model weakly from now on; False, with nothing done, if what is on a layer outlives the block.
+
+        ``rest()`` was called before.
+        """
+        if not all(map(_IN_ONE_LIST.__eq__, map(getrefcount, self.guards))):
+            return False  # such as a forward that is kept
+        for guard in self.guards:
+            guard.module = None
+        if self._check is not None:
+            self._check.statistics.modules = ()
+        self._modules, self._attributes = [], []
+        self._counted = self._counted and []
+        self._tree.release()
+        return True
+
+    def recover(self) -> bool:
+        """Refers to the model as before; False if it is not as it was."""
+        if not self._tree.recover():
+            return False
+        self._modules = modules = [layer.module for layer in self._layers]
+        self._attributes = list(map(_ATTRIBUTES, modules))
+        for guard, module in zip(self.guards, modules, strict=True):
+            guard.module = module
+        if self._check is not None:
+            self._check.statistics.modules = modules
+        if self._counted is not None:
+            self._counted = counted_in(self._tree.model, self._tree)
+        self._is_sure = False
+        self._is_sure = self.is_ready()
+        return self._is_sure
+
     def is_ready(self) -> bool:
         """Whether the model is as it was."""
+        if self._is_sure:  # recovered right before
+            self._is_sure = False
+            return True
         if not (self._tree.is_current() and self._has_same_statistics()):
             return False
         if self._counted is None:
-            model = self._tree.modules[0]
+            model = self._tree.model
             if not is_alone(model, self._tree):
                 return False
             self._counted = counted_in(model, self._tree)

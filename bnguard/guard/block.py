@@ -58,12 +58,11 @@ class Block:
 
     __slots__ = (
         "__weakref__", "_affine", "_again", "_beside", "_check", "_counts", "_entry", "_guards", "_has_named",
-        "_has_warned_of_program", "_kept", "_known", "_layers", "_model", "_on_cuda", "_outcome", "_owners",
-        "_process", "_regions", "_settings", "_sites", "_tree", "_without_values",
+        "_has_warned_of_program", "_kept", "_known", "_layers", "_on_cuda", "_outcome", "_owners", "_process",
+        "_regions", "_settings", "_sites", "_tree", "_without_values",
     )  # fmt: skip
 
     def __init__(self, model: nn.Module, settings: Settings, earlier: Block | None = None) -> None:
-        self._model = model
         self._settings = settings
         self._process = 0
         self._on_cuda = False
@@ -104,10 +103,18 @@ class Block:
             return True
         return False
 
+    def release(self) -> bool:
+        """Refers to the model weakly from now on, until ``recover()``; False if the block cannot be entered again."""
+        return bool(self._kept) and self._kept[0].release()
+
+    def recover(self) -> bool:
+        """Refers to the model as before; False if it is not as it was."""
+        return self._kept[0].recover()
+
     def enter(self, manager: object = None) -> None:
         """Guards the layers from now on, at most as long as ``manager`` lives. If it fails, ``abandon()`` it."""
         again = self._again
-        if again is None and goes_short(self._model, self._tree, self._layers, self._settings):
+        if again is None and goes_short(self._tree.model, self._tree, self._layers, self._settings):
             again = Again(self._tree, self._layers, self._settings, self._counts)
         if again is not None and self._enter_again(again, manager):
             return
@@ -118,7 +125,7 @@ class Block:
         )
         self._refuse_capture()
         if settings.use_running_stats:
-            refuse_batch_programs(self._model, layers)
+            refuse_batch_programs(self._tree.model, layers)
             refuse_other_buffers(layers, settings)
         is_outermost = settings.frontend.is_outermost
         entry = PolicyEntry(self, settings.policy, settings.updates, self._counts, outermost=is_outermost)
@@ -137,7 +144,7 @@ class Block:
             self._affine.take([p for i in range(len(layers)) for p in check.parameters.objects_of(i)])
         if settings.frontend.has_coverage_warnings:
             warn_about_programs(settings)
-            self._beside = found_beside(self._model, self._tree, layers, settings)
+            self._beside = found_beside(self._tree.model, self._tree, layers, settings)
 
     def check(self) -> None:
         """Compares now, and acts as the end of the block would; under ``"rollback"`` nothing is put back."""
@@ -159,7 +166,7 @@ class Block:
         """
         again = self._again
         if again is not None and self._ends_short(again):
-            again.end(self._model)
+            again.end(self._tree.model)
             self._entry = self._again = self._check = None
             if again.rest():
                 self._kept.append(again)
@@ -201,7 +208,7 @@ class Block:
     @property
     def layers(self) -> tuple[GuardedLayer, ...]:
         """The layers, and how each is protected."""
-        return protected_layers(self._layers, self._settings, self._model, self._without_values)
+        return protected_layers(self._layers, self._settings, self._tree.model, self._without_values)
 
     @property
     def stats_layers(self) -> list[StatsLayer]:
@@ -329,14 +336,14 @@ class Block:
         if self._settings.policy.puts_back:
             for guard in self._guards:
                 guard.restored()
-        about = self._model, self._layers, comparisons, self._counts, self._outcome, self._settings
-        keep_verdict(self._model, Verdict(self, *about))
+        about = self._tree.model, self._layers, comparisons, self._counts, self._outcome, self._settings
+        keep_verdict(self._tree.model, Verdict(self, *about))
         return True
 
     def _act(self, found: list[StatsChange], error: BaseException | None) -> None:
         check = self._check
         if check is not None and (found or self._outcome.is_due):
-            cause = check.cause(found, self._model) if found else "unknown"
+            cause = check.cause(found, self._tree.model) if found else "unknown"
             self._outcome.act(found, check.broadcast, self.changes, cause, error)
 
     def _put_back(self, check: ExitCheck, *, is_compared: bool = True) -> None:
@@ -351,12 +358,12 @@ class Block:
                 self._affine.release()
         finally:
             if self._entry is not None:
-                drop_entry(self._guards, self._entry, self._model)
+                drop_entry(self._guards, self._entry, self._tree.model)
         self._entry = self._again = None
 
     def _warn_of_gaps(self, *, has_found: bool) -> None:
         if self._check is not None and self._layers:
-            warn_about_added_layers(self._model, self._settings, self._tree, self._check.statistics)
+            warn_about_added_layers(self._tree.model, self._settings, self._tree, self._check.statistics)
         if self._regions and not is_any_held(self._layers):
             warn_about_pending_regions(self._regions.values(), self._settings)
         for tell in () if has_found else self._beside:  # one finding at a time
@@ -376,7 +383,7 @@ class Block:
         """Names the layers as parts of the whole model where the user did not say which one that is."""
         if self.guards_every_model and not self._has_named:
             self._has_named = True
-            names = {id(layer.module): layer.names for layer in Tree(registered_root(self._model)).layers}
+            names = {id(layer.module): layer.names for layer in Tree(registered_root(self._tree.model)).layers}
             for layer in self._layers:
                 layer.names = names.get(id(layer.module), layer.names)
 

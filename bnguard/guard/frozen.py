@@ -47,6 +47,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 __tracebackhide__ = hides_frame
 
+_RELEASED: Final = nn.Module()  # in place of a model
 _numbers: Final = itertools.count(1)
 # The blocks that this thread or this task of asyncio has entered. One that another one leaves stays among them.
 _own: Final[ContextVar[tuple[int, ...]]] = ContextVar("bnguard_own_blocks", default=())
@@ -312,6 +313,18 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
 
     def __setstate__(self, state: tuple[nn.Module, Settings]) -> None:
         self._set(*state)
+
+    def _release(self) -> bool:
+        """Refers to the model weakly from now on, until ``_recover()``; False if a new guard is as good."""
+        if self._open or self._last is None or not self._last.release():
+            return False
+        self._model = _RELEASED
+        return True
+
+    def _recover(self, model: nn.Module) -> bool:
+        """Refers to its model again; False if that is not as it was."""
+        self._model = model
+        return self._last is not None and self._last.recover()
 
     @property
     def _stats_layers(self) -> list[StatsLayer]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator
-from operator import attrgetter, is_
-from typing import Any, Final
+from itertools import repeat
+from operator import attrgetter, is_, is_not
+from typing import Any, Final, TypeAlias
 
 from torch import nn
 
@@ -26,6 +28,16 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
+# In place of a module, while a tree refers to modules weakly.
+_RELEASED: Final = nn.Module()
+
+# Of the modules of a tree: weak references; of those that have children, their places, with names and places of the
+# children; the places of the layers.
+_Outline: TypeAlias = tuple[
+    list[weakref.ref[nn.Module]], list[tuple[int, tuple[str, ...], tuple[int | None, ...]]], list[int]
+]
+
+
 class Tree:
     """The modules of a model at the time of the walk.
 
@@ -43,6 +55,7 @@ class Tree:
         "_missing",
         "_module_tables",
         "_modules",
+        "_outline",
         "_rules",
         "_types",
         "layers",
@@ -71,6 +84,37 @@ class Tree:
         ]
         self._module_tables: list[Any] = list(map(_MODULES, self._modules))
         self._branches = [(table, tuple(table.keys()), tuple(table.values())) for table in self._module_tables if table]
+        self._outline: _Outline | None = None  # once there was a release()
+
+    def release(self) -> None:
+        """Refers to the modules weakly from now on, and to no model, until ``recover()``."""
+        if self._outline is None:
+            self._outline = _outline_of(self._modules, self._module_tables, self.layers)
+        self._modules, self._module_tables, self._branches = [], [], []
+        for layer in self.layers:
+            layer.module = _RELEASED
+
+    def recover(self) -> bool:
+        """Refers to the modules as at the walk; False if one is gone. What else has changed, ``is_current`` tells."""
+        if self._outline is None:
+            return True
+        references, branches, layers = self._outline
+        modules: list[Any] = [reference() for reference in references]
+        if not all(map(is_not, modules, repeat(None))):
+            return False
+        self._modules, self._module_tables = modules, list(map(_MODULES, modules))
+        self._branches = [
+            (self._module_tables[place], keys, tuple([None if child is None else modules[child] for child in children]))
+            for place, keys, children in branches
+        ]
+        for layer, place in zip(self.layers, layers, strict=True):
+            layer.module = modules[place]
+        return True
+
+    @property
+    def model(self) -> nn.Module:
+        """The model itself."""
+        return self._modules[0]
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:
@@ -126,6 +170,16 @@ class Tree:
             if tuple(table.keys()) != keys or not all(map(is_, table.values(), children)):
                 return False
         return True
+
+
+def _outline_of(modules: list[nn.Module], tables: list[Any], layers: list[StatsLayer]) -> _Outline:
+    places = {key: place for place, key in enumerate(map(id, modules))}
+    branches = [
+        (place, tuple(table.keys()), tuple([places.get(id(child)) for child in table.values()]))
+        for place, table in enumerate(tables)
+        if table
+    ]
+    return list(map(weakref.ref, modules)), branches, [places[id(layer.module)] for layer in layers]
 
 
 def find_layers(model: nn.Module) -> list[StatsLayer]:

@@ -1,0 +1,292 @@
+"""``strict`` keeps the guard of a model between two calls, weakly: it does what a new guard at each call does.
+
+A run in which no guard is kept is the plain way that the other one must equal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import random
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import bnguard
+from bnguard.guard.frozen import frozen
+from bnguard.layers.tree import Tree
+from tests.asserts import assert_clean, assert_same_bits, state_of, told
+from tests.guard.test_again import ERRORS, EVENTS, POLICIES, _batch, _forward, _stop_others, assert_same, make_net
+
+OPTIONS = {name: options for name, options in POLICIES.items() if name != "affine"}
+
+
+@pytest.fixture
+def walks(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[nn.Module]]:
+    """The models that were walked."""
+    seen: list[nn.Module] = []
+    init = Tree.__init__
+
+    def counting(tree: Tree, model: nn.Module) -> None:
+        seen.append(model)
+        init(tree, model)
+
+    monkeypatch.setattr(Tree, "__init__", counting)
+    yield seen
+    seen.clear()
+
+
+def mlp(width: int = 6) -> nn.Sequential:
+    """A net with two layers."""
+    return nn.Sequential(nn.Linear(6, width), nn.BatchNorm1d(width), nn.ReLU(), nn.BatchNorm1d(width))
+
+
+def run(events: list[Any], options: dict[str, Any], seed: int) -> list[Any]:
+    """What a program says and leaves: calls of one function, with events inside of them and in between."""
+    random_ = random.Random(seed)
+    net = make_net(random_)
+
+    @bnguard.strict(**options)
+    def call(net: nn.Module, *acts: Callable[[nn.Module, random.Random], Any]) -> list[Any]:
+        return [act(net, random_) for act in acts]
+
+    trace: list[Any] = []
+    for event in events:
+        for is_inside in [random_.random() < 0.5] if seed else [True, False]:
+            with told(), contextlib.suppress(*ERRORS):
+                for _ in range(3):
+                    call(net, lambda net, random_: net.eval()(_batch(random_)))
+            trace.append(_call(call, net, event, random_, inside=is_inside))
+    with told():
+        _stop_others(net, random_)
+    return trace
+
+
+def _call(call: Any, net: nn.Module, event: Any, random_: random.Random, *, inside: bool) -> list[Any]:
+    outputs: list[Any] = []
+
+    def in_mode(training: bool) -> Callable[[nn.Module, random.Random], Any]:
+        return lambda net, random_: _forward(net.train(training), random_)
+
+    with told() as said:
+        try:
+            if not inside:
+                outputs.append(event(net, random_))
+            outputs.append(call(net, *[event] * inside, in_mode(False), in_mode(True)))
+        except ERRORS as error:
+            outputs.append(f"{error} {getattr(error, '__notes__', '')}")
+    with told(), contextlib.suppress(*ERRORS):
+        outputs.append(net(_batch(random_)))
+    lines = [line for text in (said.error or "", *said.warnings) for line in text.splitlines()]
+    gradients = [parameter.grad for parameter in net.parameters()]
+    if not net.__dict__.get("open_guards"):
+        assert_clean(net)
+    for clone in net.__dict__.get("kept_clone") or ():
+        assert_clean(clone)
+    return [outputs, lines, gradients, state_of(net), torch.get_rng_state()]
+
+
+def assert_alike(events: list[Any], policy: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program goes the same whether guards are kept or not."""
+    kept = run(events, OPTIONS[policy], seed)
+    with monkeypatch.context() as patch:
+        patch.setattr(frozen, "_release", lambda guard: False)
+        fresh = run(events, OPTIONS[policy], seed)
+    assert_same(kept, fresh)
+
+
+@pytest.mark.parametrize("policy", OPTIONS)
+@pytest.mark.parametrize("event", EVENTS, ids=lambda event: event.__name__.strip("_<>"))
+def test_kept_guard_is_like_a_new_one(policy: str, event: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs, gradients, statistics, random numbers, what is said and left behind, of one event inside and outside."""
+    assert_alike([event], policy, 0, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", OPTIONS)
+def test_kept_guard_is_like_a_new_one_in_random_programs(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same for many events on nets of many forms."""
+    for seed in range(1, 150):
+        assert_alike(random.Random(seed).choices(EVENTS, k=6), policy, seed, monkeypatch)
+
+
+@pytest.mark.parametrize("policy", ["raise", "warn", "restore"])
+def test_model_is_walked_once(policy: Any, walks: list[nn.Module]) -> None:
+    """Not again at each call, wherever the model is found."""
+    net = mlp().eval()
+
+    @bnguard.strict(on_change=policy)
+    def evaluate(model: nn.Module) -> Tensor:
+        output: Tensor = model(torch.ones(2, 6))
+        return output
+
+    class Trainer:
+        def __init__(self) -> None:
+            self.model = net
+
+        @bnguard.strict(on_change=policy)
+        def evaluate(self) -> Tensor:
+            output: Tensor = self.model(torch.ones(2, 6))
+            return output
+
+    trainer = Trainer()
+    for _ in range(2):  # the first block on a model looks at more
+        evaluate(net)
+        trainer.evaluate()
+    walks.clear()
+    for _ in range(5):
+        evaluate(net)
+        trainer.evaluate()
+    assert walks == []
+
+
+def test_each_model_has_its_own(walks: list[nn.Module]) -> None:
+    """Two models take turns; both are known from their second call on."""
+    nets = [mlp(), mlp(4)]
+
+    @bnguard.strict(on_change="restore")
+    def step(model: nn.Module) -> None:
+        model(torch.randn(3, 6))
+
+    before = [state_of(net) for net in nets]
+    for net in nets * 2:
+        step(net)
+    walks.clear()
+    for _ in range(3):
+        for net in nets:
+            step(net)
+    assert walks == []
+    for net, state in zip(nets, before, strict=True):
+        assert_same_bits(state_of(net), state)
+        assert_clean(net)
+
+
+def test_last_reference_frees_the_model() -> None:
+    """Without the garbage collector, and with it all of its parts."""
+    net = mlp()
+
+    @bnguard.strict(on_change="restore")
+    def step(model: nn.Module) -> None:
+        model(torch.randn(3, 6))
+
+    parts = [weakref.ref(part) for part in net.modules()]
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(4):
+            step(net)
+        del net
+        assert [part() for part in parts] == [None] * len(parts)
+    finally:
+        gc.enable()
+
+
+def test_part_that_is_gone_is_no_part_any_more() -> None:
+    """A layer that was taken out between two calls is freed, and the rest is guarded."""
+    net = mlp()
+
+    @bnguard.strict(on_change="restore")
+    def step(model: nn.Module) -> None:
+        model(torch.randn(3, 6))
+
+    for _ in range(3):
+        step(net)
+    gone = weakref.ref(net[3])
+    net[3] = nn.Identity()
+    assert gone() is None
+    before = state_of(net)
+    step(net)
+    assert_same_bits(state_of(net), before)
+    net.append(nn.BatchNorm1d(6))
+    before = state_of(net)
+    step(net)
+    assert_same_bits(state_of(net), before)
+    assert_clean(net)
+
+
+def test_forward_that_is_kept_goes_on_working() -> None:
+    """After the call it is that of the layer, as with a guard that is not kept; later calls are guarded."""
+    net = mlp()
+    kept: list[Any] = []
+
+    @bnguard.strict(on_change="restore")
+    def step(model: nn.Module) -> None:
+        kept.append(model[1].forward)
+        model(torch.randn(3, 6))
+
+    for _ in range(3):
+        step(net)
+    before, twin = state_of(net[1]), nn.BatchNorm1d(6)
+    batch = torch.randn(3, 6)
+    assert_same_bits([forward(batch) for forward in kept], [twin(batch) for _ in kept])
+    assert_same_bits(state_of(net[1]), state_of(twin))
+    assert before["num_batches_tracked"] == 0
+    state = state_of(net)
+    step(net)
+    assert_same_bits(state_of(net), state)
+
+
+def test_call_inside_of_a_call_has_a_guard_of_its_own() -> None:
+    """A function that calls itself, and two threads that call it at the same time."""
+    net = mlp()
+    before = state_of(net)
+    barrier = threading.Barrier(2)
+
+    @bnguard.strict(on_change="restore")
+    def step(model: nn.Module, depth: int = 0, wait: bool = False) -> None:
+        if depth:
+            step(model, depth - 1)
+        if wait:
+            barrier.wait(10)
+        model(torch.randn(3, 6))
+        if wait:
+            barrier.wait(10)
+
+    for _ in range(4):
+        step(net, 2)
+        threads = [threading.Thread(target=step, args=(net, 0, True)) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+        assert_clean(net)
+        assert_same_bits(state_of(net), before)
+
+
+def test_generator_takes_the_guard_at_each_part(walks: list[nn.Module]) -> None:
+    """What the caller does in between is in no block, also with the same function."""
+    net = mlp()
+
+    @bnguard.strict(on_change="restore")
+    def steps(model: nn.Module) -> Iterator[Tensor]:
+        for _ in range(3):
+            yield model(torch.randn(3, 6))
+
+    list(steps(net))
+    walks.clear()
+    before = state_of(net)
+    for _ in steps(net):
+        assert_clean(net)
+        assert next(steps(net)) is not None
+        assert_same_bits(state_of(net), before)
+    assert walks == []
+
+
+def test_call_that_fails_leaves_nothing() -> None:
+    """The next call has a new guard, which finds the same."""
+    net = mlp()
+
+    @bnguard.strict
+    def step(model: nn.Module, training: bool) -> None:
+        model.train(training)(torch.randn(3, 6))
+
+    for _ in range(3):
+        step(net, False)
+        with pytest.raises(bnguard.StatsChangedError, match=r"1 \(BatchNorm1d\) is in train mode"):
+            step(net, True)
+        assert_clean(net)
