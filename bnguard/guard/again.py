@@ -37,7 +37,7 @@ from bnguard.guard.policy import NO_RULING, Counts, PolicyEntry, Ruling, innermo
 from bnguard.layers.kinds import BATCH_NORM, BATCH_NORM_STATISTICS, BATCH_NORMS, StatsLayer
 from bnguard.layers.swaps import swaps
 from bnguard.layers.tree import Tree
-from bnguard.layers.usual_copy import UsualCopy
+from bnguard.layers.usual_copy import UsualCopy, UsualTensors
 from bnguard.torch_internals.compile import GUARDS_GRAPHS
 from bnguard.torch_internals.tracing import is_calm
 
@@ -64,7 +64,7 @@ class Again:
 
     __slots__ = (
         "_attributes", "_check", "_columns", "_counted", "_has_forward", "_is_sure", "_layers", "_modules", "_ruling",
-        "_settings", "_size", "_tree", "entry", "guards",
+        "_settings", "_size", "_tensors", "_tree", "entry", "guards",
     )  # fmt: skip
 
     def __init__(self, tree: Tree, layers: Sequence[StatsLayer], settings: Settings, counts: Counts) -> None:
@@ -80,7 +80,8 @@ class Again:
         tables = list(map(_TABLE, self._attributes))
         self._columns: list[list[Tensor]] = [list(map(column, tables)) for column in _COLUMNS]
         self.guards = list(map(LayerGuard, layers, zip(*self._columns, strict=True)))
-        self._check: ExitCheck | None = None  # once there was one
+        self._tensors: UsualTensors | None = None  # once there was a copy
+        self._check: ExitCheck | None = None  # likewise
         self._counted: list[Collection[Any]] | None = None  # once the block is used again
         self._is_sure = False  # until somebody else's code runs
 
@@ -182,7 +183,9 @@ class Again:
     def check_anew(self) -> ExitCheck | None:
         """The comparison with the statistics of now; None if they are not usual ones."""
         try:
-            copy = UsualCopy(self._columns)
+            if self._tensors is None or not self._tensors.are_in_place():
+                self._tensors = UsualTensors(self._columns)
+            copy = UsualCopy(self._tensors)
         except (ValueError, RuntimeError):
             return None
         if self._check is None:

@@ -17,7 +17,7 @@ from bnguard.layers.comparison import Comparison, grouped
 from bnguard.layers.flat_copy import FlatCopy, copies_of, copy_of_columns
 from bnguard.layers.kinds import BATCH_NORM_STATISTICS
 from bnguard.layers.swaps import Table, own_tables, own_tensors, put_tensor, swap_lock
-from bnguard.layers.usual_copy import FlatDifference, UsualCopy, Write
+from bnguard.layers.usual_copy import FlatDifference, UsualCopy, UsualTensors, Write
 from bnguard.torch_internals.tracing import outside_modes
 from bnguard.torch_internals.transforms import PLAIN, unwrapped_tensor
 
@@ -82,7 +82,7 @@ class Snapshot:
         self._copies: Sequence[FlatCopy | UsualCopy]
         if not is_flat and len(self._groups) == 1 and names[0] == BATCH_NORM_STATISTICS:
             try:
-                self._copies = (UsualCopy(self._columns),)
+                self._copies = (UsualCopy(UsualTensors(self._columns)),)
             except (ValueError, RuntimeError):
                 pass
             else:

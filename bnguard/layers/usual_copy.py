@@ -90,18 +90,23 @@ class FlatDifference:
                 yield Moved(row, names, then, now)
 
 
-class UsualCopy:
-    """A copy of means, variances and numbers of batches, taken when it is made.
+class UsualTensors:
+    """Means, variances and numbers of batches of layers, in the form in which they are copied.
 
     Args:
         columns: The means, the variances and the numbers of batches of the layers.
 
+    Attributes:
+        statistics: Mean and variance of each layer.
+        counts: Its number of batches.
+        places: Where all of these are in memory.
+        sizes: The lengths of the statistics.
+
     Raises:
         ValueError: They are not what torch's own layers have, on the CPU and with values.
-        RuntimeError: They cannot be concatenated.
     """
 
-    __slots__ = ("_counts", "_flat", "_numbers", "_places", "_sizes", "_tensors", "_viewed")
+    __slots__ = ("_all", "counts", "places", "sizes", "statistics")
 
     def __init__(self, columns: list[list[Tensor]]) -> None:
         means, variances, counts = columns
@@ -111,15 +116,41 @@ class UsualCopy:
         dtypes = set(map(_DTYPE, tensors))
         if len(dtypes) > 1 or not dtypes <= _FLOATS or set(map(_DTYPE, counts)) != _INTEGERS:
             raise ValueError
-        self._tensors, self._counts = tensors, counts
-        self._places = places = list(map(Tensor.data_ptr, tensors + counts))
+        self.statistics, self.counts, self._all = tensors, counts, tensors + counts
+        self.places = places = list(map(Tensor.data_ptr, self._all))
         if 0 in places or not counts[0].is_cpu or any(map(Tensor.dim, counts)):
             raise ValueError
-        self._sizes = list(map(Tensor.numel, tensors))
-        self._flat = flat = torch.cat(tensors)
-        if flat.dim() > 1 or not flat.is_cpu or is_wrapped(flat) or flat.requires_grad:
+        self.sizes = list(map(Tensor.numel, tensors))
+
+    def are_in_place(self) -> bool:
+        """Whether none was given other memory since."""
+        return list(map(Tensor.data_ptr, self._all)) == self.places
+
+    def have_memory(self) -> bool:
+        """Whether each has memory, whichever: torch would crash where one has none."""
+        return 0 not in map(Tensor.data_ptr, self._all)
+
+
+class UsualCopy:
+    """A copy of means, variances and numbers of batches, taken when it is made.
+
+    Args:
+        tensors: The tensors, all of which are in place.
+
+    Raises:
+        ValueError: They are not on the CPU, or not ordinary ones.
+        RuntimeError: They cannot be concatenated.
+    """
+
+    __slots__ = ("_counts", "_flat", "_numbers", "_of", "_sizes", "_tensors", "_viewed")
+
+    def __init__(self, tensors: UsualTensors) -> None:
+        self._of = tensors
+        self._tensors, self._counts, self._sizes = tensors.statistics, tensors.counts, tensors.sizes
+        self._flat = flat = torch.cat(self._tensors)
+        if flat.dim() > 1 or not flat.is_cpu or is_wrapped(flat) or flat.requires_grad or len(flat) != sum(self._sizes):
             raise ValueError
-        self._numbers = list(map(Tensor.item, counts))
+        self._numbers = list(map(Tensor.item, self._counts))
         self._viewed: Tensor | None = None  # replaces _numbers once views() has been called: callers may write to them
 
     def is_unchanged(self) -> bool:
@@ -137,7 +168,7 @@ class UsualCopy:
             RuntimeError: They cannot be concatenated or compared any more, because the dtype, shape or device of one
                 has changed in place, or its memory has been given back: torch would crash.
         """
-        if 0 in map(Tensor.data_ptr, self._tensors + self._counts):
+        if not self._of.have_memory():
             raise RuntimeError("a tensor has no memory")
         numbers: list[Any] = self._numbers if self._viewed is None else self._viewed.tolist()
         numbers_now: list[Any] = list(map(Tensor.item, self._counts))
@@ -205,7 +236,7 @@ class UsualCopy:
 
     def pointers(self) -> Iterator[tuple[int, int]]:
         """The id of each tensor, and where its values were in memory when they were copied."""
-        return zip(map(id, self._tensors + self._counts), self._places, strict=True)
+        return zip(map(id, self._tensors + self._counts), self._of.places, strict=True)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

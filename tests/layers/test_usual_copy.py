@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bnguard.layers import snapshot
 from bnguard.layers.snapshot import Snapshot
-from bnguard.layers.usual_copy import UsualCopy, Write
+from bnguard.layers.usual_copy import UsualCopy, UsualTensors, Write
 from tests.asserts import assert_same_bits
 
 NAMES = ("running_mean", "running_var", "num_batches_tracked")
@@ -103,7 +103,7 @@ def test_what_is_not_usual_is_refused(make: Callable[[nn.Module], object]) -> No
     make(layers[0])
     columns = [[getattr(layer, name) for layer in layers] for name in NAMES]
     with pytest.raises((ValueError, RuntimeError)):
-        UsualCopy(columns)
+        UsualCopy(UsualTensors(columns))
 
 
 def columns_of(layers: list[nn.Module]) -> list[list[Tensor]]:
@@ -126,7 +126,7 @@ def updated(layers: list[nn.Module], row: int) -> Write:
 def test_copy_absorbs_what_a_series_of_updates_has_left(rows: list[int], has_views: bool, dtype: torch.dtype) -> None:
     """In any order: it then compares with that, and nothing is different."""
     layers = make_layers(dtype)
-    copy = UsualCopy(columns_of(layers))
+    copy = UsualCopy(UsualTensors(columns_of(layers)))
     views = dict(copy.views()) if has_views else {}
     assert copy.absorb([updated(layers, row) for row in rows])
     assert copy.is_unchanged()
@@ -141,7 +141,7 @@ def test_copy_absorbs_what_a_series_of_updates_has_left(rows: list[int], has_vie
 def test_copy_absorbs_nothing_if_somebody_else_has_written_in_between(name: str, at: int) -> None:
     """Before the first update of a layer or between two: the copy stays as it was."""
     layers = make_layers()
-    copy = UsualCopy(columns_of(layers))
+    copy = UsualCopy(UsualTensors(columns_of(layers)))
     before = [view.clone() for _, view in copy.views()]
     writes = []
     for position, row in enumerate([1, 0, 2, 1]):
@@ -157,7 +157,7 @@ def test_copy_absorbs_nothing_if_somebody_else_has_written_in_between(name: str,
 def test_what_has_moved_is_what_differs(change: str, dtype: torch.dtype) -> None:
     """The names, and the values of then and now, which later writes do not change."""
     layers = make_layers(dtype)
-    copy, taken = UsualCopy(columns_of(layers)), Snapshot(layers, [NAMES] * len(layers))
+    copy, taken = UsualCopy(UsualTensors(columns_of(layers))), Snapshot(layers, [NAMES] * len(layers))
     CHANGES[change](layers[0])
     moved, expected = copy.moved(), taken.changed()
     assert (moved is None) is (not expected)
