@@ -13,7 +13,7 @@ from typing import Final
 
 import torch
 
-from benchmarks import compiled, cuda, enter_exit, forward, memory, startup, step, suite, updating, watch
+from benchmarks import compiled, cuda, enter_exit, forward, memory, readme, startup, step, suite, updating, watch
 from benchmarks.results import Benchmark, Row, conditions, from_json, line, to_json, write
 
 _CPU: Final[dict[str, Benchmark]] = {
@@ -53,6 +53,8 @@ def main() -> int:
         any_failed = any_failed or bool(failed)
         for path in write(device, rows, failed):
             print(f"written: {path}")
+        if device == "cpu" and not failed:
+            print(f"written: {readme.write()}")
         if options.plot:
             from benchmarks.plot import draw
 

@@ -18,7 +18,7 @@ from torch import nn
 
 import bnguard
 from benchmarks import __main__ as main
-from benchmarks import race, results, rivals, step, suite, transcript
+from benchmarks import race, readme, results, rivals, step, suite, transcript, watch
 from benchmarks.__main__ import _ALL
 from benchmarks.models import NETS, BatchNormAct2d, bn_chain, make_step, sample
 from tests import forks
@@ -257,6 +257,24 @@ def test_columns_say_what_the_figures_are(title: str, columns: tuple[str, str], 
     row = replace(_row(1.0, 0.9, None), title=title)
     assert row.columns == columns
     assert row.is_ratio is is_ratio
+
+
+def test_readme_has_the_table_of_the_committed_results() -> None:
+    """To the letter; ``python -m benchmarks.readme`` writes it."""
+    content = json.loads((Path(results.__file__).parent / "results" / "cpu.json").read_text())
+    costs = readme.table(list(map(results.from_json, content["rows"])))
+    assert costs.count("\n") >= 6
+    assert readme.shown_in(PAGES["README.md"], costs) == PAGES["README.md"]
+    assert "| another |" in readme.shown_in(PAGES["README.md"], "| another |\n")
+    with pytest.raises(ValueError, match="no table"):
+        readme.shown_in("a page", costs)
+
+
+def test_table_of_the_readme_leaves_out_what_was_not_measured() -> None:
+    """A row without figures, and a cell."""
+    measured = race.Spread(1.234, 1.0, 2.0)
+    costs = readme.table([results.Row("watch/bn_mlp", "A step", watch.WATCHED, step.PLAIN, measured)])
+    assert costs.splitlines()[2:] == ["| `watch(model)` around the loop |  |  | 1.23 |"]
 
 
 @pytest.mark.parametrize("path", ["README.md", "docs/run.md"])
