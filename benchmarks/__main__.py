@@ -7,17 +7,18 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Final
 
 import torch
 
-from benchmarks import compiled, cuda, enter_exit, forward, memory, startup, step, updating, watch
-from benchmarks.results import Benchmark, Row, from_json, line, to_json, write
+from benchmarks import compiled, cuda, enter_exit, forward, memory, readme, startup, step, suite, updating, watch
+from benchmarks.results import Benchmark, Row, conditions, from_json, line, to_json, write
 
 _CPU: Final[dict[str, Benchmark]] = {
     **forward.BENCHMARKS, **step.BENCHMARKS, **enter_exit.BENCHMARKS, **compiled.BENCHMARKS,
-    **memory.BENCHMARKS, **startup.BENCHMARKS, **updating.BENCHMARKS, **watch.BENCHMARKS,
+    **memory.BENCHMARKS, **startup.BENCHMARKS, **suite.BENCHMARKS, **updating.BENCHMARKS, **watch.BENCHMARKS,
 }  # fmt: skip
 _ALL: Final = {**_CPU, **cuda.BENCHMARKS}
 
@@ -36,7 +37,7 @@ def main() -> int:
         print("\n".join(_ALL))
         return 0
     if options.json:
-        print(json.dumps([to_json(row) for key in options.keys for row in _ALL[key]()]))
+        print(json.dumps([to_json(row) for key in options.keys for row in under_conditions(_ALL[key])]))
         return 0
     if "cuda" in devices and not torch.cuda.is_available():
         parser.error("this machine has no CUDA device")
@@ -52,12 +53,20 @@ def main() -> int:
         any_failed = any_failed or bool(failed)
         for path in write(device, rows, failed):
             print(f"written: {path}")
+        if device == "cpu" and not failed:
+            print(f"written: {readme.write()}")
         if options.plot:
             from benchmarks.plot import draw
 
             for path in draw(rows, device):
                 print(f"drawn: {path}")
     return int(any_failed)
+
+
+def under_conditions(benchmark: Benchmark) -> list[Row]:
+    """The rows of a benchmark, with the load of its last minute, or of the one before it if that was higher."""
+    before, rows, after = conditions(), benchmark(), conditions()
+    return [replace(row, conditions=max(before, after, key=lambda noted: noted.load)) for row in rows]
 
 
 def measured(keys: list[str]) -> tuple[list[Row], list[str]]:

@@ -8,10 +8,11 @@ from typing import Final
 import torch
 
 import bnguard
+from benchmarks import rivals
 from benchmarks.models import make_step, sample
 from benchmarks.race import Contender, race_of_steps
 from benchmarks.results import Benchmark, Row, compared
-from benchmarks.step import entered_each_step
+from benchmarks.step import PUT_BACK, entered_each_step
 
 __all__ = ["BENCHMARKS"]
 
@@ -29,6 +30,7 @@ def compiled(name: str) -> list[Row]:
         Contender(PLAIN, step),
         Contender(loop, step, partial(bnguard.frozen, net, "restore")),
         Contender("frozen(net, 'restore') around each step", entered_each_step(net, step)),
+        Contender(PUT_BACK, rivals.put_back_by_hand(net, step)),
     ]
     result = race_of_steps(contenders, rounds=_STEPS[name])
     title = f"Compiled training step, {name}, batch {tuple(x.shape)}"

@@ -13,12 +13,14 @@ from torch import nn
 import bnguard
 from benchmarks import rivals
 from benchmarks.floors import least_forward
+from benchmarks.models import BatchNormAct2d
 from benchmarks.race import Contender, race
-from benchmarks.results import Benchmark, Row
+from benchmarks.results import Benchmark, Row, compared
 
 __all__ = ["BENCHMARKS"]
 
 _SHAPES: Final = {"2x8x1x1": (100, 200), "32x256x14x14": (20, 2)}  # rounds and steps
+_OWN: Final = {"2x8x1x1": (100, 200, 1.6), "8x64x16x16": (60, 40, 1.25)}  # rounds, steps, and the target
 PLAIN, EMPTY = "plain forward", "with one empty forward pre-hook"
 
 
@@ -81,4 +83,26 @@ def forward(name: str) -> list[Row]:
     return rows
 
 
-BENCHMARKS: Final[dict[str, Benchmark]] = {f"forward/{name}": partial(forward, name) for name in _SHAPES}
+def own_forward(name: str) -> list[Row]:
+    """A layer whose forward nobody can predict, in eval mode: its statistics are compared after each call."""
+    shape = tuple(map(int, name.split("x")))
+    rounds, steps, target = _OWN[name]
+    net = BatchNormAct2d(shape[1]).eval()
+    run = partial(net, torch.randn(shape))
+    held = "frozen(layer, 'raise')"
+    contenders = [
+        Contender(PLAIN, run),
+        Contender(held, run, partial(bnguard.frozen, net, "raise")),
+        Contender("frozen(layer, 'restore')", run, partial(bnguard.frozen, net, "restore")),
+        Contender("with two empty hooks", run, partial(_empty_hooks, net, 2)),
+        Contender("clone and torch.equal in hooks", run, partial(rivals.compared_by_hooks, net)),
+    ]
+    result = race(contenders, rounds=rounds, steps=steps)
+    title = f"One forward of a layer with a forward of its own, eval mode, {name}"
+    return compared(f"forward/own/{name}", title, result, PLAIN, {held: target})
+
+
+BENCHMARKS: Final[dict[str, Benchmark]] = {
+    **{f"forward/{name}": partial(forward, name) for name in _SHAPES},
+    **{f"forward/own/{name}": partial(own_forward, name) for name in _OWN},
+}

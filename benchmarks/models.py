@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["NETS", "bn_chain", "make_step", "sample"]
+__all__ = ["NETS", "BatchNormAct2d", "bn_chain", "make_step", "sample"]
 
 
 class Bottleneck(nn.Module):
@@ -133,6 +133,17 @@ def bn_mlp(classes: int = 10) -> nn.Sequential:
 def bn_chain(layers: int, channels: int = 256) -> nn.Sequential:
     """Nothing but BatchNorm2d."""
     return nn.Sequential(*[nn.BatchNorm2d(channels) for _ in range(layers)])
+
+
+class BatchNormAct2d(nn.BatchNorm2d):
+    """BatchNorm and ReLU in a layer with a forward of its own, after timm's layer of that name."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        momentum = 0.0 if self.momentum is None else self.momentum
+        mean, var = self.running_mean, self.running_var
+        return F.relu(F.batch_norm(x, mean, var, self.weight, self.bias, self.training, momentum, self.eps))
 
 
 # By name: what makes the net, and the shape of a batch.

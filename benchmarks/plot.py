@@ -40,14 +40,15 @@ def _draw(rows: Sequence[Row], path: Path) -> Path:
             )  # fmt: skip
             if row.target:
                 axis.plot(row.target, position, "|", color=_TARGET, markersize=11, markeredgewidth=2)
-        is_difference = panel[0].is_difference
-        axis.axvline(0 if is_difference else 1, color="black", linewidth=0.7)
+        relation, is_ratio = panel[0].columns[0], panel[0].is_ratio
+        axis.axvline(1 if is_ratio else 0, color="black", linewidth=0.7)
         references = {row.reference for row in panel}
-        labels = [row.subject if len(references) == 1 else f"{row.subject} / {row.reference}" for row in panel]
+        sign = " /" if is_ratio else ","
+        labels = [row.subject if len(references) == 1 else f"{row.subject}{sign} {row.reference}" for row in panel]
         axis.set_yticks(range(len(panel)), labels, fontsize=8)
         axis.set_ylim(len(panel) - 0.5, -0.5)
         axis.margins(x=0.12)
-        against = f" ({'than' if is_difference else 'divided by'}: {references.pop()})" if len(references) == 1 else ""
+        against = f" ({relation}: {references.pop()})" if len(references) == 1 else ""
         axis.set_title(f"{panel[0].title}{against}", fontsize=9, loc="left")
         axis.grid(axis="x", alpha=0.25)
         axis.tick_params(axis="x", labelsize=8)

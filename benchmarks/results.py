@@ -7,6 +7,7 @@ import os
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import date
 from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -15,9 +16,27 @@ import torch
 
 from benchmarks.race import Race, Spread
 
-__all__ = ["Benchmark", "Row", "compared", "environment", "from_json", "line", "to_json", "write"]
+__all__ = [
+    "Benchmark", "Conditions", "Row", "compared", "conditions", "environment", "from_json", "line", "to_json", "write",
+]  # fmt: skip
 
 FOLDER = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True, slots=True)
+class Conditions:
+    """When a figure was measured, and how busy the machine was.
+
+    Attributes:
+        date: In ISO format.
+        load: Processes that ran or waited, on average over a minute, the benchmark included.
+    """
+
+    date: str
+    load: float
+
+    def __str__(self) -> str:
+        return f"measured on {self.date} at a load of {self.load:.1f}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +47,11 @@ class Row:
         benchmark: The key that ``python -m benchmarks`` takes.
         title: What that measures.
         subject: What was measured.
-        reference: What it is divided by; or, where the title ends with "more", what is taken off.
-        ratio: The figure: a ratio, or that difference in the unit of the title.
+        reference: What it is divided by; or, where the title ends with "more", what is taken off; or, where it ends
+            with "a layer", how many layers there were.
+        ratio: The figure: a ratio, or that difference or time in the unit of the title.
         target: What it should be at most; None where it is given for comparison.
+        conditions: Under which it was measured; None in results of versions that did not note them.
     """
 
     benchmark: str
@@ -39,11 +60,19 @@ class Row:
     reference: str
     ratio: Spread
     target: float | None = None
+    conditions: Conditions | None = None
 
     @property
-    def is_difference(self) -> bool:
-        """Whether the figure says by how much, and not how many times."""
-        return self.title.endswith(" more")
+    def columns(self) -> tuple[str, str]:
+        """What the reference is to the subject, and what the figure is."""
+        if self.title.endswith(" more"):
+            return "more than", "by"
+        return ("among", "takes") if self.title.endswith(" a layer") else ("divided by", "ratio")
+
+    @property
+    def is_ratio(self) -> bool:
+        """Whether the figure is without a unit."""
+        return self.columns[1] == "ratio"
 
     @property
     def verdict(self) -> str:
@@ -67,6 +96,11 @@ def compared(
     return [Row(benchmark, title, name, reference, result.ratio(name, reference), targets.get(name)) for name in others]
 
 
+def conditions() -> Conditions:
+    """Those of this minute."""
+    return Conditions(date.today().isoformat(), os.getloadavg()[0])
+
+
 def environment(device: str) -> dict[str, object]:
     """What the figures depend on."""
     name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
@@ -84,7 +118,8 @@ def to_json(row: Row) -> dict[str, Any]:
 def from_json(item: dict[str, Any]) -> Row:
     """The row again."""
     item = {key: value for key, value in item.items() if key != "verdict"}
-    return Row(**{**item, "ratio": Spread(**item["ratio"])})
+    noted = item.get("conditions")
+    return Row(**{**item, "ratio": Spread(**item["ratio"]), "conditions": Conditions(**noted) if noted else None})
 
 
 def line(row: Row) -> str:
@@ -101,16 +136,18 @@ def write(device: str, rows: Sequence[Row], skipped: Iterable[str]) -> tuple[Pat
         f"# What bnguard costs: {device}",
         "",
         "Written by `python -m benchmarks`. Each figure is a ratio of two things that took turns in one process, or",
-        "how much more one takes, where the title says so: the median of the rounds, and their quartiles. A round of",
-        "whole nets is one step of each. A target is met by the median, or within the noise by the lower quartile.",
+        "how much more one takes, or its time, where the title says so: the median of the rounds, and their quartiles.",
+        "A round of whole nets is one step of each. A target is met by the median, or within the noise by the lower",
+        "quartile. The load is the average over the last minute, of which the benchmark itself is up to 1.",
         "",
         ", ".join(f"{key} {value}" for key, value in about.items()) + ".",
     ]
     tables = []
     for key, group in groupby(rows, key=lambda row: row.benchmark):
         some = list(group)
-        tables += ["", f"## {some[0].title}", "", f"`python -m benchmarks {key}`", ""]
-        columns = "more than | by" if some[0].is_difference else "divided by | ratio"
+        noted = "" if some[0].conditions is None else f", {some[0].conditions}"
+        tables += ["", f"## {some[0].title}", "", f"`python -m benchmarks {key}`{noted}", ""]
+        columns = " | ".join(some[0].columns)
         tables += [f"| what | {columns} | quartiles | target | |", "| --- | --- | --- | --- | --- | --- |"]
         tables += [line(row) for row in some]
     notes = ["", "## Not measured", "", *[f"- {reason}" for reason in skipped]] if skipped else []

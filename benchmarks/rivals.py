@@ -24,6 +24,7 @@ __all__ = [
     "keep_in_eval_mode",
     "loaded_back",
     "momentum_zero",
+    "put_back_by_hand",
     "untracked",
 ]
 
@@ -140,6 +141,20 @@ def loaded_back(net: nn.Module, step: Step) -> Step:
         before = {name: buffer.clone() for name, buffer in net.named_buffers()}
         step()
         net.load_state_dict(before, strict=False)
+
+    return run
+
+
+def put_back_by_hand(net: nn.Module, step: Step) -> Step:
+    """A clone of each running statistic before each step; after it ``torch.equal``, and ``copy_`` where it differs."""
+
+    def run() -> None:
+        buffers = [buffer for bn in batch_norms(net) for buffer in bn._buffers.values() if buffer is not None]
+        before = [buffer.clone() for buffer in buffers]
+        step()
+        for buffer, value in zip(buffers, before, strict=True):
+            if not torch.equal(buffer, value):
+                buffer.copy_(value)
 
     return run
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Final
+from typing import Final, cast
 
 import torch
 from torch import nn
@@ -18,18 +18,25 @@ from benchmarks.models import NETS, make_step, sample
 from benchmarks.race import Contender, race_of_steps
 from benchmarks.results import Benchmark, Row, compared
 
-__all__ = ["BENCHMARKS", "entered_each_step"]
+__all__ = [
+    "BENCHMARKS", "BY_HAND", "PLAIN", "PUT_BACK", "RESTORE", "RESTORE_EACH", "REUSED", "STRICT", "entered_each_step",
+]  # fmt: skip
 
 # How many steps of each contender are timed, each alone: about as long for each net.
 _STEPS: Final = {"resnet50": 15, "mobilenet_v2": 40, "densenet121": 15, "small_cnn": 100, "bn_mlp": 1000}
-# At most, by net: restore around each step; use_running_stats around the loop.
-_EACH: Final = {"resnet50": 1.01, "mobilenet_v2": 1.01, "densenet121": 1.01, "small_cnn": 1.03, "bn_mlp": 1.08}
+# At most, by net: a new block at each step; one guard, entered again; strict; use_running_stats around the loop.
+_EACH: Final = {"resnet50": 1.005, "mobilenet_v2": 1.01, "densenet121": 1.01, "small_cnn": 1.02, "bn_mlp": 1.3}
+_REUSED: Final = {"bn_mlp": 1.2}
+_STRICT: Final = {"resnet50": 1.005, "small_cnn": 1.02, "bn_mlp": 1.22}
 _RUNNING: Final = {"bn_mlp": 1.03}
 
 PLAIN, BY_HAND = "unguarded", "train(), then eval() on each BatchNorm, each step"
 RESTORE, RESTORE_EACH = "frozen(net, 'restore') around the loop", "frozen(net, 'restore') around each step"
 LEAST = "the least around each step: a walk, a copy, an attribute a layer, a comparison"
 REUSED, RUNNING = "one guard, entered again at each step", "frozen(net, use_running_stats=True) around the loop"
+STRICT = "@bnguard.strict(on_change='restore') on the step, "
+COMPARED = "clones before each batch, torch.equal after it"
+PUT_BACK = "clones before each step, torch.equal and copy_ after it"
 
 
 def entered_each_step(net: nn.Module, step: rivals.Step) -> rivals.Step:
@@ -62,11 +69,51 @@ def _restore_contenders(net: nn.Module, step: rivals.Step) -> list[Contender]:
     ]
 
 
-def _rival_contenders(net: nn.Module, step: rivals.Step) -> list[Contender]:
+class _Trainer:
+    """What holds a net and trains it."""
+
+    def __init__(self, net: nn.Module, step: rivals.Step) -> None:
+        self.net = net
+        self.step = step
+
+    @bnguard.strict(on_change="restore")
+    def train_step(self) -> None:
+        self.step()
+
+
+def _strict_contenders(name: str, net: nn.Module, step: rivals.Step) -> list[Contender]:
+    """By what leads ``strict`` to the net: for short steps each, since they differ by microseconds."""
+    strict = bnguard.strict(on_change="restore")
+
+    @strict
+    def train_step(model: nn.Module) -> None:
+        step()
+
+    argument = Contender(f"{STRICT}the net an argument", partial(train_step, net))
+    if name != "bn_mlp":
+        return [argument]
+    script: dict[str, object] = {"net": net, "step": step}
+    exec("def train_step():\n    net\n    step()", script)  # reads globals, as the functions of a script do
+    return [
+        argument,
+        Contender(f"{STRICT}an attribute of self", _Trainer(net, step).train_step),
+        Contender(f"{STRICT}in its closure", strict(step)),
+        Contender(f"{STRICT}among its globals", strict(cast("rivals.Step", script["train_step"]))),
+        Contender(f"{STRICT}model=net", bnguard.strict(model=net, on_change="restore")(step)),
+    ]
+
+
+def _by_hand(net: nn.Module, step: rivals.Step) -> list[Contender]:
     by_hand = rivals.eval_by_hand(net, step)
     return [
-        Contender(RUNNING, step, partial(bnguard.frozen, net, use_running_stats=True)),
         Contender(BY_HAND, by_hand, partial(rivals.back_in_train_mode, net)),
+        Contender(PUT_BACK, rivals.put_back_by_hand(net, step)),
+    ]
+
+
+def _rival_contenders(net: nn.Module, step: rivals.Step) -> list[Contender]:
+    return [
+        *_by_hand(net, step),
         Contender("built with track_running_stats=False", step, partial(rivals.untracked, net)),
         Contender("converted to a frozen BatchNorm", step, partial(rivals.converted, net)),
         Contender("momentum 0", step, partial(rivals.momentum_zero, net)),
@@ -80,20 +127,28 @@ def train(name: str) -> list[Row]:
     """A training step in one thread, of every contender."""
     net, x, y = sample(name)
     step = make_step(net, net, x, y)
-    contenders = [*_restore_contenders(net, step), *_rival_contenders(net, step)]
+    running = Contender(RUNNING, step, partial(bnguard.frozen, net, use_running_stats=True))
+    strict = _strict_contenders(name, net, step) if name in _STRICT else []
+    contenders = [*_restore_contenders(net, step), *strict, running, *_rival_contenders(net, step)]
     result = race_of_steps(contenders, rounds=_STEPS[name])
     key, title = f"step/{name}", f"Training step, {name}, batch {tuple(x.shape)}"
-    running = Row(key, title, RUNNING, BY_HAND, result.ratio(RUNNING, BY_HAND), _RUNNING.get(name, 1.0))
-    return [running, *compared(key, title, result, PLAIN, {RESTORE: 1.0, RESTORE_EACH: _EACH[name]})]
+    first = Row(key, title, RUNNING, BY_HAND, result.ratio(RUNNING, BY_HAND), _RUNNING.get(name, 1.0))
+    targets = _targets(name) | {contender.name: _STRICT[name] for contender in strict}
+    return [first, *compared(key, title, result, PLAIN, targets)]
+
+
+def _targets(name: str) -> dict[str, float]:
+    reused = {REUSED: _REUSED[name]} if name in _REUSED else {}
+    return {RESTORE: 1.0, RESTORE_EACH: _EACH[name], **reused}
 
 
 def train_in_two_threads(name: str) -> list[Row]:
     """A training step in two threads, guarded and unguarded."""
     net, x, y = sample(name)
-    contenders = _restore_contenders(net, make_step(net, net, x, y))
+    step = make_step(net, net, x, y)
+    contenders = [*_restore_contenders(net, step), *_by_hand(net, step)]
     result = race_of_steps(contenders, rounds=_STEPS[name], threads=2)
-    targets = {RESTORE: 1.0, RESTORE_EACH: _EACH[name]}
-    return compared(f"threads/{name}", f"Training step in two threads, {name}", result, PLAIN, targets)
+    return compared(f"threads/{name}", f"Training step in two threads, {name}", result, PLAIN, _targets(name))
 
 
 @contextmanager
@@ -125,6 +180,7 @@ def validate(name: str) -> list[Row]:
         Contender(PLAIN, batch, partial(_in_eval_mode, net)),
         Contender("frozen(net) around the loop", batch, partial(_guarded_eval_mode, net)),
         Contender("frozen(net) around each batch", guarded, partial(_in_eval_mode, net)),
+        Contender(COMPARED, rivals.put_back_by_hand(net, batch), partial(_in_eval_mode, net)),
     ]
     result = race_of_steps(contenders, rounds=4 * _STEPS[name])
     return compared(f"validation/{name}", f"Validation batch, {name}, eval mode, no_grad", result, PLAIN)

@@ -9,16 +9,20 @@ import torch
 from torch import nn
 
 import bnguard
+from benchmarks import rivals
 from benchmarks.models import make_step, sample
 from benchmarks.race import Contender, race, race_of_steps, spread
 from benchmarks.results import Benchmark, Row, compared
 
-__all__ = ["BENCHMARKS"]
+__all__ = ["BENCHMARKS", "WATCHED"]
 
 PLAIN, WATCHED, ALL = "unguarded", "watch(net) around the loop", "watch() of everything around the loop"
+HOOKS = "clone and torch.equal in hooks"
+_RUN: Final = 1000  # steps
+_SAMPLED: Final = f"watch(net, every='auto') around {_RUN:,} steps"
 
 
-def step(name: str, steps: int, target: float | None) -> list[Row]:
+def step(name: str, steps: int, target: float) -> list[Row]:
     """A training step."""
     net, x, y = sample(name)
     train = make_step(net, net, x, y)
@@ -26,10 +30,26 @@ def step(name: str, steps: int, target: float | None) -> list[Row]:
         Contender(PLAIN, train),
         Contender(WATCHED, train, partial(bnguard.watch, net)),
         Contender(ALL, train, bnguard.watch),
+        Contender(HOOKS, train, partial(rivals.compared_by_hooks, net)),
     ]
     result = race_of_steps(contenders, rounds=steps)
-    targets = {} if target is None else {WATCHED: target, ALL: target}
-    return compared(f"watch/{name}", f"Training step under watch, {name}", result, PLAIN, targets)
+    return compared(
+        f"watch/{name}", f"Training step under watch, {name}", result, PLAIN, {WATCHED: target, ALL: target}
+    )
+
+
+def whole_run() -> list[Row]:
+    """A whole run: what ``every="auto"`` measures at a step depends on how many there have been."""
+    net, x, y = sample("bn_mlp")
+    train = make_step(net, net, x, y)
+    contenders = [
+        Contender(PLAIN, train),
+        Contender(_SAMPLED, train, partial(bnguard.watch, net, every="auto")),
+        Contender(f"watch(net) around {_RUN:,} steps", train, partial(bnguard.watch, net)),
+        Contender(HOOKS, train, partial(rivals.compared_by_hooks, net)),
+    ]
+    result = race(contenders, rounds=10, steps=_RUN)
+    return compared("watch/auto", "Training run under watch, bn_mlp", result, PLAIN, {_SAMPLED: 1.2})
 
 
 def forward() -> list[Row]:
@@ -39,16 +59,23 @@ def forward() -> list[Row]:
     def run() -> None:
         net(x)
 
-    watched = Contender(WATCHED, run, partial(bnguard.watch, net))
-    result = race([Contender(PLAIN, run), watched], rounds=60, steps=50)
-    pairs = zip(result.seconds[WATCHED], result.seconds[PLAIN], strict=True)
-    more = [1e6 * (ours - theirs) / len(net) for ours, theirs in pairs]
-    title = "One forward of a layer, microseconds more"
-    return [Row("watch/forward", title, WATCHED, PLAIN, spread(more), 10.0)]
+    contenders = [
+        Contender(PLAIN, run),
+        Contender(WATCHED, run, partial(bnguard.watch, net)),
+        Contender(HOOKS, run, partial(rivals.compared_by_hooks, net)),
+    ]
+    seconds = race(contenders, rounds=60, steps=50).seconds
+    rows = []
+    for name, target in ((WATCHED, 10.0), (HOOKS, None)):
+        pairs = zip(seconds[name], seconds[PLAIN], strict=True)
+        more = spread([1e6 * (ours - theirs) / len(net) for ours, theirs in pairs])
+        rows.append(Row("watch/forward", "One forward of a layer, microseconds more", name, PLAIN, more, target))
+    return rows
 
 
 BENCHMARKS: Final[dict[str, Benchmark]] = {
     "watch/resnet50": partial(step, "resnet50", 17, 1.03),
-    "watch/bn_mlp": partial(step, "bn_mlp", 1000, None),
+    "watch/bn_mlp": partial(step, "bn_mlp", 1000, 1.15),
+    "watch/auto": whole_run,
     "watch/forward": forward,
 }

@@ -150,7 +150,8 @@ def summary(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
     by_hand = "train(), then eval() on each BatchNorm, each step"
     new, again = "a new frozen(net, 'restore')", "the same guard again"
     watched = "watch(net) around the loop", "watch() of everything around the loop"
-    (microseconds,) = [row["ratio"]["median"] for row in rows if row["benchmark"] == "watch/forward"]
+    per_layer = [row for row in rows if row["benchmark"] == "watch/forward" and row["subject"] in watched]
+    (microseconds,) = [row["ratio"]["median"] for row in per_layer]
     return [
         (f'training step of {names}, block under `"restore"` around the loop / unguarded', figure(nets, loop)),
         ("the same, a new block at each step", figure(nets, each)),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,12 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import race, results, rivals, transcript
+import bnguard
+from benchmarks import __main__ as main
+from benchmarks import race, readme, results, rivals, step, suite, transcript, watch
 from benchmarks.__main__ import _ALL
-from benchmarks.models import NETS, bn_chain, make_step, sample
+from benchmarks.models import NETS, BatchNormAct2d, bn_chain, make_step, sample
+from tests import forks
 from tests.asserts import assert_same_bits, state_of
 from tests.readme import PAGES
 
@@ -55,6 +60,7 @@ HOLDING: dict[str, tuple[Around, Stepping]] = {
     "converted": (rivals.converted, _as_it_is),
     "momentum 0": (rivals.momentum_zero, _as_it_is),
     "loaded back": (lambda net: nullcontext(), rivals.loaded_back),
+    "put back": (lambda net: nullcontext(), rivals.put_back_by_hand),
 }
 
 
@@ -184,6 +190,91 @@ def test_committed_results_come_from_benchmarks_that_exist() -> None:
     for path in (Path(results.__file__).parent / "results").glob("*.json"):
         for item in json.loads(path.read_text())["rows"]:
             assert results.from_json(item).benchmark in _ALL
+
+
+@pytest.mark.parametrize("name", ["bn_mlp", "small_cnn"])
+def test_strict_finds_the_net_in_every_place(name: str) -> None:
+    """Each contender trains the net, and holds its statistics."""
+    net, x, y = sample(name)
+    for contender in step._strict_contenders(name, net, make_step(net, net, x, y)):
+        before, mean = net[0].weight.clone(), rivals.batch_norms(net)[0].running_mean.clone()
+        with contender.around():
+            contender.step()
+        assert not torch.equal(net[0].weight, before), contender.name
+        assert_same_bits(rivals.batch_norms(net)[0].running_mean, mean)
+
+
+def test_layer_with_a_forward_of_its_own_is_batch_norm_and_relu() -> None:
+    """In both modes, statistics too; and bnguard cannot predict it."""
+    x = torch.randn(4, 3, 2, 2)
+    own, plain = BatchNormAct2d(3), nn.BatchNorm2d(3)
+    for mode in (True, False):
+        assert_same_bits(own.train(mode)(x), plain.train(mode)(x).relu())
+    for name, tensor in state_of(plain).items():
+        assert_same_bits(state_of(own)[name], tensor)
+    with bnguard.frozen(own) as guard:
+        assert guard.layers[0].protection != bnguard.frozen(plain).layers[0].protection
+
+
+def test_suite_that_is_timed_passes_with_the_switch_and_without(tmp_path: Path) -> None:
+    """And its tests update running statistics, which the switch warns about."""
+    (tmp_path / "test_nets.py").write_text(suite.SUITE)
+    command = ("-m", "pytest", "-q", "-k", "[0]", "-p", "bnguard.pytest_plugin")
+    alone = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    done = forks.run(*command, cwd=tmp_path, environment=alone)
+    assert "1 passed" in done.stdout
+    assert "BNGuardWarning" not in done.stdout
+    done = forks.run(*command, "--bn-frozen=warn", cwd=tmp_path, environment=alone)
+    assert "1 passed" in done.stdout
+    assert "BNGuardWarning" in done.stdout
+
+
+def test_rows_say_when_they_were_measured_and_how_busy_the_machine_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The higher of the loads before and after, above the table and in the data."""
+    noted = iter([results.Conditions("2026-01-01", 2.5), results.Conditions("2026-01-02", 1.04)])
+    monkeypatch.setattr(main, "conditions", lambda: next(noted))
+    rows = main.under_conditions(lambda: [_row(1.0, 0.9, 1.0)])
+    assert [row.conditions for row in rows] == [results.Conditions("2026-01-01", 2.5)]
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    markdown, data = results.write("cpu", rows, [])
+    assert "`python -m benchmarks step/x`, measured on 2026-01-01 at a load of 2.5\n" in markdown.read_text()
+    assert [results.from_json(item) for item in json.loads(data.read_text())["rows"]] == rows
+    assert results.conditions().load == pytest.approx(os.getloadavg()[0], abs=5)
+
+
+@pytest.mark.parametrize(
+    ("title", "columns", "is_ratio"),
+    [
+        ("A step", ("divided by", "ratio"), True),
+        ("A start, milliseconds more", ("more than", "by"), False),
+        ("Enter and exit, microseconds a layer", ("among", "takes"), False),
+    ],
+)
+def test_columns_say_what_the_figures_are(title: str, columns: tuple[str, str], *, is_ratio: bool) -> None:
+    """A ratio, a difference, or a time."""
+    row = replace(_row(1.0, 0.9, None), title=title)
+    assert row.columns == columns
+    assert row.is_ratio is is_ratio
+
+
+def test_readme_has_the_table_of_the_committed_results() -> None:
+    """To the letter; ``python -m benchmarks.readme`` writes it."""
+    content = json.loads((Path(results.__file__).parent / "results" / "cpu.json").read_text())
+    costs = readme.table(list(map(results.from_json, content["rows"])))
+    assert costs.count("\n") >= 6
+    assert readme.shown_in(PAGES["README.md"], costs) == PAGES["README.md"]
+    assert "| another |" in readme.shown_in(PAGES["README.md"], "| another |\n")
+    with pytest.raises(ValueError, match="no table"):
+        readme.shown_in("a page", costs)
+
+
+def test_table_of_the_readme_leaves_out_what_was_not_measured() -> None:
+    """A row without figures, and a cell."""
+    measured = race.Spread(1.234, 1.0, 2.0)
+    costs = readme.table([results.Row("watch/bn_mlp", "A step", watch.WATCHED, step.PLAIN, measured)])
+    assert costs.splitlines()[2:] == ["| `watch(model)` around the loop |  |  | 1.23 |"]
 
 
 @pytest.mark.parametrize("path", ["README.md", "docs/run.md"])

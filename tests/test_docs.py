@@ -11,7 +11,7 @@ from bnguard import testing
 from bnguard.findings.codes import CODES
 from docs import diagrams, pages
 from tests import forks
-from tests.readme import PAGES, README
+from tests.readme import PAGES
 
 INTEGRATIONS = sorted((pages.ROOT / "bnguard/integrations").glob("[a-z]*.py"))
 ROWS = json.loads((pages.RESULTS / "cpu.json").read_text(encoding="utf-8"))["rows"]
@@ -40,13 +40,9 @@ def test_every_finding_has_its_page():
 
 
 def test_costs_are_those_of_the_results():
-    """The summary is computed; what the README repeats of it is the same."""
-    summary = pages.summary(ROWS)
-    for what, value in summary:
+    """The summary is computed."""
+    for what, value in pages.summary(ROWS):
         assert f"| {what} | {value} |" in pages.costs()
-    (_, loop), (_, each) = summary[:2]
-    (sentence,) = re.findall(r"`\"restore\"` around the loop takes .* times:", README.replace("\n  ", " "))
-    assert re.findall(r"\d.\d\d to \d.\d\d", sentence) == [loop, each]
 
 
 def test_pages_from_elsewhere_link_to_pages_only():
