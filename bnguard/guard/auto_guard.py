@@ -16,7 +16,7 @@ from bnguard.errors import BNGuardError, BNGuardWarning
 from bnguard.guard.hooks import guard_of
 from bnguard.guard.options import Settings
 from bnguard.guard.requests import GuardRequest, GuardRequests, Precedence
-from bnguard.layers.search import registered_root
+from bnguard.layers.parents import registered_root
 from bnguard.layers.tree import any_layer, find_layers
 from bnguard.torch_internals import global_hook
 from bnguard.torch_internals.callsite import call_site

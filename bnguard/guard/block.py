@@ -30,7 +30,7 @@ from bnguard.guard.options import Settings, guarded_layers
 from bnguard.guard.outcome import Outcome
 from bnguard.guard.policy import Counts, PolicyEntry, count_update
 from bnguard.layers.kinds import StatsLayer
-from bnguard.layers.search import registered_root
+from bnguard.layers.parents import registered_root
 from bnguard.layers.swaps import own_tensors
 from bnguard.layers.tree import Tree
 from bnguard.layers.usual_copy import Write

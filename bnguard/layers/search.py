@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import suppress
-from itertools import compress
 from types import FunctionType, ModuleType
 from typing import Any, Final
 
 from torch import Tensor, nn
 from torch.nn import Parameter
-
-from bnguard.layers.tree import Tree
 
 LARGEST: Final = 256  # entries of a container, and containers: data is not searched
 _CONTAINERS: Final = (list, tuple, set, frozenset, dict)
@@ -64,39 +59,6 @@ def roots_of(models: list[nn.Module]) -> list[nn.Module]:
         return models
     parts = {id(part) for model in models for part in model.modules() if part is not model}
     return [model for model in models if id(model) not in parts] or models[:1]
-
-
-def registered_root(module: nn.Module) -> nn.Module:
-    """The largest module of which a module is a part, at any depth; the module itself if it is not registered anywhere.
-
-    A model that is never called itself, but by ``training_step()`` or part by part, is found as well: by one pass over
-    all objects of the process.
-    """
-    parents: defaultdict[int, list[nn.Module]] = defaultdict(list)
-    for found in _all_modules():
-        for child in list((found.__dict__.get("_modules") or {}).values()):
-            parents[id(child)].append(found)
-    above = {id(module): module}
-    waiting = [module]
-    while waiting:
-        for parent in parents[id(waiting.pop())]:
-            if id(parent) not in above:
-                above[id(parent)] = parent
-                waiting.append(parent)
-    roots = [found for key, found in above.items() if not parents[key]]
-    return max(roots, key=lambda root: len(Tree(root).modules), default=module)
-
-
-def _all_modules() -> Iterator[nn.Module]:
-    """All modules of the process. There may be a million objects: what is done with each is done in C.
-
-    isinstance() would run code of proxies and mocks.
-    """
-    objects = gc.get_objects()
-    classes = list(map(type, objects))
-    keys = list(map(id, classes))
-    is_module = {key for key, cls in dict(zip(keys, classes, strict=True)).items() if issubclass(cls, nn.Module)}
-    return compress(objects, map(is_module.__contains__, keys))
 
 
 def _search(value: Any, name: str, found: dict[int, tuple[str, nn.Module]], seen: set[int]) -> None:

@@ -123,10 +123,13 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 def _torch_is_there(config: pytest.Config) -> None:
     """Guards the test that has just imported torch, and all later ones."""
     with suppress(ImportError):
+        from bnguard.layers.parents import registrations
         from bnguard.torch_internals import global_hook
 
         config.stash[_HAS_TORCH] = True
         config.add_cleanup(global_hook.remove_hook)
+        registrations.begin()
+        config.add_cleanup(registrations.end)
         if _WAITING in config.stash:
             config.stash[_WAITING]()
 

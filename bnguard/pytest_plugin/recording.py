@@ -13,7 +13,7 @@ from bnguard.guard.messages import Cause, changed_text, kept_text
 from bnguard.guard.phrases import Phrases
 from bnguard.guard.policy import POLICIES, PolicyEntry, UpdateCount, count_update, decide
 from bnguard.layers.kinds import StatsLayer, moving_statistics
-from bnguard.layers.search import registered_root
+from bnguard.layers.parents import registrations
 from bnguard.layers.tree import any_layer, find_layers
 from bnguard.pytest_plugin.requests import TestGuards
 from bnguard.recording.layer_listener import LayerListener, SeenLayer
@@ -59,7 +59,7 @@ class _Model:
         """Names the layers as parts of the largest model that contains ``part``."""
         if not self.has_named:
             self.has_named = True
-            names = {id(layer.module): layer.names for layer in find_layers(registered_root(part))}
+            names = {id(layer.module): layer.names for layer in find_layers(registrations.root_of(part))}
             for layer in self.layers:
                 layer.names = names.get(id(layer.module), layer.names)
 

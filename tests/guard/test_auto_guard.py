@@ -17,7 +17,6 @@ from bnguard.guard.hooks import guard_of
 from bnguard.guard.options import Frontend, Settings
 from bnguard.guard.phrases import FROZEN
 from bnguard.guard.requests import GuardRequests
-from bnguard.layers.search import registered_root
 from tests.asserts import assert_clean, assert_same_bits, assert_same_gradients, state_of
 from tests.nets import batch_norms, conv_net, images
 
@@ -305,16 +304,3 @@ def test_messages_name_layers_as_the_whole_model_does() -> None:
         task.backbone.stem.bn.running_mean.data.add_(1)
     requests.end(error.value)
     assert {change.names for change in requests.changes} == {("backbone.stem.bn",), ("head",)}
-
-
-def test_registered_root() -> None:
-    """The largest module around a part, through several levels, shared parts and a cycle; else the part itself."""
-    layer = nn.BatchNorm1d(2)
-    assert registered_root(layer) is layer
-    small, large = nn.Sequential(layer), nn.Sequential(nn.Sequential(layer), nn.ReLU(), nn.ReLU())
-    assert registered_root(layer) is large
-    assert registered_root(small) is small
-    assert registered_root(large[0]) is large
-    layer.parent = large  # nonsense, but possible
-    assert registered_root(layer) is small
-    del layer.parent
