@@ -264,10 +264,22 @@ def run_inside_another(callback: Any, model: nn.Module) -> None:
         guard.on_end()
 
 
+def run_without_hooks(callback: Any, model: nn.Module) -> None:
+    """Another library clears all hooks of the layer before its first forward."""
+    callback.on_begin(model)
+    model(images())
+    callback.on_end()
+    callback.on_begin(model.eval())
+    for hooks in (model[1]._forward_pre_hooks, model[1]._forward_hooks):
+        hooks.clear()
+    callback.on_end()
+
+
 @pytest.mark.parametrize(
     "run",
     [
         run_in_eval_mode,
+        run_without_hooks,
         run_without_batches,
         run_one_of_two,
         run_once_and_then_something_else,
