@@ -35,18 +35,9 @@ class Tree:
     """
 
     __slots__ = (
-        "_branches",
-        "_buffer_counts",
-        "_buffer_tables",
-        "_can_stay",
-        "_forwards",
-        "_missing",
-        "_module_tables",
-        "_modules",
-        "_rules",
-        "_types",
-        "layers",
-    )
+        "_branches", "_buffer_counts", "_buffer_tables", "_can_stay", "_forwards", "_missing", "_module_tables",
+        "_modules", "_rules", "_types", "layers",
+    )  # fmt: skip
 
     def __init__(self, model: nn.Module) -> None:
         found: dict[int, StatsLayer] = {}

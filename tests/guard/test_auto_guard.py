@@ -234,7 +234,7 @@ def hooked(layer: nn.Module) -> nn.Module:
 
 
 def test_first_forward_of_a_layer_with_hooks_is_refused() -> None:
-    """In train mode it raises before it updates; torch's own error about its input comes first; in eval mode it runs."""
+    """In train mode it raises before it updates, and after torch's own error about its input; in eval mode it runs."""
     layers = [hooked(nn.BatchNorm2d(2)) for _ in range(3)]
     before = [state_of(layer) for layer in layers]
     requests = GuardRequests()
