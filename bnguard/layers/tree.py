@@ -150,8 +150,7 @@ def ancestors_of(layer: nn.Module, model: nn.Module) -> list[nn.Module]:
     parents: dict[int, nn.Module] = {}
     for module in parts_of(model):
         for child in module._modules.values():
-            if child is not None:
-                parents.setdefault(id(child), module)
+            parents.setdefault(id(child), module)
     found = []
     while layer is not model:
         layer = parents[id(layer)]

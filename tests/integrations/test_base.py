@@ -15,6 +15,7 @@ import bnguard
 from bnguard.integrations._base import RunGuard, phrases_of
 from tests.asserts import assert_clean, assert_same_bits, statistics, values
 from tests.nets import images
+from tests.old_torch import needs_guarded_graphs
 
 
 class Loop:
@@ -200,6 +201,19 @@ def test_guard_of_layers_that_never_ran_says_so_at_its_end(model, options):
         "Guard the model that runs. Some libraries make or copy it (model_init=, clone(), deepcopy())."
     )
     assert word.filename == __file__
+    assert_clean(model)
+
+
+@needs_guarded_graphs
+@pytest.mark.usefixtures("no_graphs")
+def test_export_of_the_model_is_no_forward_of_it(model):
+    """What is trained is another model all the same."""
+    callback = CountingCallback()
+    callback.on_begin(model.eval())
+    torch.export.export(model, (images(),), strict=False)
+    callback.on_validate()
+    with pytest.warns(bnguard.BNGuardWarning, match="no forward of a guarded layer ran"):
+        callback.on_end()
     assert_clean(model)
 
 
