@@ -70,11 +70,7 @@ _HOMES = {
     "watch": "recording.watch",
 }
 
-_MEANT = {
-    "assert_stats_unchanged": "testing.assert_stats_unchanged",
-    "freeze": "frozen",
-    "freeze_bn": "frozen",
-}
+_MEANT = {"assert_stats_unchanged": "testing.assert_stats_unchanged", "freeze": "frozen", "freeze_bn": "frozen"}
 
 __all__ = [
     "BNGuardError",

@@ -28,10 +28,7 @@ _OUTPUTS: Final = {
     "html": "write one self-contained page with tables and figures (extra 'plot')",
 }
 # The packages that each extra installs, by import name.
-_EXTRAS: Final = {
-    "demo": {"sklearn": "scikit-learn", "rich": "rich"},
-    "plot": {"matplotlib": "matplotlib"},
-}
+_EXTRAS: Final = {"demo": {"sklearn": "scikit-learn", "rich": "rich"}, "plot": {"matplotlib": "matplotlib"}}
 
 
 class GuardOptions(TypedDict, total=False):

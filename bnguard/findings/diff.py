@@ -81,13 +81,7 @@ def _compared(old: Mapping[str, _Layer], new: Mapping[str, _Layer]) -> StatsDiff
     changed = [name for name in common if name not in unchanged]
     drifts = [_drift(name, old[name], new[name]) for name in changed]
     return StatsDiff(
-        tuple(filter(None, drifts)),
-        tuple(changed),
-        tuple(unchanged),
-        lost,
-        gained,
-        _broken(old),
-        _broken(new),
+        tuple(filter(None, drifts)), tuple(changed), tuple(unchanged), lost, gained, _broken(old), _broken(new)
     )
 
 

@@ -218,8 +218,7 @@ class Again:
                 guard.mark = None
                 if guard.has_hooks:
                     guard.remove_hooks()
-                if guards.get(guard.layer_id) is guard:
-                    del guards[guard.layer_id]
+                guards.pop(guard.layer_id, None)
             if others:
                 drop_entry(others, entry, model)
 

@@ -20,13 +20,7 @@ from bnguard.layers.parents import registered_root
 from bnguard.layers.tree import any_layer, find_layers
 from bnguard.torch_internals import global_hook
 from bnguard.torch_internals.callsite import call_site
-from bnguard.torch_internals.compile import (
-    is_in_graphs,
-    models_in_graphs,
-    object_at,
-    record_compiled,
-    record_in_graph,
-)
+from bnguard.torch_internals.compile import is_in_graphs, models_in_graphs, object_at, record_compiled, record_in_graph
 from bnguard.torch_internals.functional_call import has_lent_buffers
 from bnguard.torch_internals.locks import RLock
 from bnguard.torch_internals.tracing import is_capturing

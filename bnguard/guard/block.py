@@ -310,7 +310,7 @@ class Block:
             return False
         if moved is None and not (seen or outcome.has_spoken):
             return True
-        if policy.puts_back or not outcome.has_only_warned or is_distributed():
+        if policy.puts_back or not outcome.has_warned or outcome.is_due or is_distributed():
             return False
         self._known.take_later(moved, counts, seen)
         return True

@@ -67,17 +67,9 @@ class ExitCheck:
     """
 
     __slots__ = (
-        "_budget",
-        "_differing",
-        "_layers",
-        "_lock",
-        "_pairs",
-        "_policy",
-        "_writes",
-        "broadcast",
-        "parameters",
+        "_budget", "_differing", "_layers", "_lock", "_pairs", "_policy", "_writes", "broadcast", "parameters",
         "statistics",
-    )
+    )  # fmt: skip
 
     def __init__(self, layers: Sequence[StatsLayer], settings: Settings) -> None:
         modules = [layer.module for layer in layers]

@@ -49,7 +49,7 @@ _AFFINE_CAUSES: Final = (
 )
 
 
-def stopped_text(change: StatsChange, mode: str, budget: int, phrases: Phrases = FROZEN) -> str:
+def stopped_text(change: StatsChange, mode: str, budget: int, phrases: Phrases) -> str:
     """The error that a forward raises before it would update."""
     place = phrases.inside(budget)
     if budget:
@@ -65,10 +65,7 @@ def stopped_text(change: StatsChange, mode: str, budget: int, phrases: Phrases =
                 f"A step should update each layer {times_text(budget)}: run the batches through the model in one "
                 "forward, or"
             )
-        advice = [
-            remedy,
-            *phrases.choices((f'on_change="restore", updates={budget}', first)),
-        ]
+        advice = [remedy, *phrases.choices((f'on_change="restore", updates={budget}', first))]
     else:
         what = (
             f"{layer_text(change.names, change.type)} is in {mode} mode inside {place}:\n"
@@ -86,7 +83,7 @@ def stopped_text(change: StatsChange, mode: str, budget: int, phrases: Phrases =
     return "\n".join([what, f"  at {change.place}", *advice])
 
 
-def kept_text(change: StatsChange, mode: str, budget: int, phrases: Phrases = FROZEN) -> str:
+def kept_text(change: StatsChange, mode: str, budget: int, phrases: Phrases) -> str:
     """The only warning of a block with ``on_change="warn"``, at the line of the first update."""
     place = phrases.inside(budget)
     if budget:
@@ -100,7 +97,7 @@ def kept_text(change: StatsChange, mode: str, budget: int, phrases: Phrases = FR
     )
 
 
-def swallowed_text(stopped: Sequence[StatsChange], phrases: Phrases = FROZEN) -> str:
+def swallowed_text(stopped: Sequence[StatsChange], phrases: Phrases) -> str:
     """The error at the end of a block in which the error of a forward was caught."""
     if all([change.prevented for change in stopped]):
         did, outcome = "would have updated", "The updates did not happen."
@@ -116,8 +113,8 @@ def swallowed_text(stopped: Sequence[StatsChange], phrases: Phrases = FROZEN) ->
 def changed_text(
     changes: Sequence[StatsChange],
     restored: bool,
-    cause: Cause = "unknown",
-    phrases: Phrases = FROZEN,
+    cause: Cause,
+    phrases: Phrases,
     *,
     in_eval_mode: bool = False,
 ) -> str:
@@ -193,9 +190,7 @@ def idle_text(layers: Sequence[GuardedLayer], phrases: Phrases) -> str:
     )
 
 
-def broadcast_text(
-    changes: Sequence[StatsChange], sources: Sequence[int], restored: bool, phrases: Phrases = FROZEN
-) -> str:
+def broadcast_text(changes: Sequence[StatsChange], sources: Sequence[int], restored: bool, phrases: Phrases) -> str:
     """The warning on a rank whose statistics ``DistributedDataParallel`` has overwritten with those of another rank."""
     outcome = "The original statistics have been restored." if restored else "The changes were kept."
     what = f"the statistics of {ranks_text(sources)} have overwritten others inside {phrases.place}:"

@@ -23,14 +23,17 @@ class Outcome:
 
     Args:
         settings: The options of the block.
+
+    Attributes:
+        has_warned: Whether something was warned about.
     """
 
-    __slots__ = ("_errors", "_has_warned", "_settings")
+    __slots__ = ("_errors", "_settings", "has_warned")
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._errors: list[str] = []  # texts of the errors that forwards raised, each once
-        self._has_warned = False
+        self.has_warned = False
 
     @property
     def is_due(self) -> bool:
@@ -38,24 +41,14 @@ class Outcome:
         return bool(self._errors)
 
     @property
-    def has_warned(self) -> bool:
-        """Whether something was warned about."""
-        return self._has_warned
-
-    @property
     def has_spoken(self) -> bool:
         """Whether something was raised or warned about."""
-        return self._has_warned or bool(self._errors)
-
-    @property
-    def has_only_warned(self) -> bool:
-        """Whether something was warned about and nothing raised."""
-        return self._has_warned and not self._errors
+        return self.has_warned or bool(self._errors)
 
     def with_settings(self, settings: Settings) -> Outcome:
         """Another one, which has said as much."""
         outcome = Outcome(settings)
-        outcome._errors, outcome._has_warned = self._errors, self._has_warned
+        outcome._errors, outcome.has_warned = self._errors, self.has_warned
         return outcome
 
     def stopped(self, change: StatsChange, mode: str, budget: int) -> StatsChangedError:
@@ -66,10 +59,9 @@ class Outcome:
 
     def updated(self, change: StatsChange, mode: str, budget: int, site: CallSite) -> None:
         """Warns of the first update that was let through, at the user's line."""
-        if not self._has_warned:
-            self._has_warned = True
-            text = rank_prefix() + messages.kept_text(change, mode, budget, self._settings.frontend.phrases)
-            warnings.warn(text, BNGuardWarning, stacklevel=site.stacklevel + 1)
+        self.has_warned = True
+        text = rank_prefix() + messages.kept_text(change, mode, budget, self._settings.frontend.phrases)
+        warnings.warn(text, BNGuardWarning, stacklevel=site.stacklevel + 1)
 
     def act(
         self,
@@ -111,7 +103,7 @@ class Outcome:
         if raises and error is None:
             self._note(rank_prefix() + text)  # of check(): may be caught as well
             raise StatsChangedError(rank_prefix() + text, changes)
-        self._has_warned = True
+        self.has_warned = True
         if error is not None:
             error.add_note(f"bnguard: {rank_prefix()}{text}")
         if not raises or isinstance(error, _ENDS):
@@ -129,7 +121,7 @@ class Outcome:
         puts_back, phrases = self._settings.policy.puts_back, self._settings.frontend.phrases
         in_eval_mode = self._settings.use_running_stats
         texts = []
-        if found and (puts_back or not self._has_warned):
+        if found and (puts_back or not self.has_warned):
             texts.append(messages.changed_text(found, puts_back, cause, phrases, in_eval_mode=in_eval_mode))
         if earlier and self._errors and not _reports(error, self._errors):
             texts.append(messages.swallowed_text(earlier, phrases))

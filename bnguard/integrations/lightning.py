@@ -211,7 +211,7 @@ class BNGuardCallback(RunGuard, LightningCallback):  # type: ignore[misc]  # as 
         self._unwrap()
         if self._guards_run_of(trainer):
             notes = self._end_failed_run(exception)
-            if notes and isinstance(exception, KeyboardInterrupt) and self._settings.on_change == "raise":
+            if notes and isinstance(exception, KeyboardInterrupt) and self._settings.policy.tells_others == "error":
                 with suppress(BNGuardWarning):  # Lightning shows no traceback of it, and so no note
                     warnings.warn("\n".join(notes), BNGuardWarning, stacklevel=call_site().stacklevel)
 
@@ -247,7 +247,7 @@ class BNGuardCallback(RunGuard, LightningCallback):  # type: ignore[misc]  # as 
     def _check_before_save(self, trainer: Any) -> None:
         """Compares before a checkpoint is made; warns if it will hold changed statistics."""
         self._check(trainer)
-        if self._settings.on_change == "warn" and self._trainer is not None and trainer.is_global_zero:
+        if not self._settings.policy.puts_back and self._trainer is not None and trainer.is_global_zero:
             self._tell_once("save_checkpoint", checkpoint_text, self.changes)
 
     def _tell_once(self, key: str, text: Callable[..., str], changes: Sequence[StatsChange]) -> None:

@@ -136,7 +136,7 @@ class BNGuardCallback(RunGuard, TrainerCallback):
         """
         notes = self._end_failed_run(BNGuardError())
         has_changed = any([not change.prevented for change in self.changes])
-        if notes and has_changed and self._settings.on_change == "raise":
+        if notes and has_changed and self._settings.policy.tells_others == "error":
             text = f"a training run ended with an exception, and its guard ends now.\n{notes[0]}"
             warnings.warn(text, BNGuardWarning, stacklevel=call_site().stacklevel)
 

@@ -173,7 +173,6 @@ class FlatPair:
         self._then = then
         self._now = now
         self._view_dtypes = view_dtypes
-        self._differs: Tensor | None = None
         self._is_computed: torch.cuda.Event | None = None
 
     def launch(self) -> None:
@@ -182,14 +181,12 @@ class FlatPair:
             (as_integers(one, dtype) != as_integers(other, dtype)).any()
             for one, other, dtype in zip(self._then, self._now, self._view_dtypes, strict=True)
         ]
-        self._differs = differs = differing[0] if len(differing) == 1 else torch.stack(differing).any()
-        if differs.is_cuda:  # another stream may be the current one when the result is read
-            self._is_computed = torch.cuda.current_stream(differs.device).record_event()
+        self._differs: Tensor = differing[0] if len(differing) == 1 else torch.stack(differing).any()
+        if self._differs.is_cuda:  # another stream may be the current one when the result is read
+            self._is_computed = torch.cuda.current_stream(self._differs.device).record_event()
 
     def result(self) -> Tensor:
         """Whether any bits differ: one truth value on the device, which ``launch()`` has begun to compute."""
-        if self._differs is None:
-            raise RuntimeError("not launched")
         if self._is_computed is not None:
             self._is_computed.synchronize()
         return self._differs

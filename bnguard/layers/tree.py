@@ -47,19 +47,9 @@ class Tree:
     """
 
     __slots__ = (
-        "_branches",
-        "_buffer_counts",
-        "_buffer_tables",
-        "_can_stay",
-        "_forwards",
-        "_missing",
-        "_module_tables",
-        "_modules",
-        "_outline",
-        "_rules",
-        "_types",
-        "layers",
-    )
+        "_branches", "_buffer_counts", "_buffer_tables", "_can_stay", "_forwards", "_missing", "_module_tables",
+        "_modules", "_outline", "_rules", "_types", "layers",
+    )  # fmt: skip
 
     def __init__(self, model: nn.Module) -> None:
         found: dict[int, StatsLayer] = {}
@@ -213,8 +203,7 @@ def ancestors_of(layer: nn.Module, model: nn.Module) -> list[nn.Module]:
     parents: dict[int, nn.Module] = {}
     for module in parts_of(model):
         for child in module._modules.values():
-            if child is not None:
-                parents.setdefault(id(child), module)
+            parents.setdefault(id(child), module)
     found = []
     while layer is not model:
         layer = parents[id(layer)]

@@ -24,14 +24,7 @@ from bnguard.pytest_plugin.markers import (
     reason_of,
     settings_of,
 )
-from bnguard.pytest_plugin.report import (
-    Move,
-    Reporter,
-    error_of_test_case,
-    move_text,
-    moves_of,
-    raise_at_test,
-)
+from bnguard.pytest_plugin.report import Move, Reporter, error_of_test_case, move_text, moves_of, raise_at_test
 from bnguard.pytest_plugin.switches import Switches, add_switches, read_switches
 
 if TYPE_CHECKING:

@@ -20,6 +20,7 @@ REPORTS: Final = ("terminal", "github")
 # How many are named: tests of a line, and lines.
 _TESTS: Final = 5
 _LINES: Final = 20
+_WIDTH: Final = 80  # columns of the longest line
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +80,11 @@ def move_text(move: Move) -> str:
     return f"{move.where}: {counts}: {names}"
 
 
-def report_lines(tests: Sequence[TestMoves], width: int = 80) -> list[str]:
+def report_lines(tests: Sequence[TestMoves]) -> list[str]:
     """The lines of the report: by line of code, and for each of them the tests that ran it.
 
     Args:
         tests: What each test did, in the order in which to name them.
-        width: The longest line, in columns.
     """
     if not tests:
         return ["No test moved running statistics."]
@@ -100,11 +100,11 @@ def report_lines(tests: Sequence[TestMoves], width: int = 80) -> list[str]:
             groups.setdefault((move.where, move.prevented), []).append((test, move))
     ordered = sorted(groups.values(), key=len, reverse=True)
     for group in ordered[:_LINES]:
-        lines += _group_lines(group, width)
+        lines += _group_lines(group)
     return [*lines, *_more(len(ordered) - _LINES, "line")]
 
 
-def _group_lines(group: Sequence[tuple[TestMoves, Move]], width: int) -> list[str]:
+def _group_lines(group: Sequence[tuple[TestMoves, Move]]) -> list[str]:
     """What one line of code did, and in which tests."""
     moves = [move for _, move in group]
     layers = list(dict.fromkeys(layer for move in moves for layer in move.layers))
@@ -121,15 +121,15 @@ def _group_lines(group: Sequence[tuple[TestMoves, Move]], width: int) -> list[st
         allowed = "" if move.reason is None else f"  (bn_updates: {move.reason})" if move.reason else "  (bn_updates)"
         shown.append(f"{test.name}{allowed}")
     shown += _more(len(group) - _TESTS, "test")
-    return [*_wrapped(head, "", width), *[line for text in shown for line in _wrapped(text, "  ", width)]]
+    return [*_wrapped(head, ""), *[line for text in shown for line in _wrapped(text, "  ")]]
 
 
 def _more(number: int, what: str) -> list[str]:
     return [f"and {number} more {what}{'s' if number > 1 else ''}"] if number > 0 else []
 
 
-def _wrapped(text: str, indent: str, width: int) -> list[str]:
-    return textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=f"{indent}    ", break_on_hyphens=False)
+def _wrapped(text: str, indent: str) -> list[str]:
+    return textwrap.wrap(text, _WIDTH, initial_indent=indent, subsequent_indent=f"{indent}    ", break_on_hyphens=False)
 
 
 def as_json(tests: Sequence[TestMoves]) -> str:

@@ -111,13 +111,7 @@ class LayerLog(SeenLayer):
                 self._copies.add(steps.ticks, copies_of(self._present()))
 
     def note_update(
-        self,
-        module: nn.Module,
-        call: ModelCall,
-        args: tuple[Any, ...],
-        output: Any,
-        steps: StepCounter,
-        backwards: int,
+        self, module: nn.Module, call: ModelCall, args: tuple[Any, ...], output: Any, steps: StepCounter, backwards: int
     ) -> NotedUpdate:
         """Notes one update. See Note [Two parts of a record].
 

@@ -42,11 +42,7 @@ def _on_stdout(write: Callable[[Any], None]) -> None:
     for stream in (sys.stdout, sys.__stdout__):
         try:
             write(stream)
-        except (
-            AttributeError,
-            ValueError,
-            OSError,
-        ):  # no stream, a closed one, or no real file
+        except (AttributeError, ValueError, OSError):  # no stream, a closed one, or no real file
             continue
         return
 

@@ -97,7 +97,7 @@ class CallSites:
         self._known: dict[tuple[CodeType, int, int, bool], tuple[list[tuple[CodeType, int]], CallSite]] = {}
 
     def find(self) -> CallSite:
-        """The same as ``call_site()``."""
+        """The line of the user's code that is running, as ``call_site()`` finds it."""
         frame: FrameType | None = sys._getframe(1)
         depth, is_called = 0, False
         while frame is not None and (origin := origin_of(frame.f_code.co_filename)) != "user":

@@ -268,6 +268,38 @@ def _no_statistics(net: nn.Module, random_: random.Random) -> None:
     _first_norm(net).running_mean = None
 
 
+def _rename_statistics(net: nn.Module, random_: random.Random) -> None:
+    layer = _first_norm(net)
+    if "running_mean" in layer._buffers:
+        layer.register_buffer("mean", layer._buffers.pop("running_mean"))
+
+
+def _not_persistent(net: nn.Module, random_: random.Random) -> None:
+    layer = _first_norm(net)
+    layer.register_buffer("running_mean", layer._buffers.get("running_mean"), persistent=False)
+
+
+def _float8(*names: str) -> Callable[[nn.Module, random.Random], str]:
+    """All layers run, one of them with statistics that torch's batch_norm refuses, and does not join to others."""
+
+    def convert(net: nn.Module, random_: random.Random) -> str:
+        layer = _first_norm(net)
+        for name in names:
+            buffer = layer._buffers.get(name)
+            if buffer is not None:
+                buffer.data = buffer.data.to(torch.float8_e4m3fn)
+        errors = []
+        for norm in [module for module in net.modules() if isinstance(module, nn.BatchNorm1d)]:
+            try:
+                norm.train()(_batch(random_))
+            except (RuntimeError, NotImplementedError) as error:
+                errors.append(str(error).splitlines()[0])
+        return "\n".join(errors)
+
+    convert.__name__ = f"float8_{len(names)}"
+    return convert
+
+
 # Of torch about what is left of a layer, of the user, and of bnguard.
 ERRORS = (AttributeError, KeyError, RuntimeError, TypeError, ValueError, bnguard.BNGuardError)
 
@@ -277,6 +309,7 @@ EVENTS: list[Callable[[nn.Module, random.Random], Any]] = [
     _add_hook, _patch_forward, _other_class, _new_buffer, _new_dictionary,
     _guard_of_another, _stop_others, _without_tracking, _caught, _halve, _no_statistics,
     _twice, _write_in_between, _count_in_between, _some_layers, _write_during_forward,
+    _rename_statistics, _not_persistent, _float8("running_mean"), _float8("running_mean", "running_var"),
 ]  # fmt: skip
 
 
@@ -735,6 +768,69 @@ def test_updates_of_two_threads_share_a_budget(taken: list[bool]) -> None:
     assert taken[-1]
     assert int(_first_norm(net).num_batches_tracked) == before + 900
     assert_clean(net)
+
+
+@pytest.mark.parametrize("blocks", range(5))
+def test_layer_kept_in_a_list_is_named_however_many_blocks_came_before(blocks: int) -> None:
+    """A block that is used again looks beside the modules of the model as well."""
+    net = nn.Sequential(nn.BatchNorm1d(6))
+    guard = bnguard.frozen(net, "restore")
+    for _ in range(blocks):
+        with guard:
+            net(torch.randn(4, 6))
+    net.__dict__["kept"] = [nn.BatchNorm1d(6)]
+    with told() as said, guard:
+        net.__dict__["kept"][0](torch.randn(4, 6))
+    assert "kept.0 (BatchNorm1d)" in said.warnings[0]
+
+
+def test_statistic_that_is_not_saved_is_none_again_after_it_was_deleted(taken: list[bool]) -> None:
+    """A buffer of which ``state_dict()`` knows nothing returns as one, in every block of a guard."""
+    net = nn.Sequential(nn.BatchNorm1d(6))
+    net[0].register_buffer("running_mean", net[0].running_mean, persistent=False)
+    before, names = state_of(net), list(net.state_dict())
+    guard = bnguard.frozen(net, "restore")
+    for _ in range(4):
+        with told() as said, guard:
+            del net[0].running_mean
+        assert "running_mean" in said.warnings[0]
+        assert list(net.state_dict()) == names
+        assert_same_bits(state_of(net), before)
+        for _ in range(3):  # quiet ones
+            with guard:
+                pass
+    assert any(taken)
+
+
+class Ending(torch.Tensor):
+    """A batch whose normalisation ends a block."""
+
+    guard: bnguard.frozen
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.functional.batch_norm:
+            args[0].guard.stop()
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
+def test_update_within_the_budget_may_outlast_a_block_that_went_the_short_way(taken: list[bool]) -> None:
+    """It is an update like any other: output and statistics are the twin's, and the next block protects them."""
+    net, twin = nn.Sequential(nn.BatchNorm1d(6)), nn.Sequential(nn.BatchNorm1d(6))
+    guard = bnguard.frozen(net, updates=1)
+    for _ in range(3):
+        guard.start().stop()
+    batch = torch.randn(4, 6)
+    ending = batch.as_subclass(Ending)
+    ending.guard = guard.start()
+    assert_same_bits(net(ending).as_subclass(Tensor), twin(batch))
+    assert taken[-1]
+    assert_same_bits(state_of(net), state_of(twin))
+    assert_clean(net)
+    with guard:
+        assert_same_bits(net(batch), twin(batch))
+    assert_same_bits(state_of(net), state_of(twin))
 
 
 def test_copies_of_updates_within_a_budget_do_not_pile_up() -> None:

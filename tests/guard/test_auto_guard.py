@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import bnguard
 from bnguard.guard import auto_guard as _auto_guard
@@ -222,6 +223,43 @@ def test_first_forward_beyond_another_budget_is_refused(make: Callable[[], nn.Mo
         assert_same_bits(state_of(layer), after)
     with pytest.raises(bnguard.StatsChangedError, match="was caught"):
         requests.end(None)
+    assert_clean(layer)
+
+
+def hooked(layer: nn.Module) -> nn.Module:
+    """The layer with a hook of the user's, so that a guard that raises is its ``forward`` as well."""
+    layer.register_forward_hook(lambda module, args, output: output + 1)
+    return layer
+
+
+def test_first_forward_of_a_layer_with_hooks_is_refused() -> None:
+    """In train mode it raises before it updates, and after torch's own error about its input; in eval mode it runs."""
+    layers = [hooked(nn.BatchNorm2d(2)) for _ in range(3)]
+    before = [state_of(layer) for layer in layers]
+    requests = GuardRequests()
+    with every_model(requests, "raise"):
+        with pytest.raises(bnguard.StatsChangedError, match="would update"):
+            layers[0](images())
+        with pytest.raises(ValueError, match="expected 4D input"):
+            layers[1](torch.ones(3))
+        assert_same_bits(layers[2].eval()(images()), hooked(nn.BatchNorm2d(2)).eval()(images()))
+    with pytest.raises(bnguard.StatsChangedError, match="was caught"):
+        requests.end(None)
+    for layer, state in zip(layers, before, strict=True):
+        assert_same_bits(state_of(layer), state)
+        assert_clean(layer)
+
+
+def test_first_forward_in_eval_mode_that_is_traced_is_warned_about() -> None:
+    """A program that is traced through it holds the layer in train mode, and its statistics stay."""
+    layer = nn.BatchNorm2d(2)
+    before = state_of(layer)
+    requests = GuardRequests()
+    with every_model(requests, "raise", use_running_stats=True):
+        with pytest.warns(bnguard.BNGuardWarning, match="traced"):
+            make_fx(layer)(images())
+        assert_same_bits(state_of(layer), before)
+    requests.end(None)
     assert_clean(layer)
 
 

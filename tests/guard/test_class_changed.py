@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -147,6 +148,64 @@ def test_changed_class_is_guarded_like_that_class(guard: str, change: str, mode:
     twin = copy.deepcopy(net)
     found = program(net, guard, after, is_early=False)
     assert_same_results(found, program(twin, guard, after, is_early=True))
+
+
+@EVERY_CHANGE
+@EVERY_GUARD
+def test_block_that_begins_after_the_change_holds_the_new_class(guard: str, change: str) -> None:
+    """Inside another block, which does not know of the change yet."""
+    before, after = CHANGES[change]
+    found = []
+    for is_early in (False, True):
+        net = make(before)
+        if is_early:
+            net[0].__class__ = after  # type: ignore[assignment]
+        with told() as said, bnguard.frozen(net, **GUARDS[guard]):
+            net[0].__class__ = after  # type: ignore[assignment]
+            with bnguard.frozen(net, "restore"):
+                inner = result(net)
+        found.append((inner, len(said.warnings), said.error, state_of(net)))
+        assert_clean(net)
+    assert_same_results(*found)
+
+
+@pytest.mark.parametrize("guard", ["raise", "warn"])
+def test_block_that_begins_after_a_forward_was_put_on_the_layer_runs_it(guard: str) -> None:
+    """Inside another block, whose hooks do not know of it yet."""
+    found = []
+    for is_early in (False, True):
+        net = make(nn.BatchNorm2d)
+        layer: Any = net[0]
+
+        def forward(input: Tensor, layer: Any = layer) -> Tensor:
+            output: Tensor = type(layer).forward(layer, input) * 3
+            return output
+
+        if is_early:
+            layer.forward = forward
+        with told() as said, bnguard.frozen(net, **GUARDS[guard]):
+            layer.forward = forward
+            with bnguard.frozen(net, "restore"):
+                inner = result(net)
+        found.append((inner, len(said.warnings), said.error, state_of(net)))
+        assert layer.forward is forward
+    assert_same_results(*found)
+
+
+@EVERY_GUARD
+def test_tensors_lent_to_the_new_class_are_not_guarded(guard: str) -> None:
+    """The first forward after the change runs on what ``functional_call`` lends, and moves that as the twin does."""
+    found = []
+    for options in (GUARDS[guard], None):
+        net = make(nn.BatchNorm2d)
+        lent = {name: value.clone() for name, value in state_of(net).items()}
+        with bnguard.frozen(net, **options) if options is not None else nullcontext():
+            net.register_forward_hook(lambda *call: None)
+            net[0].register_forward_hook(lambda module, args, output: output + 1)
+            net[0].__class__ = PlainSubclass  # type: ignore[assignment]
+            output = torch.func.functional_call(net, lent, (images(),)).detach()
+        found.append((output, lent, state_of(net)))
+    assert_same_results(*found)
 
 
 @EVERY_GUARD

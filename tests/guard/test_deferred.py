@@ -39,7 +39,7 @@ from tests.asserts import (
 from tests.devices import emulated_device
 from tests.guard.test_device_reads import EACH_DEPTH, EACH_POLICY, evaluate, put_on, train, write
 from tests.guard.test_exit_check import EVERY_WRITE, make_input, make_net
-from tests.nets import OwnForward, deep_net, images
+from tests.nets import OwnForward, deep_net, images, warmed
 from tests.old_torch import needs_guarded_graphs
 
 DEFERRED: dict[str, Any] = {"check": "deferred"}
@@ -265,6 +265,25 @@ def test_exception_that_ends_a_block_gets_its_note_at_once() -> None:
     assert "1 (BatchNorm2d): running_mean" in caught.value.__notes__[0]
     assert len(guard.changes) == 1
     guard.check()
+
+
+@pytest.mark.parametrize("number", [1, None], ids=["one", "all"])
+def test_statistics_read_as_another_dtype_are_treated_as_by_a_check_at_exit(number: int | None) -> None:
+    """They are in the memory of the beginning, with its bits, but are other numbers."""
+    found = []
+    for options in ({}, DEFERRED):
+        net = warmed(make_net())
+        means = [buffer for buffer in net.buffers() if buffer.is_floating_point()][:number]
+        guard = bnguard.frozen(net, **options)
+        with pytest.raises(bnguard.StatsChangedError, match="running_mean") as error:
+            with guard:
+                for mean in means:
+                    mean.data = mean.data.view(torch.int32)
+            guard.check()
+        found.append((state_of(net), [(change.names, change.buffers) for change in error.value.changes]))
+    (state, changes), (late, changes_late) = found
+    assert_same_bits(state, late)
+    assert changes == changes_late
 
 
 def test_replaced_statistics_are_reported_at_once() -> None:

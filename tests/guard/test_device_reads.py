@@ -180,6 +180,34 @@ def test_emulated_device_gives_the_same_results(options: dict[str, Any]) -> None
     assert results[0][1] == results[1][1]
 
 
+@pytest.mark.parametrize("on_change", ["raise", "restore", "warn"])
+@pytest.mark.parametrize("returns", [False, True])
+def test_conversion_between_updates_within_a_budget_is_found_as_on_the_cpu(on_change: Any, returns: bool) -> None:
+    """The second update begins with statistics of another dtype than those that the first one has left.
+
+    These may return afterwards, in the memory that they were in.
+    """
+    results = []
+    for place in (emulated_device, no_device):
+        net = deep_net(2)
+        with place() as device, warnings.catch_warnings():
+            warnings.simplefilter("ignore", bnguard.BNGuardWarning)
+            guard, input = bnguard.frozen(put_on(device, net), on_change, updates=2), images()
+            device.put(input)
+            with suppress(bnguard.StatsChangedError), guard:
+                net(input)
+                old = {buffer: buffer.data for buffer in net[0].buffers() if buffer.is_floating_point()}
+                for buffer, data in old.items():
+                    buffer.data = data.double()
+                with suppress(RuntimeError):  # of torch
+                    net(input)
+                for buffer, data in old.items() if returns else ():
+                    buffer.data = data
+        results.append((state_of(net), [repr(change) for change in guard.changes]))
+    assert_same_bits(results[0][0], results[1][0])
+    assert results[0][1] == results[1][1]
+
+
 @contextmanager
 def no_device() -> Iterator[EmulatedDevice]:
     """The CPU; what is put on the device stays there."""

@@ -48,6 +48,19 @@ def test_hook_that_comes_back_after_its_block_does_nothing(layer: Any, policy: s
     assert not net[0]._forward_hooks_always_called
 
 
+@pytest.mark.parametrize("tables", [TABLES[:1], TABLES[1:]], ids=["pre-hooks", "hooks"])
+@EVERY_POLICY
+def test_hook_that_comes_back_without_its_other_half_does_nothing(tables: tuple[str, ...], policy: Any) -> None:
+    """Of a layer that is compared around each forward, one of both hooks comes back."""
+    net, twin = nn.Sequential(warmed(OwnForward(2))), nn.Sequential(warmed(OwnForward(2)))
+    with bnguard.frozen(net, policy):
+        old = put_aside(net[0])
+    net[0].__dict__.update({table: old[table] for table in tables})
+    assert_same_bits(outcome(net, images()), outcome(twin, images()))
+    assert_same_bits(state_of(net), state_of(twin))
+    assert_clean(net)
+
+
 @EVERY_LAYER
 def test_hook_that_comes_back_survives_no_failed_forward(layer: Any) -> None:
     """The error is torch's own, and the forward after it removes what is left."""

@@ -672,6 +672,44 @@ def test_after_an_error_everything_is_as_before(place: str, error: BaseException
     assert_clean(net)
 
 
+class _Broken(Tensor):
+    """A buffer that fails at whatever is done with it, once it is broken."""
+
+    is_broken = False
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if cls.is_broken:
+            raise _Boom
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+class _BreaksItsBuffer(nn.Module):
+    """Breaks a buffer of its own when it runs, and changes modes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("broken", torch.zeros(2).as_subclass(_Broken))
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.eval()
+        _Broken.is_broken = True
+        return input
+
+
+def test_what_cannot_be_undone_keeps_nothing_else_from_being_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A buffer cannot be compared with what it was: its error comes out, and all the rest is as before."""
+    monkeypatch.setattr(_Broken, "is_broken", False)
+    net = nn.Sequential(*make_net(), _BreaksItsBuffer())
+    before, modes = state_of(net[:-1]), [module.training for module in net.modules()]
+    with pytest.raises(_Boom):
+        bnguard.recalibrate(net, BATCHES[:1], include=nn.BatchNorm2d)
+    assert_same_bits(state_of(net[:-1]), before)
+    assert [module.training for module in net.modules()] == modes
+    assert torch.is_grad_enabled()
+    assert_clean(net)
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a generator of torch's is dropped
 def test_interrupted_anywhere_leaves_the_old_statistics_or_the_new() -> None:
     """Wherever Python may raise KeyboardInterrupt: all statistics are the old ones or all are the new ones."""

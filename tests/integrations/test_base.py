@@ -15,6 +15,7 @@ import bnguard
 from bnguard.integrations._base import RunGuard, phrases_of
 from tests.asserts import assert_clean, assert_same_bits, statistics, values
 from tests.nets import images
+from tests.old_torch import needs_guarded_graphs
 
 
 class Loop:
@@ -203,6 +204,19 @@ def test_guard_of_layers_that_never_ran_says_so_at_its_end(model, options):
     assert_clean(model)
 
 
+@needs_guarded_graphs
+@pytest.mark.usefixtures("no_graphs")
+def test_export_of_the_model_is_no_forward_of_it(model):
+    """What is trained is another model all the same."""
+    callback = CountingCallback()
+    callback.on_begin(model.eval())
+    torch.export.export(model, (images(),), strict=False)
+    callback.on_validate()
+    with pytest.warns(bnguard.BNGuardWarning, match="no forward of a guarded layer ran"):
+        callback.on_end()
+    assert_clean(model)
+
+
 def run_in_eval_mode(callback: Any, model: nn.Module) -> None:
     """The layer runs, and would not move anyway."""
     model.eval()
@@ -264,10 +278,22 @@ def run_inside_another(callback: Any, model: nn.Module) -> None:
         guard.on_end()
 
 
+def run_without_hooks(callback: Any, model: nn.Module) -> None:
+    """Another library clears all hooks of the layer before its first forward."""
+    callback.on_begin(model)
+    model(images())
+    callback.on_end()
+    callback.on_begin(model.eval())
+    for hooks in (model[1]._forward_pre_hooks, model[1]._forward_hooks):
+        hooks.clear()
+    callback.on_end()
+
+
 @pytest.mark.parametrize(
     "run",
     [
         run_in_eval_mode,
+        run_without_hooks,
         run_without_batches,
         run_one_of_two,
         run_once_and_then_something_else,

@@ -41,11 +41,7 @@ _NAMES: Final = {
     "use_running_stats": "frozen(backbone, use_running_stats=True)",
     "restore": 'frozen(backbone, "restore")',
 }
-_MODES: Final = {
-    "unguarded": "the batch's",
-    "use_running_stats": "the frozen",
-    "restore": "the batch's",
-}
+_MODES: Final = {"unguarded": "the batch's", "use_running_stats": "the frozen", "restore": "the batch's"}
 
 
 def show(result: DemoResult) -> None:

@@ -40,10 +40,7 @@ class BN019(Rule):
         layer.running_mean.fill_(3.0)
         layer(torch.randn(16, 4))
     """
-    remedies = (
-        "Load and save num_batches_tracked with the statistics.",
-        "Or give the layer a momentum, as 0.1.",
-    )
+    remedies = ("Load and save num_batches_tracked with the statistics.", "Or give the layer a momentum, as 0.1.")
     fine = "The statistics are to be learned anew from here on."
 
     def at_end(self, end: LayerEnd) -> Iterator[Evidence]:
