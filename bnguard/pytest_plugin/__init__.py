@@ -33,6 +33,7 @@ from bnguard.pytest_plugin.report import (
     raise_at_test,
 )
 from bnguard.pytest_plugin.switches import Switches, add_switches, read_switches
+from bnguard.words import roots
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -83,6 +84,8 @@ def pytest_configure(config: pytest.Config) -> None:
     for description in MARKERS:
         config.addinivalue_line("markers", description)
     config.stash[_SWITCHES] = switches = read_switches(config)
+    roots.append(str(config.rootpath))
+    config.add_cleanup(roots.pop)
     if switches.report is not None:
         config.pluginmanager.register(Reporter(switches.report, config), "bnguard-report")
 
