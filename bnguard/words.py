@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 from typing import Final
 
-# Folders, such as the rootdir of pytest: paths to files in the last of them are short, whatever the working directory is.
+# Such as the rootdir of pytest: paths to files in the last of them are short, whatever the working directory is.
 roots: Final[list[str]] = []
 
 

@@ -85,7 +85,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("markers", description)
     config.stash[_SWITCHES] = switches = read_switches(config)
     roots.append(str(config.rootpath))
-    config.add_cleanup(roots.pop)
+    config.add_cleanup(functools.partial(roots.__delitem__, -1))
     if switches.report is not None:
         config.pluginmanager.register(Reporter(switches.report, config), "bnguard-report")
 

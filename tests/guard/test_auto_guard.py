@@ -193,6 +193,45 @@ def test_first_forward_in_eval_mode_that_fails(make: Callable[[], nn.Module]) ->
     assert_clean(other)
 
 
+class Lagging(nn.Module):
+    """A layer that normalises with what it has learned so far, in train mode too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(2))
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.training:
+            self.running_mean.lerp_(input.detach().mean((0, 2, 3)), 0.5)
+        return input - self.running_mean[:, None, None]
+
+
+@pytest.mark.parametrize("options", [{}, {"use_running_stats": True}], ids=["restore", "running"])
+@pytest.mark.parametrize("make", [*LAYERS.values(), Lagging], ids=[*LAYERS, "lagging"])
+def test_first_forward_that_is_interrupted(make: Callable[[], nn.Module], options: dict[str, Any]) -> None:
+    """Ctrl-C whose exception is kept, as notebooks do: the next forward is the twin's, and puts back what was left."""
+    layer = make()
+    twin, before = copy.deepcopy(layer).train("use_running_stats" not in options), state_of(layer)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    requests = GuardRequests()
+    with every_model(requests, "restore", **options):
+        handle = layer.register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt) as kept:
+            layer(images())
+        handle.remove()
+        for seed in (1, 2):
+            assert_same_bits(layer(images(seed=seed)), copy.deepcopy(twin)(images(seed=seed)))
+        assert layer.training
+        assert_same_bits(state_of(layer), before)
+        assert len(layer._forward_hooks) == 0
+    assert kept.value.__traceback__ is not None
+    assert requests.end(None) == []
+    assert_clean(layer)
+
+
 @pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
 def test_first_forward_spends_the_budget(make: Callable[[], nn.Module]) -> None:
     """With ``updates=1`` the first forward is the one that updates, and the second one does not."""
