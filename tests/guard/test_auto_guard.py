@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -317,6 +318,25 @@ def test_patterns_are_for_the_names_of_the_whole_model() -> None:
     after = state_of(task)
     assert after["head.num_batches_tracked"] == 2
     assert_same_bits(*[{key: of[key] for key in of if key.startswith("backbone")} for of in (before, after)])
+
+
+@pytest.mark.parametrize("patterns", [(), ("backbone*",)], ids=["all", "backbone"])
+def test_objects_of_the_process_are_walked_at_most_once_for_all_parts(
+    patterns: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There may be a million: one walk names every part that the model calls itself; without patterns none is needed."""
+    walks = []
+    walk = gc.get_objects
+    monkeypatch.setattr(gc, "get_objects", lambda *args: walks.append(1) or walk(*args))
+    task = Task()
+    requests = GuardRequests()
+    with every_model(requests, "restore", include=patterns):
+        for _ in range(3):
+            task.training_step(images())
+            for part in task.backbone:
+                part.eval()
+    assert requests.end(None) == []
+    assert len(walks) == len(patterns)
 
 
 def test_model_in_a_graph_that_no_pattern_matches_is_left_alone() -> None:
