@@ -324,7 +324,7 @@ def test_patterns_are_for_the_names_of_the_whole_model() -> None:
 def test_objects_of_the_process_are_walked_at_most_once_for_all_parts(
     patterns: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """There may be a million: one walk names every part that the model calls itself; without patterns none is needed."""
+    """There may be a million: one walk names all parts that the model calls; without patterns none is needed."""
     walks = []
     walk = gc.get_objects
     monkeypatch.setattr(gc, "get_objects", lambda *args: walks.append(1) or walk(*args))
