@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
+from typing import Final
+
+# Such as the rootdir of pytest: paths to files in the last of them are short, whatever the working directory is.
+roots: Final[list[str]] = []
 
 
 def name_text(name: str, model: str = "") -> str:

@@ -117,7 +117,8 @@ def _usual(on_change: Any, **options: Any) -> Callable[[], Case]:
         net = nn.Sequential(nn.BatchNorm1d(6), nn.BatchNorm1d(6))
         for parameter in net.parameters():
             parameter.grad = torch.ones_like(parameter)
-        net.train(on_change == "restore")
+        net.train(on_change != "raise")
+        moves = on_change == "warn" or "updates" in options
         kept = bnguard.frozen(net, on_change, **options) if random.random() < 0.7 else None
 
         def forwards(model: nn.Module) -> None:
@@ -136,7 +137,7 @@ def _usual(on_change: Any, **options: Any) -> Callable[[], Case]:
 
         for _ in range(random.randrange(1, 4)):
             step()
-        return Case(net, step, guards=[] if kept is None else [kept])
+        return Case(net, step, moves, guards=[] if kept is None else [kept])
 
     return make
 
@@ -237,6 +238,8 @@ CASES: Final[dict[str, Callable[[], Case]]] = {
     "usual raise": _usual("raise"),
     "usual restore": _usual("restore"),
     "usual running": _usual("restore", use_running_stats=True),
+    "usual warn": _usual("warn"),
+    "usual budget": _usual("restore", updates=1),
     "nested": _nested,
     "strict": _strict,
     "watch": _watch,

@@ -21,7 +21,6 @@ from bnguard.guard.hold import (
     copies,
     copies_for,
     forward_bound_to,
-    guards,
     is_scratch_for,
     normalise_with_batch,
     normalise_with_batch_in_graph,
@@ -37,9 +36,7 @@ from bnguard.guard.updating import UpdatingLayer
 from bnguard.layers.kinds import BATCH_NORM, StatsLayer
 from bnguard.layers.swaps import NO_FLAGS, is_swapped, own_mode, own_values, swap_lock, swapped
 from bnguard.torch_internals.compile import is_called_by_graph, is_exporting, refused_in_graphs, run_as_python
-from bnguard.torch_internals.fork import call_in_children
 from bnguard.torch_internals.functional_call import calling_module
-from bnguard.torch_internals.locks import RLock
 from bnguard.torch_internals.tracing import has_function_mode, is_symbolic, unseen
 
 __tracebackhide__ = hides_frame
@@ -47,21 +44,13 @@ __tracebackhide__ = hides_frame
 _OF_BATCH_NORM: Final = {"running_mean", "running_var"}
 
 
-def _renew_turns() -> None:
-    """In a forked child: another thread of the parent may have held one, and cannot release it here."""
-    for guard in guards.values():
-        guard._turn = guard._turn and RLock()
-
-
-call_in_children(_renew_turns)
-
-
 class HeldLayer(UpdatingLayer):
     """A guarded layer whose forward can run otherwise than without a guard."""
 
     _scratch: tuple[Tensor | None, Tensor | None] = (None, None)  # of the last forward
 
-    conform_again: Callable[[], None]  # a method of a subclass
+    conform_again: Callable[[], None]  # methods of a subclass
+    drop_interrupted: Callable[[], None]
 
     # The ``forward`` on the instance: a bound method of this object.
 
@@ -143,6 +132,8 @@ class HeldLayer(UpdatingLayer):
         Where it depends on a budget, one thread at a time: a forward that may update runs on the statistics themselves,
         and must not find them swapped out by one that may not.
         """
+        if self._before and not torch.compiler.is_compiling():
+            self.drop_interrupted()
         if self.module.__class__ is not self.cls:
             if torch.compiler.is_compiling():
                 class_changed(id(self.module))

@@ -49,7 +49,7 @@ from bnguard.guard.watching import Before
 from bnguard.layers.kinds import OTHER_BUFFERS, StatsLayer
 from bnguard.layers.swaps import NO_FLAGS, own_values
 from bnguard.torch_internals.compile import GUARDS_GRAPHS, is_exporting
-from bnguard.torch_internals.fork import renew_after_fork
+from bnguard.torch_internals.fork import call_in_children, renew_after_fork
 from bnguard.torch_internals.locks import RLock
 from bnguard.torch_internals.tracing import is_symbolic
 
@@ -57,6 +57,15 @@ __tracebackhide__ = hides_frame
 
 entries_lock: Final = RLock()
 renew_after_fork(entries_lock)
+
+
+def _renew_turns() -> None:
+    """In a forked child: another thread of the parent may have held one, and cannot release it here."""
+    for guard in guards.values():
+        guard._turn = guard._turn and RLock()
+
+
+call_in_children(_renew_turns)
 
 
 def guard_of(module: nn.Module) -> LayerGuard | None:
@@ -85,8 +94,6 @@ class _AfterForward(LayerHook):
 
 class LayerGuard(HeldLayer):
     """Guards one layer while at least one block is around it."""
-
-    _before: dict[int, list[Before]] | None = None  # by thread, once there are some
 
     def serves_again(self, layer: StatsLayer, known: tuple[Tensor | None, ...]) -> bool:
         """Whether this guard, which has no entries any more, can be used again as if it were new."""
@@ -146,6 +153,14 @@ class LayerGuard(HeldLayer):
         for before in [before for before in waiting if before.call not in calls]:
             waiting.remove(before)
             self.forget(before)
+
+    def drop_interrupted(self) -> None:
+        """Forgets forwards of this thread that Ctrl-C has ended, after which torch calls no hook."""
+        thread = threading.get_ident()
+        if (self._before or {}).get(thread):
+            self._drop_finished(thread, sys._getframe())
+            with entries_lock:
+                self.sync(Rulings())
 
     def conform_again(self) -> None:
         """Looks at the layer again, and makes it conform to what it is now."""

@@ -85,7 +85,8 @@ class WatchedLayer(Surroundings):
         under_way: Forwards that are watched at the moment. One that Ctrl-C has ended is forgotten with its exception.
     """
 
-    under_way: weakref.WeakSet[Before] | None = None  # once there are some
+    _before: dict[int, list[Before]] | None = None  # those that hooks watch, by thread, once there are some
+    under_way: weakref.WeakSet[Before] | None = None  # likewise
     _passing: weakref.ref[Passing] | None = None  # likewise forgotten with the exception that has ended it
     _original: _Original | None = None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
@@ -43,6 +44,10 @@ class Wrapped:
             for around in tuple(self._around):
                 stack.enter_context(around(*args, **kwargs))
             return self._method(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        # A copy of the object has the method itself.
+        return (copy.copy, (self._method,)) if self._had_own else (getattr, (self._owner, self._name))
 
     def _remove(self, around: Around) -> None:
         """Restores the object after the last removal, unless other code has replaced the method since."""

@@ -24,7 +24,7 @@ _STATISTIC: Final = re.compile(
     r"|num_batches_tracked|ra_mean|ra_var"
 )
 _OBSERVERS: Final = ("torch.ao.quantization.", "torchao.quantization.")
-_COUNTER: Final = re.compile(r"(?:\w+_)?(?:n|num|counts?|counter|steps?|total|seen|samples|batches|updates)(?:_\w+)?")
+_COUNTER: Final = re.compile(r"(?:\w*_)?(?:n|num|counts?|counter|steps?|total|seen|samples|batches|updates)(?:_\w+)?")
 _PAIRED: Final = {
     "_mean": ("_var", "_std"),
     "_var": ("_mean",),

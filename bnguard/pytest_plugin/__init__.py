@@ -26,6 +26,7 @@ from bnguard.pytest_plugin.markers import (
 )
 from bnguard.pytest_plugin.report import Move, Reporter, error_of_test_case, move_text, moves_of, raise_at_test
 from bnguard.pytest_plugin.switches import Switches, add_switches, read_switches
+from bnguard.words import roots
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -76,6 +77,8 @@ def pytest_configure(config: pytest.Config) -> None:
     for description in MARKERS:
         config.addinivalue_line("markers", description)
     config.stash[_SWITCHES] = switches = read_switches(config)
+    roots.append(str(config.rootpath))
+    config.add_cleanup(functools.partial(roots.__delitem__, -1))
     if switches.report is not None:
         config.pluginmanager.register(Reporter(switches.report, config), "bnguard-report")
 

@@ -15,6 +15,7 @@ import functools
 import os
 import sys
 import sysconfig
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from types import CodeType, FrameType, TracebackType
 from typing import Final, Literal
@@ -24,6 +25,7 @@ import wrapt
 from torch import nn
 
 from bnguard.torch_internals.wrappers import WRAPPERS
+from bnguard.words import roots
 
 Origin = Literal["machinery", "library", "user"]
 
@@ -210,11 +212,13 @@ def path_in_packages(filename: str) -> str:
 
 
 def _short(filename: str) -> str:
-    """The path relative to the working directory if it is inside, else unchanged."""
-    try:
-        return filename if filename.startswith("<") else _relative(filename, os.getcwd())
-    except OSError:  # the working directory was removed
+    """The path relative to the working directory or to the last of ``roots`` if it is inside, else unchanged."""
+    if filename.startswith("<"):
         return filename
+    short = filename
+    with suppress(OSError):  # the working directory was removed
+        short = _relative(filename, os.getcwd())
+    return _relative(filename, roots[-1]) if short == filename and roots else short
 
 
 @functools.lru_cache(maxsize=64)

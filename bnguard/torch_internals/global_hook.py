@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
+from bnguard.errors import BNGuardError
 from bnguard.torch_internals.compile import at_compile_time, is_exporting
 from bnguard.torch_internals.patching import Patch
 
@@ -120,8 +121,14 @@ def _before_forward(module: nn.Module, args: tuple[Any, ...]) -> None:
         if not is_exporting():
             _traced(id(module))
         return
-    for listener in _hook.users:
-        listener.before(module, args)
+    listeners = iter(_hook.users)
+    try:
+        for listener in listeners:
+            listener.before(module, args)
+    except BNGuardError:  # a guard stops the forward; the others are to see the module all the same
+        for listener in listeners:
+            listener.before(module, args)
+        raise
 
 
 def _after_forward(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

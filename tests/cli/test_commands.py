@@ -187,6 +187,14 @@ def test_error_of_a_guard_names_what_the_command_line_has(script, tmp_path):
     assert "_sentry.py" not in done.stderr
 
 
+def test_layer_that_is_stopped_at_its_first_forward_was_seen(tmp_path):
+    """A layer that nobody calls from a model: the report does not say that there was none."""
+    (tmp_path / "bare.py").write_text("import torch\ntorch.nn.BatchNorm1d(3)(torch.ones(4, 3))\n")
+    done = bnguard_("run", "--frozen", "*", "bare.py", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stdout.splitlines()[-1] == "no finding; no update"
+
+
 def test_guard_of_a_script_takes_the_options_of_frozen(script, tmp_path):
     """Frozen statistics in train mode, held weights, and updates that are allowed: each does what frozen() says."""
     script("print(*net[1].state_dict()['weight'].tolist(), torch.equal(net(images), net.eval()(images)))")

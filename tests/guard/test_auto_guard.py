@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -193,6 +194,45 @@ def test_first_forward_in_eval_mode_that_fails(make: Callable[[], nn.Module]) ->
     assert_clean(other)
 
 
+class Lagging(nn.Module):
+    """A layer that normalises with what it has learned so far, in train mode too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(2))
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.training:
+            self.running_mean.lerp_(input.detach().mean((0, 2, 3)), 0.5)
+        return input - self.running_mean[:, None, None]
+
+
+@pytest.mark.parametrize("options", [{}, {"use_running_stats": True}], ids=["restore", "running"])
+@pytest.mark.parametrize("make", [*LAYERS.values(), Lagging], ids=[*LAYERS, "lagging"])
+def test_first_forward_that_is_interrupted(make: Callable[[], nn.Module], options: dict[str, Any]) -> None:
+    """Ctrl-C whose exception is kept, as notebooks do: the next forward is the twin's, and puts back what was left."""
+    layer = make()
+    twin, before = copy.deepcopy(layer).train("use_running_stats" not in options), state_of(layer)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    requests = GuardRequests()
+    with every_model(requests, "restore", **options):
+        handle = layer.register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt) as kept:
+            layer(images())
+        handle.remove()
+        for seed in (1, 2):
+            assert_same_bits(layer(images(seed=seed)), copy.deepcopy(twin)(images(seed=seed)))
+        assert layer.training
+        assert_same_bits(state_of(layer), before)
+        assert len(layer._forward_hooks) == 0
+    assert kept.value.__traceback__ is not None
+    assert requests.end(None) == []
+    assert_clean(layer)
+
+
 @pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
 def test_first_forward_spends_the_budget(make: Callable[[], nn.Module]) -> None:
     """With ``updates=1`` the first forward is the one that updates, and the second one does not."""
@@ -315,6 +355,25 @@ def test_patterns_are_for_the_names_of_the_whole_model() -> None:
     after = state_of(task)
     assert after["head.num_batches_tracked"] == 2
     assert_same_bits(*[{key: of[key] for key in of if key.startswith("backbone")} for of in (before, after)])
+
+
+@pytest.mark.parametrize("patterns", [(), ("backbone*",)], ids=["all", "backbone"])
+def test_objects_of_the_process_are_walked_at_most_once_for_all_parts(
+    patterns: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There may be a million: one walk names all parts that the model calls; without patterns none is needed."""
+    walks = []
+    walk = gc.get_objects
+    monkeypatch.setattr(gc, "get_objects", lambda *args: walks.append(1) or walk(*args))
+    task = Task()
+    requests = GuardRequests()
+    with every_model(requests, "restore", include=patterns):
+        for _ in range(3):
+            task.training_step(images())
+            for part in task.backbone:
+                part.eval()
+    assert requests.end(None) == []
+    assert len(walks) == len(patterns)
 
 
 def test_model_in_a_graph_that_no_pattern_matches_is_left_alone() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import gc
 import inspect
@@ -147,6 +148,56 @@ def test_guard_finds_layers_anew_in_each_block() -> None:
     with guard:
         net(images())
     assert net[1].num_batches_tracked == 0
+
+
+def _tracks_from_now_on(layer: nn.BatchNorm2d) -> None:
+    layer.running_mean, layer.running_var = torch.zeros(2), torch.ones(2)
+    layer.num_batches_tracked, layer.track_running_stats = torch.tensor(0), True
+
+
+def _counts_from_now_on(layer: nn.BatchNorm2d) -> None:
+    layer.num_batches_tracked = torch.tensor(0)
+
+
+def _has_values_from_now_on(layer: nn.BatchNorm2d) -> None:
+    layer.running_mean, layer.running_var = torch.zeros(2), torch.ones(2)
+
+
+@pytest.mark.parametrize("on_change", ["raise", "restore"])
+@pytest.mark.parametrize(
+    ("missing", "begin"),
+    [
+        (("running_mean", "running_var", "num_batches_tracked"), _tracks_from_now_on),
+        (("num_batches_tracked",), _counts_from_now_on),
+        (("running_mean", "running_var"), _has_values_from_now_on),
+    ],
+    ids=["statistics", "counter", "values"],
+)
+def test_guard_that_is_used_again_sees_statistics_that_came_in_between(
+    on_change: Any, missing: tuple[str, ...], begin: Any
+) -> None:
+    """A layer that tracks since, or a counter that was None: as a new guard does, whichever block it is."""
+    net = nn.Sequential(nn.BatchNorm2d(2), nn.BatchNorm2d(2).eval())
+    layer = net[0]
+    for name in missing:
+        setattr(layer, name, None)
+    if len(missing) == 3:
+        layer.track_running_stats = False
+    layer.eval()
+    guard = bnguard.frozen(net, on_change)
+    for _ in range(4):
+        with guard:
+            net(images())
+    begin(layer)
+    before = state_of(net)
+    layer.train()
+    for _ in range(3):
+        with contextlib.suppress(bnguard.StatsChangedError), guard:
+            net(images())
+        assert_same_bits(net.state_dict(), before)
+        if on_change == "raise":
+            assert [change.names for change in guard.changes] == [("0",)]
+    assert_clean(net)
 
 
 def test_guard_can_be_entered_inside_itself() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -109,6 +110,30 @@ def test_held_forward_is_that_of_the_twin(name: str) -> None:
             assert_same_gradients(net, twin)
     assert_same_bits(state_of(net), before)
     assert_clean(net)
+
+
+@pytest.mark.parametrize(
+    "options", [{"use_cosine_sim": True, "threshold_ema_dead_code": 2}, {"kmeans_init": True}], ids=str
+)
+def test_codebook_of_a_library_is_that_of_the_twin(options: dict[str, Any]) -> None:
+    """vector-quantize-pytorch, with codes that it replaces at random: from the state of entry, each time."""
+    library = pytest.importorskip("vector_quantize_pytorch")
+    net = library.VectorQuantize(dim=3, codebook_size=4, **options)
+    net(rows()[None])
+    twin, before = copy.deepcopy(net), state_of(net)
+    with bnguard.frozen(net, "restore", buffers="all"):
+        for seed in (1, 2):
+            results = []
+            for module in (net, twin):
+                torch.manual_seed(seed)
+                output, _, loss = module(rows(seed)[None])
+                results.append((output, loss, torch.get_rng_state()))
+            assert_same_bits(*results)
+            twin.load_state_dict(before)
+    assert_same_bits(state_of(net), before)
+    with pytest.raises(bnguard.StatsChangedError, match="_codebook"), bnguard.frozen(net, buffers="all"):
+        net(rows(3)[None])
+    assert_same_bits(state_of(net), before)
 
 
 @everyone

@@ -1189,6 +1189,32 @@ def test_average_of_a_users_callback_stays_under_warn(tmp_path: Path) -> None:
     assert_same_bits(run.net.answers, twin.net.answers)
 
 
+class CopiesItself(Callback):
+    """Keeps copies of itself, without what Lightning has set on it."""
+
+    def __init__(self) -> None:
+        self.copies: list[Any] = []
+        self.calls = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("log", "log_dict", "copies")}
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        self.calls += 1
+        self.copies = [copy.deepcopy(self), pickle.loads(pickle.dumps(self))]
+
+
+def test_copy_of_a_callback_made_in_its_hook_is_unguarded(tmp_path: Path) -> None:
+    """Nothing of the guard is in it: its hook is its own, and it needs no bnguard where it is loaded."""
+    callback = CopiesItself()
+    fit(make_net(), make_trainer(tmp_path, callback, BNGuardCallback("backbone", "restore")))
+    assert callback.copies
+    for copied in callback.copies:
+        assert b"bnguard" not in pickle.dumps(copied)
+        copied.on_train_epoch_end(None, None)
+        assert (copied.calls, callback.calls) == (3, 2)
+
+
 class Tuned(Net):
     """Has what the finders look for, and notes whether the backbone has moved at each of its forwards."""
 

@@ -740,7 +740,17 @@ def test_registration_overrules_what_is_found_by_name() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["running_mean", "running_variance", "moving_var", "moving_average_mean", "running_std", "running_cov_inv"]
+    "name",
+    [
+        "running_mean",
+        "running_variance",
+        "moving_var",
+        "moving_average_mean",
+        "running_std",
+        "running_cov_inv",
+        "ra_mean",
+        "ra_var",
+    ],
 )
 def test_statistics_under_other_names_are_found(name: str) -> None:
     """What other libraries call their statistics counts too; other running things do not."""
@@ -748,6 +758,47 @@ def test_statistics_under_other_names_are_found(name: str) -> None:
     layer.register_buffer(name, torch.zeros(2))
     layer.register_buffer("running_total", torch.zeros(2))
     assert [found.buffers for found in _tree.find_layers(layer)] == [(name,)]
+
+
+class Standardised(nn.Module):
+    """A normaliser whose statistics have the shortest names, with a counter of its own."""
+
+    def __init__(self, spread: str) -> None:
+        super().__init__()
+        self.spread = spread
+        self.register_buffer("_mean", torch.zeros(2))
+        self.register_buffer(spread, torch.ones(2))
+        self.register_buffer("_count", torch.tensor(1.0))
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.training:
+            self._count += len(input)
+            rate = len(input) / self._count
+            self._mean.lerp_(input.detach().mean(0), rate)
+            self._buffers[self.spread].lerp_(input.detach().var(0), rate)
+        return (input - self._mean) / self._buffers[self.spread]
+
+
+@pytest.mark.parametrize("spread", ["_var", "_std"])
+def test_pair_of_short_names_is_held_with_its_counter(spread: str) -> None:
+    """Whatever happened inside, later updates are those of a twin that never ran in the block."""
+    layer = Standardised(spread)
+    layer(torch.randn(4, 2))
+    twin = copy.deepcopy(layer)
+    assert _tree.find_layers(layer)[0].buffers == ("_mean", spread, "_count")
+    with bnguard.frozen(layer, "restore"):
+        layer(torch.randn(4, 2) + 3)
+    assert_same_bits(layer.state_dict(), twin.state_dict())
+    batch = torch.randn(4, 2)
+    assert_same_bits(layer(batch), twin(batch))
+
+
+@pytest.mark.parametrize("name", ["_mean", "_var", "_std"])
+def test_short_name_alone_is_a_constant(name: str) -> None:
+    """The mean of a data set, which a model subtracts, is no statistic to be guarded."""
+    layer = nn.Module()
+    layer.register_buffer(name, torch.zeros(2))
+    assert list(_tree.find_layers(layer)) == []
 
 
 def test_subclass_with_another_application_counts_as_one_with_a_forward_of_its_own() -> None:

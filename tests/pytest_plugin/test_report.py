@@ -164,6 +164,13 @@ def test_report_as_a_json_file(suite: Suite):
     ]
 
 
+def test_lines_are_relative_to_the_rootdir_wherever_a_test_goes(suite: Suite):
+    """A test that changes the working directory has no absolute path in the report."""
+    source = "def test_it(monkeypatch, tmp_path):\n    monkeypatch.chdir(tmp_path)\n    make()(IMAGES)\n"
+    lines = section(suite.run(source, "--bn-report", passed=1))
+    assert lines[1] == "test_it.py:19 in test_it moved 1 layer in 1 test, 1 update:"
+
+
 def test_report_as_annotations_of_github(suite: Suite):
     """A warning at the line; a notice where the test may update."""
     lines = suite.run(SOURCE, "--bn-report=github", passed=6).outlines
