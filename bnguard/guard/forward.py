@@ -30,9 +30,10 @@ from bnguard.guard.hold import (
     scratch_like,
 )
 from bnguard.guard.messages import IN_GRAPH_OF_CLONE
-from bnguard.guard.policy import Action, Entries, Ruling, decide
+from bnguard.guard.policy import Action, Entries, Ruling, decide, give_back
 from bnguard.guard.surroundings import class_changed, is_cloned, recorded, refuse_graph, traced
 from bnguard.guard.updating import UpdatingLayer
+from bnguard.guard.watching import COUNTER_ALONE
 from bnguard.layers.kinds import BATCH_NORM, StatsLayer
 from bnguard.layers.swaps import NO_FLAGS, is_swapped, own_mode, own_values, swap_lock, swapped
 from bnguard.torch_internals.compile import is_called_by_graph, is_exporting, refused_in_graphs, run_as_python
@@ -155,24 +156,28 @@ class HeldLayer(UpdatingLayer):
         has_moved = kind is BATCH_NORM and not module._buffers.keys() >= _OF_BATCH_NORM  # deleted, or plain attributes
         if has_moved or self.is_foreign(module):
             return self.original(*args, **kwargs)
-        entries = ruling.entries
-        action = self._action_now(ruling)
+        entries, action = ruling.entries, self._action_now(ruling)
         if action == "running":
             return self.run_in_eval_mode(args, kwargs)
         if not self._would_update():
             if kind.rounds_in_eval and (action != "update" or any([entry.budget for entry in entries])):
                 return self.run_held(args, kwargs)
             return self._run_reading(entries, args, kwargs)
+        return self._run_update(ruling, action, args, kwargs)
+
+    def _run_update(self, ruling: Ruling, action: Action, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        entries = ruling.entries
+        if ruling.action is None and self.only_counts():
+            return self._run_watched(entries, args, kwargs)
         if action == "hold":
             return self.run_held(args, kwargs)
         if torch.compiler.is_compiling():
-            traced(id(module))
+            traced(id(self.module))
             return self.original(*args, **kwargs)
-        if kind.predict is not None:
+        if self.kind.predict is not None:
             return self._run_decided(entries, args, kwargs)
-        if self.is_captured() or not self.is_watched(entries):
-            return self._run_reading(entries, args, kwargs)
-        return self._run_watched(entries, args, kwargs)
+        is_watched = not self.is_captured() and self.is_watched(entries)
+        return (self._run_watched if is_watched else self._run_reading)(entries, args, kwargs)
 
     def usual_action(self) -> Action | Literal["read"] | None:
         """What a forward does now: a quick answer for torch's BatchNorm outside of graphs; None: not known.
@@ -224,6 +229,10 @@ class HeldLayer(UpdatingLayer):
         before = self.look(entries)
         try:
             return self.original(*args, **kwargs)
+        except Exception:
+            if self.moved_since(before) == COUNTER_ALONE:  # torch has refused the batch
+                give_back(decision.within, self.layer_id)
+            raise
         finally:
             self.allow(decision, before)
             self.forget(before)

@@ -279,16 +279,17 @@ def _depends(policy: Policy) -> bool:
 NO_RULING: Final = Ruling(())
 
 
-def decide(entries: Sequence[PolicyEntry], layer: int) -> Decision:
+def decide(entries: Sequence[PolicyEntry], layer: int, *, only_counts: bool = False) -> Decision:
     """Decides about an update of the layer with this id, the innermost entry first. See Note [Policies].
 
-    An update that an entry further out prevents never happens: nothing is recorded or spent for it.
+    An update that an entry further out prevents never happens: nothing is recorded or spent for it. One that
+    ``only_counts``, and moves no other statistic than the number of batches, is within every budget.
     """
     told: list[PolicyEntry] = []
     within: list[PolicyEntry] = []
     for entry in entries:
         policy = entry.policy
-        if entry.budget and entry.counts[layer].within < entry.budget:
+        if entry.budget and (only_counts or entry.counts[layer].within < entry.budget):
             within.append(entry)
         elif policy.only_in_backward:
             if is_in_backward():
@@ -315,6 +316,13 @@ def decide_and_count(entries: Sequence[PolicyEntry], layer: int) -> Decision:
         for entry in decision.within:
             entry.counts[layer].within += 1
         return decision
+
+
+def give_back(entries: Sequence[PolicyEntry], layer: int) -> None:
+    """Undoes ``decide_and_count`` for entries whose budget was spent on what has moved the number of batches alone."""
+    with _lock:
+        for entry in entries:
+            entry.counts[layer].within -= 1
 
 
 def count_within(count: UpdateCount, budget: int) -> bool:

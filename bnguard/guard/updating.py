@@ -14,8 +14,9 @@ from torch import Tensor
 
 from bnguard.errors import hides_frame
 from bnguard.guard.hold import normalise_and_update
-from bnguard.guard.policy import Ruling, count_within
+from bnguard.guard.policy import Ruling, count_within, give_back
 from bnguard.guard.watching import WatchedLayer
+from bnguard.layers.bits import same_bits
 from bnguard.layers.kinds import BATCH_NORM_STATISTICS
 from bnguard.layers.usual_copy import Write
 from bnguard.torch_internals.tracing import has_function_mode, is_calm
@@ -55,6 +56,8 @@ class UpdatingLayer(WatchedLayer):
         """Under a budget, with copies of all three statistics from before and after the forward."""
         (entry,), (mean, var, number) = ruling.entries, self._known
         updates = entry.counts[self.layer_id]
+        if self.module.momentum == 0:  # it may move the number of batches alone
+            return self.run((input,), {})
         if updates.within >= entry.budget and entry.policy.action == "hold":
             return self.run_held((input,), {})
         passing = self.begin_passing() if mean.shape == var.shape else None
@@ -70,6 +73,10 @@ class UpdatingLayer(WatchedLayer):
             return self.run((input,), {})
         try:
             return normalise_and_update(self.module, input)
+        except Exception:
+            if same_bits(before, torch.cat((mean, var))):  # torch has refused the batch
+                give_back((entry,), self.layer_id)
+            raise
         finally:
             block = entry.block
             write = Write(row, before, torch.cat((mean, var)), number_before, number.item())

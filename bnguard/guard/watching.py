@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+import torch
 from torch import Tensor
 
 from bnguard.errors import hides_frame
@@ -23,6 +24,7 @@ from bnguard.torch_internals.transforms import is_wrapped, unwrapped_tensor
 
 __tracebackhide__ = hides_frame
 
+COUNTER_ALONE: Final = ("num_batches_tracked",)
 _lock: Final = RLock()
 renew_after_fork(_lock)
 
@@ -94,6 +96,12 @@ class WatchedLayer(Surroundings):
         """Whether anything comes of an update."""
         decision = decide(entries, self.layer_id)
         return decision.action != "update" or bool(decision.told or decision.within)
+
+    def only_counts(self) -> bool:
+        """Whether an update presumably moves nothing but the number of batches."""
+        if torch.compiler.is_compiling() or "num_batches_tracked" not in self.names:
+            return False
+        return getattr(self.module, "momentum", None) == 0 and not self.is_captured()
 
     def is_under_way(self) -> bool:
         """Whether a forward is running that may update."""
@@ -167,10 +175,14 @@ class WatchedLayer(Surroundings):
         try:
             original = before.original
             # In this order: another thread says that there was a change before it puts back what shows it.
-            if not self._differ(original.values, own_tensors(self.module, "_buffers")) and not original.has_changed:
+            moved = self.moved_since(before)
+            if not moved and not original.has_changed:
                 return
+            is_free = moved == COUNTER_ALONE and not original.has_changed and (has_failed or self.only_counts())
+            decision = decide(before.entries, self.layer_id, only_counts=True) if is_free else None
+            if decision is None or not decision.within:
+                decision = decide_and_count(before.entries, self.layer_id)
             original.has_changed = True
-            decision = decide_and_count(before.entries, self.layer_id)
             if decision.action != "update":
                 original.is_awaited = True
             if not has_failed:
@@ -212,9 +224,13 @@ class WatchedLayer(Surroundings):
                 write(tensor, value)
 
     @outside_modes
-    def _differ(self, values: dict[str, Tensor], buffers: dict[str, Any]) -> bool:
-        pairs = [(value, unwrapped_tensor(buffers.get(name))) for name, value in values.items()]
-        return not all([same_bits(value, now) for value, now in pairs if now is not None and has_values(now)])
+    def moved_since(self, before: Before) -> tuple[str, ...]:
+        """The statistics that differ from those right before a forward."""
+        own = own_tensors(self.module, "_buffers")
+        pairs = [(name, value, unwrapped_tensor(own.get(name))) for name, value in before.original.values.items()]
+        return tuple(
+            [name for name, value, now in pairs if now is not None and has_values(now) and not same_bits(value, now)]
+        )
 
     def apply(self, decision: Decision, args: tuple[Any, ...] = ()) -> None:
         """Raises or records what was decided about an update by a forward with these arguments."""

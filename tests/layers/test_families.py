@@ -302,7 +302,7 @@ def test_channels_last_keeps_format_and_results(family: Family, options: Any, de
 
 @pytest.mark.parametrize("name", STOCK)
 def test_counts_updates_of_every_family(name: str) -> None:
-    """Within the budget each family updates as unguarded, and not once more."""
+    """Within the budget each family updates as unguarded, and not once more; the counter alone is no update."""
     cpu = torch.device("cpu")
     net, x = STOCK[name].net(cpu), STOCK[name].input(cpu)
     twin = copy.deepcopy(net)
@@ -312,7 +312,7 @@ def test_counts_updates_of_every_family(name: str) -> None:
         assert_same_bits(outcome(net, x)["output"], outcome(STOCK[name].net(cpu), x)["output"])
         assert_same_bits(statistics(net), expected)
         assert_same_bits(net(x), twin(x))
-    assert_same_bits(statistics(net), expected)
+    assert_same_bits(statistics(net), values(statistics(twin)) if "momentum-0" in name else expected)
     assert guard.changes == ()
 
 
