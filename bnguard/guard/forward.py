@@ -230,7 +230,7 @@ class HeldLayer(UpdatingLayer):
         try:
             return self.original(*args, **kwargs)
         except Exception:
-            if self.moved_since(before) == COUNTER_ALONE:  # torch has refused the batch
+            if before.original.moved(self.module) == COUNTER_ALONE:  # torch has refused the batch
                 give_back(decision.within, self.layer_id)
             raise
         finally:

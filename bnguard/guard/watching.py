@@ -12,42 +12,21 @@ import torch
 from torch import Tensor
 
 from bnguard.errors import hides_frame
-from bnguard.guard.hold import copies_outside_modes
+from bnguard.guard.original import Original, OriginalCopier
 from bnguard.guard.policy import Decision, Entries, decide, decide_and_count
 from bnguard.guard.surroundings import Surroundings
-from bnguard.layers.bits import has_values, put_back, same_bits, write
+from bnguard.layers.bits import has_values, put_back, write
 from bnguard.layers.swaps import begin_swap, end_swap, own_tensors, put_tensor
 from bnguard.torch_internals.fork import renew_after_fork
 from bnguard.torch_internals.locks import RLock
-from bnguard.torch_internals.tracing import outside_modes, unseen
-from bnguard.torch_internals.transforms import is_wrapped, unwrapped_tensor
+from bnguard.torch_internals.tracing import outside_modes
+from bnguard.torch_internals.transforms import unwrapped_tensor
 
 __tracebackhide__ = hides_frame
 
 COUNTER_ALONE: Final = ("num_batches_tracked",)
 _lock: Final = RLock()
 renew_after_fork(_lock)
-
-
-@dataclass(slots=True)
-class _Original:
-    """What a layer had before any of the forwards that are under way.
-
-    Attributes:
-        tensors: The statistics, as objects, without those that a transform of ``torch.func`` has lent.
-        values: Copies of those that can be read.
-        pointers: Where these were in memory.
-        has_changed: Whether one of those forwards was found to have changed them.
-        is_shared: Whether there was more than one.
-        is_awaited: Whether it is to be put back by the last of them: not while another one is reading.
-    """
-
-    tensors: dict[str, Tensor]
-    values: dict[str, Tensor]
-    pointers: dict[str, int]
-    has_changed: bool = False
-    is_shared: bool = False
-    is_awaited: bool = False
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
@@ -63,7 +42,7 @@ class Before:
     """
 
     entries: Entries
-    original: _Original
+    original: Original
     error: BaseException | None
     call: object = None
     swap: object = None
@@ -90,7 +69,8 @@ class WatchedLayer(Surroundings):
     _before: dict[int, list[Before]] | None = None  # those that hooks watch, by thread, once there are some
     under_way: weakref.WeakSet[Before] | None = None  # likewise
     _passing: weakref.ref[Passing] | None = None  # likewise forgotten with the exception that has ended it
-    _original: _Original | None = None
+    _original: Original | None = None
+    _copier: OriginalCopier | None = None  # once there is something to copy
 
     def is_watched(self, entries: Entries) -> bool:
         """Whether anything comes of an update."""
@@ -133,9 +113,9 @@ class WatchedLayer(Surroundings):
             if original is not None and self.under_way:
                 original.is_shared = True
             else:
-                own = own_tensors(self.module, "_buffers")
-                tensors = {name: tensor for name in self.names if (tensor := own.get(name)) is not None}
-                self._original = original = _original(tensors)
+                if self._copier is None:
+                    self._copier = OriginalCopier(self.names)
+                self._original = original = self._copier.copy_of(self.module)
             passing = None if self._passing is None else self._passing()
             if passing is not None:
                 passing.is_shared = original.is_shared = True
@@ -175,7 +155,7 @@ class WatchedLayer(Surroundings):
         try:
             original = before.original
             # In this order: another thread says that there was a change before it puts back what shows it.
-            moved = self.moved_since(before)
+            moved = original.moved(self.module)
             if not moved and not original.has_changed:
                 return
             is_free = moved == COUNTER_ALONE and not original.has_changed and (has_failed or self.only_counts())
@@ -223,15 +203,6 @@ class WatchedLayer(Surroundings):
             elif has_values(tensor) and has_values(value):
                 write(tensor, value)
 
-    @outside_modes
-    def moved_since(self, before: Before) -> tuple[str, ...]:
-        """The statistics that differ from those right before a forward."""
-        own = own_tensors(self.module, "_buffers")
-        pairs = [(name, value, unwrapped_tensor(own.get(name))) for name, value in before.original.values.items()]
-        return tuple(
-            [name for name, value, now in pairs if now is not None and has_values(now) and not same_bits(value, now)]
-        )
-
     def apply(self, decision: Decision, args: tuple[Any, ...] = ()) -> None:
         """Raises or records what was decided about an update by a forward with these arguments."""
         decider = decision.decider
@@ -248,12 +219,3 @@ class WatchedLayer(Surroundings):
             return decide_and_count(entries, self.layer_id)
         decision = decide(entries, self.layer_id)
         return decision if decision.action == "stop" else Decision("update")
-
-
-@unseen
-def _original(tensors: dict[str, Tensor]) -> _Original:
-    values = copies_outside_modes(tensors)
-    if len(values) < len(tensors):
-        tensors = {name: tensor for name, tensor in tensors.items() if not is_wrapped(tensor)}
-    pointers = {name: unwrapped_tensor(tensors[name]).data_ptr() for name in values}
-    return _Original(tensors, values, pointers)

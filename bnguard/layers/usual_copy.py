@@ -6,10 +6,10 @@ runs; a test compares the two ways on random layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
-from operator import attrgetter
+from operator import attrgetter, is_
 from typing import Any, Final
 
 import torch
@@ -121,6 +121,10 @@ class UsualTensors:
         if 0 in places or not counts[0].is_cpu or any(map(Tensor.dim, counts)):
             raise ValueError
         self.sizes = list(map(Tensor.numel, tensors))
+
+    def are(self, tensors: Iterable[Tensor]) -> bool:
+        """Whether they are these tensors, as objects, each mean and variance followed by the numbers of batches."""
+        return all(map(is_, self._all, tensors))
 
     def are_in_place(self) -> bool:
         """Whether none was given other memory since."""

@@ -1,0 +1,133 @@
+"""Copy what a layer has before a forward, and see whether the forward has changed it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from operator import is_
+from typing import Any
+
+from torch import Tensor, nn
+
+from bnguard.guard.hold import copies_outside_modes
+from bnguard.layers.bits import has_values, same_bits
+from bnguard.layers.kinds import BATCH_NORM_STATISTICS
+from bnguard.layers.swaps import is_swapped, own_tensors
+from bnguard.layers.usual_copy import UsualCopy, UsualTensors
+from bnguard.torch_internals.tracing import is_calm, outside_modes, unseen
+from bnguard.torch_internals.transforms import is_wrapped, unwrapped_tensor
+
+
+class Original:
+    """What a layer had before any of the forwards that are under way.
+
+    Args:
+        tensors: The statistics, as objects, without those that a transform of ``torch.func`` has lent.
+        copy: A copy of all of them; None for ``values`` in its place.
+        values: Copies of those that can be read.
+        pointers: Where these were in memory.
+
+    Attributes:
+        tensors: See above.
+        has_changed: Whether one of those forwards was found to have changed them.
+        is_shared: Whether there was more than one.
+        is_awaited: Whether it is to be put back by the last of them: not while another one is reading.
+    """
+
+    __slots__ = ("_copy", "_names", "_pointers", "_values", "has_changed", "is_awaited", "is_shared", "tensors")
+
+    def __init__(
+        self,
+        tensors: dict[str, Tensor],
+        copy: UsualCopy | None,
+        values: dict[str, Tensor] | None = None,
+        pointers: dict[str, int] | None = None,
+    ) -> None:
+        self.tensors = tensors
+        self.has_changed = self.is_shared = self.is_awaited = False
+        self._copy = copy
+        self._names = tuple(tensors)
+        self._values, self._pointers = values, pointers
+
+    @property
+    def values(self) -> Mapping[str, Tensor]:
+        """Copies of the statistics that can be read, by name."""
+        if self._values is None:
+            views = () if self._copy is None else self._copy.views()
+            self._values = dict(zip(self._names, [value for _, value in views], strict=True))
+        return self._values
+
+    @property
+    def pointers(self) -> Mapping[str, int]:
+        """Where these were in memory."""
+        if self._pointers is None:
+            places = () if self._copy is None else self._copy.pointers()
+            self._pointers = dict(zip(self._names, [place for _, place in places], strict=True))
+        return self._pointers
+
+    def moved(self, module: nn.Module) -> tuple[str, ...]:
+        """The statistics of the layer that have other bits now."""
+        if self._copy is not None and self._is_intact(module, self._copy):
+            return ()
+        return self._moved(module)
+
+    def _is_intact(self, module: nn.Module, copy: UsualCopy) -> bool:
+        """Whether a quick look finds no difference."""
+        own = module._buffers
+        if not is_calm() or is_swapped(module) or not all(map(is_, map(own.get, self.tensors), self.tensors.values())):
+            return False
+        try:
+            return copy.is_unchanged()
+        except RuntimeError:  # converted in place
+            return False
+
+    @outside_modes
+    def _moved(self, module: nn.Module) -> tuple[str, ...]:
+        own = own_tensors(module, "_buffers")
+        pairs = [(name, value, unwrapped_tensor(own.get(name))) for name, value in self.values.items()]
+        return tuple(
+            [name for name, value, now in pairs if now is not None and has_values(now) and not same_bits(value, now)]
+        )
+
+
+class OriginalCopier:
+    """Copies the statistics of one layer again and again.
+
+    Args:
+        names: The buffers that hold them.
+    """
+
+    __slots__ = ("_names", "_usual")
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self._names = names
+        self._usual: UsualTensors | None = None  # of torch's own three, as of the last copy
+
+    def copy_of(self, module: Any) -> Original:
+        """What the layer has now."""
+        own = module._buffers
+        tensors = {name: tensor for name in self._names if (tensor := own.get(name)) is not None}
+        if tuple(tensors) == BATCH_NORM_STATISTICS and is_calm() and not is_swapped(module):
+            copy = self._usual_copy(tensors)
+            if copy is not None:
+                return Original(tensors, copy)
+        own = own_tensors(module, "_buffers")
+        return _original({name: tensor for name in self._names if (tensor := own.get(name)) is not None})
+
+    def _usual_copy(self, tensors: dict[str, Tensor]) -> UsualCopy | None:
+        """A copy in few steps; None where that takes more. A test compares the two ways."""
+        usual = self._usual
+        try:
+            if usual is None or not usual.are(tensors.values()) or not usual.are_in_place():
+                self._usual = usual = UsualTensors([[tensor] for tensor in tensors.values()])
+            return UsualCopy(usual)
+        except (ValueError, RuntimeError):
+            return None
+
+
+@unseen
+def _original(tensors: dict[str, Tensor]) -> Original:
+    values = copies_outside_modes(tensors)
+    if len(values) < len(tensors):
+        tensors = {name: tensor for name, tensor in tensors.items() if not is_wrapped(tensor)}
+    pointers = {name: unwrapped_tensor(tensors[name]).data_ptr() for name in values}
+    return Original(tensors, None, values, pointers)
