@@ -22,9 +22,12 @@ _RUN: Final = 1000  # steps
 _SAMPLED: Final = f"watch(net, every='auto') around {_RUN:,} steps"
 
 
-def step(name: str, steps: int, target: float) -> list[Row]:
-    """A training step."""
+def step(name: str, steps: int, target: float, size: int | None = None) -> list[Row]:
+    """A training step; with images of ``size`` if it is given."""
     net, x, y = sample(name)
+    title = f"Training step under watch, {name}"
+    if size is not None:
+        x, title = torch.randn(*x.shape[:2], size, size), f"{title}, images of {size} x {size}"
     train = make_step(net, net, x, y)
     contenders = [
         Contender(PLAIN, train),
@@ -33,9 +36,8 @@ def step(name: str, steps: int, target: float) -> list[Row]:
         Contender(HOOKS, train, partial(rivals.compared_by_hooks, net)),
     ]
     result = race_of_steps(contenders, rounds=steps)
-    return compared(
-        f"watch/{name}", f"Training step under watch, {name}", result, PLAIN, {WATCHED: target, ALL: target}
-    )
+    key = f"watch/{name}" if size is None else f"watch/{name}/{size}"
+    return compared(key, title, result, PLAIN, {WATCHED: target, ALL: target})
 
 
 def whole_run() -> list[Row]:
@@ -75,6 +77,7 @@ def forward() -> list[Row]:
 
 BENCHMARKS: Final[dict[str, Benchmark]] = {
     "watch/resnet50": partial(step, "resnet50", 17, 1.03),
+    "watch/resnet50/224": partial(step, "resnet50", 7, 1.03, 224),
     "watch/bn_mlp": partial(step, "bn_mlp", 1000, 1.15),
     "watch/auto": whole_run,
     "watch/forward": forward,
