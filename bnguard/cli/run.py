@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, cast
 
 from bnguard.cli.config import load_config
@@ -132,7 +135,8 @@ def _run(options: argparse.Namespace, outputs: Outputs) -> int:
     config, given = load_config(), chosen_ignores(options)
     frozen = config.frozen if options.frozen is None else options.frozen
     guard_options = _checked_guard_options(options, frozen)
-    from bnguard.cli.watched_run import RunOptions, WatchedRun  # imports torch
+    with _without_collections():
+        from bnguard.cli.watched_run import RunOptions, WatchedRun  # imports torch
 
     has_figures = outputs.plot is not None or outputs.html is not None
     run = WatchedRun(
@@ -153,6 +157,18 @@ def _run(options: argparse.Namespace, outputs: Outputs) -> int:
         )
     )
     return run.run()
+
+
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    """Collects no garbage meanwhile: with what torch makes when it is imported, that takes longer than our modules."""
+    was_enabled = gc.isenabled()
+    try:
+        gc.disable()
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _check_script(path: str) -> None:

@@ -146,6 +146,15 @@ def test_interrupt_is_reported(script, tmp_path, then):
     assert "no finding; 3 updates of 1 layer" in out
 
 
+def test_script_collects_garbage_as_ever(tmp_path):
+    """It does not while torch and bnguard are imported."""
+    path = tmp_path / "collects.py"
+    path.write_text("import gc\nprint('collects', gc.isenabled(), gc.get_threshold())\n")
+    plain = subprocess.run([sys.executable, path], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert plain.stdout.startswith("collects True")
+    assert plain.stdout in bnguard_("run", path, cwd=tmp_path).stdout
+
+
 def test_module_is_run_as_python_does(script, tmp_path):
     """Run -m: arguments and __main__."""
     script()
