@@ -7,6 +7,8 @@ Nothing in here knows bnguard. It says what the documentation promises about gua
 - ``"raise"`` stops the forward before the layer; ``"restore"`` gives the output of the update, without it;
   ``use_running_stats`` gives the output of eval mode with the statistics of its entry, of layers in eval mode as well.
 - Under ``"rollback"`` updates stand until its end, and no guard further out is asked.
+- What moves the number of batches alone, with momentum 0 or because torch refuses the batch, is within every budget and
+  spends none.
 - Where autograd may record a forward inside a guard that rolls back, the forward reads copies of the statistics.
 - At the end, ``"raise"``, ``"restore"`` and ``"rollback"`` put back the objects and bits of entry, or those of the last
   update within the budget, past autograd; a converted buffer gets them converted. A tensor that has been given other
@@ -15,6 +17,7 @@ Nothing in here knows bnguard. It says what the documentation promises about gua
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -112,11 +115,13 @@ class Twin:
                     self.seen.append(statistics(layer, clone=True))
         return input
 
-    def verdict(self, layer: nn.Module) -> tuple[str, Guard | None, list[Guard], list[Guard]]:
+    def verdict(
+        self, layer: nn.Module, *, only_counts: bool = False
+    ) -> tuple[str, Guard | None, list[Guard], list[Guard]]:
         """What happens to an update: the stance, who decided, who merely sees it, and whose budget pays."""
         warned, within = [], []
         for guard in self.around(layer):
-            if guard.spent.get(layer, 0) < guard.budget:
+            if guard.budget and (only_counts or guard.spent.get(layer, 0) < guard.budget):
                 within.append(guard)
             elif guard.stance == "warn":
                 warned.append(guard)
@@ -125,6 +130,12 @@ class Twin:
             else:
                 return guard.stance, guard, [], []
         return "stand", None, warned, within
+
+    def may_be_free(self, layer: nn.Module) -> bool:
+        """Whether a forward presumably moves the number of batches alone, and a budget is asked about it."""
+        is_counting = getattr(layer, "momentum", None) == 0 and "num_batches_tracked" in statistics(layer)
+        asked = itertools.dropwhile(lambda guard: not guard.budget and guard.stance == "warn", self.around(layer))
+        return is_counting and any(guard.budget for guard in itertools.islice(asked, 1))
 
     def around(self, layer: nn.Module) -> list[Guard]:
         """The guards around a layer, the innermost first."""
@@ -140,6 +151,8 @@ class Twin:
             return self._reading(layer, input)
         if is_rejected(layer, input):
             return layer(input)
+        if stance != "running" and self.may_be_free(layer):
+            return self._own_forward(layer, input)
         if stance == "raise":
             refuse_single_values(layer, input)
             self._stop(decider, layer)
@@ -150,9 +163,16 @@ class Twin:
             return self._eval_mode(layer, input, decider)
         self._warn(warned)
         self._look(layer, within)
-        self._pay(layer, within)
+        before = {name: tensor.detach().clone() for name, tensor in statistics(layer).items()}
         try:
-            return layer(input)
+            output = layer(input)
+        except Exception:
+            if moved(before, statistics(layer)) != ["num_batches_tracked"]:
+                self._pay(layer, within)
+            raise
+        else:
+            self._pay(layer, within)
+            return output
         finally:
             self._refresh(layer, within)
 
@@ -160,28 +180,34 @@ class Twin:
         stance, decider, warned, within = self.verdict(layer)
         if stance == "running":
             return self._eval_mode(layer, input, decider)
-        if stance == "restore":
+        is_free = self.may_be_free(layer)
+        if stance == "restore" and not is_free:
             with on_copies(layer):
                 return layer(input)
         before = {name: Saved(tensor, tensor.detach().clone()) for name, tensor in statistics(layer).items()}
-        self._look(layer, within)
+        self._look(layer, self.around(layer))
         failure = output = None
         try:
             output = self._reading(layer, input)
         except Exception as error:
             failure = error
-        if changed({name: saved.value for name, saved in before.items()}, statistics(layer)):
-            if stance == "raise":
-                for name, saved in before.items():
-                    saved.tensor.data.copy_(saved.value)
-                    layer._buffers[name] = saved.tensor
-                if failure is None:
-                    self._stop(decider, layer)
-            else:
-                if failure is None:
-                    self._warn(warned)
+        names = moved({name: saved.value for name, saved in before.items()}, statistics(layer))
+        free = self.verdict(layer, only_counts=True)
+        is_paid = True
+        if names == ["num_batches_tracked"] and (is_free or failure is not None) and free[3]:
+            (stance, decider, warned, within), is_paid = free, False
+        if names and stance in ("raise", "restore"):
+            for name, saved in before.items():
+                saved.tensor.data.copy_(saved.value)
+                layer._buffers[name] = saved.tensor
+            if stance == "raise" and failure is None:
+                self._stop(decider, layer)
+        elif names:
+            if failure is None:
+                self._warn(warned)
+            if is_paid:
                 self._pay(layer, within)
-                self._refresh(layer, within)
+            self._refresh(layer, within)
         if failure is not None:
             raise failure
         return output
@@ -341,9 +367,9 @@ def statistics(layer: nn.Module, clone: bool = False) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in found.items()} if clone else found
 
 
-def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> bool:
-    """Whether some statistic has other bits."""
-    return not all(same(before[name], after[name]) for name in before)
+def moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]:
+    """The statistics that have other bits."""
+    return [name for name in before if not same(before[name], after[name])]
 
 
 def has_own_forward(layer: nn.Module) -> bool:

@@ -161,8 +161,8 @@ class WatchedLayer(Surroundings):
             is_free = moved == COUNTER_ALONE and not original.has_changed and (has_failed or self.only_counts())
             decision = decide(before.entries, self.layer_id, only_counts=True) if is_free else None
             if decision is None or not decision.within:
+                original.has_changed = True
                 decision = decide_and_count(before.entries, self.layer_id)
-            original.has_changed = True
             if decision.action != "update":
                 original.is_awaited = True
             if not has_failed:

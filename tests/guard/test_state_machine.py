@@ -339,6 +339,8 @@ class GuardMachine(RuleBasedStateMachine):
         for layer in self.twin.net.modules():
             if layer._buffers.get("running_mean") is None or not may_update(layer):
                 continue
+            if self.twin.may_be_free(layer):
+                return False
             # Guards around one that rolls back are not asked.
             around = list(itertools.takewhile(lambda guard: guard.stance != "rollback", self.twin.around(layer)))
             left = [max(guard.budget - guard.spent.get(layer, 0), 0) for guard in around]
