@@ -63,7 +63,7 @@ class Again:
     """
 
     __slots__ = (
-        "_attributes", "_check", "_columns", "_counted", "_has_forward", "_is_sure", "_layers", "_modules", "_ruling",
+        "_attributes", "_check", "_columns", "_counted", "_has_forward", "_layers", "_modules", "_ruling",
         "_settings", "_size", "_tensors", "_tree", "entry", "guards",
     )  # fmt: skip
 
@@ -83,7 +83,6 @@ class Again:
         self._tensors: UsualTensors | None = None  # once there was a copy
         self._check: ExitCheck | None = None  # likewise
         self._counted: list[Collection[Any]] | None = None  # once the block is used again
-        self._is_sure = False  # until somebody else's code runs
 
     def rest(self) -> bool:
         """Lets go of the block, so that no cycle outlives it; False if a forward that began in it goes on."""
@@ -112,7 +111,7 @@ class Again:
         return True
 
     def recover(self) -> bool:
-        """Refers to the model as before; False if it is not as it was."""
+        """Refers to the model as before; False if a part of it is gone. What has changed, ``is_ready`` tells."""
         if not self._tree.recover():
             return False
         self._modules = modules = [layer.module for layer in self._layers]
@@ -123,15 +122,10 @@ class Again:
             self._check.statistics.modules = modules
         if self._counted is not None:
             self._counted = counted_in(self._tree.model, self._tree)
-        self._is_sure = False
-        self._is_sure = self.is_ready()
-        return self._is_sure
+        return True
 
     def is_ready(self) -> bool:
         """Whether the model is as it was."""
-        if self._is_sure:  # recovered right before
-            self._is_sure = False
-            return True
         if not (self._tree.is_current() and self._has_same_statistics()):
             return False
         if self._counted is None:

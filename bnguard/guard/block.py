@@ -108,7 +108,7 @@ class Block:
         return bool(self._kept) and self._kept[0].release()
 
     def recover(self) -> bool:
-        """Refers to the model as before; False if it is not as it was."""
+        """Refers to the model as before; False if a part of it is gone."""
         return self._kept[0].recover()
 
     def enter(self, manager: object = None) -> None:

@@ -37,7 +37,7 @@ from bnguard.guard.options import PLAIN, Check, Frontend, OnChange, Settings, ch
 from bnguard.guard.phrases import Phrases
 from bnguard.layers.kinds import StatsLayer
 from bnguard.layers.select import Selector
-from bnguard.layers.tree import any_layer, find_layers
+from bnguard.layers.tree import RELEASED, any_layer, find_layers
 from bnguard.records import GuardedLayer, StatsChange
 from bnguard.torch_internals.callsite import call_site, end_in_users_line
 from bnguard.torch_internals.compile import outside_graphs
@@ -47,7 +47,6 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 __tracebackhide__ = hides_frame
 
-_RELEASED: Final = nn.Module()  # in place of a model
 _numbers: Final = itertools.count(1)
 # The blocks that this thread or this task of asyncio has entered. One that another one leaves stays among them.
 _own: Final[ContextVar[tuple[int, ...]]] = ContextVar("bnguard_own_blocks", default=())
@@ -158,14 +157,14 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
         settings = check_settings(
             on_change, use_running_stats, affine, updates, include, exclude, buffers, check, frontend=self._frontend
         )
-        _check_model(model, settings)
+        check_model(model, settings)
         self._set(model, settings)
 
     @classmethod
     def _with(cls, model: nn.Module, settings: Settings) -> Self:
         """A guard with settings that are checked already, on a model that is not. See the class for errors."""
         _check_is_module(model, settings.frontend.phrases)
-        _check_model(model, settings)
+        check_model(model, settings)
         return cls._of(model, settings)
 
     @classmethod
@@ -318,11 +317,11 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
         """Refers to the model weakly from now on, until ``_recover()``; False if a new guard is as good."""
         if self._open or self._last is None or not self._last.release():
             return False
-        self._model = _RELEASED
+        self._model = RELEASED
         return True
 
     def _recover(self, model: nn.Module) -> bool:
-        """Refers to its model again; False if that is not as it was."""
+        """Refers to its model again; False if a part of it is gone."""
         self._model = model
         return self._last is not None and self._last.recover()
 
@@ -353,7 +352,7 @@ def _check_is_module(value: Any, phrases: Phrases) -> None:
         raise TypeError(f"{phrases.place} takes {_no_module_text(value)}")
 
 
-def _check_model(model: nn.Module, settings: Settings) -> None:
+def check_model(model: nn.Module, settings: Settings) -> None:
     """Warns of one without layers; of a selection that finds none ``select_layers`` says what is wrong."""
     if not (settings.buffers or any_layer(model)):
         text = messages.unguarded_text(type(model).__name__, settings.frontend.phrases)

@@ -23,7 +23,7 @@ from torch import nn
 from bnguard.errors import hides_frame
 from bnguard.guard.bystanders import bystanders_of
 from bnguard.guard.decorate import guard_function
-from bnguard.guard.frozen import frozen
+from bnguard.guard.frozen import check_model, frozen
 from bnguard.guard.options import Check, Frontend, OnChange, Settings, check_settings
 from bnguard.guard.phrases import Phrases
 from bnguard.guard.policy import POLICIES
@@ -137,7 +137,7 @@ def strict(
         def opener(
             wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
         ) -> Callable[[], AbstractContextManager[Any]]:
-            models, holder, has_layers = _models(model, settings, kept, wrapped, instance, args, kwargs)
+            models, holder, has_layers = _models(model, settings, wrapped, instance, args, kwargs)
             return functools.partial(_AllFrozen, models, settings, holder, kept, has_layers=has_layers)
 
         return guard_function(function, opener, "strict")
@@ -164,10 +164,12 @@ class _AllFrozen:
         self._holder = holder
         self._places = [_place_of(model, kept) for model in models]
         # Models with layers, which have been looked for: a choice among them is what is left to check.
-        is_checked = has_layers and not (settings.include or settings.exclude or settings.buffers)
-        make = frozen._of if is_checked else frozen._with
+        if not has_layers or settings.include or settings.exclude or settings.buffers:
+            for model in models:
+                check_model(model, settings)
         self._guards = [
-            _kept_at(place, model) or make(model, settings) for model, place in zip(models, self._places, strict=True)
+            _kept_at(place, model) or frozen._of(model, settings)
+            for model, place in zip(models, self._places, strict=True)
         ]
 
     @outside_graphs
@@ -221,7 +223,7 @@ def _place_of(model: nn.Module, kept: _Kept) -> list[frozen]:
 
 
 def _kept_at(place: list[frozen], model: nn.Module) -> frozen | None:
-    """The guard of an earlier call, which nobody else has then; None if there is none, or the model is another one."""
+    """The guard of an earlier call, which nobody else has then; None if there is none, or a part is gone."""
     try:
         guard = place.pop()
     except IndexError:
@@ -235,7 +237,6 @@ _PLACES: Final = "its arguments, self, the attributes of self, and what it reads
 def _models(
     source: ModelSource | None,
     settings: Settings,
-    kept: _Kept,
     wrapped: Any,
     instance: Any,
     args: tuple[Any, ...],
@@ -251,7 +252,7 @@ def _models(
     bare: list[nn.Module] = []
     for number, place in enumerate(_places(wrapped, instance, args, kwargs)):
         found = modules_in(place)
-        guarded = [module for module in found if settings.buffers or kept.get(module) or any_layer(module)]
+        guarded = [module for module in found if settings.buffers or any_layer(module)]
         if guarded:
             return roots_of(guarded), instance if number > 1 else None, not settings.buffers
         bare = bare or found

@@ -209,6 +209,41 @@ def test_part_that_is_gone_is_no_part_any_more() -> None:
     assert_clean(net)
 
 
+@pytest.mark.parametrize("options", [{}, {"include": "*"}], ids=["all", "chosen"])
+def test_model_that_has_lost_its_layers_guards_nothing_unsaid(options: dict[str, Any]) -> None:
+    """The next place is looked at, at once; where no place has layers, that is said."""
+    other = nn.BatchNorm1d(6)
+
+    @bnguard.strict(on_change="restore", **options)
+    def step(model: nn.Module, *others: nn.Module) -> None:
+        model(torch.randn(3, 6))
+
+    class Trainer:
+        def __init__(self) -> None:
+            self.other = other
+
+        @bnguard.strict(on_change="restore", **options)
+        def step(self, model: nn.Module) -> None:
+            self.other(model(torch.randn(3, 6)))
+
+    trainer, nets = Trainer(), [mlp(), mlp()]
+    for _ in range(3):
+        step(nets[0])
+        trainer.step(nets[1])
+    before = state_of(other)
+    removed = [[net[1], net[3]] for net in nets]  # which somebody still has
+    for net in nets:
+        net[1], net[3] = nn.Identity(), nn.Identity()
+    with told() as said:
+        step(nets[0])
+    assert any("Sequential has no layer with running statistics" in str(text) for text in said.warnings)
+    with told():
+        trainer.step(nets[1])
+    assert_same_bits(state_of(other), before)
+    for layer in [*removed[0], *removed[1], other]:
+        assert_clean(layer)
+
+
 def test_forward_that_is_kept_goes_on_working() -> None:
     """After the call it is that of the layer, as with a guard that is not kept; later calls are guarded."""
     net = mlp()
