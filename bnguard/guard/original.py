@@ -104,14 +104,11 @@ class OriginalCopier:
 
     def copy_of(self, module: Any) -> Original:
         """What the layer has now."""
-        own = module._buffers
+        is_quick = is_calm() and not is_swapped(module)
+        own = module._buffers if is_quick else own_tensors(module, "_buffers")
         tensors = {name: tensor for name in self._names if (tensor := own.get(name)) is not None}
-        if tuple(tensors) == BATCH_NORM_STATISTICS and is_calm() and not is_swapped(module):
-            copy = self._usual_copy(tensors)
-            if copy is not None:
-                return Original(tensors, copy)
-        own = own_tensors(module, "_buffers")
-        return _original({name: tensor for name in self._names if (tensor := own.get(name)) is not None})
+        copy = self._usual_copy(tensors) if is_quick and tuple(tensors) == BATCH_NORM_STATISTICS else None
+        return _original(tensors) if copy is None else Original(tensors, copy)
 
     def _usual_copy(self, tensors: dict[str, Tensor]) -> UsualCopy | None:
         """A copy in few steps; None where that takes more. A test compares the two ways."""

@@ -272,7 +272,7 @@ class BNGuardCallback(RunGuard, LightningCallback):  # type: ignore[misc]  # as 
                 around.append((callback, "on_save_checkpoint", self._around_average_save))
             if not isinstance(callback, RunGuard):
                 write = partial(self._around_writes, type(callback).__name__, bool(averaging))
-                around += [(callback, hook, write) for hook in (*averaging, *users_hooks(callback))]
+                around += [(callback, hook, write) for hook in {*averaging, *users_hooks(callback)}]
         self._undo = tuple([Wrapped.add(*item) for item in around])
 
     def _unwrap(self) -> None:

@@ -99,14 +99,15 @@ class UsualTensors:
     Attributes:
         statistics: Mean and variance of each layer.
         counts: Its number of batches.
-        places: Where all of these are in memory.
+        everything: All of these.
+        places: Where they are in memory.
         sizes: The lengths of the statistics.
 
     Raises:
         ValueError: They are not what torch's own layers have, on the CPU and with values.
     """
 
-    __slots__ = ("_all", "counts", "places", "sizes", "statistics")
+    __slots__ = ("counts", "everything", "places", "sizes", "statistics")
 
     def __init__(self, columns: list[list[Tensor]]) -> None:
         means, variances, counts = columns
@@ -116,23 +117,27 @@ class UsualTensors:
         dtypes = set(map(_DTYPE, tensors))
         if len(dtypes) > 1 or not dtypes <= _FLOATS or set(map(_DTYPE, counts)) != _INTEGERS:
             raise ValueError
-        self.statistics, self.counts, self._all = tensors, counts, tensors + counts
-        self.places = places = list(map(Tensor.data_ptr, self._all))
+        self.statistics, self.counts, self.everything = tensors, counts, tensors + counts
+        self.places = places = list(map(Tensor.data_ptr, self.everything))
         if 0 in places or not counts[0].is_cpu or any(map(Tensor.dim, counts)):
             raise ValueError
         self.sizes = list(map(Tensor.numel, tensors))
 
+    def lengths(self) -> list[int]:
+        """The length of the mean and the variance of each layer together."""
+        return list(map(int.__add__, self.sizes[::2], self.sizes[1::2]))
+
     def are(self, tensors: Iterable[Tensor]) -> bool:
         """Whether they are these tensors, as objects, each mean and variance followed by the numbers of batches."""
-        return all(map(is_, self._all, tensors))
+        return all(map(is_, self.everything, tensors))
 
     def are_in_place(self) -> bool:
         """Whether none was given other memory since."""
-        return list(map(Tensor.data_ptr, self._all)) == self.places
+        return list(map(Tensor.data_ptr, self.everything)) == self.places
 
     def have_memory(self) -> bool:
         """Whether each has memory, whichever: torch would crash where one has none."""
-        return 0 not in map(Tensor.data_ptr, self._all)
+        return 0 not in map(Tensor.data_ptr, self.everything)
 
 
 class UsualCopy:
@@ -146,15 +151,15 @@ class UsualCopy:
         RuntimeError: They cannot be concatenated.
     """
 
-    __slots__ = ("_counts", "_flat", "_numbers", "_of", "_sizes", "_tensors", "_viewed")
+    __slots__ = ("_flat", "_numbers", "_of", "_viewed")
 
     def __init__(self, tensors: UsualTensors) -> None:
         self._of = tensors
-        self._tensors, self._counts, self._sizes = tensors.statistics, tensors.counts, tensors.sizes
-        self._flat = flat = torch.cat(self._tensors)
-        if flat.dim() > 1 or not flat.is_cpu or is_wrapped(flat) or flat.requires_grad or len(flat) != sum(self._sizes):
+        self._flat = flat = torch.cat(tensors.statistics)
+        is_ordinary = flat.dim() == 1 and flat.is_cpu and not is_wrapped(flat) and not flat.requires_grad
+        if not is_ordinary or len(flat) != sum(tensors.sizes):
             raise ValueError
-        self._numbers = list(map(Tensor.item, self._counts))
+        self._numbers = list(map(Tensor.item, tensors.counts))
         self._viewed: Tensor | None = None  # replaces _numbers once views() has been called: callers may write to them
 
     def is_unchanged(self) -> bool:
@@ -175,15 +180,15 @@ class UsualCopy:
         if not self._of.have_memory():
             raise RuntimeError("a tensor has no memory")
         numbers: list[Any] = self._numbers if self._viewed is None else self._viewed.tolist()
-        numbers_now: list[Any] = list(map(Tensor.item, self._counts))
-        now, then = torch.cat(self._tensors), self._flat
+        numbers_now: list[Any] = list(map(Tensor.item, self._of.counts))
+        now, then = torch.cat(self._of.statistics), self._flat
         if now.dtype is not then.dtype or now.nbytes != then.nbytes:
             raise RuntimeError("a tensor was converted in place")
-        if list(map(Tensor.numel, self._tensors)) != self._sizes:
+        if list(map(Tensor.numel, self._of.statistics)) != self._of.sizes:
             raise RuntimeError("a tensor has another length")
         if numbers_now == numbers and _same(now, then):
             return None
-        return FlatDifference(then, now, self._sizes, (numbers, numbers_now))
+        return FlatDifference(then, now, self._of.sizes, (numbers, numbers_now))
 
     def absorb(self, writes: Sequence[Write]) -> bool:
         """Replaces the copied values with those that a series of writes has left.
@@ -195,7 +200,7 @@ class UsualCopy:
         numbers: list[Any] = list(self._numbers if self._viewed is None else self._viewed.tolist())
         befores = [write.before for write in writes]
         if [write.row for write in writes] == list(range(len(numbers))):  # the usual case: each layer once, in order
-            sizes = list(map(int.__add__, self._sizes[::2], self._sizes[1::2]))
+            sizes = self._of.lengths()
             expected, rows = self._flat, [write.after for write in writes]
             is_alike = numbers == [write.number for write in writes]
             numbers = [write.number_after for write in writes]
@@ -223,7 +228,7 @@ class UsualCopy:
             What they should have begun with; mean and variance of each layer after them, concatenated; the lengths of
             the first; and whether they began with the right numbers of batches.
         """
-        rows = list(self._flat.split(list(map(int.__add__, self._sizes[::2], self._sizes[1::2]))))
+        rows = list(self._flat.split(self._of.lengths()))
         begins, are_right = [], True
         for write in writes:
             begins.append(rows[write.row])
@@ -235,12 +240,12 @@ class UsualCopy:
         """The id of each tensor and its copied values, a view: writing to it changes what is compared with."""
         if self._viewed is None:
             self._viewed = _counter(self._numbers)
-        yield from zip(map(id, self._tensors), self._flat.split(self._sizes), strict=True)
-        yield from zip(map(id, self._counts), self._viewed.unbind(), strict=True)
+        yield from zip(map(id, self._of.statistics), self._flat.split(self._of.sizes), strict=True)
+        yield from zip(map(id, self._of.counts), self._viewed.unbind(), strict=True)
 
     def pointers(self) -> Iterator[tuple[int, int]]:
         """The id of each tensor, and where its values were in memory when they were copied."""
-        return zip(map(id, self._tensors + self._counts), self._of.places, strict=True)
+        return zip(map(id, self._of.everything), self._of.places, strict=True)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

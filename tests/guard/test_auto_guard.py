@@ -110,15 +110,20 @@ def test_first_forward_of_a_layer_that_is_called_itself_is_held(make: Callable[[
     requests = GuardRequests()
     with every_model(requests, "restore"):
         for _ in range(2):
-            outputs = [module(images()) for module in (layer, twin)]
-            assert_same_bits(*outputs)
-            assert_same_bits(state_of(layer), before)
-            for output in outputs:
-                output.square().sum().backward()
-            assert_same_gradients(layer, twin)
-            assert len(layer._forward_hooks) == 0
+            assert_forward_is_the_twins(layer, twin, before)
     assert requests.end(None) == []
     assert_clean(layer)
+
+
+def assert_forward_is_the_twins(layer: nn.Module, twin: nn.Module, before: dict[str, Tensor]) -> None:
+    """Output and gradients are those of the twin, the state is that of before, and no hook is left of the forward."""
+    outputs = [module(images()) for module in (layer, twin)]
+    assert_same_bits(*outputs)
+    assert_same_bits(state_of(layer), before)
+    for output in outputs:
+        output.square().sum().backward()
+    assert_same_gradients(layer, twin)
+    assert len(layer._forward_hooks) == 0
 
 
 @pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
@@ -148,14 +153,8 @@ def test_first_forward_of_such_a_layer_runs_in_eval_mode(make: Callable[[], nn.M
     requests = GuardRequests()
     with every_model(requests, "restore", use_running_stats=True):
         for _ in range(2):
-            outputs = [module(images()) for module in (layer, twin)]
-            assert_same_bits(*outputs)
-            assert_same_bits(state_of(layer), before)
+            assert_forward_is_the_twins(layer, twin, before)
             assert layer.training
-            for output in outputs:
-                output.square().sum().backward()
-            assert_same_gradients(layer, twin)
-            assert len(layer._forward_hooks) == 0
     assert requests.end(None) == []
     assert_clean(layer)
 
