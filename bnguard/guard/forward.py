@@ -34,7 +34,7 @@ from bnguard.guard.policy import Action, Entries, Ruling, decide, give_back
 from bnguard.guard.surroundings import class_changed, is_cloned, recorded, refuse_graph, traced
 from bnguard.guard.updating import UpdatingLayer
 from bnguard.guard.watching import COUNTER_ALONE
-from bnguard.layers.kinds import BATCH_NORM, StatsLayer
+from bnguard.layers.kinds import BATCH_NORM, SYNC_BATCH_NORM, StatsLayer
 from bnguard.layers.swaps import NO_FLAGS, is_swapped, own_mode, own_values, swap_lock, swapped
 from bnguard.torch_internals.compile import is_called_by_graph, is_exporting, refused_in_graphs, run_as_python
 from bnguard.torch_internals.functional_call import calling_module
@@ -260,9 +260,9 @@ class HeldLayer(UpdatingLayer):
         """
         if not torch.is_grad_enabled() or not any([entry.policy.hides for entry in entries]) or self.is_captured():
             return self.original(*args, **kwargs)
+        if self.module.training and self.kind in (BATCH_NORM, SYNC_BATCH_NORM):
+            return self.original(*args, **kwargs)  # its backward pass reads the statistics of its batch
         if self.kind is BATCH_NORM:
-            if self.module.training:  # it normalises with its batch, and tracks nothing
-                return self.original(*args, **kwargs)
             return normalise_with_running_stats(self.module, *args, from_clones=True)
         if torch.compiler.is_compiling():
             return self.original(*args, **kwargs)

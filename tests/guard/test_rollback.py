@@ -217,6 +217,23 @@ CHANGES: dict[str, Callable[[Any], None]] = {
 }
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.1])
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, nn.SyncBatchNorm])
+def test_write_between_forward_and_backward_is_what_it_is_without_a_guard(norm: Any, momentum: float) -> None:
+    """As torch has kept the statistics for the backward pass, it says that they have changed: they are no copies."""
+    net, twin = (norm(2, momentum=momentum, affine=False) for _ in range(2))
+
+    def write_in_between(net: nn.Module) -> None:
+        output = net(images().requires_grad_())
+        net.load_state_dict(twin.state_dict())
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            output.sum().backward()
+
+    write_in_between(twin)
+    with bnguard.frozen(net, "rollback"), bnguard.frozen(net, updates=1):
+        write_in_between(net)
+
+
 @pytest.mark.parametrize("change", CHANGES)
 def test_whatever_a_forward_makes_of_its_statistics_is_rolled_back(change: str) -> None:
     """Inside, output and statistics are the twin's; afterwards the values of before are back, in the dtype of now."""
