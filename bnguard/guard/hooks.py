@@ -208,7 +208,8 @@ class LayerGuard(HeldLayer):
             return  # the forward sees to it; the hooks are there for forwards that began before it was put
         is_eager = not torch.compiler.is_compiling()
         # Dynamo of torch 2.4 cannot compare modules.
-        if (GUARDS_GRAPHS or is_eager) and self._is_left(module, is_eager=is_eager):
+        is_elsewhere = module is not self.module or (is_eager and not self.members)
+        if is_elsewhere and (GUARDS_GRAPHS or is_eager) and self._is_left(module, is_eager=is_eager):
             return
         if is_eager and self.is_outdated():
             self.conform_again()
@@ -273,9 +274,11 @@ class LayerGuard(HeldLayer):
                 self.unhook(module)
             return
         frame = sys._getframe(2)
-        # After an exception torch calls the hook from one frame further out.
-        calls = {_identity(frame), _identity(frame.f_back)}
-        before = next((before for before in reversed(waiting) if before.call in calls), None)
+        before: Before | None = waiting[-1]
+        if waiting[-1].call != _identity(frame.f_back):
+            # After an exception torch calls the hook from one frame further out.
+            calls = {_identity(frame), _identity(frame.f_back)}
+            before = next((before for before in reversed(waiting) if before.call in calls), None)
         if before is None:
             return
         waiting.remove(before)

@@ -96,26 +96,31 @@ class OriginalCopier:
         names: The buffers that hold them.
     """
 
-    __slots__ = ("_names", "_usual")
+    __slots__ = ("_found", "_names", "_tensors", "_usual")
 
     def __init__(self, names: tuple[str, ...]) -> None:
         self._names = names
-        self._usual: UsualTensors | None = None  # of torch's own three, as of the last copy
+        self._found: list[Tensor | None] = []  # by these names, at the last copy
+        self._tensors: dict[str, Tensor] = {}  # those that were there
+        self._usual: UsualTensors | None = None  # if they were torch's own three
 
     def copy_of(self, module: Any) -> Original:
         """What the layer has now."""
         is_quick = is_calm() and not is_swapped(module)
         own = module._buffers if is_quick else own_tensors(module, "_buffers")
-        tensors = {name: tensor for name in self._names if (tensor := own.get(name)) is not None}
-        copy = self._usual_copy(tensors) if is_quick and tuple(tensors) == BATCH_NORM_STATISTICS else None
-        return _original(tensors) if copy is None else Original(tensors, copy)
+        found = list(map(own.get, self._names))
+        if len(found) != len(self._found) or not all(map(is_, found, self._found)):
+            self._found, self._usual = found, None
+            self._tensors = {name: one for name, one in zip(self._names, found, strict=True) if one is not None}
+        copy = self._usual_copy() if is_quick and tuple(self._tensors) == BATCH_NORM_STATISTICS else None
+        return _original(self._tensors) if copy is None else Original(self._tensors, copy)
 
-    def _usual_copy(self, tensors: dict[str, Tensor]) -> UsualCopy | None:
+    def _usual_copy(self) -> UsualCopy | None:
         """A copy in few steps; None where that takes more. A test compares the two ways."""
         usual = self._usual
         try:
-            if usual is None or not usual.are(tensors.values()) or not usual.are_in_place():
-                self._usual = usual = UsualTensors([[tensor] for tensor in tensors.values()])
+            if usual is None or not usual.are_in_place():
+                self._usual = usual = UsualTensors([[tensor] for tensor in self._tensors.values()])
             return UsualCopy(usual)
         except (ValueError, RuntimeError):
             return None

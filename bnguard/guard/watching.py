@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -63,11 +63,12 @@ class WatchedLayer(Surroundings):
     """A guarded layer whose statistics can be compared from one side of a forward to the other.
 
     Attributes:
-        under_way: Forwards that are watched at the moment. One that Ctrl-C has ended is forgotten with its exception.
+        under_way: Forwards that are watched at the moment, weakly: one that Ctrl-C has ended is forgotten with its
+            exception.
     """
 
     _before: dict[int, list[Before]] | None = None  # those that hooks watch, by thread, once there are some
-    under_way: weakref.WeakSet[Before] | None = None  # likewise
+    under_way: Sequence[weakref.ref[Before]] = ()  # not a WeakSet, which takes longer than all the rest
     _passing: weakref.ref[Passing] | None = None  # likewise forgotten with the exception that has ended it
     _original: Original | None = None
     _copier: OriginalCopier | None = None  # once there is something to copy
@@ -85,7 +86,11 @@ class WatchedLayer(Surroundings):
 
     def is_under_way(self) -> bool:
         """Whether a forward is running that may update."""
-        return bool(self.under_way) or (self._passing is not None and self._passing() is not None)
+        return self._is_watched_now() or (self._passing is not None and self._passing() is not None)
+
+    def _is_watched_now(self) -> bool:
+        """Whether a forward is watched."""
+        return any([reference() is not None for reference in self.under_way])
 
     def begin_passing(self) -> Passing | None:
         """Begins a forward that copies the statistics itself; None if another one of the layer is under way."""
@@ -107,10 +112,8 @@ class WatchedLayer(Surroundings):
     def look(self, entries: Entries) -> Before:
         """Copies the statistics right before a forward."""
         with _lock:
-            if self.under_way is None:
-                self.under_way = weakref.WeakSet()
             original = self._original
-            if original is not None and self.under_way:
+            if original is not None and self._is_watched_now():
                 original.is_shared = True
             else:
                 if self._copier is None:
@@ -120,7 +123,7 @@ class WatchedLayer(Surroundings):
             if passing is not None:
                 passing.is_shared = original.is_shared = True
             before = Before(entries, original, sys.exception())
-            self.under_way.add(before)
+            self.under_way = (*self.under_way, weakref.ref(before))
         return before
 
     def run_swapped(self, before: Before, statistics: Mapping[str, Tensor], flags: Mapping[str, bool]) -> None:
@@ -133,8 +136,7 @@ class WatchedLayer(Surroundings):
         if before.swap is not None:
             end_swap(self.module, before.swap)
         with _lock:
-            if self.under_way is not None:
-                self.under_way.discard(before)
+            self.under_way = [other for other in self.under_way if other() not in (before, None)]
             if not self.under_way:
                 self._original = None
                 if before.original.is_awaited:

@@ -6,10 +6,10 @@ runs; a test compares the two ways on random layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
-from operator import attrgetter, is_
+from operator import attrgetter
 from typing import Any, Final
 
 import torch
@@ -102,12 +102,13 @@ class UsualTensors:
         everything: All of these.
         places: Where they are in memory.
         sizes: The lengths of the statistics.
+        shape: The shape of all of them concatenated.
 
     Raises:
         ValueError: They are not what torch's own layers have, on the CPU and with values.
     """
 
-    __slots__ = ("counts", "everything", "places", "sizes", "statistics")
+    __slots__ = ("counts", "everything", "places", "shape", "sizes", "statistics")
 
     def __init__(self, columns: list[list[Tensor]]) -> None:
         means, variances, counts = columns
@@ -122,14 +123,11 @@ class UsualTensors:
         if 0 in places or not counts[0].is_cpu or any(map(Tensor.dim, counts)):
             raise ValueError
         self.sizes = list(map(Tensor.numel, tensors))
+        self.shape = torch.Size((sum(self.sizes),))
 
     def lengths(self) -> list[int]:
         """The length of the mean and the variance of each layer together."""
         return list(map(int.__add__, self.sizes[::2], self.sizes[1::2]))
-
-    def are(self, tensors: Iterable[Tensor]) -> bool:
-        """Whether they are these tensors, as objects, each mean and variance followed by the numbers of batches."""
-        return all(map(is_, self.everything, tensors))
 
     def are_in_place(self) -> bool:
         """Whether none was given other memory since."""
@@ -156,8 +154,7 @@ class UsualCopy:
     def __init__(self, tensors: UsualTensors) -> None:
         self._of = tensors
         self._flat = flat = torch.cat(tensors.statistics)
-        is_ordinary = flat.dim() == 1 and flat.is_cpu and not is_wrapped(flat) and not flat.requires_grad
-        if not is_ordinary or len(flat) != sum(tensors.sizes):
+        if flat.shape != tensors.shape or not flat.is_cpu or flat.requires_grad or is_wrapped(flat):
             raise ValueError
         self._numbers = list(map(Tensor.item, tensors.counts))
         self._viewed: Tensor | None = None  # replaces _numbers once views() has been called: callers may write to them
@@ -182,7 +179,7 @@ class UsualCopy:
         numbers: list[Any] = self._numbers if self._viewed is None else self._viewed.tolist()
         numbers_now: list[Any] = list(map(Tensor.item, self._of.counts))
         now, then = torch.cat(self._of.statistics), self._flat
-        if now.dtype is not then.dtype or now.nbytes != then.nbytes:
+        if now.dtype is not then.dtype or now.shape != then.shape:
             raise RuntimeError("a tensor was converted in place")
         if list(map(Tensor.numel, self._of.statistics)) != self._of.sizes:
             raise RuntimeError("a tensor has another length")
