@@ -8,8 +8,8 @@ the processor any more. So there is a short way in and one out, of few functions
 after. As soon as anything is otherwise, ``begin`` leaves the model as it is and ``is_quiet`` is false, and the block
 goes the long way. A test runs both on random nets.
 
-A guard that is used again opens the same block again. It had nothing to say at its end, so it is as good as new once
-its counts are; and no forward that began in it goes on, which the number of references to its entry tells.
+The next block on the model takes over what this one has needed; see Note [Kept blocks]. It is as good as new once its
+counts are; and no forward that began in it goes on, which the number of references to its entry tells.
 
 Under ``"warn"`` a ``forward`` on the instance records the updates, as under a budget: it takes a third of the time of a
 hook. So where the user's code replaces the ``forward`` of a layer inside such a block, only its end tells of updates.
@@ -43,7 +43,8 @@ from bnguard.torch_internals.tracing import is_calm
 
 (_IN_ONE_LIST,) = map(getrefcount, [object()])  # what it says of an object to which a list refers
 _COLUMNS: Final = tuple(map(itemgetter, BATCH_NORM_STATISTICS))
-_PUT: Final = ("forward", "_replicate_for_data_parallel", "__getstate__", MARK)
+_PUT: Final = (MARK, "__getstate__")
+_PUT_WITH_FORWARD: Final = ("forward", "_replicate_for_data_parallel", *_PUT)
 _TABLE: Final = itemgetter("_buffers")
 _ATTRIBUTES: Final = attrgetter("__dict__")
 
@@ -58,19 +59,22 @@ class Again:
         counts: The updates that the block has seen: none.
 
     Attributes:
+        tree: See above, as for the next two.
+        layers: See there.
+        settings: See there.
         entry: What the block wants of its layers.
         guards: The guards of the layers.
     """
 
     __slots__ = (
-        "_attributes", "_check", "_columns", "_counted", "_has_forward", "_layers", "_modules", "_ruling",
-        "_settings", "_size", "_tensors", "_tree", "entry", "guards",
+        "_attributes", "_check", "_columns", "_counted", "_has_forward", "_modules", "_ruling", "_size", "_tensors",
+        "entry", "guards", "layers", "settings", "tree",
     )  # fmt: skip
 
     def __init__(self, tree: Tree, layers: Sequence[StatsLayer], settings: Settings, counts: Counts) -> None:
-        self._tree = tree
-        self._layers = layers
-        self._settings = settings
+        self.tree = tree
+        self.layers = layers
+        self.settings = settings
         self.entry = entry = PolicyEntry(None, settings.policy, settings.updates, counts)
         self._modules: list[Any] = [layer.module for layer in layers]
         rows = {key: row for row, key in enumerate(map(id, self._modules))} if settings.updates else None
@@ -82,7 +86,7 @@ class Again:
         self.guards = list(map(LayerGuard, layers, zip(*self._columns, strict=True)))
         self._tensors: UsualTensors | None = None  # once there was a copy
         self._check: ExitCheck | None = None  # likewise
-        self._counted: list[Collection[Any]] | None = None  # once the block is used again
+        self._counted: list[Collection[Any]] | None = None  # once it is used again
 
     def rest(self) -> bool:
         """Lets go of the block, so that no cycle outlives it; False if a forward that began in it goes on."""
@@ -107,32 +111,32 @@ class Again:
             self._check.statistics.modules = ()
         self._modules, self._attributes = [], []
         self._counted = self._counted and []
-        self._tree.release()
+        self.tree.release()
         return True
 
     def recover(self) -> bool:
         """Refers to the model as before; False if a part of it is gone. What has changed, ``is_ready`` tells."""
-        if not self._tree.recover():
+        if not self.tree.recover():
             return False
-        self._modules = modules = [layer.module for layer in self._layers]
+        self._modules = modules = [layer.module for layer in self.layers]
         self._attributes = list(map(_ATTRIBUTES, modules))
         for guard, module in zip(self.guards, modules, strict=True):
             guard.module = module
         if self._check is not None:
             self._check.statistics.modules = modules
         if self._counted is not None:
-            self._counted = counted_in(self._tree.model, self._tree)
+            self._counted = counted_in(self.tree.model, self.tree)
         return True
 
     def is_ready(self) -> bool:
         """Whether the model is as it was."""
-        if not (self._tree.is_current() and self._has_same_statistics()):
+        if not (self.tree.is_current() and self._has_same_statistics()):
             return False
         if self._counted is None:
-            model = self._tree.model
-            if not is_alone(model, self._tree):
+            model = self.tree.model
+            if not is_alone(model, self.tree):
                 return False
-            self._counted = counted_in(model, self._tree)
+            self._counted = counted_in(model, self.tree)
             self._size = sum(map(len, self._counted))
         return sum(map(len, self._counted)) == self._size  # else there may be layers beside its modules
 
@@ -183,18 +187,19 @@ class Again:
         except (ValueError, RuntimeError):
             return None
         if self._check is None:
-            self._check = ExitCheck.of_usual(self._layers, self._settings, self._columns, copy)
+            self._check = ExitCheck.of_usual(self.layers, self.settings, self._columns, copy)
         else:
             self._check.renew(copy)
         return self._check
 
     def is_quiet(self) -> bool:
         """Whether the model has the modules and the statistics of the beginning, as objects."""
-        return is_calm() and not swaps and self._tree.has_same_modules() and self._has_same_statistics()
+        return is_calm() and not swaps and self.tree.has_same_modules() and self._has_same_statistics()
 
     def end(self, model: nn.Module) -> None:
         """Takes the entry off all layers of the model. If that fails, ``drop_entry`` does the rest."""
         entry, has_forward = self.entry, self._has_forward
+        names = _PUT_WITH_FORWARD if has_forward else _PUT
         others = []
         with entries_lock:
             for guard, attributes in zip(self.guards, self._attributes, strict=True):
@@ -205,8 +210,8 @@ class Again:
                     continue
                 guard.members.pop(entry, None)
                 guard.ruling = NO_RULING
-                for name in _PUT:
-                    if name in attributes and getattr(attributes[name], "__self__", None) is guard:
+                for name in names:
+                    if getattr(attributes.get(name), "__self__", None) is guard:
                         del attributes[name]
                 guard.has_forward = False
                 guard.mark = None

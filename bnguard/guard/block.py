@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from bnguard.guard.coverage import (
 from bnguard.guard.deferred import Verdict, keep_verdict
 from bnguard.guard.exit_check import ExitCheck
 from bnguard.guard.hooks import LayerGuard, add_entry, drop_entry, is_any_held
+from bnguard.guard.kept import keep, take
 from bnguard.guard.options import Settings, guarded_layers
 from bnguard.guard.outcome import Outcome
 from bnguard.guard.policy import Counts, PolicyEntry, count_update
@@ -67,14 +68,18 @@ class Block:
         self._process = 0
         self._on_cuda = False
         self._guards: list[LayerGuard] = []
-        if earlier is not None and earlier._tree.is_current():
-            self._tree: Tree = earlier._tree
-            self._guards = earlier._guards
+        self._counts = Counts()
+        self._again: Again | None = None  # while the block goes the short way
+        again = take(model, settings) if earlier is None else earlier.take_again()
+        if again is not None and again.is_ready():
+            self._again, again.entry.counts = again, self._counts
+            self._tree: Tree = again.tree
+        elif earlier is not None and earlier._tree.is_current():
+            self._tree, self._guards = earlier._tree, earlier._guards
         else:
             self._tree = Tree(model)
-        self._layers = guarded_layers(model, self._tree.layers, settings)
+        self._layers = self._again.layers if self._again else guarded_layers(model, self._tree.layers, settings)
         self._owners: dict[int, int] | None = None
-        self._counts = Counts()
         self._entry: PolicyEntry | None = None  # while the block is open
         self._affine: AffineHold | None = None
         self._check: ExitCheck | None = None
@@ -82,34 +87,23 @@ class Block:
         self._without_values: frozenset[int] = frozenset()  # owners
         self._known = KnownChanges(self._layers, settings.policy)
         self._outcome = Outcome(settings)
-        self._sites = CallSites()
+        self._sites: CallSites = CallSites() if earlier is None else earlier._sites
         self._has_warned_of_program = False
         self._has_named = False
         self._regions: dict[int, Region] = {}  # checkpointed, held, and not recomputed so far
-        self._again: Again | None = None  # while the block goes the short way
         self._kept: list[Again] = []  # for the next block; at most one, which is taken out in one step
 
-    def is_ready_again(self) -> bool:
-        """Whether the block has ended, and can be entered again as if it were a new one. Only the first to ask may."""
+    def take_again(self) -> Again | None:
+        """What the next block needs to go the short way, if this one has ended it; only the first to ask gets it."""
         try:
-            again = self._kept.pop()
+            return self._kept.pop()
         except IndexError:
-            return False
-        if again.is_ready():
-            self._again = again
-            self._counts = again.entry.counts = Counts()
-            self._known = KnownChanges(self._layers, self._settings.policy)
-            self._outcome = Outcome(self._settings)
-            return True
-        return False
+            return None
 
-    def release(self) -> bool:
-        """Refers to the model weakly from now on, until ``recover()``; False if the block cannot be entered again."""
-        return bool(self._kept) and self._kept[0].release()
-
-    def recover(self) -> bool:
-        """Refers to the model as before; False if a part of it is gone."""
-        return self._kept[0].recover()
+    def hand_on(self) -> None:
+        """Leaves that to the next block on the model, whichever guard it is of. See Note [Kept blocks]."""
+        if (again := self.take_again()) is not None:
+            keep(again)
 
     def enter(self, manager: object = None) -> None:
         """Guards the layers from now on, at most as long as ``manager`` lives. If it fails, ``abandon()`` it."""
@@ -206,12 +200,17 @@ class Block:
         return self._known.listed(dict(self._counts), self._change)
 
     @property
+    def has_changes(self) -> bool:
+        """Whether there are changes, of a block that has ended the short way."""
+        return not self._known.is_empty
+
+    @property
     def layers(self) -> tuple[GuardedLayer, ...]:
         """The layers, and how each is protected."""
         return protected_layers(self._layers, self._settings, self._tree.model, self._without_values)
 
     @property
-    def stats_layers(self) -> list[StatsLayer]:
+    def stats_layers(self) -> Sequence[StatsLayer]:
         """The guarded layers."""
         return self._layers
 

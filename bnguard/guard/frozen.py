@@ -22,6 +22,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
+from sys import getrefcount
 from types import TracebackType
 from typing import Any, ClassVar, Final, Self, TypeVar
 
@@ -37,7 +38,7 @@ from bnguard.guard.options import PLAIN, Check, Frontend, OnChange, Settings, ch
 from bnguard.guard.phrases import Phrases
 from bnguard.layers.kinds import StatsLayer
 from bnguard.layers.select import Selector
-from bnguard.layers.tree import RELEASED, any_layer, find_layers
+from bnguard.layers.tree import any_layer, find_layers
 from bnguard.records import GuardedLayer, StatsChange
 from bnguard.torch_internals.callsite import call_site, end_in_users_line
 from bnguard.torch_internals.compile import outside_graphs
@@ -51,6 +52,27 @@ _numbers: Final = itertools.count(1)
 # The blocks that this thread or this task of asyncio has entered. One that another one leaves stays among them.
 _own: Final[ContextVar[tuple[int, ...]]] = ContextVar("bnguard_own_blocks", default=())
 _MOST_OWN: Final = 64
+
+
+def _references_in_exit() -> int:
+    """How many references there are to a context manager in ``__exit__`` if only its ``with`` statement has it."""
+    found = []
+
+    class Manager:
+        @outside_graphs
+        def __enter__(self) -> None:
+            pass
+
+        @outside_graphs
+        def __exit__(self, *exception: object) -> None:
+            found.append(getrefcount(self))
+
+    with Manager():
+        pass
+    return found[0]
+
+
+_IN_WITH: Final = _references_in_exit()
 
 
 class frozen:  # noqa: N801  # lower case, as torch.no_grad
@@ -188,9 +210,7 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
     def _enter(self, *, is_started: bool = False) -> Self:
         """Begins a block. One that was started stays until it is stopped, with or without a reference to the guard."""
         self._read_verdicts(at_entry=True)
-        block, number = self._last, next(_numbers)
-        if block is None or not block.is_ready_again():
-            block = Block(self._model, self._settings, block)
+        block, number = Block(self._model, self._settings, self._last), next(_numbers)
         self._open[block] = None
         self._last = block
         try:
@@ -210,21 +230,30 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
         try:  # not in a function: see rule 2 of Note [Ctrl-C]
             if kind is not None and isinstance(error, StatsChangedError):  # of a with statement, not of the plugin
                 end_in_users_line(error)
-            self._leave(error, left)
+            is_kept = getrefcount(self) > _IN_WITH
+            self._leave(error, left, is_kept=is_kept)
         except BaseException as failure:
             self._abandon(left)
             if isinstance(failure, StatsChangedError):
                 failure.__traceback__ = None  # Python adds this frame again, and those around it
             raise
 
-    def _leave(self, error: BaseException | None, left: list[Block]) -> None:
-        """Ends the innermost block, with the exception that leads out of it; ``left`` receives the block first."""
+    def _leave(self, error: BaseException | None, left: list[Block], *, is_kept: bool) -> None:
+        """Ends the innermost block.
+
+        Args:
+            error: The exception that leads out of it.
+            left: Receives the block, first.
+            is_kept: Whether somebody may ask this guard about the block.
+        """
         while (block := self._innermost()) is not None:
             left.append(block)
             if (number := self._open.pop(block, None)) is not None:
                 _own.set(tuple([other for other in _own.get() if other != number]))
                 self._last = block
                 block.leave(error)
+                if not (is_kept or self._open or block.has_changes):
+                    self._hand_on()
                 return
             left.pop()  # another thread or a signal handler has ended it in the meantime
 
@@ -313,22 +342,16 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
     def __setstate__(self, state: tuple[nn.Module, Settings]) -> None:
         self._set(*state)
 
-    def _release(self) -> bool:
-        """Refers to the model weakly from now on, until ``_recover()``; False if a new guard is as good."""
-        if self._open or self._last is None or not self._last.release():
-            return False
-        self._model = RELEASED
-        return True
-
-    def _recover(self, model: nn.Module) -> bool:
-        """Refers to its model again; False if a part of it is gone."""
-        self._model = model
-        return self._last is not None and self._last.recover()
+    def _hand_on(self) -> None:
+        """Forgets the last block, and leaves what it needed to the next one on the model. See Note [Kept blocks]."""
+        block, self._last = self._last, None  # first: what is handed on refers to no model
+        if block is not None:
+            block.hand_on()
 
     @property
-    def _stats_layers(self) -> list[StatsLayer]:
+    def _stats_layers(self) -> Sequence[StatsLayer]:
         """The layers of the current or last block."""
-        return [] if self._last is None else self._last.stats_layers
+        return () if self._last is None else self._last.stats_layers
 
     @outside_graphs
     def _put_back(self) -> list[StatsChange]:

@@ -1,12 +1,4 @@
-"""``strict``: ``frozen`` around every call of a function, on the models that it finds there.
-
-Note [Kept guards]
-~~~~~~~~~~~~~~~~~~
-A guard that is used again costs less than a new one: it has walked the model already. So a function keeps the guard of
-each model from one call to the next. In between, the guard refers to all modules weakly, and to no model: the last
-reference to a model frees it, and what was kept goes with it. A call takes the guard out, so that no other call has it
-at the same time. Where a block could not be entered again the short way, its guard is not kept.
-"""
+"""``strict``: ``frozen`` around every call of a function, on the models that it finds there."""
 
 from __future__ import annotations
 
@@ -27,7 +19,6 @@ from bnguard.guard.frozen import check_model, frozen
 from bnguard.guard.options import Check, Frontend, OnChange, Settings, check_settings
 from bnguard.guard.phrases import Phrases
 from bnguard.guard.policy import POLICIES
-from bnguard.layers.by_identity import ByIdentity
 from bnguard.layers.search import LARGEST, modules_in, roots_of
 from bnguard.layers.select import Selector
 from bnguard.layers.tree import any_layer
@@ -43,7 +34,6 @@ _FRONTEND: Final = Frontend(
     )
 )
 ModelSource = nn.Module | str | Callable[..., Any]
-_Kept = ByIdentity[list[frozen]]
 
 
 @overload
@@ -131,14 +121,13 @@ def strict(
     def decorate(function: Any) -> Any:
         if isinstance(model, str):
             _check_parameter(function, model)
-        kept: _Kept = ByIdentity()
 
         @outside_graphs
         def opener(
             wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
         ) -> Callable[[], AbstractContextManager[Any]]:
             models, holder, has_layers = _models(model, settings, wrapped, instance, args, kwargs)
-            return functools.partial(_AllFrozen, models, settings, holder, kept, has_layers=has_layers)
+            return functools.partial(_AllFrozen, models, settings, holder, has_layers=has_layers)
 
         return guard_function(function, opener, "strict")
 
@@ -146,31 +135,24 @@ def strict(
 
 
 class _AllFrozen:
-    """One block around several models. See Note [Kept guards].
+    """One block around several models.
 
     Args:
         models: The models.
         settings: The options.
         holder: An object, among whose attributes further layers are looked for; None for no such object.
-        kept: By model, the guards of earlier calls: one, or none while a call has it.
         has_layers: Whether each model is known to have running statistics.
     """
 
     @outside_graphs
-    def __init__(
-        self, models: list[nn.Module], settings: Settings, holder: Any, kept: _Kept, *, has_layers: bool
-    ) -> None:
+    def __init__(self, models: list[nn.Module], settings: Settings, holder: Any, *, has_layers: bool) -> None:
         self._models = models
         self._holder = holder
-        self._places = [_place_of(model, kept) for model in models]
         # Models with layers, which have been looked for: a choice among them is what is left to check.
         if not has_layers or settings.include or settings.exclude or settings.buffers:
             for model in models:
                 check_model(model, settings)
-        self._guards = [
-            _kept_at(place, model) or frozen._of(model, settings)
-            for model, place in zip(models, self._places, strict=True)
-        ]
+        self._guards = [frozen._of(model, settings) for model in models]
 
     @outside_graphs
     def __enter__(self) -> None:
@@ -198,9 +180,8 @@ class _AllFrozen:
                 raise failure
             if error is None and self._bystanders is not None:
                 self._bystanders.tell(_FRONTEND.phrases)
-            for guard, place in zip(self._guards, self._places, strict=True):
-                if not place and guard._release():
-                    place.append(guard)
+            for guard in self._guards:
+                guard._hand_on()
         except BaseException:
             self._abandon()
             raise
@@ -211,24 +192,6 @@ class _AllFrozen:
         """Completes what an interrupt has kept from being done."""
         for guard in reversed(self._guards):
             guard._abandon()
-
-
-def _place_of(model: nn.Module, kept: _Kept) -> list[frozen]:
-    """Where the guard of a model is kept."""
-    place = kept.get(model)
-    if place is None:
-        place = []
-        kept.put(model, place)
-    return place
-
-
-def _kept_at(place: list[frozen], model: nn.Module) -> frozen | None:
-    """The guard of an earlier call, which nobody else has then; None if there is none, or a part is gone."""
-    try:
-        guard = place.pop()
-    except IndexError:
-        return None
-    return guard if guard._recover(model) else None
 
 
 _PLACES: Final = "its arguments, self, the attributes of self, and what it reads from its closure and globals"

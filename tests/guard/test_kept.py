@@ -1,6 +1,6 @@
-"""``strict`` keeps the guard of a model between two calls, weakly: it does what a new guard at each call does.
+"""What a block has found out is kept for the next guard of the model, weakly: it does what a block of its own does.
 
-A run in which no guard is kept is the plain way that the other one must equal.
+A run in which nothing is kept is the plain way that the other one must equal.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 import bnguard
-from bnguard.guard.frozen import frozen
+from bnguard.guard import block, kept
+from bnguard.layers.by_identity import ByIdentity
 from bnguard.layers.tree import Tree
 from tests.asserts import assert_clean, assert_same_bits, state_of, told
 from tests.guard.test_again import ERRORS, EVENTS, POLICIES, _batch, _forward, _stop_others, assert_same, make_net
@@ -46,14 +47,32 @@ def mlp(width: int = 6) -> nn.Sequential:
     return nn.Sequential(nn.Linear(6, width), nn.BatchNorm1d(width), nn.ReLU(), nn.BatchNorm1d(width))
 
 
-def run(events: list[Any], options: dict[str, Any], seed: int) -> list[Any]:
-    """What a program says and leaves: calls of one function, with events inside of them and in between."""
+def _act(net: nn.Module, random_: random.Random, *acts: Callable[[nn.Module, random.Random], Any]) -> list[Any]:
+    return [act(net, random_) for act in acts]
+
+
+def _in_new_guard(options: dict[str, Any]) -> Callable[..., list[Any]]:
+    def call(net: nn.Module, *args: Any) -> list[Any]:
+        with bnguard.frozen(net, **options):
+            return _act(net, *args)
+
+    return call
+
+
+WAYS: dict[str, Callable[[dict[str, Any]], Callable[..., list[Any]]]] = {
+    "strict": lambda options: bnguard.strict(**options)(_act),
+    "frozen": _in_new_guard,
+}
+
+
+def run(events: list[Any], way: str, options: dict[str, Any], seed: int) -> list[Any]:
+    """What a program says and leaves: blocks of a new guard each, with events inside of them and in between."""
     random_ = random.Random(seed)
     net = make_net(random_)
+    guarded = WAYS[way](options)
 
-    @bnguard.strict(**options)
     def call(net: nn.Module, *acts: Callable[[nn.Module, random.Random], Any]) -> list[Any]:
-        return [act(net, random_) for act in acts]
+        return guarded(net, random_, *acts)
 
     trace: list[Any] = []
     for event in events:
@@ -91,28 +110,89 @@ def _call(call: Any, net: nn.Module, event: Any, random_: random.Random, *, insi
     return [outputs, lines, gradients, state_of(net), torch.get_rng_state()]
 
 
-def assert_alike(events: list[Any], policy: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A program goes the same whether guards are kept or not."""
-    kept = run(events, OPTIONS[policy], seed)
+def assert_alike(events: list[Any], way: str, policy: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program goes the same whether anything is kept or not."""
+    found = run(events, way, OPTIONS[policy], seed)
     with monkeypatch.context() as patch:
-        patch.setattr(frozen, "_release", lambda guard: False)
-        fresh = run(events, OPTIONS[policy], seed)
-    assert_same(kept, fresh)
+        patch.setattr(block, "take", lambda model, settings: None)
+        fresh = run(events, way, OPTIONS[policy], seed)
+    assert_same(found, fresh)
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("policy", OPTIONS)
 @pytest.mark.parametrize("event", EVENTS, ids=lambda event: event.__name__.strip("_<>"))
-def test_kept_guard_is_like_a_new_one(policy: str, event: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kept_block_is_like_a_new_one(way: str, policy: str, event: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Outputs, gradients, statistics, random numbers, what is said and left behind, of one event inside and outside."""
-    assert_alike([event], policy, 0, monkeypatch)
+    assert_alike([event], way, policy, 0, monkeypatch)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("policy", OPTIONS)
-def test_kept_guard_is_like_a_new_one_in_random_programs(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kept_block_is_like_a_new_one_in_random_programs(
+    way: str, policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same for many events on nets of many forms."""
     for seed in range(1, 150):
-        assert_alike(random.Random(seed).choices(EVENTS, k=6), policy, seed, monkeypatch)
+        assert_alike(random.Random(seed).choices(EVENTS, k=6), way, policy, seed, monkeypatch)
+
+
+@pytest.mark.parametrize("options", [{}, {"on_change": "restore", "include": "1"}, {"updates": 1}], ids=str)
+def test_new_guard_of_a_model_walks_it_once(options: dict[str, Any], walks: list[nn.Module]) -> None:
+    """``with frozen(model):`` around each step, and in an ``ExitStack``, with two sets of options in turns."""
+    net = mlp().eval()
+
+    def step() -> None:
+        with bnguard.frozen(net, **options):
+            net(torch.ones(2, 6))
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(bnguard.frozen(net, "restore", exclude="3"))
+            net(torch.ones(2, 6))
+
+    for _ in range(2):  # the first block on a model looks at more
+        step()
+    walks.clear()
+    for _ in range(5):
+        step()
+    assert len(walks) == (5 if "include" in options else 0) + 5  # to check what is selected
+
+
+def test_guard_that_somebody_has_can_be_asked_after_its_block() -> None:
+    """However the block was ended; also when other blocks have followed."""
+    net = mlp().eval()
+    for _ in range(2):
+        with bnguard.frozen(net, "warn"):
+            net(torch.ones(2, 6))
+    with bnguard.frozen(net, "warn") as named:
+        net(torch.ones(2, 6))
+    entered = bnguard.frozen(net, "warn")
+    entered.__enter__()
+    with pytest.warns(bnguard.BNGuardWarning):
+        net.train()(torch.ones(2, 6))
+    entered.__exit__(None, None, None)
+    quiet = bnguard.frozen(net.eval(), "warn")
+    quiet.__enter__()
+    net(torch.ones(2, 6))
+    quiet.__exit__(None, None, None)
+    for _ in range(3):
+        with bnguard.frozen(net, "warn"):
+            net(torch.ones(2, 6))
+    assert [change.names for change in entered.changes] == [("1",), ("3",)]
+    for guard in (named, entered, quiet):
+        assert [layer.names for layer in guard.layers] == [("1",), ("3",)]
+        assert "guards 2 layers" in guard.report()
+    assert named.changes == quiet.changes == ()
+
+
+def test_no_more_is_kept_than_a_few_blocks_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever options the guards have."""
+    net = mlp().eval()
+    monkeypatch.setattr(kept, "_kept", table := ByIdentity[list[Any]]())
+    for number in range(20):
+        with bnguard.frozen(net, updates=number):
+            net(torch.ones(2, 6))
+    assert 0 < len(table.get(net) or ()) < 10
 
 
 @pytest.mark.parametrize("policy", ["raise", "warn", "restore"])
@@ -166,13 +246,14 @@ def test_each_model_has_its_own(walks: list[nn.Module]) -> None:
         assert_clean(net)
 
 
-def test_last_reference_frees_the_model() -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_last_reference_frees_the_model(way: str) -> None:
     """Without the garbage collector, and with it all of its parts."""
     net = mlp()
+    guarded = WAYS[way]({"on_change": "restore"})
 
-    @bnguard.strict(on_change="restore")
     def step(model: nn.Module) -> None:
-        model(torch.randn(3, 6))
+        guarded(model, random.Random(0), lambda model, random_: model(torch.randn(3, 6)))
 
     parts = [weakref.ref(part) for part in net.modules()]
     gc.collect()
@@ -247,18 +328,18 @@ def test_model_that_has_lost_its_layers_guards_nothing_unsaid(options: dict[str,
 def test_forward_that_is_kept_goes_on_working() -> None:
     """After the call it is that of the layer, as with a guard that is not kept; later calls are guarded."""
     net = mlp()
-    kept: list[Any] = []
+    forwards: list[Any] = []
 
     @bnguard.strict(on_change="restore")
     def step(model: nn.Module) -> None:
-        kept.append(model[1].forward)
+        forwards.append(model[1].forward)
         model(torch.randn(3, 6))
 
     for _ in range(3):
         step(net)
     before, twin = state_of(net[1]), nn.BatchNorm1d(6)
     batch = torch.randn(3, 6)
-    assert_same_bits([forward(batch) for forward in kept], [twin(batch) for _ in kept])
+    assert_same_bits([forward(batch) for forward in forwards], [twin(batch) for _ in forwards])
     assert_same_bits(state_of(net[1]), state_of(twin))
     assert before["num_batches_tracked"] == 0
     state = state_of(net)
