@@ -40,7 +40,7 @@ def test_both_ways_find_the_same(change: str, dtype: torch.dtype, monkeypatch: p
     for is_quick in (True, False):
         with monkeypatch.context() as patch:
             if not is_quick:
-                patch.setattr(OriginalCopier, "_usual_copy", lambda copier, tensors: None)
+                patch.setattr(OriginalCopier, "_usual_copy", lambda copier: None)
             layers = make_layers(dtype)
             copier = OriginalCopier(BATCH_NORM_STATISTICS)
             copier.copy_of(layers[0])
