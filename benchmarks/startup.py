@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -60,39 +59,47 @@ def collected() -> list[Row]:
 
 
 def beside_torch() -> list[Row]:
-    """``frozen`` and ``bnguard run`` in a program that imports torch, whose own start varies by more than they take.
+    """What ``frozen`` and ``bnguard run`` take once torch is imported, the time of which varies by more than that.
 
-    So this is the time of the processor and not of the clock.
+    This is the time of the processor and not of the clock. The least has as many modules, all of them empty.
     """
-    used: dict[str, list[float]] = {}
-    plain, imported, run = (
-        "train.py, which imports torch",
-        "the same with 'from bnguard import frozen'",
-        "bnguard run train.py",
-    )
+    title, plain = "Start beside torch, milliseconds of the processor more", "train.py, which imports torch"
+    programs = {
+        "the same with 'from bnguard import frozen'": ("from bnguard import frozen", 15.0),
+        "bnguard run train.py": ("from bnguard.cli import main; main(['run', 'train.py'])", 60.0),
+    }
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "train.py").write_text("import torch\n")
-        Path(folder, "guarded.py").write_text("import torch\nfrom bnguard import frozen\n")
-        commands = {plain: ["train.py"], imported: ["guarded.py"], run: ["-m", "bnguard", "run", "train.py"]}
-        for number in range(-2, 12):
-            for name in commands if number % 2 else reversed(commands):
-                before = _processor_time()
-                run_python(*commands[name], cwd=folder)
-                if number >= 0:
-                    used.setdefault(name, []).append(_processor_time() - before)
-    rows = []
-    for name, target in ((imported, 15.0), (run, 60.0)):
-        more = spread([1000 * (one - other) for one, other in zip(used[name], used[plain], strict=True)])
-        rows.append(
-            Row("startup/torch", "Start beside torch, milliseconds of the processor more", name, plain, more, target)
-        )
+        for name, (code, target) in programs.items():
+            run_python("-c", f"import torch; {code}", cwd=folder)  # compiles our files
+            _, modules = _beside_torch(code, folder)
+            for number in range(modules):
+                Path(folder, f"empty_{number}.py").touch()
+            least = f"for number in range({modules}): __import__(f'empty_{{number}}')"
+            taken = [(_beside_torch(code, folder)[0], _beside_torch(least, folder)[0]) for _ in range(12)]
+            ours, theirs = map(spread, zip(*taken, strict=True))
+            rows.append(Row("startup/torch", title, name, plain, ours, target))
+            rows.append(Row("startup/torch", title, f"the least for that: {modules} empty modules", plain, theirs))
     return rows
 
 
-def _processor_time() -> float:
-    """Seconds that the processes have used that this one has started."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
+_TIMED: Final = """\
+import sys, time, torch
+began = time.process_time()
+{}
+taken = 1000 * (time.process_time() - began)
+print(taken, sum([name.startswith("bnguard") for name in sys.modules]), file=sys.stderr)
+"""
+
+
+def _beside_torch(code: str, folder: str) -> tuple[float, int]:
+    """Milliseconds of code in a new process that has imported torch, and how many modules of ours it has at the end."""
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    command = [sys.executable, "-c", _TIMED.format(code)]
+    done = subprocess.run(command, check=True, cwd=folder, env=kept, capture_output=True, text=True)
+    taken, modules = done.stderr.split()
+    return float(taken), int(modules)
 
 
 BENCHMARKS: Final[dict[str, Benchmark]] = {

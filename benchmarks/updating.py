@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import bnguard
 from benchmarks import rivals
+from benchmarks.floors import least_step
 from benchmarks.models import bn_chain, make_step, sample
 from benchmarks.race import Contender, race_of_steps
 from benchmarks.results import Benchmark, Row
@@ -26,6 +27,7 @@ _NETS: Final = {2: "bn_mlp", 17: "small_cnn", 53: "resnet50"}
 RESTORE, RESTORE_AGAIN = "frozen(net, 'restore') around each step", "the same guard again, 'restore'"
 BUDGET, BUDGET_AGAIN = "frozen(net, updates=1) around each step", "the same guard again, updates=1"
 WARN, WARN_AGAIN = "frozen(net, 'warn') around each step, updates stand", "the same guard again, 'warn', updates stand"
+LEAST, WITHOUT_COPIES = "the least: all statistics copied before and after each forward", "the same without copies"
 UNGUARDED, BY_HAND = "unguarded", "num_batches_tracked read before and after each step"
 
 
@@ -75,6 +77,8 @@ def updating(layers: int) -> list[Row]:
         Contender(WARN, _fresh(net, step, on_change="warn"), _without_warnings),
         Contender(WARN_AGAIN, _again(net, step, on_change="warn"), _without_warnings),
         Contender(BY_HAND, rivals.counted_by_hand(net, step)),
+        Contender(LEAST, least_step(net, step, copies=True)),
+        Contender(WITHOUT_COPIES, least_step(net, step, copies=False)),
     ]
     result = race_of_steps(contenders, rounds=_STEPS[layers])
     row = partial(Row, f"updates/{layers}", f"Training step whose updates are allowed, {layers:,} BatchNorm layers")
@@ -86,6 +90,7 @@ def updating(layers: int) -> list[Row]:
         (BUDGET_AGAIN, UNGUARDED, None),
         (WARN_AGAIN, UNGUARDED, None),
         (BY_HAND, UNGUARDED, None),
+        (LEAST, WITHOUT_COPIES, None),
     ]
     return [row(name, reference, result.ratio(name, reference), target) for name, reference, target in pairs]
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from bnguard.records import StatsChange
+if TYPE_CHECKING:
+    from bnguard.records import StatsChange
+
 
 __all__ = ["BNGuardError", "BNGuardWarning", "StatsChangedError"]
 

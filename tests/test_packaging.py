@@ -53,6 +53,36 @@ def test_import_of_bnguard_leaves_torch_alone():
     assert done.stdout == "[]\n"
 
 
+def test_import_of_frozen_leaves_to_later_what_few_blocks_need():
+    """Beside torch, neither wrapt nor the public records are imported, nor what only some options and findings need."""
+    names = ("wrapt", "sysconfig", "bnguard.records", "bnguard.guard.affine", "bnguard.guard.deferred")
+    code = f"""if True:
+        import sys, torch
+        before = set(sys.modules)
+        from bnguard import frozen
+        with frozen(torch.nn.BatchNorm1d(2), "restore") as guard:
+            pass
+        print([name for name in {names} if name in sys.modules.keys() - before])
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_run_loads_what_it_needs(tmp_path):
+    """Not the other commands, and no reader or writer of a format that nobody has asked for."""
+    (tmp_path / "train.py").touch()
+    names = ("html", "tomllib", "bnguard.cli.demo", "bnguard.findings.explanations", "bnguard.guard.recalibration")
+    code = f"""if True:
+        import sys, torch
+        before = set(sys.modules)
+        from bnguard.cli import main
+        assert main(["run", "train.py"]) == 0
+        print([name for name in {names} if name in sys.modules.keys() - before])
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout.endswith("\n[]\n")
+
+
 def test_public_names_are_there():
     """What ``dir()`` lists can be had, and nothing else."""
     for name in dir(bnguard):

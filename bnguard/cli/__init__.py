@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib import import_module
+from typing import Final
 
-from bnguard.cli import audit, demo, diff, explain, run
 from bnguard.cli.completion import SHELLS, PrintCompletion
 from bnguard.cli.exit_codes import USAGE, UsageError
 from bnguard.cli.options import Commands, checked_outputs, missing_packages
@@ -14,6 +15,8 @@ from bnguard.cli.parser import Parser, one_of, unknown_command_text
 from bnguard.cli.version import ShowVersion
 
 __all__ = ["main"]
+
+_COMMANDS: Final = ("run", "audit", "diff", "explain", "demo")  # each is a module beside this one
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         without any, it prints the help and returns 2.
     """
     words = sys.argv[1:] if argv is None else list(argv)
-    parser, commands = _parser()
+    # Only the command that is named, if one is: to load the others takes as long.
+    parser, commands = _parser(words[:1] if words and words[0] in _COMMANDS else _COMMANDS)
     if not words:
         parser.print_help()
         return USAGE
@@ -52,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.exit(USAGE, f"{command.prog}: {error}\n")
 
 
-def _parser() -> tuple[Parser, Commands]:
+def _parser(names: Sequence[str]) -> tuple[Parser, Commands]:
     parser = Parser(
         prog="bnguard",
         description="Protects the running statistics of PyTorch's BatchNorm and of similar layers.",
@@ -69,6 +73,6 @@ def _parser() -> tuple[Parser, Commands]:
         "_bnguard in a folder of $fpath",
     )
     commands: Commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for command in (run, audit, diff, explain, demo):
-        command.add_parser(commands)
+    for name in names:
+        import_module(f"bnguard.cli.{name}").add_parser(commands)
     return parser, commands

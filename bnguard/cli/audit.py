@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import difflib
 import importlib
 import os
@@ -63,11 +62,10 @@ def audit_target(target: str, ignores: tuple[Ignore, ...], outputs: Outputs) -> 
     filtered = filter_findings(audit(model), ignores, os.getcwd())
     # The entries of a project are about its runs: most have nothing to ignore in an audit.
     unused = tuple([one for one in filtered.unused if one.source == COMMAND_LINE])
-    document = with_ignored(audit_document(filtered.kept, model), dataclasses.replace(filtered, unused=unused))
+    document = with_ignored(audit_document(filtered.kept, model), filtered._replace(unused=unused))
     file = sys.modules[target.partition(":")[0]].__file__ or ""  # a package in several folders has none
     has_found = fails(filtered.kept, frozenset([ALL]))
-    document = dataclasses.replace(
-        document,
+    document = document._replace(
         title=f"bnguard audit {target}",
         file=path_from(os.getcwd(), file),
         about={"exit code": str(exit_code_of(has_found, is_written=True))},

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import tomllib
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from bnguard.cli.exit_codes import UsageError
 from bnguard.cli.options import checked_codes
@@ -17,8 +15,7 @@ from bnguard.words import short_repr, suggestion
 _NAME: Final = "pyproject.toml"
 
 
-@dataclass(frozen=True, slots=True)
-class Config:
+class Config(NamedTuple):
     """What the table says. An option of the command line replaces the key of its name.
 
     Attributes:
@@ -52,6 +49,8 @@ def load_config() -> Config:
 
 
 def _table_of(path: Path, shown: str) -> dict[str, Any] | None:
+    import tomllib
+
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:  # tomllib's own error is a ValueError

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING
 
 from bnguard.cli.exit_codes import UsageError, exit_code_of
@@ -48,7 +47,7 @@ def diff_states(before: str, after: str, key: str | None, outputs: Outputs) -> i
     except (ValueError, ImportError) as error:
         raise UsageError(str(error)) from error
     about = {"exit code": str(exit_code_of(not found.is_clean, is_written=True))}
-    document = dataclasses.replace(diff_document(found), title=f"bnguard diff {before} {after}", about=about)
+    document = diff_document(found)._replace(title=f"bnguard diff {before} {after}", about=about)
     content = {"before": before, "after": after, **diff_content(found)}
 
     def pictures() -> list[Picture]:

@@ -9,16 +9,15 @@ import runpy
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from importlib.machinery import SourceFileLoader
 from types import ModuleType, TracebackType
+from typing import NamedTuple
 
 from bnguard.errors import StatsChangedError
 from bnguard.torch_internals.callsite import end_in_users_line
 
 
-@dataclass(frozen=True, slots=True)
-class Ending:
+class Ending(NamedTuple):
     """How a script ended.
 
     Attributes:

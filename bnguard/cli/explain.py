@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Final
 
 from bnguard.cli.options import Commands, add_outputs, code
 from bnguard.findings.codes import CODES
-from bnguard.findings.explanations import explanation_of
 from bnguard.report.terminal import show_text
 
 if TYPE_CHECKING:
@@ -39,6 +38,8 @@ def _explain(options: argparse.Namespace, outputs: Outputs) -> int:
 
 
 def _text_of(code: str, width: int) -> str:
+    from bnguard.findings.explanations import explanation_of
+
     explanation = explanation_of(code)
     remedies = [_wrapped(remedy, width, "  - ", "    ") for remedy in explanation.remedies]
     ignoring = [

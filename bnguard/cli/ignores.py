@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -38,7 +37,7 @@ class RunIgnores:
         ignores = [*self._entries, *[one for comment in comments for one in comment.ignores]]
         problems = tuple([problem for comment in comments for problem in comment.problems])
         filtered = filter_findings(findings, ignores, self.folder, loaded)
-        return dataclasses.replace(filtered, problems=problems)
+        return filtered._replace(problems=problems)
 
     def _files_of(self, findings: Iterable[Finding]) -> list[str]:
         """The files of some findings, which may be those of a library."""
@@ -51,5 +50,5 @@ def _loaded_files() -> set[str]:
     # Not getattr(): a module that loads its parts when they are asked for, as that of six, may fail to.
     modules = [module for module in list(sys.modules.values()) if isinstance(module, ModuleType)]
     files = [vars(module).get("__file__") for module in modules]
-    paths = [os.path.abspath(file) for file in files if isinstance(file, str) and file.endswith(".py")]
-    return {path for path in paths if origin_of(path) == "user"}
+    sources = [file for file in files if isinstance(file, str) and file.endswith(".py")]
+    return {os.path.abspath(file) for file in sources if origin_of(file) == "user"}

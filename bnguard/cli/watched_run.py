@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import shlex
 import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from bnguard.cli.children import Children
 from bnguard.cli.execfile import Ending, NotFoundError, run_module, run_script, wait_for_threads
@@ -35,8 +33,7 @@ if TYPE_CHECKING:
     from bnguard.report.picture import Picture
 
 
-@dataclass(frozen=True, slots=True)
-class RunOptions:
+class RunOptions(NamedTuple):
     """What to run, and what to record.
 
     Attributes:
@@ -125,12 +122,15 @@ class WatchedRun:
         if self._has_matched_nothing:
             print(f"bnguard run: {notes[-1]}", file=sys.stderr)
             return USAGE
-        kept = self._ignores.filter(self._record.findings).kept
-        has_failed = failure is not None or fails(kept, self._options.fail_on)
+        has_failed = failure is not None or self._has_failed()
         if self._unwatched and self._options.fail_on and not has_failed:
             print(f"bnguard run: {self._unwatched}", file=sys.stderr)
             return USAGE
         return exit_code_of(has_failed, is_written)
+
+    def _has_failed(self) -> bool:
+        codes = self._options.fail_on
+        return bool(codes) and fails(self._ignores.filter(self._record.findings).kept, codes)
 
     @property
     def _has_matched_nothing(self) -> bool:
@@ -193,8 +193,8 @@ class WatchedRun:
         notes = [*filter(None, [children]), *notes]
         filtered = self._ignores.filter(summary.findings)
         if exit_code:  # what a failed run has not reached is not unused
-            filtered = dataclasses.replace(filtered, unused=())
-        summary = dataclasses.replace(summary, findings=filtered.kept)
+            filtered = filtered._replace(unused=())
+        summary = summary._replace(findings=filtered.kept)
         document = with_ignored(watch_document(summary), filtered)
         title = f"bnguard run {'-m ' if options.is_module else ''}{options.target}"
         file = options.target
@@ -203,7 +203,7 @@ class WatchedRun:
         about = {"arguments": shlex.join(options.args), "exit code of the script": str(exit_code)}
         is_clean = document.is_clean and not (exit_code or notes)
         notes = (*document.notes, *notes)
-        document = dataclasses.replace(document, title=title, file=file, notes=notes, about=about, is_clean=is_clean)
+        document = document._replace(title=title, file=file, notes=notes, about=about, is_clean=is_clean)
         content = {"target": options.target, "exit_code": exit_code, **watch_content(summary), **filtered.content()}
         return publish(document, content, options.outputs, "run", self._pictures)
 
@@ -233,7 +233,7 @@ def _settings(pattern: str, options: RunOptions) -> Settings:
     )
     frontend = Frontend(phrases, has_coverage_warnings=False, is_outermost=True)
     settings = check_settings(include=pattern, buffers=options.buffers or None, **options.guard_options)
-    return dataclasses.replace(settings, frontend=frontend)
+    return settings._replace(frontend=frontend)
 
 
 def _flush() -> None:

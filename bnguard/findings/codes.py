@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from bnguard.records import Severity
 from bnguard.words import suggestion
 
 
-@dataclass(frozen=True, slots=True)
-class FindingSpec:
+class FindingSpec(NamedTuple):
     """What is known of a finding without its rule.
 
     Attributes:

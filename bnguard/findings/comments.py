@@ -8,8 +8,7 @@ import io
 import re
 import tokenize
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from bnguard.findings.codes import checked_code
 from bnguard.findings.ignores import Ignore
@@ -17,8 +16,7 @@ from bnguard.findings.ignores import Ignore
 _COMMENT: Final = re.compile(r"#\s*bnguard:\s*ignore(?!\w)\s*(?P<list>\[[^\]#]*\]?)?")
 
 
-@dataclass(frozen=True, slots=True)
-class Comments:
+class Comments(NamedTuple):
     """The comments of one file.
 
     Attributes:

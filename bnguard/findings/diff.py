@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +30,7 @@ from bnguard.words import count_text
 Source: TypeAlias = "nn.Module | Mapping[str, Any] | str | os.PathLike[str]"
 
 
-@dataclass(frozen=True, slots=True)
-class _Layer:
+class _Layer(NamedTuple):
     type: str
     eps: float
     statistics: dict[str, Tensor]

@@ -13,7 +13,7 @@ from bnguard.layers.kinds import StatsLayer
 from bnguard.records import Mode
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class UpdateSite:
     """The updates of one layer from one line in one mode, as far as the run has come. For fields see ``StatsUpdates``.
 
@@ -42,7 +42,7 @@ class UpdateSite:
     momenta: set[Any] = field(default_factory=set)
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class Update:
     """One forward that has updated the statistics of the layer.
 
@@ -118,8 +118,7 @@ class StepEnd(NamedTuple):
     is_of_rival: bool
 
 
-@dataclass(frozen=True, slots=True)
-class LayerEnd:
+class LayerEnd(NamedTuple):
     """All that is known of a layer when a run ends, or when findings are asked for earlier.
 
     Attributes:
@@ -159,8 +158,7 @@ class LayerEnd:
     broken: tuple[int, int] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class AuditedModel:
+class AuditedModel(NamedTuple):
     """A model whose findings are asked for without a run.
 
     Attributes:

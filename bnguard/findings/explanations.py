@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import ast
 import textwrap
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class Explanation:
+class Explanation(NamedTuple):
     """What there is to say about a code.
 
     Attributes:
@@ -42,7 +40,7 @@ def explanation_of(code: str) -> Explanation:
     for node in rule.body:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             name = node.targets[0].id
-            if name in Explanation.__dataclass_fields__:
+            if name in Explanation._fields:
                 texts[name] = ast.literal_eval(node.value)
     texts["example"] = textwrap.dedent(texts["example"]).strip()
     return Explanation(**texts)

@@ -6,9 +6,8 @@ import dataclasses
 import os
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from bnguard.findings.codes import checked_code
 from bnguard.records import Finding
@@ -19,8 +18,7 @@ from bnguard.words import count_text
 _FORMS: Final = "write CODE, CODE:FILE, CODE:FILE:LINE, FILE or FILE:LINE, such as BN003:gan.py:40"
 
 
-@dataclass(frozen=True, slots=True)
-class Ignore:
+class Ignore(NamedTuple):
     """One entry that ignores findings.
 
     Attributes:
@@ -59,8 +57,7 @@ class Ignore:
         return any([fnmatchcase(name, self.file) for name in names]) or fnmatchcase(place.file, f"*/{self.file}")
 
 
-@dataclass(frozen=True, slots=True)
-class FilteredFindings:
+class FilteredFindings(NamedTuple):
     """The findings of a run or an audit without those that are meant.
 
     Attributes:
@@ -146,4 +143,4 @@ def with_ignored(document: Document, filtered: FilteredFindings) -> Document:
     counted = f"; {count_text(ignored, 'finding')} ignored" if ignored else ""
     lines = [*filtered.problems, *[f"Unused ignore: {one}" for one in filtered.unused]]
     notes = ["\n".join(lines)] if lines else []
-    return dataclasses.replace(document, summary=document.summary + counted, notes=(*document.notes, *notes))
+    return document._replace(summary=document.summary + counted, notes=(*document.notes, *notes))

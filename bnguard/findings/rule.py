@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from torch import nn
 
@@ -13,8 +13,7 @@ from bnguard.records import Mode, Severity
 from bnguard.words import count_text, first_of, times_text
 
 
-@dataclass(frozen=True, slots=True)
-class Evidence:
+class Evidence(NamedTuple):
     """One layer's share in a finding.
 
     Attributes:
@@ -34,8 +33,7 @@ class Evidence:
     variant: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Variant:
+class Variant(NamedTuple):
     """Words for one case of a finding, in place of the rule's own. For fields see ``Rule``."""
 
     in_run: str
@@ -46,7 +44,7 @@ class Variant:
     fix_in_library: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class EvidenceGroup:
     """The evidence of one finding, and words for it.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Final
 
 from torch import Tensor, nn
@@ -33,7 +32,6 @@ def affine_parameters(layer: StatsLayer) -> tuple[str, ...]:
     return tuple(names)
 
 
-@dataclass(slots=True)
 class _Held:
     """The state of a parameter that at least one block keeps frozen.
 
@@ -45,11 +43,14 @@ class _Held:
         double: The parameter for copies of its module, created when it is first needed.
     """
 
-    parameter: Tensor
-    requires_grad: bool
-    grad: Tensor | None
-    holders: dict[AffineHold, None]
-    double: nn.Parameter | None = None
+    __slots__ = ("double", "grad", "holders", "parameter", "requires_grad")
+
+    def __init__(self, parameter: Tensor) -> None:
+        self.parameter = parameter
+        self.requires_grad = parameter.requires_grad
+        self.grad = parameter.grad
+        self.holders: dict[AffineHold, None] = {}
+        self.double: nn.Parameter | None = None
 
     def sync(self) -> None:
         """Makes the parameter conform to ``holders``. May be run at any time; starts over if they have changed."""
@@ -95,7 +96,7 @@ class AffineHold:
                 while True:
                     held = _held.get(key)
                     if held is None:
-                        held = _Held(parameter, parameter.requires_grad, parameter.grad, {})
+                        held = _Held(parameter)
                     self._taken.append(held)
                     held.holders[self] = None
                     held.sync()

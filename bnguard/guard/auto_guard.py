@@ -7,7 +7,6 @@ import warnings
 import weakref
 from collections import deque
 from contextlib import suppress
-from dataclasses import replace
 from typing import Any, Final
 
 from torch import nn
@@ -129,8 +128,8 @@ class AutoGuard(global_hook.Listener):
     def _compare(self, model: nn.Module) -> None:
         for layer in find_layers(model):
             record_compiled(layer.module)
-        frontend = replace(self._settings.frontend, compares_only=True)
-        settings = replace(self._settings, frontend=frontend)
+        frontend = self._settings.frontend._replace(compares_only=True)
+        settings = self._settings._replace(frontend=frontend)
         with suppress(ValueError):  # no layer of it is selected
             self._compared.append(self._requests.add(Precedence.EVERY_MODEL, model, settings))
 

@@ -6,24 +6,15 @@ import os
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from bnguard.errors import BNGuardError, BNGuardWarning, StatsChangedError, hides_frame
-from bnguard.guard import messages
-from bnguard.guard.affine import AffineHold
+from bnguard.guard import coverage, messages
 from bnguard.guard.again import Again, goes_short
 from bnguard.guard.changes import KnownChanges, change_of_forward, protected_layers
-from bnguard.guard.coverage import (
-    found_beside,
-    refuse_batch_programs,
-    refuse_other_buffers,
-    warn_about_added_layers,
-    warn_about_pending_regions,
-    warn_about_programs,
-)
-from bnguard.guard.deferred import Verdict, keep_verdict
 from bnguard.guard.exit_check import ExitCheck
 from bnguard.guard.hooks import LayerGuard, add_entry, drop_entry, is_any_held
 from bnguard.guard.kept import keep, take
@@ -35,12 +26,15 @@ from bnguard.layers.parents import registered_root
 from bnguard.layers.swaps import own_tensors
 from bnguard.layers.tree import Tree
 from bnguard.layers.usual_copy import Write
-from bnguard.records import GuardedLayer, StatsChange
 from bnguard.torch_internals.callsite import CallSites, call_site
 from bnguard.torch_internals.checkpointing import Region
 from bnguard.torch_internals.compile import GUARDS_GRAPHS, explain_break, forget_graphs
 from bnguard.torch_internals.distributed import is_distributed
 from bnguard.torch_internals.tracing import are_on_cuda, is_capturing
+
+if TYPE_CHECKING:
+    from bnguard.guard.affine import AffineHold
+    from bnguard.records import GuardedLayer, StatsChange
 
 __tracebackhide__ = hides_frame
 
@@ -59,12 +53,13 @@ class Block:
 
     __slots__ = (
         "__weakref__", "_affine", "_again", "_beside", "_check", "_counts", "_entry", "_guards", "_has_named",
-        "_has_warned_of_program", "_kept", "_known", "_layers", "_on_cuda", "_outcome", "_owners", "_process",
-        "_regions", "_settings", "_sites", "_tree", "_without_values",
+        "_has_warned_of_program", "_kept", "_known", "_layers", "_on_cuda", "_outcome", "_owners", "_policy",
+        "_process", "_regions", "_settings", "_sites", "_tree", "_without_values",
     )  # fmt: skip
 
     def __init__(self, model: nn.Module, settings: Settings, earlier: Block | None = None) -> None:
         self._settings = settings
+        self._policy = settings.policy  # each block asks many times
         self._process = 0
         self._on_cuda = False
         self._guards: list[LayerGuard] = []
@@ -85,7 +80,7 @@ class Block:
         self._check: ExitCheck | None = None
         self._beside: list[Callable[[], None]] = []
         self._without_values: frozenset[int] = frozenset()  # owners
-        self._known = KnownChanges(self._layers, settings.policy)
+        self._known = KnownChanges(self._layers, self._policy)
         self._outcome = Outcome(settings)
         self._sites: CallSites = CallSites() if earlier is None else earlier._sites
         self._has_warned_of_program = False
@@ -119,10 +114,10 @@ class Block:
         )
         self._refuse_capture()
         if settings.use_running_stats:
-            refuse_batch_programs(self._tree.model, layers)
-            refuse_other_buffers(layers, settings)
+            coverage.refuse_batch_programs(self._tree.model, layers)
+            coverage.refuse_other_buffers(layers, settings)
         is_outermost = settings.frontend.is_outermost
-        entry = PolicyEntry(self, settings.policy, settings.updates, self._counts, outermost=is_outermost)
+        entry = PolicyEntry(self, self._policy, settings.updates, self._counts, outermost=is_outermost)
         earlier, self._guards = self._guards, []
         self._entry = entry
         entry.manager = None if manager is None else weakref.ref(manager, self.abandon)
@@ -134,15 +129,17 @@ class Block:
         self._check = check = ExitCheck(layers, settings)
         self._without_values = check.statistics.without_values()
         if check.parameters is not None:
+            from bnguard.guard.affine import AffineHold
+
             self._affine = AffineHold()
             self._affine.take([p for i in range(len(layers)) for p in check.parameters.objects_of(i)])
         if settings.frontend.has_coverage_warnings:
-            warn_about_programs(settings)
-            self._beside = found_beside(self._tree.model, self._tree, layers, settings)
+            coverage.warn_about_programs(settings)
+            self._beside = coverage.found_beside(self._tree.model, self._tree, layers, settings)
 
     def check(self) -> None:
         """Compares now, and acts as the end of the block would; under ``"rollback"`` nothing is put back."""
-        policy = self._settings.policy
+        policy = self._policy
         self._act(self._verify(restores=policy.puts_back and not policy.hides), None)
 
     def put_back(self) -> list[StatsChange]:
@@ -172,7 +169,7 @@ class Block:
             return
         # While the entry is still there: what other threads run meanwhile is held.
         is_left = self._settings.check == "deferred" and error is None and self._launch()
-        found = [] if is_left else self._verify(restores=self._settings.policy.puts_back)
+        found = [] if is_left else self._verify(restores=self._policy.puts_back)
         self._let_go()
         if error is None and self._settings.frontend.has_coverage_warnings:
             self._warn_of_gaps(has_found=bool(found))
@@ -186,7 +183,7 @@ class Block:
         if self._entry is None:
             return
         try:
-            if self._check is not None and self._settings.policy.puts_back and os.getpid() == self._process:
+            if self._check is not None and self._policy.puts_back and os.getpid() == self._process:
                 self._put_back(self._check, is_compared=False)
         finally:
             try:
@@ -298,7 +295,7 @@ class Block:
         Updates that stand have been told of at the first one. What they are is looked at when somebody asks.
         """
         is_otherwise = self._known.is_compared or self._regions or self._has_warned_of_program or self._has_named
-        check, policy, outcome = self._check, self._settings.policy, self._outcome
+        check, policy, outcome = self._check, self._policy, self._outcome
         if check is None or is_otherwise or os.getpid() != self._process or not again.is_quiet():
             return False
         counts = dict(self._counts)
@@ -332,9 +329,11 @@ class Block:
         comparisons = None if self._check is None else self._check.launch()
         if comparisons is None:
             return False
-        if self._settings.policy.puts_back:
+        if self._policy.puts_back:
             for guard in self._guards:
                 guard.restored()
+        from bnguard.guard.deferred import Verdict, keep_verdict
+
         about = self._tree.model, self._layers, comparisons, self._counts, self._outcome, self._settings
         keep_verdict(self._tree.model, Verdict(self, *about))
         return True
@@ -362,9 +361,9 @@ class Block:
 
     def _warn_of_gaps(self, *, has_found: bool) -> None:
         if self._check is not None and self._layers:
-            warn_about_added_layers(self._tree.model, self._settings, self._tree, self._check.statistics)
+            coverage.warn_about_added_layers(self._tree.model, self._settings, self._tree, self._check.statistics)
         if self._regions and not is_any_held(self._layers):
-            warn_about_pending_regions(self._regions.values(), self._settings)
+            coverage.warn_about_pending_regions(self._regions.values(), self._settings)
         for tell in () if has_found else self._beside:  # one finding at a time
             tell()
 
@@ -391,7 +390,7 @@ class Block:
 
     def _change(self, layer: StatsLayer) -> StatsChange:
         self._name_layers()
-        return change_of_forward(layer, self._counts[id(layer.module)], prevented=self._settings.policy.stops)
+        return change_of_forward(layer, self._counts[id(layer.module)], prevented=self._policy.stops)
 
 
 def _mode(layer: StatsLayer) -> str:

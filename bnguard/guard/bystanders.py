@@ -13,9 +13,8 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from torch import nn
 
@@ -37,8 +36,7 @@ _ATTRIBUTES: Final = attrgetter("__dict__")
 _GROWING: Final = frozenset({list, dict, set})
 
 
-@dataclass(slots=True)
-class _Found:
+class _Found(NamedTuple):
     """What a search has found.
 
     Attributes:
@@ -97,7 +95,7 @@ def bystanders_of(owner: Any, models: Iterable[nn.Module], tree: Tree | None = N
         references = _search(owner, list(models))
         containers = tuple([(weakref.ref(part), key) for part in parts for key in _containers_of(part)])
         known = _Found(references, containers, 0, 1 if known is None else known.searches + 1)
-        known.size = _size(known, owner, tree)
+        known = known._replace(size=_size(known, owner, tree))
         try:
             _known.put(owner, known)
         except TypeError:  # it has slots

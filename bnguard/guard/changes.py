@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from torch import nn
 
@@ -13,13 +13,14 @@ from bnguard.guard.messages import Cause, protection_text
 from bnguard.guard.options import Settings
 from bnguard.guard.policy import Counts, Policy, UpdateCount
 from bnguard.layers.comparison import Moved
-from bnguard.layers.drift import eps_of, largest_mean_shift
 from bnguard.layers.kinds import OTHER_BUFFERS, StatsLayer, moving_statistics
 from bnguard.layers.tree import Tree
 from bnguard.layers.usual_copy import FlatDifference
-from bnguard.records import GuardedLayer, StatsChange
 from bnguard.torch_internals.compile import compiled_parts, was_compiled
 from bnguard.torch_internals.distributed import overwritten_by_ddp
+
+if TYPE_CHECKING:
+    from bnguard.records import GuardedLayer, StatsChange
 
 _NONE: Final[Mapping[int, StatsChange]] = {}
 
@@ -104,6 +105,8 @@ def changes_of(
         counts: Where its updates came from, by the id of the layer.
         seen: How many it had seen, likewise.
     """
+    from bnguard.layers.drift import eps_of
+
     changes = {}
     for moved in difference.layers():
         layer = layers[moved.owner]
@@ -130,6 +133,9 @@ def change_of(
         updates: The number of updates that explain it.
         count: Where they came from, if there are any.
     """
+    from bnguard.layers.drift import largest_mean_shift
+    from bnguard.records import StatsChange
+
     names, type_name, eps = about
     where, inside = count.lines if updates and count is not None else (None, None)
     shift = None if eps is None else largest_mean_shift(moved.before, moved.now, eps)
@@ -138,6 +144,8 @@ def change_of(
 
 def change_of_forward(layer: StatsLayer, count: UpdateCount, *, prevented: bool) -> StatsChange:
     """What the updates of a layer are, before anything is compared."""
+    from bnguard.records import StatsChange
+
     where, inside = count.lines
     type_name = type(layer.module).__name__
     return StatsChange(layer.names, type_name, moving_statistics(layer), count.beyond, where, None, prevented, inside)
@@ -147,6 +155,8 @@ def protected_layers(
     layers: Sequence[StatsLayer], settings: Settings, model: nn.Module, without_values: frozenset[int]
 ) -> tuple[GuardedLayer, ...]:
     """The layers of a block, and how each is protected; ``without_values`` has the owners that cannot be compared."""
+    from bnguard.records import GuardedLayer
+
     compiled = {id(layer.module) for layer in compiled_layers(layers, model)}
     found = []
     for owner, layer in enumerate(layers):

@@ -30,7 +30,6 @@ from typing import Any, Final
 from torch import nn
 
 from bnguard.errors import BNGuardError, hides_frame
-from bnguard.guard.affine import unheld
 from bnguard.guard.messages import clones_text
 from bnguard.layers.swaps import is_swapped, own_mode, own_tensors
 from bnguard.torch_internals.functional_call import modules_on_stack
@@ -286,6 +285,8 @@ class InstancePatch:
                 state[table] = OrderedDict((key, hook) for key, hook in hooks.items() if key not in (KEY, FIRST_CALL))
         parameters = state.get("_parameters")
         if parameters:
+            from bnguard.guard.affine import unheld
+
             state["_parameters"] = {name: p if p is None else unheld(p) for name, p in parameters.items()}
         buffers = state.get("_buffers")
         if buffers:

@@ -11,7 +11,6 @@ from torch import nn
 
 from bnguard.errors import BNGuardError, BNGuardWarning
 from bnguard.guard import messages
-from bnguard.guard.affine import affine_parameters
 from bnguard.guard.bystanders import bystanders_of, has_grown, is_alone
 from bnguard.guard.options import Settings
 from bnguard.guard.phrases import Phrases
@@ -44,6 +43,8 @@ def refuse_unreadable(layers: Iterable[StatsLayer], phrases: Phrases | None, tab
     Raises:
         BNGuardError: There is such a tensor.
     """
+    from bnguard.guard.affine import affine_parameters
+
     for layer in layers:
         own = own_tensors(layer.module, table)
         for name in layer.buffers if table == "_buffers" else affine_parameters(layer):

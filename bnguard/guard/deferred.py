@@ -21,8 +21,7 @@ import sys
 import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from torch import nn
 
@@ -35,9 +34,11 @@ from bnguard.layers.by_identity import ByIdentity
 from bnguard.layers.comparison import Comparison, Moved, any_differ
 from bnguard.layers.drift import eps_of
 from bnguard.layers.kinds import LayerKind, StatsLayer
-from bnguard.records import StatsChange
 from bnguard.torch_internals.fork import renew_after_fork
 from bnguard.torch_internals.locks import RLock
+
+if TYPE_CHECKING:
+    from bnguard.records import StatsChange
 
 __tracebackhide__ = hides_frame
 
@@ -59,8 +60,7 @@ class Receiver(Protocol):
         """Adds what a comparison has found, by owner, to the changes of the block."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Layer:
+class _Layer(NamedTuple):
     """What a report says of a layer that may be gone by then."""
 
     names: tuple[str, ...]
@@ -119,7 +119,7 @@ class Verdict:
         self._comparisons = comparisons
         self._counts = counts
         if settings.include or settings.exclude:  # modules, or functions that may know some
-            settings = replace(settings, include=(), exclude=())
+            settings = settings._replace(include=(), exclude=())
             outcome = outcome.with_settings(settings)
         self._outcome = outcome
         self._policy = settings.policy

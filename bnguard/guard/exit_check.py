@@ -24,11 +24,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter, not_
-from typing import Final, Self
+from typing import TYPE_CHECKING, Final, Self
 
 from torch import Tensor, nn
 
-from bnguard.guard.affine import affine_parameters
 from bnguard.guard.changes import cause_of, change_of, joined, overwritten, updates_told
 from bnguard.guard.coverage import refuse_unreadable
 from bnguard.guard.hooks import LayerGuard
@@ -37,15 +36,16 @@ from bnguard.guard.options import Settings
 from bnguard.guard.policy import Counts, UpdateCount, spend
 from bnguard.layers.bits import count_of, holds
 from bnguard.layers.comparison import Comparison, Moved, any_differ, comparison_of
-from bnguard.layers.drift import eps_of
 from bnguard.layers.kinds import StatsLayer
 from bnguard.layers.snapshot import Difference, Snapshot
 from bnguard.layers.usual_copy import FlatDifference, UsualCopy, Write
-from bnguard.records import StatsChange
 from bnguard.torch_internals.compile import was_compiled
 from bnguard.torch_internals.distributed import overwritten_by_ddp
 from bnguard.torch_internals.locks import RLock
 from bnguard.torch_internals.tracing import outside_modes
+
+if TYPE_CHECKING:
+    from bnguard.records import StatsChange
 
 _BEYOND: Final = attrgetter("beyond")
 # Pairs of copies that are kept of one layer. More are compared at once, which may wait for the device.
@@ -88,6 +88,8 @@ class ExitCheck:
             refuse_unreadable(layers, phrases)
         self.parameters: Snapshot | None = None
         if settings.affine:
+            from bnguard.guard.affine import affine_parameters
+
             names = [affine_parameters(layer) for layer in layers]
             self.parameters = Snapshot(modules, names, "_parameters", is_flat=is_flat)
             if self.parameters.without_values():
@@ -316,6 +318,8 @@ class ExitCheck:
         return id(self._layers[owner].module)
 
     def _change(self, snapshot: Snapshot, difference: Difference, count: UpdateCount) -> StatsChange:
+        from bnguard.layers.drift import eps_of
+
         owner, layer = difference.owner, self._layers[difference.owner]
         eps = eps_of(layer.module) if snapshot is self.statistics else None
         moved = Moved(owner, difference.names, snapshot.before(owner), snapshot.now(owner))

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
 from sys import getrefcount
 from types import TracebackType
-from typing import Any, ClassVar, Final, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Self, TypeVar
 
 import torch
 from torch import nn
@@ -32,17 +32,17 @@ from torch import nn
 from bnguard.errors import BNGuardWarning, StatsChangedError, hides_frame
 from bnguard.guard import messages
 from bnguard.guard.block import Block
-from bnguard.guard.decorate import guard_function
-from bnguard.guard.deferred import read_verdicts
 from bnguard.guard.options import PLAIN, Check, Frontend, OnChange, Settings, check_settings, guarded_layers
 from bnguard.guard.phrases import Phrases
 from bnguard.layers.kinds import StatsLayer
 from bnguard.layers.select import Selector
 from bnguard.layers.tree import any_layer, find_layers
-from bnguard.records import GuardedLayer, StatsChange
 from bnguard.torch_internals.callsite import call_site, end_in_users_line
 from bnguard.torch_internals.compile import outside_graphs
 from bnguard.words import short_repr
+
+if TYPE_CHECKING:
+    from bnguard.records import GuardedLayer, StatsChange
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -266,6 +266,8 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
 
     def __call__(self, function: F) -> F:
         """Decorates ``function``: its code runs inside a block of this guard."""
+        from bnguard.guard.decorate import guard_function  # imports wrapt
+
         guarded: F = guard_function(function, lambda *call: lambda: self, "frozen(...)")
         return guarded
 
@@ -305,6 +307,8 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
 
     def _read_verdicts(self, *, at_entry: bool = False) -> None:
         if self._settings.check == "deferred":
+            from bnguard.guard.deferred import read_verdicts
+
             read_verdicts(self._model, at_entry=at_entry)
 
     @property

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from bnguard.guard.phrases import FROZEN, Phrases
 from bnguard.layers.kinds import is_statistic
-from bnguard.records import GuardedLayer, StatsChange
 from bnguard.torch_internals.compile import GUARDS_GRAPHS
 from bnguard.words import count_text, first_of, layer_text, listing, ranks_text, times_text
 
@@ -15,6 +14,7 @@ if TYPE_CHECKING:
     from bnguard.guard.options import Settings
     from bnguard.guard.policy import Policy
     from bnguard.layers.kinds import StatsLayer
+    from bnguard.records import GuardedLayer, StatsChange
 
 
 _SHOWN = 3

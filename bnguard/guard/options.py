@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Any, Final, Literal, TypeAlias, TypedDict
+from typing import Any, Final, Literal, NamedTuple, TypeAlias, TypedDict
 
 from torch import nn
 
@@ -32,8 +31,7 @@ class GuardOptions(TypedDict, total=False):
     buffers: str | Iterable[str] | None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Frontend:
+class Frontend(NamedTuple):
     """What a guard does differently for ``strict``, an integration, the pytest plugin or the command line.
 
     Attributes:
@@ -54,8 +52,7 @@ class Frontend:
 PLAIN: Final = Frontend()
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
+class Settings(NamedTuple):
     """The options of ``frozen``, checked.
 
     Attributes:
@@ -69,7 +66,6 @@ class Settings:
         check: See there.
         within: Paths of submodules: what is outside of them is not meant; empty for the whole model.
         frontend: What the guard does differently for the frontend that opened it.
-        policy: What becomes of an update beyond the budget, and of the statistics at the end; follows from the others.
     """
 
     on_change: OnChange = "raise"
@@ -82,14 +78,13 @@ class Settings:
     check: Check = "exit"
     within: tuple[str, ...] = ()
     frontend: Frontend = PLAIN
-    policy: Policy = field(init=False)
 
-    def __post_init__(self) -> None:
+    @property
+    def policy(self) -> Policy:
+        """What becomes of an update beyond the budget, and of the statistics at the end."""
         if self.frontend.only_without_grad:
-            policy = WITHOUT_GRAD
-        else:
-            policy = (USE_RUNNING_STATS if self.use_running_stats else POLICIES)[self.on_change]
-        object.__setattr__(self, "policy", policy)  # not a property: each block asks many times
+            return WITHOUT_GRAD
+        return (USE_RUNNING_STATS if self.use_running_stats else POLICIES)[self.on_change]
 
     @property
     def as_written(self) -> str:

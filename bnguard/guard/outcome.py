@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from bnguard.errors import BNGuardWarning, StatsChangedError, hides_frame
 from bnguard.guard import messages
 from bnguard.guard.messages import Cause
 from bnguard.guard.options import Settings
-from bnguard.records import StatsChange
 from bnguard.torch_internals.callsite import CallSite, call_site, causes_of
 from bnguard.torch_internals.distributed import rank_prefix
+
+if TYPE_CHECKING:
+    from bnguard.records import StatsChange
 
 __tracebackhide__ = hides_frame
 

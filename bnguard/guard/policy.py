@@ -18,7 +18,6 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import Final, Literal, Protocol
 
@@ -36,7 +35,6 @@ Normalisation = Literal["own", "batch", "running"]
 Action = Literal["update", "stop", "hold", "running"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
     """What becomes of an update beyond the budget, and of the statistics at the end of the block.
 
@@ -54,23 +52,33 @@ class Policy:
         hides: Whether what happens inside is undone at the end, so that no guard further out needs to know.
     """
 
-    stops: bool = False
-    normalises_with: Normalisation = "own"
-    puts_back: bool = False
-    tells_forwards: bool = False
-    tells_others: Literal["error", "warning", "nothing"] = "nothing"
-    only_in_backward: bool = False
-    only_without_grad: bool = False
-    action: Action = field(init=False)
-    holds: bool = field(init=False)
-    hides: bool = field(init=False)
+    __slots__ = (
+        "action", "hides", "holds", "normalises_with", "only_in_backward", "only_without_grad", "puts_back", "stops",
+        "tells_forwards", "tells_others",
+    )  # fmt: skip
 
-    def __post_init__(self) -> None:
-        holds = self.normalises_with != "own"
+    def __init__(
+        self,
+        *,
+        stops: bool = False,
+        normalises_with: Normalisation = "own",
+        puts_back: bool = False,
+        tells_forwards: bool = False,
+        tells_others: Literal["error", "warning", "nothing"] = "nothing",
+        only_in_backward: bool = False,
+        only_without_grad: bool = False,
+    ) -> None:
+        self.stops = stops
+        self.normalises_with = normalises_with
+        self.puts_back = puts_back
+        self.tells_forwards = tells_forwards
+        self.tells_others = tells_others
+        self.only_in_backward = only_in_backward
+        self.only_without_grad = only_without_grad
         # Not properties: every layer is asked at every step.
-        object.__setattr__(self, "holds", holds)
-        object.__setattr__(self, "hides", self.puts_back and not self.stops and not holds)
-        object.__setattr__(self, "action", "stop" if self.stops else _ACTIONS[self.normalises_with])
+        self.holds = normalises_with != "own"
+        self.hides = puts_back and not stops and not self.holds
+        self.action: Action = "stop" if stops else _ACTIONS[normalises_with]
 
 
 _ACTIONS: Final[dict[Normalisation, Action]] = {"own": "update", "batch": "hold", "running": "running"}
@@ -83,7 +91,13 @@ POLICIES: Final[dict[str, Policy]] = {
 }
 # ``use_running_stats=True``: whichever policy it is combined with, no forward updates.
 USE_RUNNING_STATS: Final = {
-    name: replace(policy, stops=False, normalises_with="running") for name, policy in POLICIES.items()
+    name: Policy(
+        normalises_with="running",
+        puts_back=policy.puts_back,
+        tells_forwards=policy.tells_forwards,
+        tells_others=policy.tells_others,
+    )
+    for name, policy in POLICIES.items()
 }
 IN_BACKWARD: Final = Policy(normalises_with="batch", only_in_backward=True)
 WITHOUT_GRAD: Final = Policy(stops=True, tells_forwards=True, only_without_grad=True)
@@ -129,7 +143,6 @@ class Reporter(Protocol):
 _numbers: Final = itertools.count(1)
 
 
-@dataclass(slots=True)
 class UpdateCount:
     """The updates of one layer that one block has seen.
 
@@ -139,9 +152,12 @@ class UpdateCount:
         site: The user's line of the first one beyond it.
     """
 
-    within: int = 0
-    beyond: int = 0
-    site: CallSite | None = None
+    __slots__ = ("beyond", "site", "within")
+
+    def __init__(self) -> None:
+        self.within = 0
+        self.beyond = 0
+        self.site: CallSite | None = None
 
     @property
     def lines(self) -> tuple[str | None, str | None]:
@@ -201,7 +217,6 @@ def innermost_order() -> int:
 Entries = tuple[PolicyEntry, ...]
 
 
-@dataclass(frozen=True, slots=True)
 class Decision:
     """What happens to one forward that would update.
 
@@ -213,10 +228,19 @@ class Decision:
         within: Entries whose budget allows it.
     """
 
-    action: Action
-    decider: PolicyEntry | None = None
-    told: tuple[PolicyEntry, ...] = ()
-    within: tuple[PolicyEntry, ...] = ()
+    __slots__ = ("action", "decider", "told", "within")
+
+    def __init__(
+        self,
+        action: Action,
+        decider: PolicyEntry | None = None,
+        told: tuple[PolicyEntry, ...] = (),
+        within: tuple[PolicyEntry, ...] = (),
+    ) -> None:
+        self.action = action
+        self.decider = decider
+        self.told = told
+        self.within = within
 
 
 UPDATE: Final = Decision("update")

@@ -16,6 +16,7 @@ Note [Recalibration]
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -46,7 +47,7 @@ from bnguard.layers.snapshot import Snapshot
 from bnguard.layers.swaps import own_tensors
 from bnguard.layers.tree import find_layers
 from bnguard.records import Recalibration
-from bnguard.torch_internals.callsite import call_site
+from bnguard.torch_internals.callsite import CALIBRATES, call_site
 from bnguard.torch_internals.compile import outside_graphs, refuse_compiled, run_eagerly
 from bnguard.torch_internals.distributed import is_distributed, rank_prefix
 from bnguard.torch_internals.tracing import outside_modes
@@ -191,6 +192,9 @@ def _selected(
     for layer in left:
         _refuse_unknown(layer)
     return left, held
+
+
+CALIBRATES.add(inspect.unwrap(recalibrate).__code__)  # unwrapped: not the code of the decorator's wrapper
 
 
 def _is_held(module: nn.Module) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from enum import IntEnum
 
@@ -53,7 +52,7 @@ class GuardRequest:
         settings = self.settings
         if wanted != self.layers:
             others = (lambda _, module: id(module) not in wanted,)
-            settings = dataclasses.replace(settings, exclude=settings.exclude + others)
+            settings = settings._replace(exclude=settings.exclude + others)
         self.guard = frozen._of(self.model, settings)
         self.guard.start()
         self.guarded = wanted

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Final
 
 from torch import Tensor, nn
@@ -86,7 +85,7 @@ def unguarded_buffers(
         left = [name for name in layer.buffers if name not in names.get(id(layer.module), ())]
         left = [name for name in left if (tensor := own[name]) is not None and _is_small(tensor)]
         if left:
-            layers.append(replace(layer, buffers=tuple(left)))
+            layers.append(StatsLayer(layer.module, layer.names, tuple(left), layer.kind))
     return UnguardedBuffers(layers) if layers else None
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -29,7 +28,6 @@ _lock: Final = RLock()
 renew_after_fork(_lock)
 
 
-@dataclass(slots=True, eq=False, weakref_slot=True)
 class Before:
     """The state of a layer right before a forward.
 
@@ -41,14 +39,16 @@ class Before:
         swap: Identifies the swap of the layer's statistics that the forward runs with; None without one.
     """
 
-    entries: Entries
-    original: Original
-    error: BaseException | None
-    call: object = None
-    swap: object = None
+    __slots__ = ("__weakref__", "call", "entries", "error", "original", "swap")
+
+    def __init__(self, entries: Entries, original: Original, error: BaseException | None) -> None:
+        self.entries = entries
+        self.original = original
+        self.error = error
+        self.call: object = None
+        self.swap: object = None
 
 
-@dataclass(slots=True, eq=False, weakref_slot=True)
 class Passing:
     """A forward within a budget that copies what it writes itself. See ``UpdatingLayer``.
 
@@ -56,7 +56,10 @@ class Passing:
         is_shared: Whether another forward of the layer overlaps with it.
     """
 
-    is_shared: bool = False
+    __slots__ = ("__weakref__", "is_shared")
+
+    def __init__(self) -> None:
+        self.is_shared = False
 
 
 class WatchedLayer(Surroundings):

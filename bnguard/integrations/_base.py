@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any, TypeAlias
 
 from torch import nn
@@ -113,11 +112,11 @@ class RunGuard:
         Args:
             model: The model that the trainer trains.
         """
-        settings = replace(self._settings, within=self._paths)
+        settings = self._settings._replace(within=self._paths)
         if multiprocessing.parent_process() is not None:  # ddp_spawn: the callback that the user has stays empty
             phrases = settings.frontend.phrases
-            phrases = replace(phrases, everything=f"{phrases.everything}, in this process")
-            settings = replace(settings, frontend=replace(settings.frontend, phrases=phrases))
+            phrases = phrases._replace(everything=f"{phrases.everything}, in this process")
+            settings = settings._replace(frontend=settings.frontend._replace(phrases=phrases))
         self._guard = frozen._with(self._guarded_of(model), settings)
         return self._guard
 

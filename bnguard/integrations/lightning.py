@@ -36,7 +36,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import replace
 from functools import partial
 from typing import Any, Final, Unpack
 
@@ -292,7 +291,7 @@ class BNGuardCallback(RunGuard, LightningCallback):  # type: ignore[misc]  # as 
         guard: frozen | nullcontext[None] = nullcontext()
         if self._phase.covers(trainer.current_epoch, trainer.global_step) and self._layers_of(pl_module):
             if self._settings.updates:  # Lightning restores the statistics of before, which would be a change
-                settings = replace(self._settings, on_change="rollback", updates=0, within=self._paths)
+                settings = self._settings._replace(on_change="rollback", updates=0, within=self._paths)
                 guard = frozen._with(self._guarded_of(pl_module), settings)
             elif not self._is_on():
                 guard = self._prepare(pl_module)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,8 +14,7 @@ from bnguard.layers.flat_copy import FlatPair, pairs_of
 from bnguard.torch_internals.tracing import outside_modes
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Moved:
+class Moved(NamedTuple):
     """A module whose tensors have other bits than when they were captured.
 
     Attributes:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from bnguard.layers.bits import are_alike
-from bnguard.records import Drift, DriftSeries
 from bnguard.torch_internals.tracing import outside_modes
+
+if TYPE_CHECKING:
+    from bnguard.records import Drift, DriftSeries
 
 _VARIANCES: Final = ("var", "variance")
 
@@ -45,6 +46,8 @@ def drift_between(
         The drift, on the CPU in float64; None if the layer has no mean with a variance, their shapes changed, or
         they are no real numbers.
     """
+    from bnguard.records import Drift
+
     pairs = _pairs(before, after, torch.device("cpu"))
     if not pairs:
         return None
@@ -62,8 +65,7 @@ def measures(old_mean: Tensor, new_mean: Tensor, old_var: Tensor, new_var: Tenso
     return shift, ratio, (ratio + shift.square() - 1 - ratio.log()) / 2
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class DriftSample:
+class DriftSample(NamedTuple):
     """One measurement of a series, not yet copied to the CPU.
 
     Attributes:
@@ -106,6 +108,8 @@ def sample_of(
 @outside_modes
 def series_of(samples: Sequence[DriftSample], layers: Sequence[str]) -> DriftSeries:
     """Copies the samples to the CPU and arranges them in one table."""
+    from bnguard.records import DriftSeries
+
     table = torch.full((2, len(samples), len(layers)), torch.nan, dtype=torch.float64, device="cpu")
     for row, sample in enumerate(samples):
         if sample.values:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,7 +20,6 @@ from bnguard.layers.bits import (
 from bnguard.torch_internals.transforms import PLAIN
 
 
-@dataclass(slots=True)
 class Part:
     """Tensors of one dtype that are concatenated into one flat tensor.
 
@@ -34,12 +32,22 @@ class Part:
         pointers: Where their values were in memory when they were copied.
     """
 
-    tensors: list[Tensor]
-    dtype: torch.dtype
-    rank: int | None
-    shapes: list[torch.Size] | None
-    sizes: list[int]
-    pointers: list[int] | None = None
+    __slots__ = ("dtype", "pointers", "rank", "shapes", "sizes", "tensors")
+
+    def __init__(
+        self,
+        tensors: list[Tensor],
+        dtype: torch.dtype,
+        rank: int | None,
+        shapes: list[torch.Size] | None,
+        sizes: list[int],
+    ) -> None:
+        self.tensors = tensors
+        self.dtype = dtype
+        self.rank = rank
+        self.shapes = shapes
+        self.sizes = sizes
+        self.pointers: list[int] | None = None
 
     def flat(self) -> Tensor:
         """Copies the current values into one flat tensor.

@@ -6,8 +6,7 @@ import functools
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 from torch import Tensor, nn
 from torch.jit import ScriptModule as _ScriptModule
@@ -36,8 +35,10 @@ def _never(module: Any) -> bool:
     return False
 
 
-@dataclass(frozen=True, slots=True)
-class LayerKind:
+_EVAL: Final = {"training": False}
+
+
+class LayerKind(NamedTuple):
     """When the layers of one family update their statistics, and how an update can be prevented.
 
     Attributes:
@@ -60,11 +61,10 @@ class LayerKind:
     reads_in_eval: Callable[[Any], bool] = _never
     rounds_in_eval: bool = False
     keeps_mode: bool = False
-    eval_flags: Mapping[str, bool] = field(default_factory=lambda: {"training": False}, hash=False)
+    eval_flags: Mapping[str, bool] = _EVAL
     exit_only: str = ""
 
 
-@dataclass(slots=True)
 class StatsLayer:
     """A module that owns running statistics.
 
@@ -75,14 +75,16 @@ class StatsLayer:
         kind: The family that it belongs to.
     """
 
-    module: nn.Module
-    names: tuple[str, ...]
-    buffers: tuple[str, ...]
-    kind: LayerKind
+    __slots__ = ("buffers", "kind", "module", "names")
+
+    def __init__(self, module: nn.Module, names: tuple[str, ...], buffers: tuple[str, ...], kind: LayerKind) -> None:
+        self.module = module
+        self.names = names
+        self.buffers = buffers
+        self.kind = kind
 
 
-@dataclass(frozen=True, slots=True)
-class _Rule:
+class _Rule(NamedTuple):
     buffers: tuple[str, ...]
     kind: LayerKind
 

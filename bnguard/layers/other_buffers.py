@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -106,7 +105,7 @@ def select_with_buffers(
             kind = others[key].kind if not names else OWN_FORWARD if kind.hold != "none" else kind
             names = (*names, *more)
         if names:
-            result.append(replace(layer, buffers=names, kind=kind))
+            result.append(StatsLayer(layer.module, layer.names, names, kind))
     return result
 
 

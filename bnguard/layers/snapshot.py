@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from operator import attrgetter, is_
-from typing import Final, Self
+from typing import Final, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +21,7 @@ from bnguard.torch_internals.tracing import outside_modes
 from bnguard.torch_internals.transforms import PLAIN, unwrapped_tensor
 
 
-@dataclass(frozen=True, slots=True)
-class Difference:
+class Difference(NamedTuple):
     """Tensors of one module that were removed, or whose bits differ from the captured ones.
 
     Attributes:

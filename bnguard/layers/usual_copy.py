@@ -7,10 +7,9 @@ runs; a test compares the two ways on random layers.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import accumulate, chain
 from operator import attrgetter
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,7 +28,6 @@ _BITS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 Values = dict[str, Tensor]
 
 
-@dataclass(slots=True)
 class Write:
     """What one forward has made of the statistics of one layer.
 
@@ -41,11 +39,14 @@ class Write:
         number_after: The number of batches right after it.
     """
 
-    row: int
-    before: Tensor
-    after: Tensor
-    number: int
-    number_after: int
+    __slots__ = ("after", "before", "number", "number_after", "row")
+
+    def __init__(self, row: int, before: Tensor, after: Tensor, number: int, number_after: int) -> None:
+        self.row = row
+        self.before = before
+        self.after = after
+        self.number = number
+        self.number_after = number_after
 
     def values(self) -> tuple[Values, Values]:
         """The statistics before and after, by name."""
@@ -56,8 +57,7 @@ class Write:
         return before, after
 
 
-@dataclass(slots=True)
-class FlatDifference:
+class FlatDifference(NamedTuple):
     """Values of statistics at two points in time, not all of which are equal.
 
     Attributes:

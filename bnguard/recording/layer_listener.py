@@ -113,7 +113,7 @@ class SeenLayer:
 L = TypeVar("L", bound=SeenLayer)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False, repr=False)
 class Pending:
     """A running forward of which only its end tells whether it has updated.
 

@@ -10,13 +10,19 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
-from bnguard.guard.recalibration import recalibrate
-from bnguard.torch_internals.callsite import MODULE_CALL, function_of, origin_of, path_in_packages, place_text
+from bnguard.torch_internals.callsite import (
+    CALIBRATES,
+    MODULE_CALL,
+    function_of,
+    origin_of,
+    path_in_packages,
+    place_text,
+)
 from bnguard.torch_internals.functional_call import in_reentrant_checkpoint
 from bnguard.torch_internals.wrappers import WRAPPERS, runs_a_step
 
 # Unwrapped: all functions decorated with no_grad() share the code of the wrapper.
-_CALIBRATES: Final = (inspect.unwrap(update_bn).__code__, inspect.unwrap(recalibrate).__code__)
+CALIBRATES.add(inspect.unwrap(update_bn).__code__)
 _MOST: Final = 4096
 
 
@@ -123,7 +129,7 @@ class ModelCalls:
         current = frame.f_back
         while current is not None:
             code = current.f_code
-            if code in _CALIBRATES:
+            if code in CALIBRATES:
                 calibrates = True
             origin = origin_of(code.co_filename)
             if origin == "user":

@@ -17,9 +17,8 @@ import itertools
 import linecache
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from types import CodeType, FrameType
-from typing import Final
+from typing import Final, NamedTuple
 
 from torch import nn
 
@@ -29,8 +28,7 @@ from bnguard.torch_internals.callsite import MODULE_CALL, origin_of, place_text
 _MOST_CALLS: Final = 8  # of functions around each other that are looked at
 
 
-@dataclass(frozen=True, slots=True)
-class ModelName:
+class ModelName(NamedTuple):
     """What is known of a model when it is called for the first time.
 
     Attributes:

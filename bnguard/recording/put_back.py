@@ -22,7 +22,7 @@ from bnguard.layers.bits import holds
 _MOST_COPIES: Final = 16
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False, repr=False)
 class _Copied:
     """Copies of the statistics from before a forward.
 

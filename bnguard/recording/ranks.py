@@ -26,7 +26,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 import torch.distributed as dist
 
@@ -44,7 +44,7 @@ _IMPORTED: Final = time.time()
 T = TypeVar("T", StatsUpdates, Finding)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Recorded:
     """What one rank has recorded.
 
@@ -73,8 +73,7 @@ class Recorded:
         return cls(tuple(updates), tuple(findings), content["digests"])
 
 
-@dataclass(frozen=True, slots=True)
-class Merged:
+class Merged(NamedTuple):
     """What all ranks have recorded.
 
     Attributes:

@@ -17,7 +17,7 @@ class ScalarWriter(Protocol):
         """Writes one value."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False, repr=False)
 class ScalarLog:
     """What was written to one writer so far, so that nothing is written twice.
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from bnguard.findings.audit import findings_content
 from bnguard.records import Drift, DriftSeries, Finding, Mode, StatsChange, StatsUpdates, UpdateSeries
@@ -17,8 +16,7 @@ from bnguard.words import count_text, layer_text, ranks_text
 _FEW, _MANY = 3, 20  # rows
 
 
-@dataclass(frozen=True, slots=True)
-class WatchSummary:
+class WatchSummary(NamedTuple):
     """All that a watch has recorded, computed once. The first six fields are those of ``watch``.
 
     Attributes:

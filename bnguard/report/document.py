@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import NamedTuple
 
 from bnguard.records import Finding
 
 
-@dataclass(frozen=True, slots=True)
-class Column:
+class Column(NamedTuple):
     """A column of a table.
 
     Attributes:
@@ -23,8 +23,7 @@ class Column:
     meaning: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Table:
+class Table(NamedTuple):
     """A table.
 
     Attributes:
@@ -47,8 +46,7 @@ class Table:
         return f"and {len(self.rows) - self.shown} more" if len(self.rows) > self.shown else None
 
 
-@dataclass(frozen=True, slots=True)
-class Document:
+class Document(NamedTuple):
     """A report.
 
     Attributes:
@@ -72,7 +70,7 @@ class Document:
     notes: tuple[str, ...] = ()
     title: str = ""
     file: str = ""
-    about: Mapping[str, str] = field(default_factory=dict)
+    about: Mapping[str, str] = MappingProxyType({})
     is_clean: bool = True
 
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from bnguard.report import html as page
 from bnguard.report import json as json_file
 from bnguard.report import terminal
 from bnguard.report.document import Document
@@ -24,8 +22,7 @@ def no_pictures() -> list[Picture]:
     return []
 
 
-@dataclass(frozen=True, slots=True)
-class WrittenFile:
+class WrittenFile(NamedTuple):
     """A file that was asked for.
 
     Attributes:
@@ -37,8 +34,7 @@ class WrittenFile:
     problem: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Outputs:
+class Outputs(NamedTuple):
     """The files to write; None writes no file.
 
     Attributes:
@@ -80,6 +76,11 @@ class Outputs:
 
             save(drawn, cast("Path", self.plot))
 
+        def save_page() -> None:
+            from bnguard.report.html import write
+
+            write(cast("Path", self.html), document, drawn)
+
         def save_findings() -> None:
             text = formatted(document, self.format)
             cast("Path", self.findings).write_text(f"{text}\n" if text else "", encoding="utf-8")
@@ -89,7 +90,7 @@ class Outputs:
         return write_files(
             (self.json, lambda: json_file.write(cast("Path", self.json), content)),
             (self.plot, save),
-            (self.html, lambda: page.write(cast("Path", self.html), document, drawn)),
+            (self.html, save_page),
             (self.findings, save_findings),
         )
 
@@ -148,7 +149,7 @@ def publish(
     if is_text:
         more = "More: --html FILE has all of it, --json FILE for programs."
         has_more = document.tables and not outputs.paths
-        terminal.show(replace(document, more=more if has_more else ""), apart=apart)
+        terminal.show(document._replace(more=more if has_more else ""), apart=apart)
     else:
         text = formatted(document, outputs.format)
         if text:

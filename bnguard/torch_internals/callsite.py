@@ -12,16 +12,14 @@ it is the innermost line of the user's code. A watch adds the line of the librar
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 import sys
-import sysconfig
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
 from types import CodeType, FrameType, TracebackType
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 import torch
-import wrapt
 from torch import nn
 
 from bnguard.torch_internals.wrappers import WRAPPERS
@@ -30,8 +28,7 @@ from bnguard.words import roots
 Origin = Literal["machinery", "library", "user"]
 
 
-@dataclass(frozen=True, slots=True)
-class CallSite:
+class CallSite(NamedTuple):
     """One line of the user's code.
 
     Attributes:
@@ -47,8 +44,8 @@ class CallSite:
     lineno: int
     function: str
     stacklevel: int
-    offset: int = field(default=0, compare=False)
-    inside: CallSite | None = field(default=None, compare=False)
+    offset: int = 0
+    inside: CallSite | None = None
 
     def __str__(self) -> str:
         return f"{place_text(self.filename, self.lineno)} in {self.function}"
@@ -82,7 +79,7 @@ def call_site() -> CallSite:
         if origin in innermost:
             inside = _site(*innermost[origin])
             site = _site(*calling.get(origin, innermost[origin]))
-            return site if site == inside else replace(site, inside=inside)
+            return site if site == inside else site._replace(inside=inside)
     return _site(*outermost)
 
 
@@ -123,7 +120,7 @@ class CallSites:
 
 def _one_further_out(site: CallSite) -> CallSite:
     inside = None if site.inside is None else _one_further_out(site.inside)
-    return replace(site, stacklevel=site.stacklevel - 1, inside=inside)
+    return site._replace(stacklevel=site.stacklevel - 1, inside=inside)
 
 
 def _is_stack(frame: FrameType | None, stack: list[tuple[CodeType, int]]) -> bool:
@@ -145,6 +142,8 @@ def _stack_of(frame: FrameType | None) -> list[tuple[CodeType, int]]:
 
 # Every call of a module runs this function once.
 MODULE_CALL: Final = nn.Module.__call__.__code__
+# Code of functions that run a model to learn its statistics anew; ``recalibrate`` adds its own.
+CALIBRATES: Final[set[CodeType]] = set()
 _PREFERRED: Final[tuple[Origin, ...]] = ("user", "library")
 
 
@@ -173,10 +172,23 @@ def _folder(path: str) -> str:
 
 _BNGUARD = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep  # the package folder, not this one
 _DEMO = os.path.join(_BNGUARD, "cli", "demo", "finetune.py")  # the demo counts as a user's script
-_MACHINERY = (_folder(torch.__file__), _BNGUARD, _folder(wrapt.__file__))
-_LIBRARIES = tuple(
-    {os.path.join(sysconfig.get_paths()[key], "") for key in ("stdlib", "platstdlib", "purelib", "platlib")}
-)
+_PACKAGES: Final = ("purelib", "platlib")
+
+
+@functools.cache
+def _machinery() -> tuple[str, ...]:
+    """The folders of torch, bnguard and wrapt, which is not imported for this."""
+    wrapt = importlib.util.find_spec("wrapt")
+    return _folder(torch.__file__), _BNGUARD, *([_folder(wrapt.origin)] if wrapt and wrapt.origin else [])
+
+
+@functools.cache
+def _folders(*kinds: str) -> tuple[str, ...]:
+    """The folders with the installed packages, or with the standard library."""
+    import sysconfig  # takes long
+
+    paths = sysconfig.get_paths()
+    return tuple({os.path.join(paths[kind], "") for kind in kinds})
 
 
 def _is_made_by_a_tracer(frame: FrameType) -> bool:
@@ -191,9 +203,9 @@ def origin_of(filename: str) -> Origin:
     path = os.path.abspath(filename) if not filename.startswith("<") else filename
     if path == _DEMO:
         return "user"
-    if path.startswith(_MACHINERY) or filename.startswith("<eval_with_key>"):
+    if path.startswith(_machinery()) or filename.startswith("<eval_with_key>"):
         return "machinery"
-    if path.startswith(_LIBRARIES) or filename.startswith("<frozen "):
+    if path.startswith(_folders("stdlib", "platstdlib", *_PACKAGES)) or filename.startswith("<frozen "):
         return "library"
     return "user"
 
@@ -203,12 +215,9 @@ def place_text(filename: str, lineno: int) -> str:
     return f"{_short(filename)}:{lineno}"
 
 
-_PACKAGES = tuple({os.path.join(sysconfig.get_paths()[key], "") for key in ("purelib", "platlib")})
-
-
 def path_in_packages(filename: str) -> str:
     """The path of a file inside the folder of installed packages, ``trainer/loop.py``; empty if it is elsewhere."""
-    return next((filename.removeprefix(folder) for folder in _PACKAGES if filename.startswith(folder)), "")
+    return next((filename.removeprefix(folder) for folder in _folders(*_PACKAGES) if filename.startswith(folder)), "")
 
 
 def _short(filename: str) -> str:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from typing import Final
 
 import torch
 
 # Without what follows the numbers: builds of release candidates and of vendors (2.12.0a0+1234) count as the release.
-RELEASE: Final = tuple(map(int, re.findall(r"\d+", torch.__version__)[:2]))
+RELEASE: Final = tuple(map(int, torch.__version__.split(".")[:2]))
 
 # In eval mode, F.instance_norm repeats the running statistics for each image of the batch. Before torch 2.11 it wrote
 # the mean of the copies back: the last bit of a statistic could change, and -0.0 became 0.0.

@@ -120,5 +120,5 @@ def test_explanations_are_read_without_torch() -> None:
 
 def test_explanations_have_the_fields_that_rules_have() -> None:
     """A new field is documented with the rules."""
-    for field in Explanation.__dataclass_fields__:
+    for field in Explanation._fields:
         assert f"    {field}: " in inspect.cleandoc(sys.modules["bnguard.findings.rule"].Rule.__doc__ or "")

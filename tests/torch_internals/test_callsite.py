@@ -52,7 +52,7 @@ def run_as(code: str, filename: str, **names: Any) -> dict[str, Any]:
 
 def test_call_site_is_the_callers_line() -> None:
     """Called in the user's own function: that line, with a stacklevel of one."""
-    assert call_site() == CallSite(HERE, here(), "test_call_site_is_the_callers_line", 1)
+    assert call_site()[:4] == (HERE, here(), "test_call_site_is_the_callers_line", 1)
 
 
 def test_call_site_as_text() -> None:
@@ -230,7 +230,8 @@ def test_sites_are_found_again_as_by_themselves() -> None:
         layer.forward(input)
     assert len({str(again) for again, *_ in layer.found}) == 4
     for again, again_inside, plain, plain_inside in layer.found:
-        assert (again, again_inside) == (plain, plain_inside)
+        assert again[:4] == plain[:4]
+        assert (again_inside or ())[:4] == (plain_inside or ())[:4]
 
 
 def test_sites_keep_no_frame() -> None:

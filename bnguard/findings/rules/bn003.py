@@ -14,7 +14,7 @@ _MOST_PATTERNS: Final = 16
 _OFTEN: Final = 20  # steps of a critic for one of its rival
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False, repr=False)
 class MultiUpdateSteps:
     """Optimizer steps in which certain lines updated the layer several times.
 
