@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +23,7 @@ from bnguard.guard.options import Settings, guarded_layers
 from bnguard.guard.outcome import Outcome
 from bnguard.guard.policy import Counts, PolicyEntry, count_update
 from bnguard.layers.kinds import StatsLayer
-from bnguard.layers.parents import registered_root
+from bnguard.layers.parents import name_as_parts, registered_root
 from bnguard.layers.swaps import own_tensors
 from bnguard.layers.tree import Tree
 from bnguard.layers.usual_copy import Write
@@ -164,8 +165,8 @@ class Block:
             return
         if error is not None and not GUARDS_GRAPHS:
             explain_break(error)
-        if os.getpid() != self._process:
-            self._let_go()  # a forked child: what the shared statistics are to be is up to the parent
+        if not self._may_compare():
+            self._let_go()
             return
         # While the entry is still there: what other threads run meanwhile is held.
         is_left = self._settings.check == "deferred" and error is None and self._launch()
@@ -183,7 +184,7 @@ class Block:
         if self._entry is None:
             return
         try:
-            if self._check is not None and self._policy.puts_back and os.getpid() == self._process:
+            if self._check is not None and self._policy.puts_back and self._may_compare():
                 self._put_back(self._check, is_compared=False)
         finally:
             try:
@@ -296,7 +297,7 @@ class Block:
         """
         is_otherwise = self._known.is_compared or self._regions or self._has_warned_of_program or self._has_named
         check, policy, outcome = self._check, self._policy, self._outcome
-        if check is None or is_otherwise or os.getpid() != self._process or not again.is_quiet():
+        if check is None or is_otherwise or not (self._may_compare() and again.is_quiet()):
             return False
         counts = dict(self._counts)
         seen = {layer: count.beyond for layer, count in counts.items() if count.beyond}
@@ -344,6 +345,10 @@ class Block:
             cause = check.cause(found, self._tree.model) if found else "unknown"
             self._outcome.act(found, check.broadcast, self.changes, cause, error)
 
+    def _may_compare(self) -> bool:
+        """Not in a forked child of the block's process, nor where Python shuts down: torch aborts at a view then."""
+        return os.getpid() == self._process and not sys.is_finalizing()
+
     def _put_back(self, check: ExitCheck, *, is_compared: bool = True) -> None:
         check.restore(is_compared=is_compared)
         for guard in self._guards:
@@ -381,9 +386,7 @@ class Block:
         """Names the layers as parts of the whole model where the user did not say which one that is."""
         if self.guards_every_model and not self._has_named:
             self._has_named = True
-            names = {id(layer.module): layer.names for layer in Tree(registered_root(self._tree.model)).layers}
-            for layer in self._layers:
-                layer.names = names.get(id(layer.module), layer.names)
+            name_as_parts(self._layers, registered_root(self._tree.model))
 
     def _layer(self, layer: int) -> StatsLayer:
         return self._layers[self._owner(layer)]

@@ -29,6 +29,18 @@ def registered_root(module: nn.Module) -> nn.Module:
     return _root(module, lambda part: parents[id(part)])
 
 
+def name_as_parts(layers: Iterable[Any], model: nn.Module) -> None:
+    """Gives layers the names that they have in a model. Those that are no parts of it keep theirs.
+
+    Args:
+        layers: Objects with a ``module`` and ``names``.
+        model: The model.
+    """
+    names = {id(layer.module): layer.names for layer in Tree(model).layers}
+    for layer in layers:
+        layer.names = names.get(id(layer.module), layer.names)
+
+
 class Registrations:
     """Answers ``registered_root`` again and again, with one pass in all: it sees what is registered from then on.
 

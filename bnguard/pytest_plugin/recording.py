@@ -13,8 +13,8 @@ from bnguard.guard.messages import Cause, changed_text, kept_text
 from bnguard.guard.phrases import Phrases
 from bnguard.guard.policy import POLICIES, PolicyEntry, UpdateCount, count_update, decide
 from bnguard.layers.kinds import StatsLayer, moving_statistics
-from bnguard.layers.parents import registrations
-from bnguard.layers.tree import any_layer, find_layers
+from bnguard.layers.parents import name_as_parts, registrations
+from bnguard.layers.tree import any_layer
 from bnguard.pytest_plugin.requests import TestGuards
 from bnguard.recording.layer_listener import LayerListener, SeenLayer
 from bnguard.records import StatsChange
@@ -59,9 +59,7 @@ class _Model:
         """Names the layers as parts of the largest model that contains ``part``."""
         if not self.has_named:
             self.has_named = True
-            names = {id(layer.module): layer.names for layer in find_layers(registrations.root_of(part))}
-            for layer in self.layers:
-                layer.names = names.get(id(layer.module), layer.names)
+            name_as_parts(self.layers, registrations.root_of(part))
 
 
 class TestRecording(LayerListener[_Layer]):
