@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
 
 from torch import Tensor, is_grad_enabled, is_inference_mode_enabled, nn
 
@@ -17,6 +17,7 @@ from bnguard.guard.hooks import guard_of
 from bnguard.layers.kinds import OTHER_BUFFERS, StatsLayer
 from bnguard.layers.swaps import Table, own_tensors
 from bnguard.layers.tree import parameters_of
+from bnguard.recording.journal import Journal
 from bnguard.recording.layer_listener import SeenLayer, copies_of
 from bnguard.recording.model_calls import ModelCall
 from bnguard.recording.optimizer_steps import OptimizerSteps, StepCounter, has_stepped_since
@@ -34,19 +35,8 @@ _MOST_UPDATES: Final = 64  # of one step that are distinguished
 _MOST_WRITES: Final = 64  # of somebody else that are looked at
 
 
-NotedUpdate: TypeAlias = "tuple[LayerLog, weakref.ref[nn.Module], Update, Sequence[int] | None, Any]"
-
-
 class LayerLog(SeenLayer):
     """What was seen of one layer, from the host alone: no tensor is read. Rules get every event through an observer.
-
-    Note [Two parts of a record]
-    ~~~~~~~~~~~~~~~~~~~~~~~~~~~~
-    Between two operations of torch little Python is in the caches of the processor, so that each line costs several
-    times as much as in a loop. Right after a forward ``note_update`` does what cannot wait: how the forward ran,
-    whether anything will be learned from its result, and where its statistics are. The rest, ``record_update``, waits
-    until the recorder works up the updates of all layers one after the other: when the call of the model is over, and
-    before anything else that counts, as a backward pass, a step of an optimizer or an evaluation.
 
     Attributes:
         model_number: The number of its model among those that were met.
@@ -55,9 +45,9 @@ class LayerLog(SeenLayer):
     """
 
     __slots__ = (
-        "_copies", "_count", "_evaluations", "_is_trained", "_last", "_model", "_momentum", "_noted",
+        "_copies", "_count", "_evaluations", "_is_trained", "_last", "_last_noted", "_model", "_momentum",
         "_observer", "_optimizers", "_optimizers_of", "_parameters", "_parameters_before", "_parents", "_recalibrates",
-        "_rewritten", "_rivals", "_sites", "_tick", "_updates", "_was_evaluated", "_writes_left",
+        "_rewritten", "_rivals", "_sites", "_tick", "_tick_noted", "_updates", "_was_evaluated", "_writes_left",
         "differs_per_rank", "is_loaded", "model_number",
     )  # fmt: skip
 
@@ -78,7 +68,8 @@ class LayerLog(SeenLayer):
         self._tick = 0
         self._updates: list[Update] = []  # since that step of any optimizer
         self._count = 0
-        self._noted = 0  # updates that are to be recorded
+        self._last_noted: Update | None = None  # which may be to be recorded
+        self._tick_noted = -1  # at which tick it was; -1 if all updates since then have been undone
         self._is_trained = False
         self._optimizers: tuple[OptimizerSteps, ...] = ()
         self._rivals: tuple[OptimizerSteps, ...] = ()
@@ -106,13 +97,21 @@ class LayerLog(SeenLayer):
         """Takes copies, right before a forward that may update, if it may be put back."""
         self._was_evaluated = False
         if self._copies.left:
-            is_repeated = self._noted or (self._updates and self._tick == steps.ticks)
+            is_repeated = self._tick_noted == steps.ticks
             if (is_repeated or not is_grad_enabled()) and not is_capturing():
                 self._copies.add(steps.ticks, copies_of(self._present()))
 
     def note_update(
-        self, module: nn.Module, call: ModelCall, args: tuple[Any, ...], output: Any, steps: StepCounter, backwards: int
-    ) -> NotedUpdate:
+        self,
+        module: nn.Module,
+        call: ModelCall,
+        args: tuple[Any, ...],
+        output: Any,
+        steps: StepCounter,
+        backwards: int,
+        timelines: defaultdict[str, Timeline],
+        journal: Journal,
+    ) -> None:
         """Notes one update. See Note [Two parts of a record].
 
         Args:
@@ -122,6 +121,8 @@ class LayerLog(SeenLayer):
             output: What it has returned; None if it is not over.
             steps: The optimizer steps so far.
             backwards: How many backward passes there were so far.
+            timelines: The timeline of each line.
+            journal: Where to note it.
         """
         input = args[0] if args and isinstance(args[0], Tensor) else None
         flags = _flags_of(module, input, call)
@@ -135,45 +136,59 @@ class LayerLog(SeenLayer):
             self._sites[key] = site
         update = Update(site, self._is_frozen(module), call.number, call.parent, backwards)
         if site.mode.grad and not site.mode.recompute:
-            watch_result(output, update)
+            watch_result(output, update, journal)
         self._copies.updated(update)
         self._last = self._place(module)
-        self._noted += 1
-        own = self._module if self._module() is module else weakref.ref(module)
-        return self, own, update, shape, getattr(module, "momentum", None)
+        last, self._last_noted, self._tick_noted = self._last_noted, update, steps.ticks
+        own = self._module
+        if (
+            last is None
+            or last.of is not site
+            or last.is_frozen is not update.is_frozen
+            or self._optimizers_of != steps.changes
+        ):
+            journal.is_due = True
+        if own() is not module:
+            own, journal.is_due = weakref.ref(module), True
+        momentum = getattr(module, "momentum", None)
+        entry = own, update, shape, momentum, steps.count, steps.ticks, steps, timelines
+        journal.entries.append((self.record_update, entry))
 
     def record_update(
         self,
-        module: nn.Module | None,
+        own: weakref.ref[nn.Module],
         update: Update,
         shape: Sequence[int] | None,
         momentum: Any,
+        count: int,
+        tick: int,
         steps: StepCounter,
         timelines: defaultdict[str, Timeline],
     ) -> None:
-        """Records an update that was noted since the last step of any optimizer.
+        """Records an update that was noted.
 
         Args:
-            module: The layer, or a clone that shares its statistics; None if it is deleted.
+            own: The layer, or a clone that shares its statistics.
             update: The update.
             shape: The shape of the batch, if it is known.
             momentum: The momentum of the layer.
-            steps: The optimizer steps so far.
+            count: How many rounds of optimizer steps had begun.
+            tick: How many steps all optimizers had made.
+            steps: The optimizer steps.
             timelines: The timeline of each line.
         """
-        self._noted -= 1
+        module = own()
         if module is not None:
             self._find_optimizers(module, steps)
-        if self._tick != steps.ticks:
-            self.close_step(steps)
+        if self._tick != tick:
+            self.close_step(steps, tick, is_frozen=update.is_frozen if own is self._module else None)
         site = update.of
         self.updates += 1
-        count_update(site, shape, steps.count, momentum)
-        timelines[site.site].add(steps.count)
-        site.recalibrating += self._recalibrates == steps.ticks
-        if module is not None:
-            for listener in self._observer.on_update:
-                listener(update, module)
+        count_update(update, shape, count, momentum)
+        timelines[site.site].add(count)
+        site.recalibrating += self._recalibrates == tick
+        for listener in self._observer.on_update:
+            listener(update, module)
         self._count += 1
         if len(self._updates) < _MOST_UPDATES:
             self._updates.append(update)
@@ -224,20 +239,27 @@ class LayerLog(SeenLayer):
         """Ends the record."""
         if self._place(self.module) != self._last:
             self.record_write(steps.ticks)
-        self.close_step(steps)
+        self.close_step(steps, steps.ticks)
 
-    def close_step(self, steps: StepCounter) -> None:
-        """Ends what lies between two steps of optimizers."""
+    def close_step(self, steps: StepCounter, now: int, *, is_frozen: bool | None = None) -> None:
+        """Ends what lies between two steps of optimizers.
+
+        Args:
+            steps: The optimizer steps.
+            now: How many of them are over.
+            is_frozen: Whether no parameter is trained now; None if that is to be seen.
+        """
         updates, count, tick = self._updates, self._count, self._tick
         module = self.module
-        self._updates, self._count, self._tick = [], 0, steps.ticks
-        self._copies.step(steps.ticks)
+        self._updates, self._count, self._tick = [], 0, now
+        self._copies.step(now)
         if module is not None:
             self._find_optimizers(module, steps)
         is_trained = None
-        if steps.ticks > tick:
+        if now > tick:
             is_trained = has_stepped_since(self._optimizers, tick)
-            self._is_trained = self._is_trained or (is_trained and not self._is_frozen(module))
+            if is_trained and not self._is_trained:
+                self._is_trained = not (self._is_frozen(module) if is_frozen is None else is_frozen)
         if updates:
             is_of_rival = not is_trained and has_stepped_since(self._rivals, tick)
             step = StepEnd(tuple(updates), count, is_trained, is_of_rival)
@@ -323,6 +345,8 @@ class LayerLog(SeenLayer):
         if undone is not None:
             for update in undone:
                 self._undo(update)
+            if not self._updates:
+                self._tick_noted = -1
             return True
         # Other tensors are those of a conversion.
         return was is None or self._last is None or was[0] != self._last[0]

@@ -17,8 +17,9 @@ from bnguard.layers.kinds import StatsLayer
 from bnguard.layers.other_buffers import select_with_buffers
 from bnguard.layers.swaps import own_tensors
 from bnguard.layers.tree import Tree, ancestors_of, parts_of, unwrapped
+from bnguard.recording.journal import Journal
 from bnguard.recording.layer_listener import LayerListener, Pending
-from bnguard.recording.layer_log import LayerLog, NotedUpdate
+from bnguard.recording.layer_log import LayerLog
 from bnguard.recording.model_calls import ModelCall, ModelCalls
 from bnguard.recording.model_names import ModelName, distinct
 from bnguard.recording.optimizer_steps import BackwardCounter, StepCounter
@@ -67,7 +68,8 @@ class Recorder(LayerListener[LayerLog]):
         self._undone: ByIdentity[None] = ByIdentity()
         self._calls = ModelCalls()
         self._outermost = 0  # the id of the module whose call began last from outside of all modules
-        self._noted: list[NotedUpdate] = []  # updates that are to be recorded
+        self._journal = Journal(self._lock)
+        self._keeps_up = False  # with each call of the model
         self._backwards = BackwardCounter()
         self._interval = 1 if every in (None, "auto") else int(every)
         self._models: list[ModelName] = []
@@ -89,8 +91,8 @@ class Recorder(LayerListener[LayerLog]):
         self.place = f"watch of {what} at {os.path.basename(where.filename)}:{where.lineno}"  # folders may differ
         if self._model is not None:
             self._take_in(self._model)
-        self._backwards.open(self._work_up)
-        self.steps.open(self._work_up, None if self._every is None else self._sample)
+        self._backwards.open(self._journal.catch_up)
+        self.steps.open(self._journal, None if self._every is None else self._sample)
         model_events.listen(self)
         global_hook.listen(self)
 
@@ -151,9 +153,10 @@ class Recorder(LayerListener[LayerLog]):
                 call = self._calls.under_way(sys._getframe(3))
                 if call is not None:
                     self._work_up()
+                    self._keeps_up = True  # a backward pass through the result asks for later updates
                     log.record_result(output, call)
         if id(module) == self._outermost:
-            self._work_up()
+            self._journal.catch_up()
 
     def loaded(self, model: nn.Module) -> None:
         """Records that a state dict was loaded."""
@@ -191,12 +194,7 @@ class Recorder(LayerListener[LayerLog]):
     # Parts.
 
     def _work_up(self) -> None:
-        """Records the updates that were noted so far. See Note [Two parts of a record]."""
-        if self._noted:
-            with self._lock:
-                noted, self._noted = self._noted, []
-                for log, module, update, shape, momentum in noted:
-                    log.record_update(module(), update, shape, momentum, self.steps, self.timelines)
+        self._journal.work_up()
 
     def _predicted(self, log: LayerLog, module: nn.Module, args: tuple[Any, ...], call: ModelCall) -> None:
         if getattr(module, "momentum", None) == 0:
@@ -212,7 +210,9 @@ class Recorder(LayerListener[LayerLog]):
         self._pend(module, Pending(None, call, is_sure=True))
 
     def _updates(self, log: LayerLog, module: nn.Module, args: tuple[Any, ...], output: Any, call: ModelCall) -> None:
-        self._noted.append(log.note_update(module, call, args, output, self.steps, self._backwards.count))
+        journal = self._journal
+        log.note_update(module, call, args, output, self.steps, self._backwards.count, self.timelines, journal)
+        journal.is_due = journal.is_due or self._keeps_up
         if self._undone and self._undone.drop(module):
             self._work_up()
             log.record_eval_undone(call)
@@ -299,5 +299,5 @@ class Recorder(LayerListener[LayerLog]):
 
     def _measure(self, step: int) -> None:
         """Measures the drift on the device."""
-        layers = [(number, log.before, log.now(), log.eps) for number, log in enumerate(self.logs)]
+        layers = [(number, log.before, log.now(), log.eps) for number, log in enumerate(self._logs)]
         self.samples.append(sample_of(step, layers))

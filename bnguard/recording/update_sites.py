@@ -10,15 +10,18 @@ from typing import Any, Final
 from torch import Tensor
 
 from bnguard.findings.events import Update, UpdateSite
+from bnguard.recording.journal import Journal
 from bnguard.records import FEW_VALUES, StatsUpdates
 
 _MOST_MOMENTA: Final = 4
 _MOST_COMPUTED: Final = 256  # operations between a parameter and that of a clone
 
 
-def count_update(site: UpdateSite, shape: Sequence[int] | None, step: int, momentum: Any) -> None:
+def count_update(update: Update, shape: Sequence[int] | None, step: int, momentum: Any) -> None:
     """Counts one update, by a forward on a batch of this shape, of a layer with this momentum."""
+    site = update.of
     site.count += 1
+    site.results += update.has_learned is not None
     site.last_step = step
     if len(site.momenta) < _MOST_MOMENTA and not isinstance(momentum, Tensor):
         site.momenta.add(momentum)
@@ -30,8 +33,8 @@ def count_update(site: UpdateSite, shape: Sequence[int] | None, step: int, momen
             site.small_batches += 1
 
 
-def watch_result(output: Any, update: Update) -> None:
-    """Has an update learn whether a backward pass goes through the result of its forward."""
+def watch_result(output: Any, update: Update, journal: Journal) -> None:
+    """Notes in the journal when a backward pass goes through the result of the forward of an update."""
     if not isinstance(output, Tensor):
         return
     # An operation in place gives a view another function, and leaves that of its base in the graph.
@@ -39,16 +42,15 @@ def watch_result(output: Any, update: Update) -> None:
     if node is None:
         return
     update.has_learned = False
-    site = update.of
-    site.results += 1
+    note, entry = journal.entries.append, (_learned, (update,))
+    node.register_prehook(lambda _: note(entry))
 
-    def reached(_: Any) -> None:
-        if not update.has_learned:
-            update.has_learned = True
-            if not update.is_undone:
-                site.learned += 1
 
-    node.register_prehook(reached)
+def _learned(update: Update) -> None:
+    if not update.has_learned:
+        update.has_learned = True
+        if not update.is_undone:
+            update.of.learned += 1
 
 
 def joined(one: StatsUpdates, other: StatsUpdates) -> StatsUpdates:

@@ -1,0 +1,231 @@
+"""What a watch does later, or in fewer lines, gives what it gives the long way: random programs, recorded both ways."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+from unittest import mock
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import bnguard
+from bnguard.recording import journal
+from bnguard.recording.summary import watch_content
+from tests.strategies import property_settings
+
+
+class Branches(nn.Module):
+    """A stem, a part that is frozen at times, a layer in two places, and a head; one part runs without gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU())
+        self.part = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, affine=False))
+        self.head = nn.Linear(4, 2)
+        self.is_shared = self.has_teacher = self.recomputes = self.fails = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        if self.has_teacher:
+            with torch.no_grad():
+                self.part(x)
+        x = checkpoint(self.part, x, use_reentrant=False) if self.recomputes else self.part(x)
+        if self.is_shared:
+            x = self.part(x)
+        if self.fails:
+            raise ValueError("asked for")
+        out: Tensor = self.head(x)
+        return out
+
+
+class Program:
+    """A training script in small steps, each of which may come at any time."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.model = Branches()
+        self.other = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+        self.optimizers = [torch.optim.SGD(self.model.parameters(), 0.1)]
+        self.losses: list[Tensor] = []
+        self.saved = copy.deepcopy(self.model.state_dict())
+
+    def forward(self) -> None:
+        self.losses.append(self.model(torch.randn(8, 3)).square().mean())
+
+    def forward_elsewhere(self) -> None:
+        self.losses.append(self.model(torch.randn(2, 3)).square().mean())
+
+    def forward_without_gradients(self) -> None:
+        with torch.no_grad():
+            self.model(torch.randn(8, 3))
+
+    def forward_of_a_layer(self) -> None:
+        self.losses.append(self.model.stem(torch.randn(8, 3)).square().mean())
+
+    def forward_that_fails(self) -> None:
+        self.model.fails = True
+        try:
+            self.model(torch.randn(8, 3))
+        except ValueError:
+            self.model.fails = False
+
+    def forward_of_another_model(self) -> None:
+        self.losses.append(self.other(torch.randn(8, 3)).mean())
+
+    def backward(self) -> None:
+        if self.losses:
+            self.losses.pop().backward()  # type: ignore[no-untyped-call]
+
+    def backward_twice(self) -> None:
+        if self.losses:
+            self.losses[-1].backward(retain_graph=True)  # type: ignore[no-untyped-call]
+
+    def backward_of_an_old_loss(self) -> None:
+        if self.losses:
+            self.losses.pop(0).backward()  # type: ignore[no-untyped-call]
+
+    def step(self) -> None:
+        self.optimizers[0].step()
+        self.optimizers[0].zero_grad()
+
+    def step_of_the_last(self) -> None:
+        self.optimizers[-1].step()
+
+    def train_step(self) -> None:
+        for _ in range(4):
+            self.forward()
+            self.backward()
+            self.step()
+
+    def new_optimizer(self) -> None:
+        self.optimizers.append(torch.optim.SGD(self.other.parameters(), 0.1))
+
+    def next_optimizer(self) -> None:
+        self.optimizers[0] = torch.optim.SGD(self.model.parameters(), 0.1)
+
+    def change_learning_rate(self) -> None:
+        group = self.optimizers[0].param_groups[0]
+        group["lr"] = 0.0 if group["lr"] else 0.1
+
+    def freeze(self) -> None:
+        self.model.stem.requires_grad_(not self.model.stem[1].weight.requires_grad)
+
+    def change_mode(self) -> None:
+        self.model.train(not self.model.training)
+
+    def change_mode_of_a_layer(self) -> None:
+        self.model.stem[1].train(not self.model.stem[1].training)
+
+    def change_tracking(self) -> None:
+        layer = self.model.stem[1]
+        layer.track_running_stats = not layer.track_running_stats
+
+    def change_momentum(self) -> None:
+        self.model.stem[1].momentum = {0.1: 0.0, 0.0: 0.3, 0.3: 0.1}[self.model.stem[1].momentum]
+
+    def load(self) -> None:
+        self.model.load_state_dict(self.saved)
+
+    def reset(self) -> None:
+        self.model.stem[1].reset_running_stats()
+
+    def write(self) -> None:
+        self.model.stem[1].running_mean.add_(1)
+
+    def forward_and_put_back(self) -> None:
+        before = self.model.stem[1].running_mean.clone(), self.model.stem[1].running_var.clone()
+        self.forward()
+        self.model.stem[1].running_mean.copy_(before[0])
+        self.model.stem[1].running_var.copy_(before[1])
+
+    def hold(self) -> None:
+        with bnguard.frozen(self.model, "restore"):
+            self.forward()
+
+    def replace(self) -> None:
+        self.model.part[1] = nn.BatchNorm1d(4)
+
+    def convert(self) -> None:
+        self.model.stem[1].running_mean = self.model.stem[1].running_mean.clone()
+
+    def clone(self) -> None:
+        layer = copy.copy(self.model.stem[1])
+        layer._parameters = dict(layer._parameters)
+        self.losses.append(layer(torch.randn(8, 4)).square().mean())
+
+    def lend(self) -> None:
+        lent = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        torch.func.functional_call(self.model, lent, torch.randn(8, 3))
+
+    def share(self) -> None:
+        self.model.is_shared = not self.model.is_shared
+
+    def teach(self) -> None:
+        self.model.has_teacher = not self.model.has_teacher
+
+    def recompute(self) -> None:
+        self.model.recomputes = not self.model.recomputes
+
+    def cast(self) -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            self.losses.append(self.model(torch.randn(8, 3)).float().square().mean())
+
+    def forget(self) -> None:
+        """A model that is deleted while updates of it are to be recorded."""
+        self.optimizers = self.optimizers[:1]
+        self.losses.clear()
+        self.other = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+
+
+STEPS: dict[str, Callable[[Program], None]] = {
+    name: step for name, step in vars(Program).items() if not name.startswith("_")
+}
+
+
+def programs() -> st.SearchStrategy[list[str]]:
+    """Lists of steps; training goes on for a while in many of them."""
+    often = ["forward", "backward", "step", "train_step"]
+    return st.lists(st.sampled_from([*STEPS, *often * 6]), min_size=1, max_size=40)
+
+
+def recorded(steps: list[str], way: Callable[[], Any], *, of_all: bool, every: Any = None) -> Any:
+    """All that a watch has recorded of a program."""
+    program = Program()
+    with way(), bnguard.watch(None if of_all else program.model, every=every) as record:
+        for step in steps:
+            try:
+                STEPS[step](program)
+            except RuntimeError as error:  # by torch: a second backward pass, or one without gradients
+                if isinstance(error, bnguard.BNGuardError):
+                    raise
+        in_the_middle = repr(watch_content(record.summary()))
+    return in_the_middle, repr(watch_content(record.summary())), record.report()
+
+
+@contextmanager
+def at_once() -> Iterator[None]:
+    """Records what was noted as soon as the call of a model is over."""
+    with mock.patch.object(journal, "_MOST", 0):
+        yield
+
+
+@contextmanager
+def few_at_a_time() -> Iterator[None]:
+    """Records what was noted from time to time."""
+    with mock.patch.object(journal, "_MOST", 7):
+        yield
+
+
+@property_settings
+@given(steps=programs(), of_all=st.booleans())
+def test_updates_that_wait_are_recorded_as_at_once(steps, of_all):
+    """Findings, updates and series are those of a watch that works up each call of a model when it is over."""
+    plain = recorded(steps, at_once, of_all=of_all)
+    assert recorded(steps, nullcontext, of_all=of_all) == plain
+    assert recorded(steps, few_at_a_time, of_all=of_all) == plain
