@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -13,20 +12,20 @@ from bnguard.findings.events import Evaluation, LayerEnd, Result, StepEnd, Updat
 from bnguard.findings.observer import LayerObserver
 from bnguard.findings.rule import Evidence
 from bnguard.findings.soundness import is_initial
+from bnguard.guard.hold import guards
 from bnguard.guard.hooks import guard_of
 from bnguard.layers.kinds import OTHER_BUFFERS, StatsLayer
 from bnguard.layers.swaps import Table, own_tensors
 from bnguard.layers.tree import parameters_of
-from bnguard.recording.journal import Journal
 from bnguard.recording.layer_listener import SeenLayer, copies_of
 from bnguard.recording.model_calls import ModelCall
-from bnguard.recording.optimizer_steps import OptimizerSteps, StepCounter, has_stepped_since
+from bnguard.recording.optimizer_steps import OptimizerSteps, has_stepped_since
 from bnguard.recording.put_back import CopiesBefore
-from bnguard.recording.timeline import Timeline
+from bnguard.recording.run import Run
 from bnguard.recording.update_sites import count_update, joined, leaf_of, watch_result
 from bnguard.records import Mode, StatsUpdates
-from bnguard.torch_internals.autocast import is_autocast
-from bnguard.torch_internals.checkpointing import is_in_backward
+from bnguard.torch_internals.autocast import is_any_autocast, is_autocast
+from bnguard.torch_internals.checkpointing import running_backward
 from bnguard.torch_internals.distributed import differs_per_rank
 from bnguard.torch_internals.functional_call import in_reentrant_checkpoint
 from bnguard.torch_internals.tracing import is_capturing, is_traced, outside_modes
@@ -47,12 +46,15 @@ class LayerLog(SeenLayer):
     __slots__ = (
         "_copies", "_count", "_evaluations", "_is_trained", "_last", "_last_noted", "_model", "_momentum",
         "_observer", "_optimizers", "_optimizers_of", "_parameters", "_parameters_before", "_parents", "_recalibrates",
-        "_rewritten", "_rivals", "_sites", "_tick", "_tick_noted", "_updates", "_was_evaluated", "_writes_left",
+        "_rewritten", "_rivals", "_run", "_sites", "_tick", "_tick_noted", "_updates", "_was_evaluated", "_writes_left",
         "differs_per_rank", "is_loaded", "model_number",
     )  # fmt: skip
 
-    def __init__(self, layer: StatsLayer, model: nn.Module, model_number: int, parents: Sequence[nn.Module]) -> None:
+    def __init__(
+        self, layer: StatsLayer, model: nn.Module, model_number: int, parents: Sequence[nn.Module], run: Run
+    ) -> None:
         super().__init__(layer)
+        self._run = run
         self.model_number = model_number
         self.differs_per_rank = differs_per_rank(model)
         self.is_loaded = False
@@ -93,25 +95,41 @@ class LayerLog(SeenLayer):
         """Whether somebody else has written since the last forward: then ``record_write`` is due."""
         return self._place(module) != self._last
 
-    def record_beginning(self, steps: StepCounter) -> None:
+    def is_usual(self, module: nn.Module) -> bool:
+        """Whether a forward that is about to begin is like most: it updates, and nothing is to be done before that.
+
+        That is decided in few lines, and may be False of a forward for which it is true.
+        """
+        tensor, last, predict = self.first_tensor, self._last, self.kind.predict
+        try:
+            if (
+                predict is None
+                or tensor is None
+                or module._buffers.get(self.first) is not tensor
+                or last != (id(tensor), tensor._version, tensor.data_ptr())
+                or self._tick_noted == self._run.steps.ticks
+                or not is_grad_enabled()
+                or running_backward() != -1
+                or id(module) in guards
+                or not predict(module)
+                or getattr(module, "momentum", None) == 0
+            ):
+                return False
+        except (RuntimeError, ValueError):  # see ``_place``
+            return False
+        self._was_evaluated = False
+        return True
+
+    def record_beginning(self) -> None:
         """Takes copies, right before a forward that may update, if it may be put back."""
         self._was_evaluated = False
         if self._copies.left:
-            is_repeated = self._tick_noted == steps.ticks
+            tick = self._run.steps.ticks
+            is_repeated = self._tick_noted == tick
             if (is_repeated or not is_grad_enabled()) and not is_capturing():
-                self._copies.add(steps.ticks, copies_of(self._present()))
+                self._copies.add(tick, copies_of(self._present()))
 
-    def note_update(
-        self,
-        module: nn.Module,
-        call: ModelCall,
-        args: tuple[Any, ...],
-        output: Any,
-        steps: StepCounter,
-        backwards: int,
-        timelines: defaultdict[str, Timeline],
-        journal: Journal,
-    ) -> None:
+    def note_update(self, module: nn.Module, call: ModelCall, args: tuple[Any, ...], output: Any) -> None:
         """Notes one update. See Note [Two parts of a record].
 
         Args:
@@ -119,13 +137,14 @@ class LayerLog(SeenLayer):
             call: How the forward has come about.
             args: Its arguments.
             output: What it has returned; None if it is not over.
-            steps: The optimizer steps so far.
-            backwards: How many backward passes there were so far.
-            timelines: The timeline of each line.
-            journal: Where to note it.
         """
+        run = self._run
+        journal, steps = run.journal, run.steps
         input = args[0] if args and isinstance(args[0], Tensor) else None
-        flags = _flags_of(module, input, call)
+        training, inference = module.training, is_inference_mode_enabled()
+        grad = is_grad_enabled() or (training and not inference and in_reentrant_checkpoint())
+        autocast = is_any_autocast() and input is not None and is_autocast(input)
+        flags = training, grad, inference, autocast, running_backward() != -1, call.calibrates
         # A program that is being traced would contain our reading of the shape.
         shape = None if input is None or is_traced() else input.shape
         key = (call.site, call.part, flags)
@@ -134,9 +153,9 @@ class LayerLog(SeenLayer):
             batch_shape = None if shape is None else tuple(map(int, shape))
             site = UpdateSite(call.site, call.part, Mode(*flags), steps.count, steps.count, batch_shape)
             self._sites[key] = site
-        update = Update(site, self._is_frozen(module), call.number, call.parent, backwards)
+        update = Update(site, self._is_frozen(module), call.number, call.parent, run.backwards.count)
         if site.mode.grad and not site.mode.recompute:
-            watch_result(output, update, journal)
+            watch_result(output, update, run)
         self._copies.updated(update)
         self._last = self._place(module)
         last, self._last_noted, self._tick_noted = self._last_noted, update, steps.ticks
@@ -151,8 +170,7 @@ class LayerLog(SeenLayer):
         if own() is not module:
             own, journal.is_due = weakref.ref(module), True
         momentum = getattr(module, "momentum", None)
-        entry = own, update, shape, momentum, steps.count, steps.ticks, steps, timelines
-        journal.entries.append((self.record_update, entry))
+        journal.entries.append((self.record_update, (own, update, shape, momentum, steps.count, steps.ticks)))
 
     def record_update(
         self,
@@ -162,8 +180,6 @@ class LayerLog(SeenLayer):
         momentum: Any,
         count: int,
         tick: int,
-        steps: StepCounter,
-        timelines: defaultdict[str, Timeline],
     ) -> None:
         """Records an update that was noted.
 
@@ -174,18 +190,16 @@ class LayerLog(SeenLayer):
             momentum: The momentum of the layer.
             count: How many rounds of optimizer steps had begun.
             tick: How many steps all optimizers had made.
-            steps: The optimizer steps.
-            timelines: The timeline of each line.
         """
         module = own()
         if module is not None:
-            self._find_optimizers(module, steps)
+            self._find_optimizers(module)
         if self._tick != tick:
-            self.close_step(steps, tick, is_frozen=update.is_frozen if own is self._module else None)
+            self.close_step(tick, is_frozen=update.is_frozen if own is self._module else None)
         site = update.of
         self.updates += 1
         count_update(update, shape, count, momentum)
-        timelines[site.site].add(count)
+        self._run.timelines[site.site].add(count)
         site.recalibrating += self._recalibrates == tick
         for listener in self._observer.on_update:
             listener(update, module)
@@ -193,9 +207,9 @@ class LayerLog(SeenLayer):
         if len(self._updates) < _MOST_UPDATES:
             self._updates.append(update)
 
-    def record_reset(self, tick: int) -> None:
+    def record_reset(self) -> None:
         """Records that ``reset_running_stats()`` was called."""
-        self._recalibrates = tick
+        self._recalibrates = self._run.steps.ticks
         self._last = self._place(self.module)
 
     def record_load(self) -> None:
@@ -209,12 +223,12 @@ class LayerLog(SeenLayer):
         for listener in self._observer.on_held:
             listener()
 
-    def record_evaluation(self, module: nn.Module, steps: StepCounter) -> None:
+    def record_evaluation(self, module: nn.Module) -> None:
         """Records a forward that updates nothing."""
-        self._find_optimizers(module, steps)
+        self._find_optimizers(module)
         if self.is_written(module):
             was_evaluated = self._was_evaluated
-            if not self.record_write(steps.ticks) and was_evaluated and not module.training and self._is_trained:
+            if not self.record_write() and was_evaluated and not module.training and self._is_trained:
                 self._rewritten += 1
         self._was_evaluated = not module.training
         self._evaluations += self._was_evaluated
@@ -235,18 +249,17 @@ class LayerLog(SeenLayer):
         for listener in self._observer.on_eval_undone:
             listener(call.site)
 
-    def close(self, steps: StepCounter) -> None:
+    def close(self) -> None:
         """Ends the record."""
         if self._place(self.module) != self._last:
-            self.record_write(steps.ticks)
-        self.close_step(steps, steps.ticks)
+            self.record_write()
+        self.close_step(self._run.steps.ticks)
 
-    def close_step(self, steps: StepCounter, now: int, *, is_frozen: bool | None = None) -> None:
+    def close_step(self, now: int, *, is_frozen: bool | None = None) -> None:
         """Ends what lies between two steps of optimizers.
 
         Args:
-            steps: The optimizer steps.
-            now: How many of them are over.
+            now: How many steps of them are over.
             is_frozen: Whether no parameter is trained now; None if that is to be seen.
         """
         updates, count, tick = self._updates, self._count, self._tick
@@ -254,7 +267,7 @@ class LayerLog(SeenLayer):
         self._updates, self._count, self._tick = [], 0, now
         self._copies.step(now)
         if module is not None:
-            self._find_optimizers(module, steps)
+            self._find_optimizers(module)
         is_trained = None
         if now > tick:
             is_trained = has_stepped_since(self._optimizers, tick)
@@ -328,7 +341,7 @@ class LayerLog(SeenLayer):
             return None
 
     @outside_modes
-    def record_write(self, tick: int) -> bool:
+    def record_write(self) -> bool:
         """Records that somebody else has written. Returns whether that is explained: put back by hand, or reset.
 
         See Note [Put back by hand].
@@ -339,7 +352,7 @@ class LayerLog(SeenLayer):
             return True
         now = self._present()
         if is_initial({name: tensor for name, tensor in now.items() if name != "num_batches_tracked"}):
-            self._recalibrates = tick
+            self._recalibrates = self._run.steps.ticks
             return True
         undone = self._copies.undone_by(now)
         if undone is not None:
@@ -363,7 +376,8 @@ class LayerLog(SeenLayer):
             site.results -= 1
             site.learned -= update.has_learned
 
-    def _find_optimizers(self, module: nn.Module, steps: StepCounter) -> None:
+    def _find_optimizers(self, module: nn.Module) -> None:
+        steps = self._run.steps
         if self._optimizers_of == steps.changes:
             return
         self._optimizers_of = steps.changes
@@ -385,18 +399,8 @@ class LayerLog(SeenLayer):
         return []
 
     def _is_frozen(self, module: nn.Module | None) -> bool:
+        for parameter in () if module is None else module._parameters.values():
+            if parameter is not None and parameter.requires_grad:
+                return False
         parameters = list(self._parameters.values()) if module is None else self._trainable(module)
         return not any([parameter.requires_grad for parameter in parameters])
-
-
-def _flags_of(module: nn.Module, input: Tensor | None, call: ModelCall) -> tuple[bool, ...]:
-    """The first fields of ``Mode``, for a forward that is about to begin or has just ended."""
-    is_inference = is_inference_mode_enabled()
-    return (
-        module.training,
-        is_grad_enabled() or (module.training and not is_inference and in_reentrant_checkpoint()),
-        is_inference,
-        input is not None and is_autocast(input),
-        is_in_backward(),
-        call.calibrates,
-    )

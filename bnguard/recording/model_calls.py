@@ -95,7 +95,9 @@ class ModelCalls:
 
     def pass_over(self, frame: FrameType | None) -> None:
         """Announces a call that is not worth remembering: what it calls counts as called by the call around it."""
-        self._by_frame.pop(id(_call_at(frame)), None)
+        while frame is not None and frame.f_code is not MODULE_CALL:
+            frame = frame.f_back
+        self._by_frame.pop(id(frame), None)
 
     def under_way(self, frame: FrameType | None) -> ModelCall | None:
         """The innermost announced call that contains ``frame``; None if there is none."""

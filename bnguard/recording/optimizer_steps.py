@@ -38,8 +38,9 @@ class OptimizerSteps:
         optimizer = self._optimizer()
         if optimizer is not None:
             self._groups = groups = _groups_of(optimizer)
-            learning = [group for group, (_, is_still) in zip(optimizer.param_groups, groups, strict=True) if not is_still]
-            self.parameters = frozenset([id(parameter) for group in learning for parameter in group["params"]])
+            both = zip(optimizer.param_groups, groups, strict=True)
+            learning = [group["params"] for group, (_, stands_still) in both if not stands_still]
+            self.parameters = frozenset([id(parameter) for parameters in learning for parameter in parameters])
 
     def has_others(self, optimizer: Optimizer) -> bool:
         """Whether the optimizer has other parameters than before."""
@@ -190,13 +191,15 @@ class BackwardCounter:
 
     Attributes:
         count: How many have begun.
+        may_end_early: Whether some of them had to compute gradients of certain tensors only.
     """
 
-    __slots__ = ("_before_each", "count")
+    __slots__ = ("_before_each", "count", "may_end_early")
 
     def __init__(self) -> None:
         self._before_each: Callable[[], None] | None = None  # while it is open
         self.count = 0
+        self.may_end_early = False
 
     def open(self, before_each: Callable[[], None]) -> None:
         """Counts from now on. Calls ``before_each`` before each of them is counted."""
@@ -218,8 +221,11 @@ class BackwardCounter:
 
 def _count_backward(run: Callable[..., Any]) -> Callable[..., Any]:
     def counted(*args: Any, **kwargs: Any) -> Any:
+        inputs = args[4] if len(args) > 4 else kwargs.get("inputs")
         for counter in _engine_call.users:
             counter.add()
+            if inputs:
+                counter.may_end_early = True
         return run(*args, **kwargs)
 
     return counted

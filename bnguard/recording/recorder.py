@@ -24,11 +24,13 @@ from bnguard.recording.model_calls import ModelCall, ModelCalls
 from bnguard.recording.model_names import ModelName, distinct
 from bnguard.recording.optimizer_steps import BackwardCounter, StepCounter
 from bnguard.recording.ranks import Ranks
+from bnguard.recording.run import Run
 from bnguard.recording.timeline import Timeline
 from bnguard.recording.unwatched import Unwatched
 from bnguard.torch_internals import global_hook, model_events
 from bnguard.torch_internals.callsite import call_site
 from bnguard.torch_internals.checkpointing import is_in_backward
+from bnguard.torch_internals.node_hooks import NodeHooks
 from bnguard.words import name_text
 
 _MOST_SAMPLES: Final = 256
@@ -68,17 +70,16 @@ class Recorder(LayerListener[LayerLog]):
         self._undone: ByIdentity[None] = ByIdentity()
         self._calls = ModelCalls()
         self._outermost = 0  # the id of the module whose call began last from outside of all modules
-        self._journal = Journal(self._lock)
         self._keeps_up = False  # with each call of the model
-        self._backwards = BackwardCounter()
         self._interval = 1 if every in (None, "auto") else int(every)
         self._models: list[ModelName] = []
         self._shown: list[str] = []  # how they are named
         self._by_statistic: dict[int, LayerLog] = {}  # by id of the first one, which the log keeps
-        self.steps = StepCounter()
+        self._journal = Journal(self._lock)
+        self._run = Run(self._journal, StepCounter(), BackwardCounter(), defaultdict(Timeline), NodeHooks())
+        self.steps, self.timelines = self._run.steps, self._run.timelines
         self.unwatched = Unwatched()
         self.samples: list[DriftSample] = []
-        self.timelines: defaultdict[str, Timeline] = defaultdict(Timeline)
         self.ranks: Ranks | None = None
         self.place = ""
 
@@ -91,7 +92,7 @@ class Recorder(LayerListener[LayerLog]):
         self.place = f"watch of {what} at {os.path.basename(where.filename)}:{where.lineno}"  # folders may differ
         if self._model is not None:
             self._take_in(self._model)
-        self._backwards.open(self._journal.catch_up)
+        self._run.backwards.open(self._journal.catch_up)
         self.steps.open(self._journal, None if self._every is None else self._sample)
         model_events.listen(self)
         global_hook.listen(self)
@@ -101,7 +102,7 @@ class Recorder(LayerListener[LayerLog]):
         self.detach()
         with self._lock:
             for log in self.logs:
-                log.close(self.steps)
+                log.close()
             if self._every == "auto":
                 if self.samples and self.samples[-1].step == self.steps.count:
                     self.samples.pop()  # measured again below, with what came after that step
@@ -113,7 +114,7 @@ class Recorder(LayerListener[LayerLog]):
         global_hook.unlisten(self)
         model_events.unlisten(self)
         self.steps.close()
-        self._backwards.close()
+        self._run.backwards.close()
         self._manager = None
         self._known.clear()  # whose callbacks know this object
 
@@ -134,7 +135,8 @@ class Recorder(LayerListener[LayerLog]):
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Records a forward that is about to begin."""
         key = id(module)
-        if key not in self._by_id and not module._modules and (not self._meets_models or key in self._known):
+        log = self._by_id.get(key)
+        if log is None and not module._modules and (not self._meets_models or key in self._known):
             self._calls.pass_over(sys._getframe(3))
             return  # most modules of a model
         call = self._calls.begin(module, sys._getframe(3))
@@ -142,7 +144,10 @@ class Recorder(LayerListener[LayerLog]):
             self._outermost = key
         if module is self._model:
             self._look_again()
-        self._see(module, args, call)
+        if log is not None and self.wants_results and log.is_usual(module):
+            self._pend(module, Pending(None, call, is_sure=True))
+        else:
+            self._see(module, args, call)
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Records what a forward has done."""
@@ -173,7 +178,7 @@ class Recorder(LayerListener[LayerLog]):
         self._work_up()
         log = self._by_id.get(id(layer))
         if log is not None:
-            log.record_reset(self.steps.ticks)
+            log.record_reset()
 
     def mode_changed(self, module: nn.Module, *, training: bool, by_user: bool) -> None:
         """Records which layers were put into eval mode by themselves, and which of them a ``train()`` reached."""
@@ -204,22 +209,22 @@ class Recorder(LayerListener[LayerLog]):
             return
         if log.is_written(module):
             self._work_up()
-            log.record_write(self.steps.ticks)
-        log.record_beginning(self.steps)
+            log.record_write()
+        log.record_beginning()
         self._want_results()
         self._pend(module, Pending(None, call, is_sure=True))
 
     def _updates(self, log: LayerLog, module: nn.Module, args: tuple[Any, ...], output: Any, call: ModelCall) -> None:
-        journal = self._journal
-        log.note_update(module, call, args, output, self.steps, self._backwards.count, self.timelines, journal)
-        journal.is_due = journal.is_due or self._keeps_up
+        log.note_update(module, call, args, output)
+        if self._keeps_up:
+            self._journal.is_due = True
         if self._undone and self._undone.drop(module):
             self._work_up()
             log.record_eval_undone(call)
 
     def _evaluates(self, log: LayerLog, module: nn.Module) -> None:
         self._work_up()
-        log.record_evaluation(module, self.steps)
+        log.record_evaluation(module)
         if torch.is_grad_enabled():
             if not module.training:
                 self._want_results()
@@ -255,7 +260,7 @@ class Recorder(LayerListener[LayerLog]):
             return
         number = self._number_of(model)
         for layer in fresh:
-            log = LayerLog(layer, model, number, ancestors_of(layer.module, model))
+            log = LayerLog(layer, model, number, ancestors_of(layer.module, model), self._run)
             log.is_loaded = self._loaded.drop(layer.module)
             self._add(log, layer)
             if log.first_tensor is not None:

@@ -9,9 +9,10 @@ from typing import Any, Final
 
 from torch import Tensor
 
-from bnguard.findings.events import Update, UpdateSite
-from bnguard.recording.journal import Journal
+from bnguard.findings.events import Update
+from bnguard.recording.run import Run
 from bnguard.records import FEW_VALUES, StatsUpdates
+from bnguard.torch_internals.node_hooks import goes_through
 
 _MOST_MOMENTA: Final = 4
 _MOST_COMPUTED: Final = 256  # operations between a parameter and that of a clone
@@ -33,7 +34,7 @@ def count_update(update: Update, shape: Sequence[int] | None, step: int, momentu
             site.small_batches += 1
 
 
-def watch_result(output: Any, update: Update, journal: Journal) -> None:
+def watch_result(output: Any, update: Update, run: Run) -> None:
     """Notes in the journal when a backward pass goes through the result of the forward of an update."""
     if not isinstance(output, Tensor):
         return
@@ -42,8 +43,13 @@ def watch_result(output: Any, update: Update, journal: Journal) -> None:
     if node is None:
         return
     update.has_learned = False
-    note, entry = journal.entries.append, (_learned, (update,))
-    node.register_prehook(lambda _: note(entry))
+    backwards, note = run.backwards, run.journal.entries.append
+
+    def reached(_: Any) -> None:
+        if not backwards.may_end_early or goes_through():
+            note((_learned, (update,)))
+
+    run.node_hooks.add(node, reached)
 
 
 def _learned(update: Update) -> None:

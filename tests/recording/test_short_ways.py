@@ -53,6 +53,7 @@ class Program:
         self.other = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
         self.optimizers = [torch.optim.SGD(self.model.parameters(), 0.1)]
         self.losses: list[Tensor] = []
+        self.kept: list[Any] = []  # so that no other object gets its id
         self.saved = copy.deepcopy(self.model.state_dict())
 
     def forward(self) -> None:
@@ -89,6 +90,22 @@ class Program:
     def backward_of_an_old_loss(self) -> None:
         if self.losses:
             self.losses.pop(0).backward()  # type: ignore[no-untyped-call]
+
+    def gradient_of_a_result(self) -> None:
+        result = self.model.stem[1](torch.randn(8, 4))
+        torch.autograd.grad(result.square().sum(), result)
+
+    def gradient_of_a_result_and_beyond(self) -> None:
+        result = self.model.stem[1](torch.randn(8, 4))
+        torch.autograd.grad(result.square().sum(), [result, self.model.stem[1].weight])
+
+    def gradient_of_a_parameter(self) -> None:
+        if self.losses:
+            torch.autograd.grad(self.losses.pop(), self.model.stem[0].weight, allow_unused=True)
+
+    def gradient_of_the_end(self) -> None:
+        if self.losses:
+            self.losses.pop().backward(inputs=[self.model.head.bias])  # type: ignore[no-untyped-call]
 
     def step(self) -> None:
         self.optimizers[0].step()
@@ -149,9 +166,11 @@ class Program:
             self.forward()
 
     def replace(self) -> None:
+        self.kept.append(self.model.part[1])
         self.model.part[1] = nn.BatchNorm1d(4)
 
     def convert(self) -> None:
+        self.kept.append(self.model.stem[1].running_mean)
         self.model.stem[1].running_mean = self.model.stem[1].running_mean.clone()
 
     def clone(self) -> None:
