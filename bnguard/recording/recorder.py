@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 from bnguard.layers.by_identity import ByIdentity
-from bnguard.layers.drift import DriftSample, sample_of
+from bnguard.layers.drift import DriftSample
 from bnguard.layers.kinds import StatsLayer
 from bnguard.layers.other_buffers import select_with_buffers
 from bnguard.layers.swaps import own_tensors
 from bnguard.layers.tree import Tree, ancestors_of, parts_of, unwrapped
+from bnguard.recording.drift_samples import DriftSamples
 from bnguard.recording.journal import Journal
 from bnguard.recording.layer_listener import LayerListener, Pending
 from bnguard.recording.layer_log import LayerLog
@@ -47,7 +48,6 @@ class Recorder(LayerListener[LayerLog]):
     Attributes:
         steps: The steps of all optimizers.
         unwatched: Running statistics that cannot be recorded.
-        samples: Measurements of the drift.
         timelines: Updates over the steps, by line, in the order of their first updates.
         place: What is watched, in words that are equal on all ranks.
         ranks: The ranks of a distributed run; None until a model is met in one.
@@ -71,6 +71,7 @@ class Recorder(LayerListener[LayerLog]):
         self._calls = ModelCalls()
         self._outermost = 0  # the id of the module whose call began last from outside of all modules
         self._keeps_up = False  # with each call of the model
+        self._samples = DriftSamples()
         self._interval = 1 if every in (None, "auto") else int(every)
         self._models: list[ModelName] = []
         self._shown: list[str] = []  # how they are named
@@ -79,9 +80,13 @@ class Recorder(LayerListener[LayerLog]):
         self._run = Run(self._journal, StepCounter(), BackwardCounter(), defaultdict(Timeline), NodeHooks())
         self.steps, self.timelines = self._run.steps, self._run.timelines
         self.unwatched = Unwatched()
-        self.samples: list[DriftSample] = []
         self.ranks: Ranks | None = None
         self.place = ""
+
+    @property
+    def samples(self) -> list[DriftSample]:
+        """Measurements of the drift."""
+        return self._samples.computed()
 
     def open(self, manager: object = None) -> None:
         """Records from now on, at most as long as ``manager`` lives."""
@@ -104,9 +109,8 @@ class Recorder(LayerListener[LayerLog]):
             for log in self.logs:
                 log.close()
             if self._every == "auto":
-                if self.samples and self.samples[-1].step == self.steps.count:
-                    self.samples.pop()  # measured again below, with what came after that step
-                self._measure(self.steps.count)
+                self._samples.remove_last(self.steps.count)  # measured again, with what came after that step
+                self._samples.measure(self.steps.count, self._logs)
         self.ranks = self.ranks or Ranks.here()
 
     def detach(self, _: object = None) -> None:
@@ -297,12 +301,7 @@ class Recorder(LayerListener[LayerLog]):
         if step % self._interval:
             return
         with self._lock:
-            self._measure(step)
-            if self._every == "auto" and len(self.samples) >= _MOST_SAMPLES:
+            self._samples.measure(step, self._logs)
+            if self._every == "auto" and len(self._samples) >= _MOST_SAMPLES:
                 self._interval *= 2
-                self.samples = [sample for sample in self.samples if sample.step % self._interval == 0]
-
-    def _measure(self, step: int) -> None:
-        """Measures the drift on the device."""
-        layers = [(number, log.before, log.now(), log.eps) for number, log in enumerate(self._logs)]
-        self.samples.append(sample_of(step, layers))
+                self._samples.thin_out(self._interval)

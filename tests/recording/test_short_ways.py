@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import bnguard
-from bnguard.recording import journal
+from bnguard.recording import drift_samples, journal
+from bnguard.recording.layer_log import LayerLog
 from bnguard.recording.summary import watch_content
+from bnguard.torch_internals.node_hooks import NodeHooks
 from tests.strategies import property_settings
 
 
@@ -173,6 +175,17 @@ class Program:
         self.kept.append(self.model.stem[1].running_mean)
         self.model.stem[1].running_mean = self.model.stem[1].running_mean.clone()
 
+    def replace_data(self) -> None:
+        self.model.stem[1].running_mean.data = torch.ones(4, dtype=torch.float32)
+
+    def replace_data_by_other_data(self) -> None:
+        layer = nn.BatchNorm1d(4)
+        layer.running_mean.data = layer.running_mean.data.double()  # type: ignore[union-attr]
+        self.model.part[1].running_mean.data, self.kept = layer.running_mean, [*self.kept, layer]
+
+    def break_statistics(self) -> None:
+        self.model.part[1].running_var.fill_(torch.nan)
+
     def clone(self) -> None:
         layer = copy.copy(self.model.stem[1])
         layer._parameters = dict(layer._parameters)
@@ -237,14 +250,49 @@ def at_once() -> Iterator[None]:
 @contextmanager
 def few_at_a_time() -> Iterator[None]:
     """Records what was noted from time to time."""
-    with mock.patch.object(journal, "_MOST", 7):
+    with mock.patch.object(journal, "_MOST", 7), mock.patch.object(drift_samples, "_MOST_COPIED", 50):
         yield
+
+
+@contextmanager
+def the_long_way() -> Iterator[None]:
+    """Asks before each forward all that there is to ask, and hooks the result as torch does."""
+    with (
+        mock.patch.object(LayerLog, "is_usual", return_value=False),
+        mock.patch.object(NodeHooks, "add", lambda hooks, node, hook: node.register_prehook(hook)),
+    ):
+        yield
+
+
+@contextmanager
+def step_by_step() -> Iterator[None]:
+    """Computes the drift of each step by itself."""
+    with mock.patch.object(drift_samples, "_source_of", return_value=None):
+        yield
+
+
+EVERY = (None, 1, 2, "auto")
+
+
+@property_settings
+@given(steps=programs(), of_all=st.booleans(), every=st.sampled_from(EVERY))
+def test_updates_that_wait_are_recorded_as_at_once(steps, of_all, every):
+    """Findings, updates and series are those of a watch that works up each call of a model when it is over."""
+    plain = recorded(steps, at_once, of_all=of_all, every=every)
+    assert recorded(steps, nullcontext, of_all=of_all, every=every) == plain
+    assert recorded(steps, few_at_a_time, of_all=of_all, every=every) == plain
 
 
 @property_settings
 @given(steps=programs(), of_all=st.booleans())
-def test_updates_that_wait_are_recorded_as_at_once(steps, of_all):
-    """Findings, updates and series are those of a watch that works up each call of a model when it is over."""
-    plain = recorded(steps, at_once, of_all=of_all)
-    assert recorded(steps, nullcontext, of_all=of_all) == plain
-    assert recorded(steps, few_at_a_time, of_all=of_all) == plain
+def test_usual_forwards_are_recorded_as_unusual_ones(steps, of_all):
+    """What is asked in fewer lines gives the same answers."""
+    assert recorded(steps, nullcontext, of_all=of_all) == recorded(steps, the_long_way, of_all=of_all)
+
+
+@property_settings
+@given(steps=programs(), of_all=st.booleans(), every=st.sampled_from(EVERY))
+def test_drift_of_many_steps_is_that_of_each(steps, of_all, every):
+    """Statistics that are copied, and compared later, give a series of the same bits."""
+    plain = recorded(steps, step_by_step, of_all=of_all, every=every)
+    assert recorded(steps, nullcontext, of_all=of_all, every=every) == plain
