@@ -152,7 +152,7 @@ class LayerLog(SeenLayer):
         if site is None:
             batch_shape = None if shape is None else tuple(map(int, shape))
             site = UpdateSite(call.site, call.part, Mode(*flags), steps.count, steps.count, batch_shape)
-            self._sites[key] = site
+            site = self._sites.setdefault(key, site)  # another thread may have made it
         update = Update(site, self._is_frozen(module), call.number, call.parent, run.backwards.count)
         if site.mode.grad and not site.mode.recompute:
             watch_result(output, update, run)

@@ -65,15 +65,19 @@ class ModelCalls:
 
     def begin(self, module: nn.Module, frame: FrameType | None) -> ModelCall:
         """Announces a call of a module. ``frame`` is a frame inside of the call, or that of the call itself."""
-        frame = _call_at(frame)
+        while frame is not None and frame.f_code is not MODULE_CALL:  # in line, as most loops of this function
+            frame = frame.f_back
         wraps = type(module).__name__ in WRAPPERS
         if frame is None:
             return ModelCall("<unknown>", calibrates=False, wraps=wraps)
-        around = _call_at(frame.f_back)
-        is_outermost, outer = around is None, None
-        while around is not None and outer is None:
-            outer = self._by_frame.get(id(around))
-            around = _call_at(around.f_back) if outer is None else around
+        is_outermost, outer, around = True, None, frame.f_back
+        while around is not None:
+            if around.f_code is MODULE_CALL:
+                is_outermost = False
+                outer = self._by_frame.get(id(around))
+                if outer is not None:
+                    break
+            around = around.f_back
         if outer is None or outer.wraps:
             wraps = wraps or (outer is not None and runs_a_step(module))
             site, calibrates = self._user_line(frame) if is_outermost or outer is not None else self._search(frame)
@@ -81,13 +85,10 @@ class ModelCalls:
             call = ModelCall(site, calibrates, wraps, self._begun, self._begun, 0, torch.is_grad_enabled())
         else:
             self._begun += 1
-            part = outer.part
-            if not part and outer.has_grad and not torch.is_grad_enabled() and not in_reentrant_checkpoint():
+            site, calibrates, _, number, parent, _, has_grad, part = outer
+            if has_grad and not part and not torch.is_grad_enabled() and not in_reentrant_checkpoint():
                 part, _ = self._user_line(frame)
-            fields = (
-                outer.site, outer.calibrates, wraps, outer.number, self._begun, outer.own, outer.has_grad, part
-            )  # fmt: skip
-            call = _new_call(ModelCall, fields)
+            call = _new_call(ModelCall, (site, calibrates, wraps, number, self._begun, parent, has_grad, part))
         if len(self._by_frame) >= _MOST:
             self._by_frame.clear()
         self._by_frame[id(frame)] = call

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import weakref
 from collections import defaultdict
 from typing import Any, Final, Literal
@@ -155,16 +156,21 @@ class Recorder(LayerListener[LayerLog]):
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Records what a forward has done."""
-        log = self._by_id.get(id(module))
+        key = id(module)
+        log = self._by_id.get(key)
         if log is not None:
-            super().after(module, args, output)
+            waiting = self._pending.get((threading.get_ident(), key))
+            if waiting and waiting[-1].is_sure:
+                self._updates(log, module, args, output, waiting.pop().call)
+            else:
+                super().after(module, args, output)
             if not module.training and torch.is_grad_enabled():
                 call = self._calls.under_way(sys._getframe(3))
                 if call is not None:
                     self._work_up()
                     self._keeps_up = True  # a backward pass through the result asks for later updates
                     log.record_result(output, call)
-        if id(module) == self._outermost:
+        if key == self._outermost:
             self._journal.catch_up()
 
     def loaded(self, model: nn.Module) -> None:
