@@ -60,7 +60,7 @@ class ModelCalls:
 
     def __init__(self) -> None:
         self._by_frame: dict[int, ModelCall] = {}
-        self._lines: dict[tuple[CodeType, int, str], str] = {}
+        self._lines: dict[tuple[int, int, str], tuple[str, CodeType]] = {}
         self._begun = 0
 
     def begin(self, module: nn.Module, frame: FrameType | None) -> ModelCall:
@@ -142,14 +142,15 @@ class ModelCalls:
         return self._text(found) + called_in, calibrates
 
     def _text(self, frame: FrameType, path: str = "") -> str:
-        key = (frame.f_code, frame.f_lasti, path)
-        text = self._lines.get(key)
-        if text is None:
+        code = frame.f_code
+        key = (id(code), frame.f_lasti, path)  # the hash of a code object is that of all its instructions
+        line = self._lines.get(key)
+        if line is None:
             if len(self._lines) >= _MOST:  # code that is compiled again and again
                 self._lines.clear()
-            place = place_text(path or frame.f_code.co_filename, frame.f_lineno)
-            self._lines[key] = text = f"{place} in {function_of(frame.f_code)}"
-        return text
+            place = place_text(path or code.co_filename, frame.f_lineno)
+            self._lines[key] = line = f"{place} in {function_of(code)}", code  # so that no other code gets its id
+        return line[0]
 
 
 def _call_at(frame: FrameType | None) -> FrameType | None:
