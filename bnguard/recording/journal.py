@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Final
 
-_MOST: Final = 512  # entries that wait
+_MOST: Final = 256  # entries that wait
 
 
 class Journal:

@@ -107,8 +107,7 @@ class LayerLog(SeenLayer):
                 or tensor is None
                 or module._buffers.get(self.first) is not tensor
                 or last != (id(tensor), tensor._version, tensor.data_ptr())
-                or self._tick_noted == self._run.steps.ticks
-                or not is_grad_enabled()
+                or (self._copies.left and (self._tick_noted == self._run.steps.ticks or not is_grad_enabled()))
                 or running_backward() != -1
                 or id(module) in guards
                 or not predict(module)
@@ -125,8 +124,7 @@ class LayerLog(SeenLayer):
         self._was_evaluated = False
         if self._copies.left:
             tick = self._run.steps.ticks
-            is_repeated = self._tick_noted == tick
-            if (is_repeated or not is_grad_enabled()) and not is_capturing():
+            if (tick == self._tick_noted or not is_grad_enabled()) and not is_capturing():
                 self._copies.add(tick, copies_of(self._present()))
 
     def note_update(self, module: nn.Module, call: ModelCall, args: tuple[Any, ...], output: Any) -> None:
@@ -160,12 +158,8 @@ class LayerLog(SeenLayer):
         self._last = self._place(module)
         last, self._last_noted, self._tick_noted = self._last_noted, update, steps.ticks
         own = self._module
-        if (
-            last is None
-            or last.of is not site
-            or last.is_frozen is not update.is_frozen
-            or self._optimizers_of != steps.changes
-        ):
+        is_alike = last is not None and last.of is site and last.is_frozen is update.is_frozen
+        if not is_alike or self._optimizers_of != steps.changes:
             journal.is_due = True
         if own() is not module:
             own, journal.is_due = weakref.ref(module), True
@@ -192,7 +186,7 @@ class LayerLog(SeenLayer):
             tick: How many steps all optimizers had made.
         """
         module = own()
-        if module is not None:
+        if module is not None and self._optimizers_of != self._run.steps.changes:
             self._find_optimizers(module)
         if self._tick != tick:
             self.close_step(tick, is_frozen=update.is_frozen if own is self._module else None)
