@@ -111,7 +111,7 @@ class Recorder(LayerListener[LayerLog]):
                 log.close()
             if self._every == "auto":
                 self._samples.remove_last(self.steps.count)  # measured again, with what came after that step
-                self._samples.measure(self.steps.count, self._logs)
+                self._measure(self.steps.count)
         self.ranks = self.ranks or Ranks.here()
 
     def detach(self, _: object = None) -> None:
@@ -307,7 +307,11 @@ class Recorder(LayerListener[LayerLog]):
         if step % self._interval:
             return
         with self._lock:
-            self._samples.measure(step, self._logs)
+            self._measure(step)
             if self._every == "auto" and len(self._samples) >= _MOST_SAMPLES:
                 self._interval *= 2
                 self._samples.thin_out(self._interval)
+
+    def _measure(self, step: int) -> None:
+        """Measures the drift on the device."""
+        self._samples.measure(step, self._logs)

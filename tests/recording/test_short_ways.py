@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -270,7 +271,49 @@ def step_by_step() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def long_ways() -> Iterator[None]:
+    """Takes all of these."""
+    with at_once(), the_long_way(), step_by_step():
+        yield
+
+
 EVERY = (None, 1, 2, "auto")
+USUAL = ["train_step"] * 2
+# Programs that go on as usual until something comes that the short way must not pass over.
+TRAPS = {
+    "frozen, and moved by gradients from before": [
+        "forward", "backward", "freeze", "forward", "step_of_the_last", "forward", "step_of_the_last",
+    ],
+    "put back after a step": ["forward", "forward_and_put_back", "step", "forward", "step"],
+    "put back in the same step": ["forward", "forward_and_put_back", "forward", "backward", "step"],
+    "held": ["hold", "train_step"],
+    "recomputed after a step": ["recompute", "forward", "step", "backward", "step"],
+    "evaluated, updated and then backward": [
+        "change_mode", "forward", "change_mode", "forward", "backward_of_an_old_loss", "step",
+    ],
+    "learning rate of 0": ["change_learning_rate", "step", "train_step"],
+    "next optimizer": ["next_optimizer", "train_step", "freeze", "next_optimizer", "train_step"],
+    "written between evaluations": ["change_mode", "forward", "write", "forward", "write", "forward"],
+    "other data": ["replace_data_by_other_data", "step", "replace_data", "step", "train_step"],
+    "other tensors": ["convert", "step", "replace", "train_step"],
+    "backward later": ["forward", "step", "forward", "step", "backward_of_an_old_loss", "forward", "step"],
+    "gradient of a result": ["gradient_of_a_result", "step", "gradient_of_a_result", "step", "train_step"],
+    "deleted": ["forward_of_another_model", "step", "forward_of_another_model", "step", "forget"],
+    "clone": ["clone", "step", "clone", "freeze", "step", "clone", "step"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("of_all", [False, True])
+@pytest.mark.parametrize("trap", TRAPS.values(), ids=TRAPS)
+def test_what_is_not_usual_is_recorded_as_at_once(trap, of_all):
+    """The record is that of the long way after it, too."""
+    steps = [*USUAL, *trap, *USUAL]
+    plain = recorded(steps, long_ways, of_all=of_all, every=1)
+    assert recorded(steps, nullcontext, of_all=of_all, every=1) == plain
+    steps = [*USUAL, *trap]
+    plain = recorded(steps, long_ways, of_all=of_all, every=1)
+    assert recorded(steps, nullcontext, of_all=of_all, every=1) == plain
 
 
 @property_settings
