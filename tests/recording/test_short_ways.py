@@ -158,10 +158,10 @@ class Program:
         self.model.stem[1].running_mean.add_(1)
 
     def forward_and_put_back(self) -> None:
-        before = self.model.stem[1].running_mean.clone(), self.model.stem[1].running_var.clone()
+        before = {name: tensor.clone() for name, tensor in self.model.stem[1].named_buffers()}
         self.forward()
-        self.model.stem[1].running_mean.copy_(before[0])
-        self.model.stem[1].running_var.copy_(before[1])
+        for name, tensor in self.model.stem[1].named_buffers():
+            tensor.copy_(before[name])
 
     def hold(self) -> None:
         with bnguard.frozen(self.model, "restore"):
@@ -287,6 +287,9 @@ TRAPS = {
     ],
     "put back after a step": ["forward", "forward_and_put_back", "step", "forward", "step"],
     "put back in the same step": ["forward", "forward_and_put_back", "forward", "backward", "step"],
+    "put back, and first forwards that are to be recorded": ["forward", "forward_and_put_back", "forward", "step"],
+    "momentum of 0": ["change_momentum", "train_step", "change_momentum"],
+    "other tensor": ["convert", "train_step"],
     "held": ["hold", "train_step"],
     "recomputed after a step": ["recompute", "forward", "step", "backward", "step"],
     "evaluated, updated and then backward": [
