@@ -22,6 +22,12 @@ from bnguard.recording.summary import watch_content
 from bnguard.torch_internals.node_hooks import NodeHooks
 from tests.strategies import property_settings
 
+# Of a guard around a checkpoint, and of torch about a checkpoint without gradients.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::bnguard.BNGuardWarning"),
+    pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning"),
+]
+
 
 class Branches(nn.Module):
     """A stem, a part that is frozen at times, a layer in two places, and a head; one part runs without gradients."""
