@@ -1,16 +1,19 @@
-"""The least that a guard must do, to read the figures against."""
+"""The least that a guard and a watch must do, to read the figures against."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, autograd, nn
 from torch.nn import functional as F
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
-__all__ = ["least_around", "least_forward", "least_step"]
+__all__ = ["least_around", "least_forward", "least_step", "least_watch"]
 
 
 def least_around(net: nn.Module) -> None:
@@ -26,6 +29,23 @@ def least_around(net: nn.Module) -> None:
     after = torch.cat(statistics)
     assert torch.equal(before.view(torch.int32), after.view(torch.int32))
     assert counted == [count.item() for count in counts]
+
+
+@contextmanager
+def least_watch() -> Iterator[None]:
+    """Hooks that do nothing on all modules, as models that are made later need them, on steps and backward passes."""
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        return run(*args, **kwargs)
+
+    run = autograd._engine_run_backward
+    with ExitStack() as undo:
+        undo.callback(register_module_forward_pre_hook(lambda module, args: None).remove)
+        undo.callback(register_module_forward_hook(lambda module, args, output: None).remove)
+        undo.callback(register_optimizer_step_post_hook(lambda optimizer, args, kwargs: None).remove)
+        undo.callback(setattr, autograd, "_engine_run_backward", run)
+        autograd._engine_run_backward = counted
+        yield
 
 
 def least_forward(layer: nn.BatchNorm2d, x: Tensor) -> Callable[[], Tensor]:

@@ -59,12 +59,12 @@ def spread(figures: Sequence[float]) -> Spread:
     return Spread(middle, low, high)
 
 
-def race_of_steps(contenders: Sequence[Contender], *, rounds: int, threads: int = 1) -> Race:
+def race_of_steps(contenders: Sequence[Contender], *, rounds: int, untimed: int = 1, threads: int = 1) -> Race:
     """Times single steps of the contenders in turn: on a busy machine they spread, and cost as much as on an idle one.
 
-    An untimed step comes before each, so that no step pays for what the one of another contender has left in caches.
+    Untimed steps come before each, so that no step pays for what the one of another contender has left in caches.
     """
-    return race(contenders, rounds=rounds, steps=1, untimed=1, threads=threads)
+    return race(contenders, rounds=rounds, steps=1, untimed=untimed, threads=threads)
 
 
 def race(

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import bnguard
-from benchmarks import rivals
+from benchmarks import floors, rivals
 from benchmarks.models import make_step, sample
 from benchmarks.race import Contender, race, race_of_steps, spread
 from benchmarks.results import Benchmark, Row, compared
@@ -18,6 +18,8 @@ __all__ = ["BENCHMARKS", "WATCHED"]
 
 PLAIN, WATCHED, ALL = "unguarded", "watch(net) around the loop", "watch() of everything around the loop"
 HOOKS = "clone and torch.equal in hooks"
+FLOOR = "hooks on all modules that do nothing"
+_BEFORE: Final = 5  # steps that come before: at the first ones of a run there is more to see
 _RUN: Final = 1000  # steps
 _SAMPLED: Final = f"watch(net, every='auto') around {_RUN:,} steps"
 
@@ -34,8 +36,9 @@ def step(name: str, steps: int, target: float, size: int | None = None) -> list[
         Contender(WATCHED, train, partial(bnguard.watch, net)),
         Contender(ALL, train, bnguard.watch),
         Contender(HOOKS, train, partial(rivals.compared_by_hooks, net)),
+        Contender(FLOOR, train, floors.least_watch),
     ]
-    result = race_of_steps(contenders, rounds=steps)
+    result = race_of_steps(contenders, rounds=steps, untimed=_BEFORE if name == "bn_mlp" else 1)
     key = f"watch/{name}" if size is None else f"watch/{name}/{size}"
     return compared(key, title, result, PLAIN, {WATCHED: target, ALL: target})
 
@@ -49,6 +52,7 @@ def whole_run() -> list[Row]:
         Contender(_SAMPLED, train, partial(bnguard.watch, net, every="auto")),
         Contender(f"watch(net) around {_RUN:,} steps", train, partial(bnguard.watch, net)),
         Contender(HOOKS, train, partial(rivals.compared_by_hooks, net)),
+        Contender(FLOOR, train, floors.least_watch),
     ]
     result = race(contenders, rounds=10, steps=_RUN)
     return compared("watch/auto", "Training run under watch, bn_mlp", result, PLAIN, {_SAMPLED: 1.2})
@@ -65,10 +69,11 @@ def forward() -> list[Row]:
         Contender(PLAIN, run),
         Contender(WATCHED, run, partial(bnguard.watch, net)),
         Contender(HOOKS, run, partial(rivals.compared_by_hooks, net)),
+        Contender(FLOOR, run, floors.least_watch),
     ]
     seconds = race(contenders, rounds=60, steps=50).seconds
     rows = []
-    for name, target in ((WATCHED, 10.0), (HOOKS, None)):
+    for name, target in ((WATCHED, 10.0), (HOOKS, None), (FLOOR, None)):
         pairs = zip(seconds[name], seconds[PLAIN], strict=True)
         more = spread([1e6 * (ours - theirs) / len(net) for ours, theirs in pairs])
         rows.append(Row("watch/forward", "One forward of a layer, microseconds more", name, PLAIN, more, target))

@@ -155,8 +155,12 @@ class Rule:
     remedies: ClassVar[tuple[str, ...]]
     fine: ClassVar[str]
 
-    def on_update(self, update: Update, module: nn.Module) -> None:
-        """The layer, ``module``, has updated."""
+    def on_update(self, update: Update, module: nn.Module | None) -> None:
+        """The layer, ``module``, has updated; None if it has been deleted.
+
+        It may be called later: its attributes are those of the update if this is the first one from its line, or the
+        first one since ``is_frozen`` has changed.
+        """
 
     def on_eval_undone(self, site: str) -> None:
         """The update from this line was the first after a ``train()`` that reached a layer in eval mode."""

@@ -105,6 +105,61 @@ def sample_of(
     return DriftSample(step, tuple([position for group in groups.values() for position, _ in group]), values)
 
 
+class DriftColumns(NamedTuple):
+    """What copies of the statistics of several layers are compared with, and how they are arranged.
+
+    Attributes:
+        positions: The positions of the layers.
+        sizes: How many channels each has.
+        dtype: Of the copies: all means, then all variances.
+        old_mean: The means at the beginning.
+        old_var: The variances at the beginning, with ``eps``.
+        eps: For each channel.
+    """
+
+    positions: tuple[int, ...]
+    sizes: list[int]
+    dtype: torch.dtype
+    old_mean: Tensor
+    old_var: Tensor
+    eps: Tensor
+
+    def fit(self, copies: Tensor) -> bool:
+        """Whether copies are those of the same layers."""
+        old = self.old_mean
+        return copies.dtype is self.dtype and copies.device == old.device and copies.numel() == 2 * old.numel()
+
+    @outside_modes
+    def samples(self, steps: Sequence[int], copies: Sequence[Tensor]) -> list[DriftSample]:
+        """Measures the drift at several steps, each with the same bits as ``sample_of`` does."""
+        new_mean, new_var = torch.stack([*copies]).to(self.old_mean.dtype).chunk(2, dim=1)
+        shift, _, divergence = measures(self.old_mean, new_mean, self.old_var, new_var + self.eps)
+        largest = [torch.stack([part.amax(1) for part in some.split(self.sizes, 1)], 1) for some in (shift, divergence)]
+        table = torch.stack(largest, 1)  # of shape (number of steps, 2, number of layers)
+        return [DriftSample(step, self.positions, [values.clone()]) for step, values in zip(steps, table, strict=True)]
+
+
+@outside_modes
+def columns_of(
+    layers: Sequence[tuple[int, Mapping[str, Tensor], Mapping[str, Tensor], float]],
+) -> DriftColumns | None:
+    """Arranges those of several layers that can be measured; None without one, or if they are of several kinds.
+
+    Args:
+        layers: As in ``sample_of``.
+    """
+    found, kinds = [], set()
+    for position, before, now, eps in layers:
+        for old_mean, new_mean, old_var, _ in _pairs(before, now)[:1]:
+            found.append((position, old_mean, old_var + eps, torch.full_like(old_mean, eps)))
+            kinds.update([(new_mean.device, now[name].dtype) for name in mean_and_variance(before)[0]])
+    if len(kinds) != 1:
+        return None
+    positions, old_means, old_vars, all_eps = zip(*found, strict=True)
+    sizes = [mean.numel() for mean in old_means]
+    return DriftColumns(positions, sizes, kinds.pop()[1], torch.cat(old_means), torch.cat(old_vars), torch.cat(all_eps))
+
+
 @outside_modes
 def series_of(samples: Sequence[DriftSample], layers: Sequence[str]) -> DriftSeries:
     """Copies the samples to the CPU and arranges them in one table."""
@@ -149,14 +204,14 @@ def largest_mean_shift(before: Mapping[str, Tensor], after: Mapping[str, Tensor]
         variance, or they are no real numbers.
     """
     shifts = []
-    for name, variance in _names(before):
+    for name, variance in mean_and_variance(before):
         if name in after and are_alike((before[name], after[name], before[variance])):
             old, new, var = (tensor.detach().double().cpu() for tensor in (before[name], after[name], before[variance]))
             shifts.append(((new - old).abs() / (var + eps).sqrt()).max().item())
     return max(shifts) if shifts else None
 
 
-def _names(statistics: Mapping[str, Tensor]) -> list[tuple[str, str]]:
+def mean_and_variance(statistics: Mapping[str, Tensor]) -> list[tuple[str, str]]:
     """The names of the buffers that hold a mean, each paired with the name of its variance."""
     found = [(name, name.replace("mean", part)) for name in statistics if "mean" in name for part in _VARIANCES]
     return [(mean, variance) for mean, variance in found if variance in statistics]
@@ -173,7 +228,7 @@ def _pairs(
         device: Where to compute; None for where the later statistics are.
     """
     pairs = []
-    for names in _names(before):
+    for names in mean_and_variance(before):
         both = [statistics[name] for name in names for statistics in (before, after) if name in statistics]
         if len(both) == 4 and are_alike(both):
             place = device or both[1].device

@@ -274,8 +274,13 @@ class LayerListener(global_hook.Listener, Generic[L]):
             self._pend(module, Pending(_versions(log, module), call))
 
     def _pend(self, module: nn.Module, pending: Pending) -> None:
-        waiting = self._pending.setdefault((threading.get_ident(), id(module)), [])
-        del waiting[:-_MOST_NESTED]  # of forwards that have failed
+        key = threading.get_ident(), id(module)
+        waiting = self._pending.get(key)
+        if waiting is None:
+            self._pending[key] = [pending]
+            return
+        if len(waiting) > _MOST_NESTED:
+            del waiting[:-_MOST_NESTED]  # of forwards that have failed
         waiting.append(pending)
 
     def _want_results(self) -> None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
 
 from torch import Tensor, is_grad_enabled, is_inference_mode_enabled, nn
 
@@ -13,19 +12,20 @@ from bnguard.findings.events import Evaluation, LayerEnd, Result, StepEnd, Updat
 from bnguard.findings.observer import LayerObserver
 from bnguard.findings.rule import Evidence
 from bnguard.findings.soundness import is_initial
+from bnguard.guard.hold import guards
 from bnguard.guard.hooks import guard_of
 from bnguard.layers.kinds import OTHER_BUFFERS, StatsLayer
 from bnguard.layers.swaps import Table, own_tensors
 from bnguard.layers.tree import parameters_of
 from bnguard.recording.layer_listener import SeenLayer, copies_of
 from bnguard.recording.model_calls import ModelCall
-from bnguard.recording.optimizer_steps import OptimizerSteps, StepCounter, has_stepped_since
+from bnguard.recording.optimizer_steps import OptimizerSteps, has_stepped_since
 from bnguard.recording.put_back import CopiesBefore
-from bnguard.recording.timeline import Timeline
+from bnguard.recording.run import Run
 from bnguard.recording.update_sites import count_update, joined, leaf_of, watch_result
 from bnguard.records import Mode, StatsUpdates
-from bnguard.torch_internals.autocast import is_autocast
-from bnguard.torch_internals.checkpointing import is_in_backward
+from bnguard.torch_internals.autocast import is_any_autocast, is_autocast
+from bnguard.torch_internals.checkpointing import running_backward
 from bnguard.torch_internals.distributed import differs_per_rank
 from bnguard.torch_internals.functional_call import in_reentrant_checkpoint
 from bnguard.torch_internals.tracing import is_capturing, is_traced, outside_modes
@@ -34,19 +34,8 @@ _MOST_UPDATES: Final = 64  # of one step that are distinguished
 _MOST_WRITES: Final = 64  # of somebody else that are looked at
 
 
-NotedUpdate: TypeAlias = "tuple[LayerLog, weakref.ref[nn.Module], Update, Sequence[int] | None, Any]"
-
-
 class LayerLog(SeenLayer):
     """What was seen of one layer, from the host alone: no tensor is read. Rules get every event through an observer.
-
-    Note [Two parts of a record]
-    ~~~~~~~~~~~~~~~~~~~~~~~~~~~~
-    Between two operations of torch little Python is in the caches of the processor, so that each line costs several
-    times as much as in a loop. Right after a forward ``note_update`` does what cannot wait: how the forward ran,
-    whether anything will be learned from its result, and where its statistics are. The rest, ``record_update``, waits
-    until the recorder works up the updates of all layers one after the other: when the call of the model is over, and
-    before anything else that counts, as a backward pass, a step of an optimizer or an evaluation.
 
     Attributes:
         model_number: The number of its model among those that were met.
@@ -55,14 +44,17 @@ class LayerLog(SeenLayer):
     """
 
     __slots__ = (
-        "_copies", "_count", "_evaluations", "_is_trained", "_last", "_model", "_momentum", "_noted",
+        "_copies", "_count", "_evaluations", "_is_trained", "_last", "_last_noted", "_model", "_momentum",
         "_observer", "_optimizers", "_optimizers_of", "_parameters", "_parameters_before", "_parents", "_recalibrates",
-        "_rewritten", "_rivals", "_sites", "_tick", "_updates", "_was_evaluated", "_writes_left",
+        "_rewritten", "_rivals", "_run", "_sites", "_tick", "_tick_noted", "_updates", "_was_evaluated", "_writes_left",
         "differs_per_rank", "is_loaded", "model_number",
     )  # fmt: skip
 
-    def __init__(self, layer: StatsLayer, model: nn.Module, model_number: int, parents: Sequence[nn.Module]) -> None:
+    def __init__(
+        self, layer: StatsLayer, model: nn.Module, model_number: int, parents: Sequence[nn.Module], run: Run
+    ) -> None:
         super().__init__(layer)
+        self._run = run
         self.model_number = model_number
         self.differs_per_rank = differs_per_rank(model)
         self.is_loaded = False
@@ -78,7 +70,8 @@ class LayerLog(SeenLayer):
         self._tick = 0
         self._updates: list[Update] = []  # since that step of any optimizer
         self._count = 0
-        self._noted = 0  # updates that are to be recorded
+        self._last_noted: Update | None = None  # which may be to be recorded
+        self._tick_noted = -1  # at which tick it was; -1 if all updates since then have been undone
         self._is_trained = False
         self._optimizers: tuple[OptimizerSteps, ...] = ()
         self._rivals: tuple[OptimizerSteps, ...] = ()
@@ -102,17 +95,39 @@ class LayerLog(SeenLayer):
         """Whether somebody else has written since the last forward: then ``record_write`` is due."""
         return self._place(module) != self._last
 
-    def record_beginning(self, steps: StepCounter) -> None:
+    def is_usual(self, module: nn.Module) -> bool:
+        """Whether a forward that is about to begin is like most: it updates, and nothing is to be done before that.
+
+        That is decided in few lines, and may be False of a forward for which it is true.
+        """
+        tensor, last, predict = self.first_tensor, self._last, self.kind.predict
+        try:
+            if (
+                predict is None
+                or tensor is None
+                or module._buffers.get(self.first) is not tensor
+                or last != (id(tensor), tensor._version, tensor.data_ptr())
+                or (self._copies.left and (self._tick_noted == self._run.steps.ticks or not is_grad_enabled()))
+                or running_backward() != -1
+                or id(module) in guards
+                or not predict(module)
+                or getattr(module, "momentum", None) == 0
+            ):
+                return False
+        except (RuntimeError, ValueError):  # see ``_place``
+            return False
+        self._was_evaluated = False
+        return True
+
+    def record_beginning(self) -> None:
         """Takes copies, right before a forward that may update, if it may be put back."""
         self._was_evaluated = False
         if self._copies.left:
-            is_repeated = self._noted or (self._updates and self._tick == steps.ticks)
-            if (is_repeated or not is_grad_enabled()) and not is_capturing():
-                self._copies.add(steps.ticks, copies_of(self._present()))
+            tick = self._run.steps.ticks
+            if (tick == self._tick_noted or not is_grad_enabled()) and not is_capturing():
+                self._copies.add(tick, copies_of(self._present()))
 
-    def note_update(
-        self, module: nn.Module, call: ModelCall, args: tuple[Any, ...], output: Any, steps: StepCounter, backwards: int
-    ) -> NotedUpdate:
+    def note_update(self, module: nn.Module, call: ModelCall, args: tuple[Any, ...], output: Any) -> None:
         """Notes one update. See Note [Two parts of a record].
 
         Args:
@@ -120,11 +135,14 @@ class LayerLog(SeenLayer):
             call: How the forward has come about.
             args: Its arguments.
             output: What it has returned; None if it is not over.
-            steps: The optimizer steps so far.
-            backwards: How many backward passes there were so far.
         """
+        run = self._run
+        journal, steps = run.journal, run.steps
         input = args[0] if args and isinstance(args[0], Tensor) else None
-        flags = _flags_of(module, input, call)
+        training, inference = module.training, is_inference_mode_enabled()
+        grad = is_grad_enabled() or (training and not inference and in_reentrant_checkpoint())
+        autocast = is_any_autocast() and input is not None and is_autocast(input)
+        flags = training, grad, inference, autocast, running_backward() != -1, call.calibrates
         # A program that is being traced would contain our reading of the shape.
         shape = None if input is None or is_traced() else input.shape
         key = (call.site, call.part, flags)
@@ -132,55 +150,60 @@ class LayerLog(SeenLayer):
         if site is None:
             batch_shape = None if shape is None else tuple(map(int, shape))
             site = UpdateSite(call.site, call.part, Mode(*flags), steps.count, steps.count, batch_shape)
-            self._sites[key] = site
-        update = Update(site, self._is_frozen(module), call.number, call.parent, backwards)
+            site = self._sites.setdefault(key, site)  # another thread may have made it
+        update = Update(site, self._is_frozen(module), call.number, call.parent, run.backwards.count)
         if site.mode.grad and not site.mode.recompute:
-            watch_result(output, update)
+            watch_result(output, update, run)
         self._copies.updated(update)
         self._last = self._place(module)
-        self._noted += 1
-        own = self._module if self._module() is module else weakref.ref(module)
-        return self, own, update, shape, getattr(module, "momentum", None)
+        last, self._last_noted, self._tick_noted = self._last_noted, update, steps.ticks
+        own = self._module
+        is_alike = last is not None and last.of is site and last.is_frozen is update.is_frozen
+        if not is_alike or self._optimizers_of != steps.changes:
+            journal.is_due = True
+        if own() is not module:
+            own, journal.is_due = weakref.ref(module), True
+        momentum = getattr(module, "momentum", None)
+        journal.entries.append((self.record_update, (own, update, shape, momentum, steps.count, steps.ticks)))
 
     def record_update(
         self,
-        module: nn.Module | None,
+        own: weakref.ref[nn.Module],
         update: Update,
         shape: Sequence[int] | None,
         momentum: Any,
-        steps: StepCounter,
-        timelines: defaultdict[str, Timeline],
+        count: int,
+        tick: int,
     ) -> None:
-        """Records an update that was noted since the last step of any optimizer.
+        """Records an update that was noted.
 
         Args:
-            module: The layer, or a clone that shares its statistics; None if it is deleted.
+            own: The layer, or a clone that shares its statistics.
             update: The update.
             shape: The shape of the batch, if it is known.
             momentum: The momentum of the layer.
-            steps: The optimizer steps so far.
-            timelines: The timeline of each line.
+            count: How many rounds of optimizer steps had begun.
+            tick: How many steps all optimizers had made.
         """
-        self._noted -= 1
-        if module is not None:
-            self._find_optimizers(module, steps)
-        if self._tick != steps.ticks:
-            self.close_step(steps)
+        module = own()
+        if module is not None and self._optimizers_of != self._run.steps.changes:
+            self._find_optimizers(module)
+        if self._tick != tick:
+            self.close_step(tick, is_frozen=update.is_frozen if own is self._module else None)
         site = update.of
         self.updates += 1
-        count_update(site, shape, steps.count, momentum)
-        timelines[site.site].add(steps.count)
-        site.recalibrating += self._recalibrates == steps.ticks
-        if module is not None:
-            for listener in self._observer.on_update:
-                listener(update, module)
+        count_update(update, shape, count, momentum)
+        self._run.timelines[site.site].add(count)
+        site.recalibrating += self._recalibrates == tick
+        for listener in self._observer.on_update:
+            listener(update, module)
         self._count += 1
         if len(self._updates) < _MOST_UPDATES:
             self._updates.append(update)
 
-    def record_reset(self, tick: int) -> None:
+    def record_reset(self) -> None:
         """Records that ``reset_running_stats()`` was called."""
-        self._recalibrates = tick
+        self._recalibrates = self._run.steps.ticks
         self._last = self._place(self.module)
 
     def record_load(self) -> None:
@@ -194,12 +217,12 @@ class LayerLog(SeenLayer):
         for listener in self._observer.on_held:
             listener()
 
-    def record_evaluation(self, module: nn.Module, steps: StepCounter) -> None:
+    def record_evaluation(self, module: nn.Module) -> None:
         """Records a forward that updates nothing."""
-        self._find_optimizers(module, steps)
+        self._find_optimizers(module)
         if self.is_written(module):
             was_evaluated = self._was_evaluated
-            if not self.record_write(steps.ticks) and was_evaluated and not module.training and self._is_trained:
+            if not self.record_write() and was_evaluated and not module.training and self._is_trained:
                 self._rewritten += 1
         self._was_evaluated = not module.training
         self._evaluations += self._was_evaluated
@@ -220,24 +243,30 @@ class LayerLog(SeenLayer):
         for listener in self._observer.on_eval_undone:
             listener(call.site)
 
-    def close(self, steps: StepCounter) -> None:
+    def close(self) -> None:
         """Ends the record."""
         if self._place(self.module) != self._last:
-            self.record_write(steps.ticks)
-        self.close_step(steps)
+            self.record_write()
+        self.close_step(self._run.steps.ticks)
 
-    def close_step(self, steps: StepCounter) -> None:
-        """Ends what lies between two steps of optimizers."""
+    def close_step(self, now: int, *, is_frozen: bool | None = None) -> None:
+        """Ends what lies between two steps of optimizers.
+
+        Args:
+            now: How many steps of them are over.
+            is_frozen: Whether no parameter is trained now; None if that is to be seen.
+        """
         updates, count, tick = self._updates, self._count, self._tick
         module = self.module
-        self._updates, self._count, self._tick = [], 0, steps.ticks
-        self._copies.step(steps.ticks)
+        self._updates, self._count, self._tick = [], 0, now
+        self._copies.step(now)
         if module is not None:
-            self._find_optimizers(module, steps)
+            self._find_optimizers(module)
         is_trained = None
-        if steps.ticks > tick:
+        if now > tick:
             is_trained = has_stepped_since(self._optimizers, tick)
-            self._is_trained = self._is_trained or (is_trained and not self._is_frozen(module))
+            if is_trained and not self._is_trained:
+                self._is_trained = not (self._is_frozen(module) if is_frozen is None else is_frozen)
         if updates:
             is_of_rival = not is_trained and has_stepped_since(self._rivals, tick)
             step = StepEnd(tuple(updates), count, is_trained, is_of_rival)
@@ -306,7 +335,7 @@ class LayerLog(SeenLayer):
             return None
 
     @outside_modes
-    def record_write(self, tick: int) -> bool:
+    def record_write(self) -> bool:
         """Records that somebody else has written. Returns whether that is explained: put back by hand, or reset.
 
         See Note [Put back by hand].
@@ -317,12 +346,14 @@ class LayerLog(SeenLayer):
             return True
         now = self._present()
         if is_initial({name: tensor for name, tensor in now.items() if name != "num_batches_tracked"}):
-            self._recalibrates = tick
+            self._recalibrates = self._run.steps.ticks
             return True
         undone = self._copies.undone_by(now)
         if undone is not None:
             for update in undone:
                 self._undo(update)
+            if not self._updates:
+                self._tick_noted = -1
             return True
         # Other tensors are those of a conversion.
         return was is None or self._last is None or was[0] != self._last[0]
@@ -339,7 +370,8 @@ class LayerLog(SeenLayer):
             site.results -= 1
             site.learned -= update.has_learned
 
-    def _find_optimizers(self, module: nn.Module, steps: StepCounter) -> None:
+    def _find_optimizers(self, module: nn.Module) -> None:
+        steps = self._run.steps
         if self._optimizers_of == steps.changes:
             return
         self._optimizers_of = steps.changes
@@ -361,18 +393,8 @@ class LayerLog(SeenLayer):
         return []
 
     def _is_frozen(self, module: nn.Module | None) -> bool:
+        for parameter in () if module is None else module._parameters.values():
+            if parameter is not None and parameter.requires_grad:
+                return False
         parameters = list(self._parameters.values()) if module is None else self._trainable(module)
         return not any([parameter.requires_grad for parameter in parameters])
-
-
-def _flags_of(module: nn.Module, input: Tensor | None, call: ModelCall) -> tuple[bool, ...]:
-    """The first fields of ``Mode``, for a forward that is about to begin or has just ended."""
-    is_inference = is_inference_mode_enabled()
-    return (
-        module.training,
-        is_grad_enabled() or (module.training and not is_inference and in_reentrant_checkpoint()),
-        is_inference,
-        input is not None and is_autocast(input),
-        is_in_backward(),
-        call.calibrates,
-    )

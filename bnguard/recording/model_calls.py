@@ -66,20 +66,24 @@ class ModelCalls:
 
     def __init__(self) -> None:
         self._by_frame: dict[int, ModelCall] = {}
-        self._lines: dict[tuple[CodeType, int, str], str] = {}
+        self._lines: dict[tuple[int, int, str], tuple[str, CodeType]] = {}
         self._begun = 0
 
     def begin(self, module: nn.Module, frame: FrameType | None) -> ModelCall:
         """Announces a call of a module. ``frame`` is a frame inside of the call, or that of the call itself."""
-        frame = _call_at(frame)
+        while frame is not None and frame.f_code is not MODULE_CALL:  # in line, as most loops of this function
+            frame = frame.f_back
         wraps = type(module).__name__ in WRAPPERS
         if frame is None:
             return ModelCall("<unknown>", calibrates=False, wraps=wraps)
-        around = _call_at(frame.f_back)
-        is_outermost, outer = around is None, None
-        while around is not None and outer is None:
-            outer = self._by_frame.get(id(around))
-            around = _call_at(around.f_back) if outer is None else around
+        is_outermost, outer, around = True, None, frame.f_back
+        while around is not None:
+            if around.f_code is MODULE_CALL:
+                is_outermost = False
+                outer = self._by_frame.get(id(around))
+                if outer is not None:
+                    break
+            around = around.f_back
         if outer is None or outer.wraps:
             wraps = wraps or (outer is not None and runs_a_step(module))
             site, calibrates = self._user_line(frame) if is_outermost or outer is not None else self._search(frame)
@@ -87,13 +91,10 @@ class ModelCalls:
             call = ModelCall(site, calibrates, wraps, self._begun, self._begun, 0, torch.is_grad_enabled())
         else:
             self._begun += 1
-            part = outer.part
-            if not part and outer.has_grad and not torch.is_grad_enabled() and not in_reentrant_checkpoint():
+            site, calibrates, _, number, parent, _, has_grad, part = outer
+            if has_grad and not part and not torch.is_grad_enabled() and not in_reentrant_checkpoint():
                 part, _ = self._user_line(frame)
-            fields = (
-                outer.site, outer.calibrates, wraps, outer.number, self._begun, outer.own, outer.has_grad, part
-            )  # fmt: skip
-            call = _new_call(ModelCall, fields)
+            call = _new_call(ModelCall, (site, calibrates, wraps, number, self._begun, parent, has_grad, part))
         if len(self._by_frame) >= _MOST:
             self._by_frame.clear()
         self._by_frame[id(frame)] = call
@@ -101,7 +102,9 @@ class ModelCalls:
 
     def pass_over(self, frame: FrameType | None) -> None:
         """Announces a call that is not worth remembering: what it calls counts as called by the call around it."""
-        self._by_frame.pop(id(_call_at(frame)), None)
+        while frame is not None and frame.f_code is not MODULE_CALL:
+            frame = frame.f_back
+        self._by_frame.pop(id(frame), None)
 
     def under_way(self, frame: FrameType | None) -> ModelCall | None:
         """The innermost announced call that contains ``frame``; None if there is none."""
@@ -145,14 +148,15 @@ class ModelCalls:
         return self._text(found) + called_in, calibrates
 
     def _text(self, frame: FrameType, path: str = "") -> str:
-        key = (frame.f_code, frame.f_lasti, path)
-        text = self._lines.get(key)
-        if text is None:
+        code = frame.f_code
+        key = (id(code), frame.f_lasti, path)  # the hash of a code object is that of all its instructions
+        line = self._lines.get(key)
+        if line is None:
             if len(self._lines) >= _MOST:  # code that is compiled again and again
                 self._lines.clear()
-            place = place_text(path or frame.f_code.co_filename, frame.f_lineno)
-            self._lines[key] = text = f"{place} in {function_of(frame.f_code)}"
-        return text
+            place = place_text(path or code.co_filename, frame.f_lineno)
+            self._lines[key] = line = f"{place} in {function_of(code)}", code  # so that no other code gets its id
+        return line[0]
 
 
 def _call_at(frame: FrameType | None) -> FrameType | None:

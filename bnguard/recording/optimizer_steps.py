@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+from bnguard.recording.journal import Journal
 from bnguard.torch_internals.patching import AttributePatch, Patch, backward_patch, step_hook_patch
 
 
@@ -18,7 +19,7 @@ class OptimizerSteps:
 
     Attributes:
         count: How many there were, including those that a ``GradScaler`` skipped.
-        latest: The number of the latest one among those of all optimizers.
+        latest: The number of the latest one among those of all optimizers, as far as steps were worked up.
         parameters: The ids of its parameters, without those with a learning rate of 0; empty once it is deleted, since
             other objects may then get these ids.
     """
@@ -32,22 +33,26 @@ class OptimizerSteps:
         self.count = self.latest = 0
         self.look_again()
 
-    def look_again(self) -> bool:
-        """Reads the parameters again; returns whether there are others than before."""
+    def look_again(self) -> None:
+        """Reads the parameters again."""
         optimizer = self._optimizer()
-        if optimizer is None:
-            return False
-        groups = [(len(group["params"]), _stands_still(group)) for group in optimizer.param_groups]
-        if groups == self._groups:
-            return False
-        self._groups = groups
-        learning = [group for group in optimizer.param_groups if not _stands_still(group)]
-        self.parameters = frozenset([id(parameter) for group in learning for parameter in group["params"]])
-        return True
+        if optimizer is not None:
+            self._groups = groups = _groups_of(optimizer)
+            both = zip(optimizer.param_groups, groups, strict=True)
+            learning = [group["params"] for group, (_, stands_still) in both if not stands_still]
+            self.parameters = frozenset([id(parameter) for parameters in learning for parameter in parameters])
+
+    def has_others(self, optimizer: Optimizer) -> bool:
+        """Whether the optimizer has other parameters than before."""
+        return _groups_of(optimizer) != self._groups
 
     def is_of(self, optimizer: Optimizer) -> bool:
         """Whether these are the steps of this optimizer."""
         return self._optimizer() is optimizer
+
+    def work_up(self, tick: int) -> None:
+        """Works up one of these steps, which was that of all optimizers with this number."""
+        self.latest = tick
 
     def is_over(self) -> bool:
         """Whether the optimizer is deleted."""
@@ -61,9 +66,10 @@ class OptimizerSteps:
         self.parameters = frozenset()
 
 
-def _stands_still(group: dict[str, Any]) -> bool:
-    rate = group.get("lr")
-    return not isinstance(rate, Tensor) and rate == 0  # reading a tensor would wait for its device
+def _groups_of(optimizer: Optimizer) -> list[tuple[int, bool]]:
+    """Of each group of parameters how many there are, and whether its learning rate is 0."""
+    groups = optimizer.param_groups  # reading a tensor would wait for its device
+    return [(len(group["params"]), not isinstance(rate := group.get("lr"), Tensor) and rate == 0) for group in groups]
 
 
 class StepCounter:
@@ -82,23 +88,21 @@ class StepCounter:
 
     def __init__(self) -> None:
         self.optimizers: list[OptimizerSteps] = []
-        self._before_each: Callable[[], None] | None = None  # while it is open
+        self._journal: Journal | None = None  # while it is open
         self._after_each: Callable[[int], None] | None = None
         self._round: set[OptimizerSteps] = set()
         self.count = 0
         self.ticks = 0
         self.changes = 0
 
-    def open(
-        self, before_each: Callable[[], None] | None = None, after_each: Callable[[int], None] | None = None
-    ) -> None:
+    def open(self, journal: Journal, after_each: Callable[[int], None] | None = None) -> None:
         """Counts from now on.
 
         Args:
-            before_each: Called before each step of any optimizer is counted.
+            journal: Where the steps are noted. It catches up before each of them.
             after_each: Called at the first step of each round, with the new ``count``.
         """
-        self._before_each, self._after_each = before_each, after_each
+        self._journal, self._after_each = journal, after_each
         _step_hook.add(self)
         _scaler_step.add(self)
 
@@ -106,7 +110,7 @@ class StepCounter:
         """Stops counting."""
         _scaler_step.remove(self)
         _step_hook.remove(self)
-        self._before_each = self._after_each = None
+        self._journal = self._after_each = None
 
     def of(self, parameters: Iterable[int]) -> tuple[OptimizerSteps, ...]:
         """The optimizers that train some of the parameters with these ids."""
@@ -118,22 +122,30 @@ class StepCounter:
         for steps in self.optimizers:
             if steps.is_of(optimizer):
                 return steps
+        self._is_about_to_change()
         steps = OptimizerSteps(optimizer)
         self.optimizers = [*[other for other in self.optimizers if not other.is_over()], steps]
-        self.changes += 1
         return steps
+
+    def _is_about_to_change(self) -> None:
+        if self._journal is not None:
+            self._journal.work_up()
+        self.changes += 1
 
     def add_step_of(self, optimizer: Optimizer) -> None:
         """Counts one step."""
-        before_each = self._before_each  # close() may come between any two lines
-        if before_each is not None:
-            before_each()
+        journal = self._journal  # close() may come between any two lines
+        if journal is None:
+            return
+        journal.catch_up()
         steps = self.steps_of(optimizer)
-        self.changes += steps.look_again()
+        if steps.has_others(optimizer):
+            self._is_about_to_change()
+            steps.look_again()
         is_successor = not steps.count and any([steps.has_replaced(other) for other in self._round])
         self.ticks += 1
         steps.count += 1
-        steps.latest = self.ticks
+        journal.entries.append((steps.work_up, (self.ticks,)))
         if self._round and not is_successor and steps not in self._round:
             self._round.add(steps)
             return
@@ -179,13 +191,15 @@ class BackwardCounter:
 
     Attributes:
         count: How many have begun.
+        may_end_early: Whether some of them had to compute gradients of certain tensors only.
     """
 
-    __slots__ = ("_before_each", "count")
+    __slots__ = ("_before_each", "count", "may_end_early")
 
     def __init__(self) -> None:
         self._before_each: Callable[[], None] | None = None  # while it is open
         self.count = 0
+        self.may_end_early = False
 
     def open(self, before_each: Callable[[], None]) -> None:
         """Counts from now on. Calls ``before_each`` before each of them is counted."""
@@ -207,8 +221,11 @@ class BackwardCounter:
 
 def _count_backward(run: Callable[..., Any]) -> Callable[..., Any]:
     def counted(*args: Any, **kwargs: Any) -> Any:
+        inputs = args[4] if len(args) > 4 else kwargs.get("inputs")
         for counter in _engine_call.users:
             counter.add()
+            if inputs:
+                counter.may_end_early = True
         return run(*args, **kwargs)
 
     return counted

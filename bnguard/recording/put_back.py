@@ -63,7 +63,7 @@ class CopiesBefore:
     def step(self, tick: int) -> None:
         """Forgets what is from before so many steps."""
         if self._copies:
-            self._copies = [copied for copied in self._copies if copied.tick == tick]
+            self._copies = [copied for copied in self._copies if copied.tick >= tick]
 
     def clear(self) -> None:
         """Forgets all."""

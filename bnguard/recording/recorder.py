@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import weakref
 from collections import defaultdict
 from typing import Any, Final, Literal
@@ -12,22 +13,26 @@ import torch
 from torch import nn
 
 from bnguard.layers.by_identity import ByIdentity
-from bnguard.layers.drift import DriftSample, sample_of
+from bnguard.layers.drift import DriftSample
 from bnguard.layers.kinds import StatsLayer
 from bnguard.layers.other_buffers import select_with_buffers
 from bnguard.layers.swaps import own_tensors
 from bnguard.layers.tree import Tree, ancestors_of, parts_of, unwrapped
+from bnguard.recording.drift_samples import DriftSamples
+from bnguard.recording.journal import Journal
 from bnguard.recording.layer_listener import LayerListener, Pending
-from bnguard.recording.layer_log import LayerLog, NotedUpdate
+from bnguard.recording.layer_log import LayerLog
 from bnguard.recording.model_calls import ModelCall, ModelCalls
 from bnguard.recording.model_names import ModelName, distinct
 from bnguard.recording.optimizer_steps import BackwardCounter, StepCounter
 from bnguard.recording.ranks import Ranks
+from bnguard.recording.run import Run
 from bnguard.recording.timeline import Timeline
 from bnguard.recording.unwatched import Unwatched
 from bnguard.torch_internals import global_hook, model_events
 from bnguard.torch_internals.callsite import call_site
 from bnguard.torch_internals.checkpointing import is_in_backward
+from bnguard.torch_internals.node_hooks import NodeHooks
 from bnguard.words import name_text
 
 _MOST_SAMPLES: Final = 256
@@ -44,7 +49,6 @@ class Recorder(LayerListener[LayerLog]):
     Attributes:
         steps: The steps of all optimizers.
         unwatched: Running statistics that cannot be recorded.
-        samples: Measurements of the drift.
         timelines: Updates over the steps, by line, in the order of their first updates.
         place: What is watched, in words that are equal on all ranks.
         ranks: The ranks of a distributed run; None until a model is met in one.
@@ -67,18 +71,23 @@ class Recorder(LayerListener[LayerLog]):
         self._undone: ByIdentity[None] = ByIdentity()
         self._calls = ModelCalls()
         self._outermost = 0  # the id of the module whose call began last from outside of all modules
-        self._noted: list[NotedUpdate] = []  # updates that are to be recorded
-        self._backwards = BackwardCounter()
+        self._keeps_up = False  # with each call of the model
+        self._samples = DriftSamples()
         self._interval = 1 if every in (None, "auto") else int(every)
         self._models: list[ModelName] = []
         self._shown: list[str] = []  # how they are named
         self._by_statistic: dict[int, LayerLog] = {}  # by id of the first one, which the log keeps
-        self.steps = StepCounter()
+        self._journal = Journal(self._lock)
+        self._run = Run(self._journal, StepCounter(), BackwardCounter(), defaultdict(Timeline), NodeHooks())
+        self.steps, self.timelines = self._run.steps, self._run.timelines
         self.unwatched = Unwatched()
-        self.samples: list[DriftSample] = []
-        self.timelines: defaultdict[str, Timeline] = defaultdict(Timeline)
         self.ranks: Ranks | None = None
         self.place = ""
+
+    @property
+    def samples(self) -> list[DriftSample]:
+        """Measurements of the drift."""
+        return self._samples.computed()
 
     def open(self, manager: object = None) -> None:
         """Records from now on, at most as long as ``manager`` lives."""
@@ -89,8 +98,8 @@ class Recorder(LayerListener[LayerLog]):
         self.place = f"watch of {what} at {os.path.basename(where.filename)}:{where.lineno}"  # folders may differ
         if self._model is not None:
             self._take_in(self._model)
-        self._backwards.open(self._work_up)
-        self.steps.open(self._work_up, None if self._every is None else self._sample)
+        self._run.backwards.open(self._journal.catch_up)
+        self.steps.open(self._journal, None if self._every is None else self._sample)
         model_events.listen(self)
         global_hook.listen(self)
 
@@ -99,10 +108,9 @@ class Recorder(LayerListener[LayerLog]):
         self.detach()
         with self._lock:
             for log in self.logs:
-                log.close(self.steps)
+                log.close()
             if self._every == "auto":
-                if self.samples and self.samples[-1].step == self.steps.count:
-                    self.samples.pop()  # measured again below, with what came after that step
+                self._samples.remove_last(self.steps.count)  # measured again, with what came after that step
                 self._measure(self.steps.count)
         self.ranks = self.ranks or Ranks.here()
 
@@ -111,7 +119,7 @@ class Recorder(LayerListener[LayerLog]):
         global_hook.unlisten(self)
         model_events.unlisten(self)
         self.steps.close()
-        self._backwards.close()
+        self._run.backwards.close()
         self._manager = None
         self._known.clear()  # whose callbacks know this object
 
@@ -132,7 +140,8 @@ class Recorder(LayerListener[LayerLog]):
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Records a forward that is about to begin."""
         key = id(module)
-        if key not in self._by_id and not module._modules and (not self._meets_models or key in self._known):
+        log = self._by_id.get(key)
+        if log is None and not module._modules and (not self._meets_models or key in self._known):
             self._calls.pass_over(sys._getframe(3))
             return  # most modules of a model
         call = self._calls.begin(module, sys._getframe(3))
@@ -140,20 +149,29 @@ class Recorder(LayerListener[LayerLog]):
             self._outermost = key
         if module is self._model:
             self._look_again()
-        self._see(module, args, call)
+        if log is not None and self.wants_results and log.is_usual(module):
+            self._pend(module, Pending(None, call, is_sure=True))
+        else:
+            self._see(module, args, call)
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Records what a forward has done."""
-        log = self._by_id.get(id(module))
+        key = id(module)
+        log = self._by_id.get(key)
         if log is not None:
-            super().after(module, args, output)
+            waiting = self._pending.get((threading.get_ident(), key))
+            if waiting and waiting[-1].is_sure:
+                self._updates(log, module, args, output, waiting.pop().call)
+            else:
+                super().after(module, args, output)
             if not module.training and torch.is_grad_enabled():
                 call = self._calls.under_way(sys._getframe(3))
                 if call is not None:
                     self._work_up()
+                    self._keeps_up = True  # a backward pass through the result asks for later updates
                     log.record_result(output, call)
-        if id(module) == self._outermost:
-            self._work_up()
+        if key == self._outermost:
+            self._journal.catch_up()
 
     def loaded(self, model: nn.Module) -> None:
         """Records that a state dict was loaded."""
@@ -170,7 +188,7 @@ class Recorder(LayerListener[LayerLog]):
         self._work_up()
         log = self._by_id.get(id(layer))
         if log is not None:
-            log.record_reset(self.steps.ticks)
+            log.record_reset()
 
     def mode_changed(self, module: nn.Module, *, training: bool, by_user: bool) -> None:
         """Records which layers were put into eval mode by themselves, and which of them a ``train()`` reached."""
@@ -191,12 +209,7 @@ class Recorder(LayerListener[LayerLog]):
     # Parts.
 
     def _work_up(self) -> None:
-        """Records the updates that were noted so far. See Note [Two parts of a record]."""
-        if self._noted:
-            with self._lock:
-                noted, self._noted = self._noted, []
-                for log, module, update, shape, momentum in noted:
-                    log.record_update(module(), update, shape, momentum, self.steps, self.timelines)
+        self._journal.work_up()
 
     def _predicted(self, log: LayerLog, module: nn.Module, args: tuple[Any, ...], call: ModelCall) -> None:
         if getattr(module, "momentum", None) == 0:
@@ -206,20 +219,22 @@ class Recorder(LayerListener[LayerLog]):
             return
         if log.is_written(module):
             self._work_up()
-            log.record_write(self.steps.ticks)
-        log.record_beginning(self.steps)
+            log.record_write()
+        log.record_beginning()
         self._want_results()
         self._pend(module, Pending(None, call, is_sure=True))
 
     def _updates(self, log: LayerLog, module: nn.Module, args: tuple[Any, ...], output: Any, call: ModelCall) -> None:
-        self._noted.append(log.note_update(module, call, args, output, self.steps, self._backwards.count))
+        log.note_update(module, call, args, output)
+        if self._keeps_up:
+            self._journal.is_due = True
         if self._undone and self._undone.drop(module):
             self._work_up()
             log.record_eval_undone(call)
 
     def _evaluates(self, log: LayerLog, module: nn.Module) -> None:
         self._work_up()
-        log.record_evaluation(module, self.steps)
+        log.record_evaluation(module)
         if torch.is_grad_enabled():
             if not module.training:
                 self._want_results()
@@ -255,7 +270,7 @@ class Recorder(LayerListener[LayerLog]):
             return
         number = self._number_of(model)
         for layer in fresh:
-            log = LayerLog(layer, model, number, ancestors_of(layer.module, model))
+            log = LayerLog(layer, model, number, ancestors_of(layer.module, model), self._run)
             log.is_loaded = self._loaded.drop(layer.module)
             self._add(log, layer)
             if log.first_tensor is not None:
@@ -293,11 +308,10 @@ class Recorder(LayerListener[LayerLog]):
             return
         with self._lock:
             self._measure(step)
-            if self._every == "auto" and len(self.samples) >= _MOST_SAMPLES:
+            if self._every == "auto" and len(self._samples) >= _MOST_SAMPLES:
                 self._interval *= 2
-                self.samples = [sample for sample in self.samples if sample.step % self._interval == 0]
+                self._samples.thin_out(self._interval)
 
     def _measure(self, step: int) -> None:
         """Measures the drift on the device."""
-        layers = [(number, log.before, log.now(), log.eps) for number, log in enumerate(self.logs)]
-        self.samples.append(sample_of(step, layers))
+        self._samples.measure(step, self._logs)

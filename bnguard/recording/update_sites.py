@@ -9,16 +9,20 @@ from typing import Any, Final
 
 from torch import Tensor
 
-from bnguard.findings.events import Update, UpdateSite
+from bnguard.findings.events import Update
+from bnguard.recording.run import Run
 from bnguard.records import FEW_VALUES, StatsUpdates
+from bnguard.torch_internals.node_hooks import goes_through
 
 _MOST_MOMENTA: Final = 4
 _MOST_COMPUTED: Final = 256  # operations between a parameter and that of a clone
 
 
-def count_update(site: UpdateSite, shape: Sequence[int] | None, step: int, momentum: Any) -> None:
+def count_update(update: Update, shape: Sequence[int] | None, step: int, momentum: Any) -> None:
     """Counts one update, by a forward on a batch of this shape, of a layer with this momentum."""
+    site = update.of
     site.count += 1
+    site.results += update.has_learned is not None
     site.last_step = step
     if len(site.momenta) < _MOST_MOMENTA and not isinstance(momentum, Tensor):
         site.momenta.add(momentum)
@@ -30,8 +34,8 @@ def count_update(site: UpdateSite, shape: Sequence[int] | None, step: int, momen
             site.small_batches += 1
 
 
-def watch_result(output: Any, update: Update) -> None:
-    """Has an update learn whether a backward pass goes through the result of its forward."""
+def watch_result(output: Any, update: Update, run: Run) -> None:
+    """Notes in the journal when a backward pass goes through the result of the forward of an update."""
     if not isinstance(output, Tensor):
         return
     # An operation in place gives a view another function, and leaves that of its base in the graph.
@@ -39,16 +43,20 @@ def watch_result(output: Any, update: Update) -> None:
     if node is None:
         return
     update.has_learned = False
-    site = update.of
-    site.results += 1
+    backwards, note = run.backwards, run.journal.entries.append
 
     def reached(_: Any) -> None:
-        if not update.has_learned:
-            update.has_learned = True
-            if not update.is_undone:
-                site.learned += 1
+        if not backwards.may_end_early or goes_through():
+            note((_learned, (update,)))
 
-    node.register_prehook(reached)
+    run.node_hooks.add(node, reached)
+
+
+def _learned(update: Update) -> None:
+    if not update.has_learned:
+        update.has_learned = True
+        if not update.is_undone:
+            update.of.learned += 1
 
 
 def joined(one: StatsUpdates, other: StatsUpdates) -> StatsUpdates:

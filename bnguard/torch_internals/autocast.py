@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 # For some device: most programs use it for none, and this takes a tenth of the time.
-_is_on: Final[Callable[[], bool]] = torch._C._is_any_autocast_enabled
+is_any_autocast: Final[Callable[[], bool]] = torch._C._is_any_autocast_enabled
 
 
 def is_autocast(tensor: Tensor) -> bool:
     """Whether autocast is enabled for the device of a tensor."""
-    if not _is_on():
+    if not is_any_autocast():
         return False
     device = tensor.device.type
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

@@ -15,6 +15,7 @@ from torch.nn.modules import module as torch_module
 
 import bnguard
 from bnguard.recording import layer_log, optimizer_steps, put_back
+from bnguard.recording.journal import Journal
 from tests.asserts import assert_clean, assert_same_bits, state_of
 from tests.nets import conv_net, images
 from tests.old_torch import needs_traced_layers
@@ -646,7 +647,7 @@ def test_many_optimizers_cost_no_more_than_one() -> None:
     """One is made in each episode of meta-learning, for instance: what is gone is not asked again."""
     net = net_of(nn.BatchNorm2d(4))
     counter = optimizer_steps.StepCounter()
-    counter.open()
+    counter.open(Journal(threading.RLock()))
     try:
         for _ in range(50):
             torch.optim.SGD(net.parameters(), 1e-6).step()

@@ -76,9 +76,9 @@ class BN001(Rule):
         self._has_gradients = False  # of an update: whether an optimizer has its parameters is known after the step
         self._beside = LineCounts()  # updates before steps of another model's optimizer
 
-    def on_update(self, update: Update, module: nn.Module) -> None:
+    def on_update(self, update: Update, module: nn.Module | None) -> None:
         """Sees whether the parameters seem to be trained."""
-        if not (update.is_frozen or self._was_trained or self._has_gradients):
+        if module is not None and not (update.is_frozen or self._was_trained or self._has_gradients):
             # Parameters that were computed, as those of a clone in meta-learning, are those of another module.
             self._was_trained = any([getattr(one, "grad_fn", None) is not None for one in module._parameters.values()])
             self._has_gradients = True

@@ -71,7 +71,7 @@ class BN008(Rule):
         """Sees that eval() was undone before any forward of the layer."""
         self._site = self._site or site
 
-    def on_update(self, update: Update, module: nn.Module) -> None:
+    def on_update(self, update: Update, module: nn.Module | None) -> None:
         """Sees the first update after that."""
         if self._was_alone and self._site is None and update.mode.training and not update.mode.calibration:
             self._site = update.site

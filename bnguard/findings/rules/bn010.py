@@ -57,11 +57,11 @@ class BN010(Rule):
         # By name: the value at the first update of the frozen layer, and the parameter.
         self._before: dict[str, tuple[Tensor, nn.Parameter]] = {}
 
-    def on_update(self, update: Update, module: nn.Module) -> None:
+    def on_update(self, update: Update, module: nn.Module | None) -> None:
         """Copies the parameters at the first update of a frozen layer; drops the copies when it is trained again."""
         if not update.is_frozen:
             self._before = {}
-        elif not self._before and update.mode.grad and update.mode.training:
+        elif module is not None and not self._before and update.mode.grad and update.mode.training:
             self._before = _copies_of(module)
 
     def at_end(self, end: LayerEnd) -> Iterator[Evidence]:

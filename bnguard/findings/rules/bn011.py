@@ -74,7 +74,7 @@ class BN011(Rule):
         self._is_off = False  # at the last forward
         self._turns = 0  # back to updates
 
-    def on_update(self, update: Update, module: nn.Module) -> None:
+    def on_update(self, update: Update, module: nn.Module | None) -> None:
         """Counts how often the layer updates again."""
         self._turns += self._is_off
         self._is_off = False

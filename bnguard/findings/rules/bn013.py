@@ -59,7 +59,7 @@ class BN013(Rule):
         self._backwards = 0  # through an eval-mode forward whose layer has updated since
         self._sites = ("", "")  # of that update and of that forward
 
-    def on_update(self, update: Update, module: nn.Module) -> None:
+    def on_update(self, update: Update, module: nn.Module | None) -> None:
         """Counts updates."""
         self._updates += 1
         self._last_site = update.site
