@@ -250,7 +250,7 @@ def goes_short(model: nn.Module, tree: Tree, layers: Sequence[StatsLayer], setti
         and not (frontend.compares_only or frontend.is_outermost or frontend.only_without_grad)
         and settings.check == "exit"
         and not (settings.affine or settings.buffers or settings.policy.hides)
-        and all([isinstance(selector, str) for selector in (*settings.include, *settings.exclude)])
+        and settings.selects_by_name
         and bool(layers)
         and tree.is_plain()
         and all([layer.kind is BATCH_NORM and layer.buffers == BATCH_NORM_STATISTICS for layer in layers])

@@ -406,3 +406,35 @@ def test_call_that_fails_leaves_nothing() -> None:
         with pytest.raises(bnguard.StatsChangedError, match=r"1 \(BatchNorm1d\) is in train mode"):
             step(net, True)
         assert_clean(net)
+
+
+class EqualToAll:
+    """Selects one layer, and says that it is equal to everything, as ``unittest.mock.ANY`` does."""
+
+    def __call__(self, name: str, module: nn.Module) -> bool:
+        return name == "3"
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    __hash__ = object.__hash__
+
+
+class EqualToNothingElse(nn.BatchNorm1d):
+    """Can be compared with layers of its own class alone."""
+
+    def __eq__(self, other: Any) -> bool:
+        return bool(self.num_features == other.num_features)
+
+    __hash__ = nn.BatchNorm1d.__hash__
+
+
+def test_selection_is_not_compared_with_what_the_user_gives() -> None:
+    """A predicate or a module with an ``__eq__`` of its own selects what it says, not what a pattern did before."""
+    net = mlp().append(EqualToNothingElse(6))
+    for _ in range(3):
+        with bnguard.frozen(net.eval(), "restore", include="1"):
+            net(torch.ones(2, 6))
+    for include, name in ((EqualToAll(), "3"), (net[4], "4")):
+        with bnguard.frozen(net, "restore", include=include) as guard:
+            assert [layer.names for layer in guard.layers] == [(name,)]
