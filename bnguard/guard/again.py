@@ -47,6 +47,7 @@ _PUT: Final = (MARK, "__getstate__")
 _PUT_WITH_FORWARD: Final = ("forward", "_replicate_for_data_parallel", *_PUT)
 _TABLE: Final = itemgetter("_buffers")
 _ATTRIBUTES: Final = attrgetter("__dict__")
+_NOT_SAVED: Final = attrgetter("_non_persistent_buffers_set")
 
 
 class Again:
@@ -180,6 +181,8 @@ class Again:
 
     def check_anew(self) -> ExitCheck | None:
         """The comparison with the statistics of now; None if they are not usual ones."""
+        if any(map(_NOT_SAVED, self._modules)):
+            return None
         try:
             if self._tensors is None or not self._tensors.are_in_place():
                 self._tensors = UsualTensors(self._columns)

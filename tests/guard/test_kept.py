@@ -438,3 +438,20 @@ def test_selection_is_not_compared_with_what_the_user_gives() -> None:
     for include, name in ((EqualToAll(), "3"), (net[4], "4")):
         with bnguard.frozen(net, "restore", include=include) as guard:
             assert [layer.names for layer in guard.layers] == [(name,)]
+
+
+@pytest.mark.parametrize("is_new", [True, False], ids=["new", "again"])
+def test_statistic_that_is_no_longer_saved_stays_one(is_new: bool) -> None:
+    """One that was taken out of the state dict between two blocks returns as such after it was deleted."""
+    net = mlp()
+    kept_guard = bnguard.frozen(net, "restore")
+    for _ in range(3):
+        with bnguard.frozen(net, "restore") if is_new else kept_guard:
+            pass
+    net[1].register_buffer("running_mean", net[1]._buffers["running_mean"], persistent=False)
+    names = list(net.state_dict())
+    with told() as said, bnguard.frozen(net, "restore") if is_new else kept_guard:
+        del net[1].running_mean
+    assert "running_mean" in said.warnings[0]
+    assert list(net.state_dict()) == names
+    assert "running_mean" in net[1]._buffers
