@@ -25,7 +25,7 @@ from typing import Any, Final
 
 from torch import Tensor, nn
 
-from bnguard.guard.bystanders import counted_in, is_alone
+from bnguard.guard.bystanders import counted_in, search_of
 from bnguard.guard.copies import KEY, MARK, NO_CLONES, ONE_REFERENCE
 from bnguard.guard.coverage import has_nothing_beside
 from bnguard.guard.exit_check import ExitCheck
@@ -68,8 +68,8 @@ class Again:
     """
 
     __slots__ = (
-        "_attributes", "_check", "_columns", "_counted", "_has_forward", "_modules", "_ruling", "_size", "_tensors",
-        "entry", "guards", "layers", "settings", "tree",
+        "_attributes", "_check", "_columns", "_counted", "_has_forward", "_modules", "_ruling", "_search",
+        "_size", "_tensors", "entry", "guards", "layers", "settings", "tree",
     )  # fmt: skip
 
     def __init__(self, tree: Tree, layers: Sequence[StatsLayer], settings: Settings, counts: Counts) -> None:
@@ -87,6 +87,7 @@ class Again:
         self.guards = list(map(LayerGuard, layers, zip(*self._columns, strict=True)))
         self._tensors: UsualTensors | None = None  # once there was a copy
         self._check: ExitCheck | None = None  # likewise
+        self._search: object = None  # what ``_counted`` is of
         self._counted: list[Collection[Any]] | None = None  # once it is used again
 
     def rest(self) -> bool:
@@ -133,11 +134,11 @@ class Again:
         """Whether the model is as it was."""
         if not (self.tree.is_current() and self._has_same_statistics()):
             return False
-        if self._counted is None:
-            model = self.tree.model
-            if not is_alone(model, self.tree):
+        model, search = self.tree.model, search_of(self.tree.model)
+        if self._counted is None or search is not self._search:
+            if not has_nothing_beside(model, self.tree):
                 return False
-            self._counted = counted_in(model, self.tree)
+            self._search, self._counted = search, counted_in(model, self.tree)
             self._size = sum(map(len, self._counted))
         return sum(map(len, self._counted)) == self._size  # else there may be layers beside its modules
 

@@ -455,3 +455,38 @@ def test_statistic_that_is_no_longer_saved_stays_one(is_new: bool) -> None:
     assert "running_mean" in said.warnings[0]
     assert list(net.state_dict()) == names
     assert "running_mean" in net[1]._buffers
+
+
+class WithHeads(nn.Module):
+    """Runs layers that it does not register."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(6)
+        self.heads: list[nn.Module] = []
+        self.note = 1
+
+    def forward(self, input: Tensor) -> Tensor:
+        output: Tensor = nn.Sequential(self.norm, *self.heads)(input)
+        return output
+
+
+@pytest.mark.parametrize("is_new", [True, False], ids=["new", "again"])
+def test_layer_in_a_list_that_another_guard_has_found_is_named(is_new: bool) -> None:
+    """Also where the model has as many attributes and items again as when it was searched before."""
+    net = WithHeads().eval()
+    kept_guard = bnguard.frozen(net)
+
+    def step(**options: Any) -> None:
+        with bnguard.frozen(net, **options) if is_new or options else kept_guard:
+            net(torch.randn(4, 6))
+
+    for _ in range(3):
+        step()
+    net.heads.append(nn.BatchNorm1d(6).eval())
+    step(on_change="restore")
+    del net.note
+    net.heads[0].train()
+    with told() as said:
+        step()
+    assert "heads.0 (BatchNorm1d)" in said.warnings[0]
