@@ -103,10 +103,12 @@ class Again:
     def release(self) -> bool:
         """Refers to the model weakly from now on; False, with nothing done, if what is on a layer outlives the block.
 
-        ``rest()`` was called before.
+        ``rest()`` was called before. The block is the only one that refers to the tree, too.
         """
         if not all(map(_IN_ONE_LIST.__eq__, map(getrefcount, self.guards))):
             return False  # such as a forward that is kept
+        if getrefcount(self.tree) > ONE_REFERENCE + 1:
+            return False  # an earlier block of the guard, in which a forward goes on
         for guard in self.guards:
             guard.module = None
         if self._check is not None:

@@ -490,3 +490,41 @@ def test_layer_in_a_list_that_another_guard_has_found_is_named(is_new: bool) -> 
     with told() as said:
         step()
     assert "heads.0 (BatchNorm1d)" in said.warnings[0]
+
+
+class Waiting(Tensor):
+    """A batch that waits when a layer asks for its number of dimensions."""
+
+    is_there: threading.Event
+    may_go_on: threading.Event
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.dim and not args[0].is_there.is_set():
+            args[0].is_there.set()
+            args[0].may_go_on.wait(30)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
+def test_forward_of_an_earlier_block_finds_its_layers() -> None:
+    """It goes on while the guard is used for the last time, by a ``with`` statement that has the only reference."""
+    net = mlp()
+    batch = torch.randn(4, 6).as_subclass(Waiting)
+    batch.is_there, batch.may_go_on = threading.Event(), threading.Event()
+    guards = [bnguard.frozen(net, "warn")]
+    for _ in range(3):
+        with guards[0]:
+            pass
+    outputs: list[Tensor] = []
+    thread = threading.Thread(target=lambda: outputs.append(net[1](batch)))
+    with told():
+        with guards[0]:
+            thread.start()
+            assert batch.is_there.wait(30)
+        with guards.pop():
+            pass
+        batch.may_go_on.set()
+        thread.join(30)
+    assert_same_bits(outputs[0].as_subclass(Tensor), nn.BatchNorm1d(6)(batch.as_subclass(Tensor)))
+    assert_clean(net)
