@@ -25,7 +25,7 @@ from typing import Any, Final
 
 from torch import Tensor, nn
 
-from bnguard.guard.bystanders import counted_in, is_alone
+from bnguard.guard.bystanders import counted_in, search_of
 from bnguard.guard.copies import KEY, MARK, NO_CLONES, ONE_REFERENCE
 from bnguard.guard.coverage import has_nothing_beside
 from bnguard.guard.exit_check import ExitCheck
@@ -47,6 +47,7 @@ _PUT: Final = (MARK, "__getstate__")
 _PUT_WITH_FORWARD: Final = ("forward", "_replicate_for_data_parallel", *_PUT)
 _TABLE: Final = itemgetter("_buffers")
 _ATTRIBUTES: Final = attrgetter("__dict__")
+_NOT_SAVED: Final = attrgetter("_non_persistent_buffers_set")
 
 
 class Again:
@@ -67,8 +68,8 @@ class Again:
     """
 
     __slots__ = (
-        "_attributes", "_check", "_columns", "_counted", "_has_forward", "_modules", "_ruling", "_size", "_tensors",
-        "entry", "guards", "layers", "settings", "tree",
+        "_attributes", "_check", "_columns", "_counted", "_has_forward", "_modules", "_ruling", "_search",
+        "_size", "_tensors", "entry", "guards", "layers", "settings", "tree",
     )  # fmt: skip
 
     def __init__(self, tree: Tree, layers: Sequence[StatsLayer], settings: Settings, counts: Counts) -> None:
@@ -86,6 +87,7 @@ class Again:
         self.guards = list(map(LayerGuard, layers, zip(*self._columns, strict=True)))
         self._tensors: UsualTensors | None = None  # once there was a copy
         self._check: ExitCheck | None = None  # likewise
+        self._search: object = None  # what ``_counted`` is of
         self._counted: list[Collection[Any]] | None = None  # once it is used again
 
     def rest(self) -> bool:
@@ -101,10 +103,12 @@ class Again:
     def release(self) -> bool:
         """Refers to the model weakly from now on; False, with nothing done, if what is on a layer outlives the block.
 
-        ``rest()`` was called before.
+        ``rest()`` was called before. The block is the only one that refers to the tree, too.
         """
         if not all(map(_IN_ONE_LIST.__eq__, map(getrefcount, self.guards))):
             return False  # such as a forward that is kept
+        if getrefcount(self.tree) > ONE_REFERENCE + 1:
+            return False  # an earlier block of the guard, in which a forward goes on
         for guard in self.guards:
             guard.module = None
         if self._check is not None:
@@ -132,11 +136,11 @@ class Again:
         """Whether the model is as it was."""
         if not (self.tree.is_current() and self._has_same_statistics()):
             return False
-        if self._counted is None:
-            model = self.tree.model
-            if not is_alone(model, self.tree):
+        model, search = self.tree.model, search_of(self.tree.model)
+        if self._counted is None or search is not self._search:
+            if not has_nothing_beside(model, self.tree):
                 return False
-            self._counted = counted_in(model, self.tree)
+            self._search, self._counted = search, counted_in(model, self.tree)
             self._size = sum(map(len, self._counted))
         return sum(map(len, self._counted)) == self._size  # else there may be layers beside its modules
 
@@ -180,6 +184,8 @@ class Again:
 
     def check_anew(self) -> ExitCheck | None:
         """The comparison with the statistics of now; None if they are not usual ones."""
+        if any(map(_NOT_SAVED, self._modules)):
+            return None
         try:
             if self._tensors is None or not self._tensors.are_in_place():
                 self._tensors = UsualTensors(self._columns)
@@ -250,7 +256,7 @@ def goes_short(model: nn.Module, tree: Tree, layers: Sequence[StatsLayer], setti
         and not (frontend.compares_only or frontend.is_outermost or frontend.only_without_grad)
         and settings.check == "exit"
         and not (settings.affine or settings.buffers or settings.policy.hides)
-        and all([isinstance(selector, str) for selector in (*settings.include, *settings.exclude)])
+        and settings.selects_by_name
         and bool(layers)
         and tree.is_plain()
         and all([layer.kind is BATCH_NORM and layer.buffers == BATCH_NORM_STATISTICS for layer in layers])

@@ -116,6 +116,11 @@ def is_alone(model: nn.Module, tree: Tree) -> bool:
     return known is not None and not (known.references or _has_grown(known, model, tree))
 
 
+def search_of(model: nn.Module) -> object:
+    """Identifies the last search of a model: what another one finds may have been there before, uncounted."""
+    return _known.get(model)
+
+
 def has_grown(model: nn.Module, tree: Tree) -> bool:
     """Whether a model was searched, and is to be searched again."""
     known = _known.get(model)

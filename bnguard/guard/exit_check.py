@@ -98,8 +98,8 @@ class ExitCheck:
     @classmethod
     def of_usual(
         cls, layers: Sequence[StatsLayer], settings: Settings, columns: list[list[Tensor]], copy: UsualCopy
-    ) -> Self | None:
-        """The comparison of a block that holds torch's own BatchNorm layers and nothing else; None if it takes more.
+    ) -> Self:
+        """The comparison of a block that holds torch's own BatchNorm layers and nothing else.
 
         Args:
             layers: The layers.
@@ -108,8 +108,6 @@ class ExitCheck:
             copy: The copy of these.
         """
         statistics = Snapshot.of_usual([layer.module for layer in layers], columns, copy)
-        if statistics is None:
-            return None
         check = cls.__new__(cls)
         check._layers, check._policy, check._budget = layers, settings.policy, settings.updates
         check._lock, check._differing, check._pairs, check._writes, check.broadcast = RLock(), (), {}, [], {}

@@ -41,7 +41,7 @@ def take(model: nn.Module, settings: Settings) -> Again | None:
     """
     place = _kept.get(model)
     for again in tuple(place or ()):
-        if again.settings is settings or again.settings == settings:
+        if again.settings is settings or (settings.selects_by_name and again.settings == settings):
             try:
                 place.remove(again)  # type: ignore[union-attr]  # it has items
             except ValueError:  # another thread has taken it

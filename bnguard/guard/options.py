@@ -87,6 +87,11 @@ class Settings(NamedTuple):
         return (USE_RUNNING_STATS if self.use_running_stats else POLICIES)[self.on_change]
 
     @property
+    def selects_by_name(self) -> bool:
+        """Whether layers are selected by patterns alone. Whatever else the user gives may be equal to anything."""
+        return all([type(selector) is str for selector in (*self.include, *self.exclude)])
+
+    @property
     def as_written(self) -> str:
         """The policies, as a user writes them."""
         options = {"use_running_stats": self.use_running_stats, "affine": self.affine, "updates": self.updates}

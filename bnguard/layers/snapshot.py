@@ -98,16 +98,14 @@ class Snapshot:
             self._saved_by_id = {**self._index(), **dict.fromkeys(self._odd), **values}
 
     @classmethod
-    def of_usual(cls, modules: Sequence[nn.Module], columns: list[list[Tensor]], copy: UsualCopy) -> Self | None:
-        """A snapshot of torch's own BatchNorm layers, of which the copy has been taken; None if it takes more.
+    def of_usual(cls, modules: Sequence[nn.Module], columns: list[list[Tensor]], copy: UsualCopy) -> Self:
+        """A snapshot of torch's own BatchNorm layers whose statistics are all in the state dict.
 
         Args:
             modules: The layers.
             columns: Their means, variances and numbers of batches.
             copy: The copy of these.
         """
-        if any(map(_TRANSIENT, modules)):
-            return None
         snapshot, names = cls.__new__(cls), BATCH_NORM_STATISTICS
         snapshot.modules, snapshot._names, snapshot._table = modules, [names] * len(modules), "_buffers"
         snapshot._groups, snapshot._columns, snapshot._copies = {names: range(len(modules))}, columns, (copy,)

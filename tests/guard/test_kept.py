@@ -406,3 +406,125 @@ def test_call_that_fails_leaves_nothing() -> None:
         with pytest.raises(bnguard.StatsChangedError, match=r"1 \(BatchNorm1d\) is in train mode"):
             step(net, True)
         assert_clean(net)
+
+
+class EqualToAll:
+    """Selects one layer, and says that it is equal to everything, as ``unittest.mock.ANY`` does."""
+
+    def __call__(self, name: str, module: nn.Module) -> bool:
+        return name == "3"
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    __hash__ = object.__hash__
+
+
+class EqualToNothingElse(nn.BatchNorm1d):
+    """Can be compared with layers of its own class alone."""
+
+    def __eq__(self, other: Any) -> bool:
+        return bool(self.num_features == other.num_features)
+
+    __hash__ = nn.BatchNorm1d.__hash__
+
+
+def test_selection_is_not_compared_with_what_the_user_gives() -> None:
+    """A predicate or a module with an ``__eq__`` of its own selects what it says, not what a pattern did before."""
+    net = mlp().append(EqualToNothingElse(6))
+    for _ in range(3):
+        with bnguard.frozen(net.eval(), "restore", include="1"):
+            net(torch.ones(2, 6))
+    for include, name in ((EqualToAll(), "3"), (net[4], "4")):
+        with bnguard.frozen(net, "restore", include=include) as guard:
+            assert [layer.names for layer in guard.layers] == [(name,)]
+
+
+@pytest.mark.parametrize("is_new", [True, False], ids=["new", "again"])
+def test_statistic_that_is_no_longer_saved_stays_one(is_new: bool) -> None:
+    """One that was taken out of the state dict between two blocks returns as such after it was deleted."""
+    net = mlp()
+    kept_guard = bnguard.frozen(net, "restore")
+    for _ in range(3):
+        with bnguard.frozen(net, "restore") if is_new else kept_guard:
+            pass
+    net[1].register_buffer("running_mean", net[1]._buffers["running_mean"], persistent=False)
+    names = list(net.state_dict())
+    with told() as said, bnguard.frozen(net, "restore") if is_new else kept_guard:
+        del net[1].running_mean
+    assert "running_mean" in said.warnings[0]
+    assert list(net.state_dict()) == names
+    assert "running_mean" in net[1]._buffers
+
+
+class WithHeads(nn.Module):
+    """Runs layers that it does not register."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(6)
+        self.heads: list[nn.Module] = []
+        self.note = 1
+
+    def forward(self, input: Tensor) -> Tensor:
+        output: Tensor = nn.Sequential(self.norm, *self.heads)(input)
+        return output
+
+
+@pytest.mark.parametrize("is_new", [True, False], ids=["new", "again"])
+def test_layer_in_a_list_that_another_guard_has_found_is_named(is_new: bool) -> None:
+    """Also where the model has as many attributes and items again as when it was searched before."""
+    net = WithHeads().eval()
+    kept_guard = bnguard.frozen(net)
+
+    def step(**options: Any) -> None:
+        with bnguard.frozen(net, **options) if is_new or options else kept_guard:
+            net(torch.randn(4, 6))
+
+    for _ in range(3):
+        step()
+    net.heads.append(nn.BatchNorm1d(6).eval())
+    step(on_change="restore")
+    del net.note
+    net.heads[0].train()
+    with told() as said:
+        step()
+    assert "heads.0 (BatchNorm1d)" in said.warnings[0]
+
+
+class Waiting(Tensor):
+    """A batch that waits when a layer asks for its number of dimensions."""
+
+    is_there: threading.Event
+    may_go_on: threading.Event
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.dim and not args[0].is_there.is_set():
+            args[0].is_there.set()
+            args[0].may_go_on.wait(30)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
+def test_forward_of_an_earlier_block_finds_its_layers() -> None:
+    """It goes on while the guard is used for the last time, by a ``with`` statement that has the only reference."""
+    net = mlp()
+    batch = torch.randn(4, 6).as_subclass(Waiting)
+    batch.is_there, batch.may_go_on = threading.Event(), threading.Event()
+    guards = [bnguard.frozen(net, "warn")]
+    for _ in range(3):
+        with guards[0]:
+            pass
+    outputs: list[Tensor] = []
+    thread = threading.Thread(target=lambda: outputs.append(net[1](batch)))
+    with told():
+        with guards[0]:
+            thread.start()
+            assert batch.is_there.wait(30)
+        with guards.pop():
+            pass
+        batch.may_go_on.set()
+        thread.join(30)
+    assert_same_bits(outputs[0].as_subclass(Tensor), nn.BatchNorm1d(6)(batch.as_subclass(Tensor)))
+    assert_clean(net)
