@@ -237,7 +237,7 @@ class Block:
             return
         site = self._sites.find()
         count_update(count, site)
-        if not self._outcome.has_warned:
+        if self._outcome.claims_warning():
             found = self._layer(layer)
             self._outcome.updated(self._change(found), _mode(found), self._settings.updates, site)
 

@@ -148,6 +148,10 @@ class InstancePatch:
         """Takes everything off. May be done again."""
         if self.has_hooks:
             self.remove_hooks()
+        self.remove_attributes()
+
+    def remove_attributes(self) -> None:
+        """Takes everything but the hooks off. May be done again."""
         if self.has_forward or self.mark is not None:
             self.strip_attributes(self.module.__dict__)
             self.has_forward = False

@@ -287,10 +287,14 @@ class LayerGuard(HeldLayer):
             self.conclude(before, has_failed)
         finally:
             # The forward has outlasted the last block, or it was the first one. After an exception torch is iterating
-            # over the hooks.
-            if (not self.members or self.has_forward) and not has_failed:
+            # over the hooks: they go with the next forward, or with the layer.
+            if not self.members or self.has_forward:
                 with entries_lock:
-                    self.sync(Rulings())
+                    if not has_failed:
+                        self.sync(Rulings())
+                    elif not self.members and not self.is_watching() and guards.get(self.layer_id) is self:
+                        self.remove_attributes()
+                        del guards[self.layer_id]
 
     def refuse_script(self) -> nn.Module:
         """Called first by ``torch.jit.script``, which would compile the guard along with the source of the layer."""

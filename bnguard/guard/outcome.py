@@ -31,11 +31,12 @@ class Outcome:
         has_warned: Whether something was warned about.
     """
 
-    __slots__ = ("_errors", "_settings", "has_warned")
+    __slots__ = ("_errors", "_first", "_settings", "has_warned")
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._errors: list[str] = []  # texts of the errors that forwards raised, each once
+        self._first = [True]  # which the first update takes out, in one step
         self.has_warned = False
 
     @property
@@ -59,6 +60,15 @@ class Outcome:
         text = rank_prefix() + messages.stopped_text(change, mode, budget, self._settings.frontend.phrases)
         self._note(text)
         return StatsChangedError(text, (change,))
+
+    def claims_warning(self) -> bool:
+        """Whether an update that was let through is the first one, of which ``updated`` warns."""
+        if self.has_warned or not self._first:
+            return False
+        try:
+            return self._first.pop()
+        except IndexError:  # another thread was faster
+            return False
 
     def updated(self, change: StatsChange, mode: str, budget: int, site: CallSite) -> None:
         """Warns of the first update that was let through, at the user's line."""

@@ -80,5 +80,5 @@ class UpdatingLayer(WatchedLayer):
         finally:
             block = entry.block
             write = Write(row, before, torch.cat((mean, var)), number_before, number.item())
-            if block is not None and self.end_passing(passing, partial(block.wrote, write)):
-                block.allowed(self.layer_id, None)
+            if block is not None:
+                self.end_passing(passing, partial(block.wrote, write), partial(block.allowed, self.layer_id, None))

@@ -104,13 +104,11 @@ class WatchedLayer(Surroundings):
             self._passing = weakref.ref(passing)
             return passing
 
-    def end_passing(self, passing: Passing, keep: Callable[[], None]) -> bool:
-        """Ends such a forward, and keeps its copies, if they are its own; returns whether another one overlaps."""
-        with _lock:  # before another one begins
+    def end_passing(self, passing: Passing, keep: Callable[[], None], accept: Callable[[], None]) -> None:
+        """Ends such a forward, before another one begins: keeps its copies, or accepts what overlapping ones leave."""
+        with _lock:
             self._passing = None
-            if not passing.is_shared:
-                keep()
-            return passing.is_shared
+            (accept if passing.is_shared else keep)()
 
     def look(self, entries: Entries) -> Before:
         """Copies the statistics right before a forward."""
@@ -178,9 +176,10 @@ class WatchedLayer(Surroundings):
 
     def allow(self, decision: Decision, before: Before) -> None:
         """Has the blocks whose budgets allowed an update take over what it has written."""
-        for entry in decision.within:
-            if entry.block is not None:
-                entry.block.allowed(self.layer_id, None if before.original.is_shared else before.original.values)
+        with _lock:  # before another forward begins, with which it would be shared
+            for entry in decision.within:
+                if entry.block is not None:
+                    entry.block.allowed(self.layer_id, None if before.original.is_shared else before.original.values)
 
     @outside_modes
     def put_back(self, before: Before) -> None:

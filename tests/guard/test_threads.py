@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import gc
 import itertools
 import sys
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bnguard
+from bnguard.guard.hold import guards
 from tests.asserts import (
     assert_clean,
     assert_same_bits,
@@ -367,6 +371,42 @@ def test_forward_that_outlasts_its_block_leaks_nothing(slow: str, ending: str) -
     assert_same_bits(statistics(net), before)
     assert all(tensor is objects[name] for name, tensor in statistics(net).items())
     assert_clean(net)
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_forward_that_outlasts_its_block_and_fails_keeps_nothing_alive(ending: str) -> None:
+    """The layer works on, is guarded again, and is freed with its model."""
+    gate = Gate()
+
+    class Failing(nn.BatchNorm2d):
+        def forward(self, input: Tensor) -> Tensor:
+            gate.pass_through()
+            if threading.get_ident() == gate.owner:
+                raise ValueError("of the user")
+            return super().forward(input)
+
+    net = nn.Sequential(warmed(Failing(2)))
+
+    def run() -> None:
+        gate.watch()
+        with contextlib.suppress(ValueError):
+            net(images())
+
+    with bnguard.frozen(net, **ENDINGS[ending]):
+        threads = start_threads(run)
+        gate.wait_until_reached()
+    gate.open()
+    join_threads(threads)
+    assert id(net[0]) not in guards
+    before = values(statistics(net))
+    with bnguard.frozen(net, "restore"):
+        net(images())
+    assert_same_bits(statistics(net), before)
+    assert_clean(net)
+    layer = weakref.ref(net[0])
+    net[0] = nn.Identity()
+    gc.collect()
+    assert layer() is None
 
 
 @pytest.mark.parametrize("slow", SLOW)
