@@ -174,9 +174,10 @@ class Again:
                 guard.mark = attributes[MARK] = guard.refuse_script
                 attributes["__getstate__"] = guard.getstate
                 if has_forward:
-                    guard.has_forward = True
+                    forward = MethodType(forward_of_batch_norm, guard)
+                    guard.has_forward = True  # right before it is: the garbage collector may run another block here
+                    attributes["forward"] = forward
                     attributes["_replicate_for_data_parallel"] = guard.replicate
-                    attributes["forward"] = MethodType(forward_of_batch_norm, guard)
                 else:
                     guard.has_hooks = True
                     attributes["_forward_pre_hooks"][KEY] = BeforeForward(guard)
@@ -218,7 +219,7 @@ class Again:
                 guard.ruling = NO_RULING
                 for name in names:
                     if getattr(attributes.get(name), "__self__", None) is guard:
-                        del attributes[name]
+                        attributes.pop(name, None)  # likewise
                 guard.has_forward = False
                 guard.mark = None
                 if guard.has_hooks:

@@ -86,7 +86,7 @@ def test_forwards_of_three_threads_share_a_budget(layer: Any) -> None:
 
 
 def test_one_of_several_forwards_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where one in another thread, which gets to the next layer, is over before the first one has said anything."""
+    """Also where another thread gets to the next layer before the first one has said anything."""
     net = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3))
     change, calls = Block._change, []
 
