@@ -5,7 +5,7 @@ import gc
 import re
 import threading
 import weakref
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 
 import pytest
 import torch
@@ -688,6 +688,37 @@ def test_forward_that_fails_leaves_the_watch_working():
             net(torch.ones(2, 5, 8, 8))
         net(IMAGES)
     assert only(record.updates).count == 1
+
+
+@pytest.mark.parametrize("later", ["eval", "held", "again"])
+def test_forward_that_fails_is_no_update_at_a_later_forward(later):
+    """It was announced, and did not happen; another forward of the layer does not stand for it."""
+    net = net_of(nn.BatchNorm2d(4))
+    with bnguard.watch(net) as record:
+        net(IMAGES)
+        with pytest.raises(RuntimeError):
+            net[1](torch.ones(2, 5, 8, 8))
+        with bnguard.frozen(net, "restore") if later == "held" else nullcontext():
+            net.train(later != "eval")
+            net(IMAGES)
+    assert sum([update.count for update in record.updates]) == 1 + (later == "again")
+    assert all([update.mode.training for update in record.updates])
+
+
+def test_forward_inside_another_of_its_layer_leaves_that_its_update():
+    """A hook that looks at a layer in eval mode, right before it runs in train mode, updates nothing itself."""
+    net = net_of(nn.BatchNorm2d(4))
+
+    def look(layer, args):
+        if layer.training:
+            layer.eval()(*args)
+            layer.train()
+
+    net[1].register_forward_pre_hook(look)
+    with bnguard.watch(net) as record:
+        for _ in range(2):
+            run(net)
+    assert [(update.count, update.mode.training) for update in record.updates] == [(2, True)]
 
 
 def test_start_and_stop():
