@@ -721,6 +721,23 @@ def test_forward_inside_another_of_its_layer_leaves_that_its_update():
     assert [(update.count, update.mode.training) for update in record.updates] == [(2, True)]
 
 
+def test_interruption_loses_none_of_the_updates_that_wait():
+    """Ctrl-C while many updates are recorded together: those after the interrupted one are recorded by the next."""
+    done = []
+
+    def record(number):
+        if number == 1:
+            raise KeyboardInterrupt
+        done.append(number)
+
+    journal = Journal(threading.RLock())
+    journal.entries += [(record, (number,)) for number in range(4)]
+    with pytest.raises(KeyboardInterrupt):
+        journal.work_up()
+    journal.work_up()
+    assert done == [0, 2, 3]
+
+
 def test_start_and_stop():
     """A watch can be started by hand, stopped twice, and started again, which forgets."""
     net = net_of(nn.BatchNorm2d(4))
