@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 import bnguard
+from bnguard.layers.drift import DriftColumns
 from bnguard.recording import layer_log, optimizer_steps, put_back
 from bnguard.recording.journal import Journal
 from tests.asserts import assert_clean, assert_same_bits, state_of
@@ -736,6 +737,28 @@ def test_interruption_loses_none_of_the_updates_that_wait():
         journal.work_up()
     journal.work_up()
     assert done == [0, 2, 3]
+
+
+def test_measurement_during_a_reading_of_the_series_stays(monkeypatch):
+    """A thread that shows the series takes nothing from it."""
+    net = net_of(nn.BatchNorm2d(4))
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    compute = DriftColumns.samples
+    threads = [threading.Thread(target=optimizer.step)]
+
+    def compute_while_it_trains(self, steps, copies):
+        if not threads[0].ident:
+            threads[0].start()
+            threads[0].join(0.1)  # it may wait for the end of this
+        return compute(self, steps, copies)
+
+    monkeypatch.setattr(DriftColumns, "samples", compute_while_it_trains)
+    with bnguard.watch(net, every=1) as record:
+        for _ in range(3):
+            optimizer.step()
+        assert record.series.steps[:3] == (1, 2, 3)
+        threads[0].join()
+    assert record.series.steps == (1, 2, 3, 4)
 
 
 def test_start_and_stop():
