@@ -44,11 +44,11 @@ class Journal:
             self.work_up()
 
     def work_up(self) -> None:
-        """Makes all calls."""
-        if self.entries:
+        """Makes all calls. One that is interrupted is the only one that is lost."""
+        entries = self.entries
+        if entries:
             with self._lock:
                 self.is_due = False
-                entries = self.entries[:]
-                del self.entries[: len(entries)]  # others may have been added
-                for record, arguments in entries:
+                while entries:
+                    record, arguments = entries.pop(0)
                     record(*arguments)

@@ -128,6 +128,10 @@ class Pending:
     is_sure: bool = False
 
 
+# Of a forward that updates nothing, while another forward of the layer runs or has failed.
+_NO_UPDATE: Final = Pending(None, None)
+
+
 class LayerListener(global_hook.Listener, Generic[L]):
     """Meets the models that run, and sees which forwards of their layers update.
 
@@ -190,9 +194,9 @@ class LayerListener(global_hook.Listener, Generic[L]):
         if log is None:
             return
         waiting = self._pending.get((threading.get_ident(), id(module)))
-        if not waiting:
+        pending = waiting.pop() if waiting else _NO_UPDATE
+        if pending is _NO_UPDATE:
             return
-        pending = waiting.pop()
         if pending.is_sure or (
             module.training if pending.versions is None else _versions(log, module) != pending.versions
         ):
@@ -226,6 +230,8 @@ class LayerListener(global_hook.Listener, Generic[L]):
             if log is None:
                 return
         predict = log.kind.predict
+        waiting = self._pending.get((threading.get_ident(), id(module)))
+        last = waiting[-1] if waiting else None
         if predict is None:
             self._wait(log, module, call)
         elif not predict(module):
@@ -234,6 +240,8 @@ class LayerListener(global_hook.Listener, Generic[L]):
             module._buffers.get(log.first) is log.first_tensor or log.has_own_tensors(module)
         ):
             self._predicted(log, module, args, call)
+        if waiting and waiting[-1] is last:  # of another forward
+            self._pend(module, _NO_UPDATE)
 
     @outside_modes
     def _take_in(self, model: nn.Module) -> None:

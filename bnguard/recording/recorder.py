@@ -87,7 +87,8 @@ class Recorder(LayerListener[LayerLog]):
     @property
     def samples(self) -> list[DriftSample]:
         """Measurements of the drift."""
-        return self._samples.computed()
+        with self._lock:
+            return self._samples.computed()
 
     def open(self, manager: object = None) -> None:
         """Records from now on, at most as long as ``manager`` lives."""

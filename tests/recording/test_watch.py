@@ -5,7 +5,7 @@ import gc
 import re
 import threading
 import weakref
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 import bnguard
+from bnguard.layers.drift import DriftColumns
 from bnguard.recording import layer_log, optimizer_steps, put_back
 from bnguard.recording.journal import Journal
 from tests.asserts import assert_clean, assert_same_bits, state_of
@@ -688,6 +689,76 @@ def test_forward_that_fails_leaves_the_watch_working():
             net(torch.ones(2, 5, 8, 8))
         net(IMAGES)
     assert only(record.updates).count == 1
+
+
+@pytest.mark.parametrize("later", ["eval", "held", "again"])
+def test_forward_that_fails_is_no_update_at_a_later_forward(later):
+    """It was announced, and did not happen; another forward of the layer does not stand for it."""
+    net = net_of(nn.BatchNorm2d(4))
+    with bnguard.watch(net) as record:
+        net(IMAGES)
+        with pytest.raises(RuntimeError):
+            net[1](torch.ones(2, 5, 8, 8))
+        with bnguard.frozen(net, "restore") if later == "held" else nullcontext():
+            net.train(later != "eval")
+            net(IMAGES)
+    assert sum([update.count for update in record.updates]) == 1 + (later == "again")
+    assert all([update.mode.training for update in record.updates])
+
+
+def test_forward_inside_another_of_its_layer_leaves_that_its_update():
+    """A hook that looks at a layer in eval mode, right before it runs in train mode, updates nothing itself."""
+    net = net_of(nn.BatchNorm2d(4))
+
+    def look(layer, args):
+        if layer.training:
+            layer.eval()(*args)
+            layer.train()
+
+    net[1].register_forward_pre_hook(look)
+    with bnguard.watch(net) as record:
+        for _ in range(2):
+            run(net)
+    assert [(update.count, update.mode.training) for update in record.updates] == [(2, True)]
+
+
+def test_interruption_loses_none_of_the_updates_that_wait():
+    """Ctrl-C while many updates are recorded together: those after the interrupted one are recorded by the next."""
+    done = []
+
+    def record(number):
+        if number == 1:
+            raise KeyboardInterrupt
+        done.append(number)
+
+    journal = Journal(threading.RLock())
+    journal.entries += [(record, (number,)) for number in range(4)]
+    with pytest.raises(KeyboardInterrupt):
+        journal.work_up()
+    journal.work_up()
+    assert done == [0, 2, 3]
+
+
+def test_measurement_during_a_reading_of_the_series_stays(monkeypatch):
+    """A thread that shows the series takes nothing from it."""
+    net = net_of(nn.BatchNorm2d(4))
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    compute = DriftColumns.samples
+    threads = [threading.Thread(target=optimizer.step)]
+
+    def compute_while_it_trains(self, steps, copies):
+        if not threads[0].ident:
+            threads[0].start()
+            threads[0].join(0.1)  # it may wait for the end of this
+        return compute(self, steps, copies)
+
+    monkeypatch.setattr(DriftColumns, "samples", compute_while_it_trains)
+    with bnguard.watch(net, every=1) as record:
+        for _ in range(3):
+            optimizer.step()
+        assert record.series.steps[:3] == (1, 2, 3)
+        threads[0].join()
+    assert record.series.steps == (1, 2, 3, 4)
 
 
 def test_start_and_stop():
