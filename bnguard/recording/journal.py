@@ -45,10 +45,13 @@ class Journal:
 
     def work_up(self) -> None:
         """Makes all calls. One that is interrupted is the only one that is lost."""
-        entries = self.entries
-        if entries:
-            with self._lock:
-                self.is_due = False
-                while entries:
-                    record, arguments = entries.pop(0)
-                    record(*arguments)
+        if not self.entries:
+            return
+        with self._lock:
+            self.is_due = False
+            while True:
+                try:
+                    record, arguments = self.entries.pop(0)
+                except IndexError:  # also where a reader has come in between, as a signal handler may
+                    return
+                record(*arguments)
