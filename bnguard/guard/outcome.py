@@ -63,7 +63,7 @@ class Outcome:
 
     def claims_warning(self) -> bool:
         """Whether an update that was let through is the first one, of which ``updated`` warns."""
-        if self.has_warned or not self._first:
+        if self.has_warned:
             return False
         try:
             return self._first.pop()

@@ -29,7 +29,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 # In place of a module, while what is kept of its model refers to it weakly.
-RELEASED: Final = nn.Module()
+_RELEASED: Final = nn.Module()
 
 # Of the modules of a tree: weak references; of those that have children, their places, with names and places of the
 # children; the places of the layers.
@@ -82,7 +82,7 @@ class Tree:
             self._outline = _outline_of(self._modules, self._module_tables, self.layers)
         self._modules, self._module_tables, self._branches = [], [], []
         for layer in self.layers:
-            layer.module = RELEASED
+            layer.module = _RELEASED
 
     def recover(self) -> bool:
         """Refers to the modules as at the walk; False if one is gone. What else has changed, ``is_current`` tells."""
