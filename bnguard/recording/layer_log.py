@@ -12,17 +12,16 @@ from bnguard.findings.events import Evaluation, LayerEnd, Result, StepEnd, Updat
 from bnguard.findings.observer import LayerObserver
 from bnguard.findings.rule import Evidence
 from bnguard.findings.soundness import is_initial
-from bnguard.guard.hold import guards
 from bnguard.guard.hooks import guard_of
 from bnguard.layers.kinds import OTHER_BUFFERS, StatsLayer
 from bnguard.layers.swaps import Table, own_tensors
 from bnguard.layers.tree import parameters_of
-from bnguard.recording.layer_listener import SeenLayer, copies_of
+from bnguard.recording.layer_listener import copies_of
 from bnguard.recording.model_calls import ModelCall
 from bnguard.recording.optimizer_steps import OptimizerSteps, has_stepped_since
-from bnguard.recording.put_back import CopiesBefore
 from bnguard.recording.run import Run
 from bnguard.recording.update_sites import count_update, joined, leaf_of, watch_result
+from bnguard.recording.usual_forwards import UsualForwards
 from bnguard.records import Mode, StatsUpdates
 from bnguard.torch_internals.autocast import is_any_autocast, is_autocast
 from bnguard.torch_internals.checkpointing import running_backward
@@ -32,9 +31,10 @@ from bnguard.torch_internals.tracing import is_capturing, is_traced, outside_mod
 
 _MOST_UPDATES: Final = 64  # of one step that are distinguished
 _MOST_WRITES: Final = 64  # of somebody else that are looked at
+_USUAL: Final = True, True, False, False, False, False  # in train mode with gradients
 
 
-class LayerLog(SeenLayer):
+class LayerLog(UsualForwards):
     """What was seen of one layer, from the host alone: no tensor is read. Rules get every event through an observer.
 
     Attributes:
@@ -44,17 +44,15 @@ class LayerLog(SeenLayer):
     """
 
     __slots__ = (
-        "_copies", "_count", "_evaluations", "_is_trained", "_last", "_last_noted", "_model", "_momentum",
-        "_observer", "_optimizers", "_optimizers_of", "_parameters", "_parameters_before", "_parents", "_recalibrates",
-        "_rewritten", "_rivals", "_run", "_sites", "_tick", "_tick_noted", "_updates", "_was_evaluated", "_writes_left",
-        "differs_per_rank", "is_loaded", "model_number",
+        "_count", "_evaluations", "_is_trained", "_model", "_momentum", "_observer", "_optimizers", "_parameters",
+        "_parameters_before", "_parents", "_recalibrates", "_rewritten", "_rivals", "_sites", "_tick", "_updates",
+        "_writes_left", "differs_per_rank", "is_loaded", "model_number",
     )  # fmt: skip
 
     def __init__(
         self, layer: StatsLayer, model: nn.Module, model_number: int, parents: Sequence[nn.Module], run: Run
     ) -> None:
-        super().__init__(layer)
-        self._run = run
+        super().__init__(layer, run)
         self.model_number = model_number
         self.differs_per_rank = differs_per_rank(model)
         self.is_loaded = False
@@ -70,16 +68,10 @@ class LayerLog(SeenLayer):
         self._tick = 0
         self._updates: list[Update] = []  # since that step of any optimizer
         self._count = 0
-        self._last_noted: Update | None = None  # which may be to be recorded
-        self._tick_noted = -1  # at which tick it was; -1 if all updates since then have been undone
         self._is_trained = False
         self._optimizers: tuple[OptimizerSteps, ...] = ()
         self._rivals: tuple[OptimizerSteps, ...] = ()
-        self._optimizers_of = -1  # the counter's ``changes`` for which those are right
-        self._last = self._place(layer.module)
-        self._copies = CopiesBefore()
         self._recalibrates = -1  # at which tick the statistics were reset
-        self._was_evaluated = False
         self._evaluations = 0
         self._rewritten = 0
         self._writes_left = _MOST_WRITES
@@ -94,30 +86,6 @@ class LayerLog(SeenLayer):
     def is_written(self, module: nn.Module) -> bool:
         """Whether somebody else has written since the last forward: then ``record_write`` is due."""
         return self._place(module) != self._last
-
-    def is_usual(self, module: nn.Module) -> bool:
-        """Whether a forward that is about to begin is like most: it updates, and nothing is to be done before that.
-
-        That is decided in few lines, and may be False of a forward for which it is true.
-        """
-        tensor, last, predict = self.first_tensor, self._last, self.kind.predict
-        try:
-            if (
-                predict is None
-                or tensor is None
-                or module._buffers.get(self.first) is not tensor
-                or last != (id(tensor), tensor._version, tensor.data_ptr())
-                or (self._copies.left and (self._tick_noted == self._run.steps.ticks or not is_grad_enabled()))
-                or running_backward() != -1
-                or id(module) in guards
-                or not predict(module)
-                or getattr(module, "momentum", None) == 0
-            ):
-                return False
-        except (RuntimeError, ValueError):  # see ``_place``
-            return False
-        self._was_evaluated = False
-        return True
 
     def record_beginning(self) -> None:
         """Takes copies, right before a forward that may update, if it may be put back."""
@@ -163,6 +131,8 @@ class LayerLog(SeenLayer):
             journal.is_due = True
         if own() is not module:
             own, journal.is_due = weakref.ref(module), True
+        is_usual = flags == _USUAL and not update.is_frozen and update.has_learned is False
+        self._usual_site = site if is_usual else None
         momentum = getattr(module, "momentum", None)
         journal.entries.append((self.record_update, (own, update, shape, momentum, steps.count, steps.ticks)))
 
@@ -175,16 +145,7 @@ class LayerLog(SeenLayer):
         count: int,
         tick: int,
     ) -> None:
-        """Records an update that was noted.
-
-        Args:
-            own: The layer, or a clone that shares its statistics.
-            update: The update.
-            shape: The shape of the batch, if it is known.
-            momentum: The momentum of the layer.
-            count: How many rounds of optimizer steps had begun.
-            tick: How many steps all optimizers had made.
-        """
+        """Records an update that was noted."""
         module = own()
         if module is not None and self._optimizers_of != self._run.steps.changes:
             self._find_optimizers(module)
@@ -324,15 +285,6 @@ class LayerLog(SeenLayer):
         module = self.module
         own = known if module is None else own_tensors(module, table)
         return {name: tensor for name in known if (tensor := own.get(name)) is not None}
-
-    def _place(self, module: nn.Module | None) -> tuple[int, int, int] | None:
-        """The first statistic, its version and its place in memory, if it has them."""
-        try:
-            # The table of a ScriptModule has no get().
-            tensor = self.first_tensor if module is None else module._buffers[self.first]
-            return None if tensor is None else (id(tensor), tensor._version, tensor.data_ptr())
-        except (KeyError, RuntimeError, ValueError):  # an inference tensor, a lazy one, or one of a transform
-            return None
 
     @outside_modes
     def record_write(self) -> bool:

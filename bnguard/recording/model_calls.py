@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from types import CodeType, FrameType
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeAlias
 
 import torch
 from torch import nn
@@ -55,24 +55,33 @@ class ModelCall(NamedTuple):
 
 _new_call: Final = tuple.__new__  # takes half the time of calling the class
 
+# What is known of a running call: all of it, or, to be completed if somebody asks, the call of the module around it.
+Begun: TypeAlias = ModelCall | tuple[ModelCall, ...]
+
 
 class ModelCalls:
     """The calls of modules that are running.
 
     Every call must be announced with ``begin``, so that only a few frames have to be searched for its line, or, of a
-    module without modules in it, with ``pass_over``. A frame is known by its id: a later frame with the same id is
-    announced before it calls anything.
+    module without modules in it, by removing what is known of its frame. A frame is known by its id: a later frame with
+    the same id is announced before it calls anything.
+
+    Attributes:
+        by_frame: What is known of the calls, by the id of the frame of ``MODULE_CALL``. In place of ``begin``, the call
+            of a layer may be announced by ``(call,)`` with that of the module around it, if that is no wrapper, and
+            autograd is recording.
     """
 
+    __slots__ = ("_begun", "_direct", "_lines", "by_frame")
+
     def __init__(self) -> None:
-        self._by_frame: dict[int, ModelCall] = {}
+        self.by_frame: dict[int, Begun] = {}
         self._lines: dict[tuple[int, int, str], tuple[str, CodeType]] = {}
+        self._direct: dict[tuple[int, int], tuple[str, CodeType]] = {}  # of user code
         self._begun = 0
 
     def begin(self, module: nn.Module, frame: FrameType | None) -> ModelCall:
-        """Announces a call of a module. ``frame`` is a frame inside of the call, or that of the call itself."""
-        while frame is not None and frame.f_code is not MODULE_CALL:  # in line, as most loops of this function
-            frame = frame.f_back
+        """Announces a call of a module with this frame of ``MODULE_CALL``."""
         wraps = type(module).__name__ in WRAPPERS
         if frame is None:
             return ModelCall("<unknown>", calibrates=False, wraps=wraps)
@@ -80,7 +89,7 @@ class ModelCalls:
         while around is not None:
             if around.f_code is MODULE_CALL:
                 is_outermost = False
-                outer = self._by_frame.get(id(around))
+                outer = self.at(around)
                 if outer is not None:
                     break
             around = around.f_back
@@ -95,29 +104,35 @@ class ModelCalls:
             if has_grad and not part and not torch.is_grad_enabled() and not in_reentrant_checkpoint():
                 part, _ = self._user_line(frame)
             call = _new_call(ModelCall, (site, calibrates, wraps, number, self._begun, parent, has_grad, part))
-        if len(self._by_frame) >= _MOST:
-            self._by_frame.clear()
-        self._by_frame[id(frame)] = call
+        if is_outermost and len(self.by_frame) >= _MOST:
+            self.by_frame.clear()
+        self.by_frame[id(frame)] = call
         return call
 
-    def pass_over(self, frame: FrameType | None) -> None:
-        """Announces a call that is not worth remembering: what it calls counts as called by the call around it."""
-        while frame is not None and frame.f_code is not MODULE_CALL:
-            frame = frame.f_back
-        self._by_frame.pop(id(frame), None)
+    def at(self, frame: FrameType) -> ModelCall | None:
+        """The call with this frame, if it was announced."""
+        begun = self.by_frame.get(id(frame))
+        if begun is None or isinstance(begun, ModelCall):
+            return begun
+        around, call = begun[0], begun[-1]
+        if call is around:
+            self._begun += 1
+            call = around._replace(own=self._begun, parent=around.own)
+            self.by_frame[id(frame)] = around, call
+        return call
 
     def under_way(self, frame: FrameType | None) -> ModelCall | None:
         """The innermost announced call that contains ``frame``; None if there is none."""
-        frame = _call_at(frame)
-        return None if frame is None else self._by_frame.get(id(frame))
+        frame = call_at(frame)
+        return None if frame is None else self.at(frame)
 
     def _search(self, frame: FrameType) -> tuple[str, bool]:
         """The user's line of a call inside calls that began before the watch."""
-        outermost, current = frame, _call_at(frame.f_back)
+        outermost, current = frame, call_at(frame.f_back)
         while current is not None:
             if type(current.f_locals.get("self")).__name__ not in WRAPPERS:
                 outermost = current
-            current = _call_at(current.f_back)
+            current = call_at(current.f_back)
         return self._user_line(outermost)
 
     def _user_line(self, frame: FrameType) -> tuple[str, bool]:
@@ -125,11 +140,21 @@ class ModelCalls:
 
         Where it is a package that calls the model, a trainer say, its line follows in brackets.
         """
+        current = frame.f_back
+        if current is not None:
+            code = current.f_code
+            direct = self._direct.get((id(code), current.f_lasti))
+            if direct is not None:
+                return direct[0], False
+            if origin_of(code.co_filename) == "user":
+                line = self._text(current)
+                if len(self._direct) < _MOST:
+                    self._direct[id(code), current.f_lasti] = line, code  # so that no other code gets its id
+                return line, False
         found: FrameType | None = None
         fallback: FrameType | None = None
         called_in = ""
         calibrates = False
-        current = frame.f_back
         while current is not None:
             code = current.f_code
             if code in CALIBRATES:
@@ -159,7 +184,7 @@ class ModelCalls:
         return line[0]
 
 
-def _call_at(frame: FrameType | None) -> FrameType | None:
+def call_at(frame: FrameType | None) -> FrameType | None:
     """The innermost call of a module at or outside of a frame."""
     while frame is not None and frame.f_code is not MODULE_CALL:
         frame = frame.f_back

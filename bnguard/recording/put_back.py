@@ -41,43 +41,44 @@ class CopiesBefore:
     """Copies of the statistics of one layer from before forwards since the last step of any optimizer.
 
     Attributes:
+        kept: The copies.
         left: How many more are to be taken.
     """
 
-    __slots__ = ("_copies", "left")
+    __slots__ = ("kept", "left")
 
     def __init__(self) -> None:
-        self._copies: list[_Copied] = []
+        self.kept: list[_Copied] = []
         self.left = _MOST_COPIES
 
     def add(self, tick: int, values: dict[str, Tensor]) -> None:
         """Adds copies from right before a forward, after so many steps of all optimizers."""
         self.left -= 1
-        self._copies.append(_Copied(tick, values))
+        self.kept.append(_Copied(tick, values))
 
     def updated(self, update: Update) -> None:
         """The forward is over."""
-        if self._copies and self._copies[-1].update is None:
-            self._copies[-1].update = update
+        if self.kept and self.kept[-1].update is None:
+            self.kept[-1].update = update
 
     def step(self, tick: int) -> None:
         """Forgets what is from before so many steps."""
-        if self._copies:
-            self._copies = [copied for copied in self._copies if copied.tick >= tick]
+        if self.kept:
+            self.kept = [copied for copied in self.kept if copied.tick >= tick]
 
     def clear(self) -> None:
         """Forgets all."""
-        self._copies.clear()
+        self.kept.clear()
 
     def undone_by(self, now: dict[str, Tensor]) -> list[Update] | None:
         """The updates that have come to nothing if these are the statistics now; None if they are not from before one.
 
         Forgets their copies.
         """
-        for position, copied in enumerate(self._copies):
+        for position, copied in enumerate(self.kept):
             if all([name in now and holds(now[name], value) for name, value in copied.values.items()]):
-                later = [one.update for one in self._copies[position:]]
-                del self._copies[position:]
+                later = [one.update for one in self.kept[position:]]
+                del self.kept[position:]
                 self.left = _MOST_COPIES
                 return [update for update in later if update is not None and not update.is_undone]
         return None

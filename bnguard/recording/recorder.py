@@ -7,6 +7,7 @@ import sys
 import threading
 import weakref
 from collections import defaultdict
+from types import FrameType
 from typing import Any, Final, Literal
 
 import torch
@@ -22,7 +23,7 @@ from bnguard.recording.drift_samples import DriftSamples
 from bnguard.recording.journal import Journal
 from bnguard.recording.layer_listener import LayerListener, Pending
 from bnguard.recording.layer_log import LayerLog
-from bnguard.recording.model_calls import ModelCall, ModelCalls
+from bnguard.recording.model_calls import ModelCall, ModelCalls, call_at
 from bnguard.recording.model_names import ModelName, distinct
 from bnguard.recording.optimizer_steps import BackwardCounter, StepCounter
 from bnguard.recording.ranks import Ranks
@@ -30,12 +31,16 @@ from bnguard.recording.run import Run
 from bnguard.recording.timeline import Timeline
 from bnguard.recording.unwatched import Unwatched
 from bnguard.torch_internals import global_hook, model_events
-from bnguard.torch_internals.callsite import call_site
+from bnguard.torch_internals.callsite import MODULE_CALL, call_site
 from bnguard.torch_internals.checkpointing import is_in_backward
 from bnguard.torch_internals.node_hooks import NodeHooks
 from bnguard.words import name_text
 
 _MOST_SAMPLES: Final = 256
+# Where the frame of the call is, seen from ``before``: that of a module, and that of the one whose forward calls it.
+# Each call of a module has four frames at least, so that there is no other one between them.
+_CALL: Final = 4
+_CALL_AROUND: Final = 8
 
 
 class Recorder(LayerListener[LayerLog]):
@@ -72,6 +77,7 @@ class Recorder(LayerListener[LayerLog]):
         self._calls = ModelCalls()
         self._outermost = 0  # the id of the module whose call began last from outside of all modules
         self._keeps_up = False  # with each call of the model
+        self._takes_short_way = False
         self._samples = DriftSamples()
         self._interval = 1 if every in (None, "auto") else int(every)
         self._models: list[ModelName] = []
@@ -141,38 +147,65 @@ class Recorder(LayerListener[LayerLog]):
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Records a forward that is about to begin."""
         key = id(module)
-        log = self._by_id.get(key)
+        log, by_frame = self._by_id.get(key), self._calls.by_frame
+        frame: FrameType | None = sys._getframe(_CALL)
+        if frame is None or frame.f_code is not MODULE_CALL:  # before torch 2.5, or called by the hook of somebody else
+            frame = call_at(sys._getframe(2))
+        elif log is not None and self._takes_short_way and module is not self._model:
+            try:
+                around = sys._getframe(_CALL_AROUND)
+            except ValueError:  # the stack is not that deep
+                call = None
+            else:
+                call = by_frame.get(id(around)) if around.f_code is MODULE_CALL else None
+            if isinstance(call, ModelCall) and not call.wraps and log.is_usual(module):
+                by_frame[id(frame)] = (call,)
+                return
         if log is None and not module._modules and (not self._meets_models or key in self._known):
-            self._calls.pass_over(sys._getframe(3))
+            by_frame.pop(id(frame), None)
             return  # most modules of a model
-        call = self._calls.begin(module, sys._getframe(3))
-        if not call.parent:
+        begun = self._calls.begin(module, frame)
+        if not begun.parent:
             self._outermost = key
         if module is self._model:
             self._look_again()
-        if log is not None and self.wants_results and log.is_usual(module):
-            self._pend(module, Pending(None, call, is_sure=True))
-        else:
-            self._see(module, args, call)
+            log = self._by_id.get(key)
+        if log is not None or self._meets_models:
+            self._see(module, args, begun)
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Records what a forward has done."""
         key = id(module)
         log = self._by_id.get(key)
         if log is not None:
-            waiting = self._pending.get((threading.get_ident(), key))
-            if waiting and waiting[-1].is_sure:
-                self._updates(log, module, args, output, waiting.pop().call)
-            else:
-                super().after(module, args, output)
-            if not module.training and torch.is_grad_enabled():
-                call = self._calls.under_way(sys._getframe(3))
-                if call is not None:
-                    self._work_up()
-                    self._keeps_up = True  # a backward pass through the result asks for later updates
-                    log.record_result(output, call)
+            frame = sys._getframe(_CALL)
+            begun = self._calls.by_frame.get(id(frame))
+            if begun is None or isinstance(begun, ModelCall):
+                self._after_layer(log, module, args, output, None)
+            elif not (self._takes_short_way and log.note_usual(module, begun[0], args, output)):
+                self._after_layer(log, module, args, output, self._calls.at(frame))
         if key == self._outermost:
             self._journal.catch_up()
+
+    def _after_layer(
+        self, log: LayerLog, module: nn.Module, args: tuple[Any, ...], output: Any, call: ModelCall | None
+    ) -> None:
+        """Records what a forward of a layer has done; with its call if it is known to have updated."""
+        if call is None:
+            waiting = self._pending.get((threading.get_ident(), id(module)))
+            if waiting and waiting[-1].is_sure:
+                call = waiting.pop().call
+        if call is None:
+            super().after(module, args, output)
+        else:
+            self._updates(log, module, args, output, call)
+        if not module.training and torch.is_grad_enabled():
+            call = self._calls.under_way(sys._getframe(3))
+            if call is not None:
+                self._work_up()
+                self._keeps_up = True  # a backward pass through the result asks for later updates
+                self._choose_way()
+                log.record_result(output, call)
 
     def loaded(self, model: nn.Module) -> None:
         """Records that a state dict was loaded."""
@@ -206,8 +239,17 @@ class Recorder(LayerListener[LayerLog]):
                 self._undone.drop(part)
                 if by_user:
                     self._evaluated.put(part, weakref.ref(module))
+        self._choose_way()
 
     # Parts.
+
+    def _choose_way(self) -> None:
+        """Decides whether usual updates are noted in short, see Note [Usual forwards]."""
+        self._takes_short_way = self.wants_results and not self._keeps_up and not self._undone
+
+    def _want_results(self) -> None:
+        super()._want_results()
+        self._choose_way()
 
     def _work_up(self) -> None:
         self._journal.work_up()
@@ -232,6 +274,7 @@ class Recorder(LayerListener[LayerLog]):
         if self._undone and self._undone.drop(module):
             self._work_up()
             log.record_eval_undone(call)
+            self._choose_way()
 
     def _evaluates(self, log: LayerLog, module: nn.Module) -> None:
         self._work_up()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Final
 
 from torch import Tensor
@@ -43,13 +44,13 @@ def watch_result(output: Any, update: Update, run: Run) -> None:
     if node is None:
         return
     update.has_learned = False
-    backwards, note = run.backwards, run.journal.entries.append
+    run.node_hooks.add(node, partial(note_learned, run, update))
 
-    def reached(_: Any) -> None:
-        if not backwards.may_end_early or goes_through():
-            note((_learned, (update,)))
 
-    run.node_hooks.add(node, reached)
+def note_learned(run: Run, update: Update, _: Any) -> None:
+    """Notes in the journal that a backward pass has reached the result of the forward of an update."""
+    if not run.backwards.may_end_early or goes_through():
+        run.journal.entries.append((_learned, (update,)))
 
 
 def _learned(update: Update) -> None:

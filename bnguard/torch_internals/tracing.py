@@ -43,6 +43,10 @@ def _flag_of_all_threads() -> bool:
 # Whether a function mode, such as a logger, sees the operations of this thread. Not a function of ours: forwards ask.
 has_function_mode: Final[Callable[[], int]] = _len_torch_function_stack
 
+# The same for dispatch modes, and what ``torch.jit.trace`` records into.
+has_dispatch_mode: Final[Callable[[], int]] = _len_torch_dispatch_stack
+tracing_state: Final[Callable[[], Any]] = _get_tracing_state
+
 # Up to torch 2.13 all threads share one flag; from 2.14 on, each thread has its own.
 _is_fx_tracing: Final[Callable[[], bool]] = getattr(_symbolic_trace, "_get_is_fx_tracing", _flag_of_all_threads)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
@@ -37,10 +38,14 @@ class Branches(nn.Module):
         self.stem = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU())
         self.part = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, affine=False))
         self.head = nn.Linear(4, 2)
-        self.is_shared = self.has_teacher = self.recomputes = self.fails = False
+        self.is_shared = self.has_teacher = self.recomputes = self.fails = self.takes_a_detour = False
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
+        if self.takes_a_detour:
+            linear, norm, relu = self.stem
+            x = relu(self._detour(norm, linear(x)))
+        else:
+            x = self.stem(x)
         if self.has_teacher:
             with torch.no_grad():
                 self.part(x)
@@ -51,6 +56,25 @@ class Branches(nn.Module):
             raise ValueError("asked for")
         out: Tensor = self.head(x)
         return out
+
+    def _detour(self, layer: nn.Module, x: Tensor) -> Tensor:
+        out: Tensor = layer(x)
+        return out
+
+
+def _run(layer: nn.Module, args: Any) -> None:
+    layer(*args)
+
+
+def _in_a_thread(function: Callable[..., Any], *args: Any) -> None:
+    """Calls a function directly from the thread, which has a short stack."""
+    failed: list[BaseException] = []
+    with mock.patch.object(threading, "excepthook", lambda error: failed.append(error.exc_value)):
+        thread = threading.Thread(target=function, args=args)
+        thread.start()
+        thread.join()
+    if failed:
+        raise failed[0]
 
 
 class Program:
@@ -63,6 +87,7 @@ class Program:
         self.optimizers = [torch.optim.SGD(self.model.parameters(), 0.1)]
         self.losses: list[Tensor] = []
         self.kept: list[Any] = []  # so that no other object gets its id
+        self.hooks: list[Any] = []
         self.saved = copy.deepcopy(self.model.state_dict())
 
     def forward(self) -> None:
@@ -212,6 +237,45 @@ class Program:
     def recompute(self) -> None:
         self.model.recomputes = not self.model.recomputes
 
+    def take_a_detour(self) -> None:
+        self.model.takes_a_detour = not self.model.takes_a_detour
+
+    def forward_in_a_thread(self) -> None:
+        _in_a_thread(self.forward)
+
+    def layer_in_a_thread(self) -> None:
+        _in_a_thread(self.model.stem[1], torch.randn(8, 4))
+
+    def hook_that_calls_a_layer(self) -> None:
+        part = self.model.part[1]
+        self.hooks.append(self.model.stem[1].register_forward_pre_hook(lambda module, args: _run(part, args)))
+
+    def hook_that_calls_a_layer_afterwards(self) -> None:
+        part = self.model.part[1]
+        self.hooks.append(self.model.stem[1].register_forward_hook(lambda module, args, output: _run(part, args)))
+
+    def hook_that_writes(self) -> None:
+        def write(module: Any, args: Any) -> None:
+            module.running_mean.add_(1)
+
+        self.hooks.append(self.model.stem[1].register_forward_pre_hook(write))
+
+    def hook_that_evaluates(self) -> None:
+        def evaluate(module: Any, args: Any) -> None:
+            module.eval()
+
+        self.hooks.append(self.model.stem[1].register_forward_pre_hook(evaluate))
+
+    def hook_that_fails(self) -> None:
+        def fail(module: Any, args: Any) -> None:
+            raise RuntimeError("asked for")
+
+        self.hooks.append(self.model.stem[1].register_forward_pre_hook(fail))
+
+    def remove_hooks(self) -> None:
+        while self.hooks:
+            self.hooks.pop().remove()
+
     def cast(self) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             self.losses.append(self.model(torch.randn(8, 3)).float().square().mean())
@@ -311,6 +375,13 @@ TRAPS = {
     "backward later": ["forward", "step", "forward", "step", "backward_of_an_old_loss", "forward", "step"],
     "gradient of a result": ["gradient_of_a_result", "step", "gradient_of_a_result", "step", "train_step"],
     "deleted": ["forward_of_another_model", "step", "forward_of_another_model", "step", "forget"],
+    "detour": ["take_a_detour", "train_step"],
+    "threads": ["forward_in_a_thread", "layer_in_a_thread", "train_step"],
+    "hook that calls a layer": ["hook_that_calls_a_layer", "train_step", "remove_hooks", "train_step"],
+    "hook that calls a layer afterwards": ["hook_that_calls_a_layer_afterwards", "train_step", "remove_hooks"],
+    "hook that writes": ["hook_that_writes", "train_step", "remove_hooks"],
+    "hook that evaluates": ["hook_that_evaluates", "forward", "remove_hooks", "change_mode", "change_mode"],
+    "hook that fails": ["hook_that_fails", "train_step", "remove_hooks", "gradient_of_a_result", "step"],
     "clone": ["clone", "step", "clone", "freeze", "step", "clone", "step"],
 }  # fmt: skip
 
