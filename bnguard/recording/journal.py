@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Final
 
-_MOST: Final = 256  # entries that wait
+_MOST: Final = 1024  # entries that wait: the longer they do, the more of them find the code in the caches
 
 
 class Journal:

@@ -147,7 +147,7 @@ class LayerLog(UsualForwards):
     ) -> None:
         """Records an update that was noted."""
         module = own()
-        if module is not None and self._optimizers_of != self._run.steps.changes:
+        if module is not None and self._optimizers_of != self._steps.changes:
             self._find_optimizers(module)
         if self._tick != tick:
             self.close_step(tick, is_frozen=update.is_frozen if own is self._module else None)
@@ -218,10 +218,11 @@ class LayerLog(UsualForwards):
             is_frozen: Whether no parameter is trained now; None if that is to be seen.
         """
         updates, count, tick = self._updates, self._count, self._tick
-        module = self.module
+        module = self._module()
         self._updates, self._count, self._tick = [], 0, now
-        self._copies.step(now)
-        if module is not None:
+        if self._copies.kept:
+            self._copies.step(now)
+        if module is not None and self._optimizers_of != self._steps.changes:
             self._find_optimizers(module)
         is_trained = None
         if now > tick:

@@ -44,11 +44,14 @@ class OptimizerSteps:
 
     def has_others(self, optimizer: Optimizer) -> bool:
         """Whether the optimizer has other parameters than before."""
-        return _groups_of(optimizer) != self._groups
-
-    def is_of(self, optimizer: Optimizer) -> bool:
-        """Whether these are the steps of this optimizer."""
-        return self._optimizer() is optimizer
+        groups = optimizer.param_groups
+        if len(groups) != len(self._groups):
+            return True
+        for group, (number, stands_still) in zip(groups, self._groups, strict=True):  # as in ``_groups_of``
+            rate = group.get("lr")
+            if len(group["params"]) != number or (not isinstance(rate, Tensor) and rate == 0) != stands_still:
+                return True
+        return False
 
     def work_up(self, tick: int) -> None:
         """Works up one of these steps, which was that of all optimizers with this number."""
@@ -120,7 +123,7 @@ class StepCounter:
     def steps_of(self, optimizer: Optimizer) -> OptimizerSteps:
         """The steps of one optimizer."""
         for steps in self.optimizers:
-            if steps.is_of(optimizer):
+            if steps._optimizer() is optimizer:
                 return steps
         self._is_about_to_change()
         steps = OptimizerSteps(optimizer)

@@ -63,8 +63,7 @@ class CopiesBefore:
 
     def step(self, tick: int) -> None:
         """Forgets what is from before so many steps."""
-        if self.kept:
-            self.kept = [copied for copied in self.kept if copied.tick >= tick]
+        self.kept = [copied for copied in self.kept if copied.tick >= tick]
 
     def clear(self) -> None:
         """Forgets all."""

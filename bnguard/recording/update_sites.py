@@ -44,12 +44,19 @@ def watch_result(output: Any, update: Update, run: Run) -> None:
     if node is None:
         return
     update.has_learned = False
-    run.node_hooks.add(node, partial(note_learned, run, update))
+    run.node_hooks.add(node, partial(note_learned, run, update, run.steps.ticks))
 
 
-def note_learned(run: Run, update: Update, _: Any) -> None:
-    """Notes in the journal that a backward pass has reached the result of the forward of an update."""
-    if not run.backwards.may_end_early or goes_through():
+def note_learned(run: Run, update: Update, tick: int, _: Any) -> None:
+    """Notes that a backward pass has reached the result of the forward of an update, at this step of all optimizers.
+
+    Whether it was learned from is asked when that step is over. Before, nobody has to wait with it.
+    """
+    if run.backwards.may_end_early and not goes_through():
+        return
+    if run.steps.ticks == tick:
+        _learned(update)
+    else:
         run.journal.entries.append((_learned, (update,)))
 
 

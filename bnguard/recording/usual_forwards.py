@@ -126,10 +126,10 @@ class UsualForwards(SeenLayer):
             return False
         is_frozen = has_learned = False
         update = Update(site, is_frozen, number, own, self._backwards.count, has_learned)
-        run = self._run
-        run.node_hooks.add(node, partial(note_learned, run, update))
-        self._last_noted, self._tick_noted = update, steps.ticks
-        record = self.record_update, (self._module, update, args[0].shape, fields["momentum"], steps.count, steps.ticks)
+        run, tick = self._run, steps.ticks
+        run.node_hooks.add(node, partial(note_learned, run, update, tick))
+        self._last_noted, self._tick_noted = update, tick
+        record = self.record_update, (self._module, update, args[0].shape, fields["momentum"], steps.count, tick)
         self._journal.entries.append(record)
         return True
 
