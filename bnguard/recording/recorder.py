@@ -170,7 +170,9 @@ class Recorder(LayerListener[LayerLog]):
         if module is self._model:
             self._look_again()
             log = self._by_id.get(key)
-        if log is not None or self._meets_models:
+        if log is not None and self.wants_results and log.is_usual(module):
+            self._pend(module, Pending(None, begun, is_sure=True))
+        elif log is not None or self._meets_models:
             self._see(module, args, begun)
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

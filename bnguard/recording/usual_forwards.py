@@ -123,7 +123,8 @@ class UsualForwards(SeenLayer):
             if parameter is not None and parameter.requires_grad:
                 break
         else:
-            return False
+            if self._is_frozen(module):
+                return False
         is_frozen = has_learned = False
         update = Update(site, is_frozen, number, own, self._backwards.count, has_learned)
         run, tick = self._run, steps.ticks
@@ -152,6 +153,10 @@ class UsualForwards(SeenLayer):
             count: How many rounds of optimizer steps had begun.
             tick: How many steps all optimizers had made.
         """
+        raise NotImplementedError
+
+    def _is_frozen(self, module: nn.Module | None) -> bool:
+        """Whether no parameter is trained; for a layer without any, none of the part of the model around it."""
         raise NotImplementedError
 
     def _place(self, module: nn.Module | None) -> tuple[int, int, int] | None:

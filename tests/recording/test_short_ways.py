@@ -276,6 +276,26 @@ class Program:
         while self.hooks:
             self.hooks.pop().remove()
 
+    def freeze_a_layer(self) -> None:
+        self.model.stem[1].requires_grad_(not self.model.stem[1].weight.requires_grad)
+
+    def cast_from_the_same_line(self) -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            self.forward()
+
+    def put_back_without_gradients(self) -> None:
+        with torch.no_grad():
+            self.forward_and_put_back()
+
+    def forward_of_a_clone(self) -> None:
+        layer = self.model.stem[1]
+        self.model.stem[1] = copy.copy(layer)
+        self.kept.append(self.model.stem[1])
+        try:
+            self.forward()
+        finally:
+            self.model.stem[1] = layer
+
     def cast(self) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             self.losses.append(self.model(torch.randn(8, 3)).float().square().mean())
@@ -375,6 +395,24 @@ TRAPS = {
     "backward later": ["forward", "step", "forward", "step", "backward_of_an_old_loss", "forward", "step"],
     "gradient of a result": ["gradient_of_a_result", "step", "gradient_of_a_result", "step", "train_step"],
     "deleted": ["forward_of_another_model", "step", "forward_of_another_model", "step", "forget"],
+    "same line in another mode": ["cast_from_the_same_line", "train_step"],
+    "layer that is frozen alone": ["freeze_a_layer", "train_step", "freeze_a_layer", "train_step"],
+    "put back without gradients": ["put_back_without_gradients", "put_back_without_gradients", "step"],
+    "without tracking": ["change_tracking", "train_step", "change_tracking"],
+    "clone in its place": ["forward_of_a_clone", "backward", "step", "forward_of_a_clone", "freeze", "step"],
+    "evaluated alone and trained again": [
+        "change_mode", "change_mode_of_a_layer", "change_mode_of_a_layer", "change_mode", "forward", "step", "forward",
+    ],
+    "learned from after a step": [
+        "forward", "forward", "step", "forward", *["backward_of_an_old_loss"] * 3, "step",
+    ] * 3,
+    "evaluated, updated and then backward, again and again": [
+        "change_mode", "forward", "change_mode", "forward", "backward_of_an_old_loss", "backward", "step",
+    ] * 3,
+    "evaluated, updated and then backward, one layer": [
+        "change_mode", "forward_of_a_layer", "change_mode", "forward_of_a_layer", "backward_of_an_old_loss", "backward",
+        "step",
+    ] * 3,
     "detour": ["take_a_detour", "train_step"],
     "threads": ["forward_in_a_thread", "layer_in_a_thread", "train_step"],
     "hook that calls a layer": ["hook_that_calls_a_layer", "train_step", "remove_hooks", "train_step"],
