@@ -8,8 +8,8 @@ the processor any more. So there is a short way in and one out, of few functions
 after. As soon as anything is otherwise, ``begin`` leaves the model as it is and ``is_quiet`` is false, and the block
 goes the long way. A test runs both on random nets.
 
-The next block on the model takes over what this one has needed; see Note [Kept blocks]. It is as good as new once its
-counts are; and no forward that began in it goes on, which the number of references to its entry tells.
+A block that has ended the short way may be entered once more; see Note [Kept blocks]. It is as good as new if it has
+nothing to tell, and once no forward that began in it goes on, which the number of references to its entry tells.
 
 Under ``"warn"`` a ``forward`` on the instance records the updates, as under a budget: it takes a third of the time of a
 hook. So where the user's code replaces the ``forward`` of a layer inside such a block, only its end tells of updates.
@@ -18,6 +18,7 @@ hook. So where the user's code replaces the ``forward`` of a layer inside such a
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from itertools import compress
 from operator import attrgetter, is_, itemgetter
 from sys import getrefcount
 from types import MethodType
@@ -25,7 +26,7 @@ from typing import Any, Final
 
 from torch import Tensor, nn
 
-from bnguard.guard.bystanders import counted_in, search_of
+from bnguard.guard.bystanders import Search, containers_in, search_of
 from bnguard.guard.copies import KEY, MARK, NO_CLONES, ONE_REFERENCE
 from bnguard.guard.coverage import has_nothing_beside
 from bnguard.guard.exit_check import ExitCheck
@@ -33,21 +34,19 @@ from bnguard.guard.forward import forward_of_batch_norm
 from bnguard.guard.hold import guards
 from bnguard.guard.hooks import BeforeForward, LayerGuard, drop_entry, entries_lock
 from bnguard.guard.options import Settings
-from bnguard.guard.policy import NO_RULING, Counts, PolicyEntry, Ruling, innermost_order
+from bnguard.guard.policy import NO_RULING, Counts, PolicyEntry, Ruling, orders
 from bnguard.layers.kinds import BATCH_NORM, BATCH_NORM_STATISTICS, BATCH_NORMS, StatsLayer
 from bnguard.layers.swaps import swaps
 from bnguard.layers.tree import Tree
-from bnguard.layers.usual_copy import UsualCopy, UsualTensors
+from bnguard.layers.usual_copy import UsualCopy, usual_copy_of
 from bnguard.torch_internals.compile import GUARDS_GRAPHS
 from bnguard.torch_internals.tracing import is_calm
 
 (_IN_ONE_LIST,) = map(getrefcount, [object()])  # what it says of an object to which a list refers
 _COLUMNS: Final = tuple(map(itemgetter, BATCH_NORM_STATISTICS))
-_PUT: Final = (MARK, "__getstate__")
-_PUT_WITH_FORWARD: Final = ("forward", "_replicate_for_data_parallel", *_PUT)
 _TABLE: Final = itemgetter("_buffers")
 _ATTRIBUTES: Final = attrgetter("__dict__")
-_NOT_SAVED: Final = attrgetter("_non_persistent_buffers_set")
+_MODULE: Final = attrgetter("module")
 
 
 class Again:
@@ -68,8 +67,8 @@ class Again:
     """
 
     __slots__ = (
-        "_attributes", "_check", "_columns", "_counted", "_has_forward", "_modules", "_ruling", "_search",
-        "_size", "_tensors", "entry", "guards", "layers", "settings", "tree",
+        "_attributes", "_check", "_columns", "_copy", "_counted", "_has_forward", "_ids", "_is_no_layer",
+        "_is_released", "_modules", "_ruling", "_search", "_size", "entry", "guards", "layers", "settings", "tree",
     )  # fmt: skip
 
     def __init__(self, tree: Tree, layers: Sequence[StatsLayer], settings: Settings, counts: Counts) -> None:
@@ -85,10 +84,14 @@ class Again:
         tables = list(map(_TABLE, self._attributes))
         self._columns: list[list[Tensor]] = [list(map(column, tables)) for column in _COLUMNS]
         self.guards = list(map(LayerGuard, layers, zip(*self._columns, strict=True)))
-        self._tensors: UsualTensors | None = None  # once there was a copy
+        self._ids = list(map(id, self._modules))
+        self._copy: UsualCopy | None = None  # once there was one
         self._check: ExitCheck | None = None  # likewise
-        self._search: object = None  # what ``_counted`` is of
+        layer_ids = set(map(id, map(_MODULE, tree.layers)))
+        self._is_no_layer = [id(module) not in layer_ids for module in tree.modules]
+        self._search: Search | None = None  # what ``_counted`` is of
         self._counted: list[Collection[Any]] | None = None  # once it is used again
+        self._is_released = False
 
     def rest(self) -> bool:
         """Lets go of the block, so that no cycle outlives it; False if a forward that began in it goes on."""
@@ -96,12 +99,14 @@ class Again:
         if getrefcount(self.entry) != ONE_REFERENCE + in_ruling or getrefcount(self._ruling) != ONE_REFERENCE:
             return False
         self.entry.block = self.entry.manager = None
-        if self._check is not None:
-            self._check.forget()  # a guard that is kept for later keeps no copies
+        if self._copy is not None:
+            self._copy.drop()  # a guard that is kept for later keeps no copies
+        if self._check is not None and self._check.is_used:
+            self._check.forget()
         return True
 
     def release(self) -> bool:
-        """Refers to the model weakly from now on; False, with nothing done, if what is on a layer outlives the block.
+        """Refers to the model weakly until ``is_ready()``; False, with nothing done, if what is on a layer lives on.
 
         ``rest()`` was called before. The block is the only one that refers to the tree, too.
         """
@@ -114,47 +119,56 @@ class Again:
         if self._check is not None:
             self._check.statistics.modules = ()
         self._modules, self._attributes = [], []
-        self._counted = self._counted and []
+        self._counted = None
         self.tree.release()
+        self._is_released = True
         return True
 
-    def recover(self) -> bool:
-        """Refers to the model as before; False if a part of it is gone. What has changed, ``is_ready`` tells."""
+    def is_ready(self) -> bool:
+        """Whether the model is as it was. Refers to it as before."""
+        if self._is_released and not self._recover():
+            return False
+        if not (self.tree.has_same_structure() and self._has_same_statistics()):
+            return False
+        search = search_of(self.tree.model)
+        is_known = search is not None and search is self._search
+        if not (is_known or has_nothing_beside(self.tree.model, self.tree)):
+            return False
+        if self._counted is None or not is_known:
+            # The attributes of layers are not counted: guards put some there.
+            self._counted = list(map(_ATTRIBUTES, compress(self.tree.modules, self._is_no_layer)))
+            if search is not None and search.containers:
+                self._counted += containers_in(search)
+        size = sum(map(len, self._counted))
+        if not is_known:
+            self._search, self._size = search, size
+        return size == self._size  # else there may be layers beside its modules
+
+    def _recover(self) -> bool:
+        """Refers to the model as before; False if a part of it is gone."""
         if not self.tree.recover():
             return False
-        self._modules = modules = [layer.module for layer in self.layers]
+        self._is_released = False
+        self._modules = modules = list(map(_MODULE, self.layers))
         self._attributes = list(map(_ATTRIBUTES, modules))
         for guard, module in zip(self.guards, modules, strict=True):
             guard.module = module
         if self._check is not None:
             self._check.statistics.modules = modules
-        if self._counted is not None:
-            self._counted = counted_in(self.tree.model, self.tree)
         return True
-
-    def is_ready(self) -> bool:
-        """Whether the model is as it was."""
-        if not (self.tree.is_current() and self._has_same_statistics()):
-            return False
-        model, search = self.tree.model, search_of(self.tree.model)
-        if self._counted is None or search is not self._search:
-            if not has_nothing_beside(model, self.tree):
-                return False
-            self._search, self._counted = search, counted_in(model, self.tree)
-            self._size = sum(map(len, self._counted))
-        return sum(map(len, self._counted)) == self._size  # else there may be layers beside its modules
 
     def begin(self) -> bool:
         """Puts the entry on all layers; False, with nothing done, where that takes the long way."""
         entry, ruling, has_forward = self.entry, self._ruling, self._has_forward
         is_running = entry.policy.action == "running"
-        if not is_calm() or swaps:
+        if swaps or not is_calm():
             return False
         with entries_lock:
+            if guards and not guards.keys().isdisjoint(self._ids):
+                return False
             for guard, attributes in zip(self.guards, self._attributes, strict=True):
                 if (
-                    guard.layer_id in guards
-                    or guard.members
+                    guard.members
                     or guard._before
                     or guard._original is not None
                     or guard.previous is not None  # of another block, which has ended since
@@ -164,9 +178,10 @@ class Again:
                     or "_replicate_for_data_parallel" in attributes
                     or attributes["_forward_hooks"]
                     or attributes["_forward_pre_hooks"]
+                    or attributes["_non_persistent_buffers_set"]
                 ):
                     return False
-            entry.order = innermost_order()
+            entry.order = -next(orders)
             for guard, attributes in zip(self.guards, self._attributes, strict=True):
                 guard.members[entry] = {} if is_running else None
                 guard.ruling = ruling
@@ -185,13 +200,15 @@ class Again:
 
     def check_anew(self) -> ExitCheck | None:
         """The comparison with the statistics of now; None if they are not usual ones."""
-        if any(map(_NOT_SAVED, self._modules)):
-            return None
-        try:
-            if self._tensors is None or not self._tensors.are_in_place():
-                self._tensors = UsualTensors(self._columns)
-            copy = UsualCopy(self._tensors)
-        except (ValueError, RuntimeError):
+        if self._copy is not None:
+            try:
+                self._copy.take()
+            except RuntimeError:  # they have other memory now, or were converted
+                pass
+            else:
+                return self._check
+        self._copy = copy = usual_copy_of(self._columns)
+        if copy is None:
             return None
         if self._check is None:
             self._check = ExitCheck.of_usual(self.layers, self.settings, self._columns, copy)
@@ -201,29 +218,52 @@ class Again:
 
     def is_quiet(self) -> bool:
         """Whether the model has the modules and the statistics of the beginning, as objects."""
-        return is_calm() and not swaps and self.tree.has_same_modules() and self._has_same_statistics()
+        return not swaps and is_calm() and self.tree.has_same_modules() and self._has_same_statistics()
 
     def end(self, model: nn.Module) -> None:
         """Takes the entry off all layers of the model. If that fails, ``drop_entry`` does the rest."""
         entry, has_forward = self.entry, self._has_forward
-        names = _PUT_WITH_FORWARD if has_forward else _PUT
         others = []
         with entries_lock:
             for guard, attributes in zip(self.guards, self._attributes, strict=True):
-                is_alone = len(guard.members) == 1 and not guard._before and guard._original is None
-                is_as_put = guard.has_forward if has_forward else KEY in attributes["_forward_pre_hooks"]
-                if not (is_alone and is_as_put and getrefcount(guard.mark) <= NO_CLONES):
+                hooks = attributes["_forward_pre_hooks"]
+                try:
+                    is_as_put = (
+                        attributes["forward"].__self__ is guard
+                        and attributes["_replicate_for_data_parallel"].__self__ is guard
+                        and guard.has_forward
+                        if has_forward
+                        else hooks[KEY].guard is guard
+                    )
+                    if not (
+                        is_as_put
+                        and attributes[MARK] is guard.mark
+                        and attributes["__getstate__"].__self__ is guard
+                        and guard._original is None
+                        and not guard._before
+                        and getrefcount(guard.mark) <= NO_CLONES
+                        and len(guard.members) == 1
+                    ):
+                        others.append(guard)
+                        continue
+                except (KeyError, AttributeError):  # the user's code has put something else there, or taken it off
                     others.append(guard)
                     continue
                 guard.members.pop(entry, None)
                 guard.ruling = NO_RULING
-                for name in names:
-                    if getattr(attributes.get(name), "__self__", None) is guard:
-                        attributes.pop(name, None)  # likewise
-                guard.has_forward = False
+                if has_forward:
+                    attributes.pop("forward", None)  # not del: another block may have run since the look
+                    attributes.pop("_replicate_for_data_parallel", None)
+                    guard.has_forward = False
+                attributes.pop("__getstate__", None)
+                attributes.pop(MARK, None)
                 guard.mark = None
-                if guard.has_hooks:
-                    guard.remove_hooks()
+                if has_forward or attributes["_forward_hooks"]:
+                    if guard.has_hooks:
+                        guard.remove_hooks()
+                else:
+                    hooks.pop(KEY, None)
+                    guard.has_hooks = False
                 guards.pop(guard.layer_id, None)
             if others:
                 drop_entry(others, entry, model)

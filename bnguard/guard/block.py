@@ -4,33 +4,27 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from bnguard.errors import BNGuardError, BNGuardWarning, StatsChangedError, hides_frame
+from bnguard.errors import BNGuardError, hides_frame
 from bnguard.guard import coverage, messages
 from bnguard.guard.again import Again, goes_short
-from bnguard.guard.changes import KnownChanges, change_of_forward, protected_layers
+from bnguard.guard.changes import protected_layers
+from bnguard.guard.events import Events
 from bnguard.guard.exit_check import ExitCheck
 from bnguard.guard.hooks import LayerGuard, add_entry, drop_entry, is_any_held
-from bnguard.guard.kept import keep, take
 from bnguard.guard.options import Settings, guarded_layers
-from bnguard.guard.outcome import Outcome
-from bnguard.guard.policy import Counts, PolicyEntry, count_update
-from bnguard.layers.kinds import StatsLayer
-from bnguard.layers.parents import name_as_parts, registered_root
+from bnguard.guard.policy import PolicyEntry
 from bnguard.layers.swaps import own_tensors
 from bnguard.layers.tree import Tree
 from bnguard.layers.usual_copy import Write
-from bnguard.torch_internals.callsite import CallSites, call_site
-from bnguard.torch_internals.checkpointing import Region
+from bnguard.torch_internals.callsite import CallSites
 from bnguard.torch_internals.compile import GUARDS_GRAPHS, explain_break, forget_graphs
-from bnguard.torch_internals.distributed import is_distributed
 from bnguard.torch_internals.tracing import are_on_cuda, is_capturing
 
 if TYPE_CHECKING:
@@ -40,75 +34,99 @@ if TYPE_CHECKING:
 __tracebackhide__ = hides_frame
 
 
-class Block:
+class Block(Events):
     """One block of a guard on one model.
+
+    One that has ended the short way may be entered once more. See Note [Kept blocks].
 
     Args:
         model: The model; its layers are looked up now.
         settings: What to guard, and how.
         earlier: Another block on the same model. While the model still has the same modules, no walk is needed.
 
+    Attributes:
+        resting: Between two times that the block is entered the short way, what it needs for that; at most one.
+
     Raises:
         ValueError: ``include`` or ``exclude`` selects nothing.
     """
 
     __slots__ = (
-        "__weakref__", "_affine", "_again", "_beside", "_check", "_counts", "_entry", "_guards", "_has_named",
-        "_has_warned_of_program", "_kept", "_known", "_layers", "_on_cuda", "_outcome", "_owners", "_policy",
-        "_process", "_regions", "_settings", "_sites", "_tree", "_without_values",
+        "__weakref__", "_affine", "_again", "_beside", "_check", "_entry", "_guards", "_on_cuda", "_process",
+        "_without_values", "resting",
     )  # fmt: skip
 
     def __init__(self, model: nn.Module, settings: Settings, earlier: Block | None = None) -> None:
-        self._settings = settings
-        self._policy = settings.policy  # each block asks many times
+        is_current = earlier is not None and earlier._tree.is_current()
+        tree = earlier._tree if earlier is not None and is_current else Tree(model)
+        layers = guarded_layers(model, tree.layers, settings)
+        super().__init__(tree, layers, settings, CallSites() if earlier is None else earlier._sites)
         self._process = 0
         self._on_cuda = False
-        self._guards: list[LayerGuard] = []
-        self._counts = Counts()
         self._again: Again | None = None  # while the block goes the short way
-        again = take(model, settings) if earlier is None else earlier.take_again()
-        if again is not None and again.is_ready():
-            self._again, again.entry.counts = again, self._counts
-            self._tree: Tree = again.tree
-        elif earlier is not None and earlier._tree.is_current():
-            self._tree, self._guards = earlier._tree, earlier._guards
-        else:
-            self._tree = Tree(model)
-        self._layers = self._again.layers if self._again else guarded_layers(model, self._tree.layers, settings)
-        self._owners: dict[int, int] | None = None
+        self._guards: list[LayerGuard] = earlier._guards if earlier is not None and is_current else []
         self._entry: PolicyEntry | None = None  # while the block is open
         self._affine: AffineHold | None = None
         self._check: ExitCheck | None = None
         self._beside: list[Callable[[], None]] = []
         self._without_values: frozenset[int] = frozenset()  # owners
-        self._known = KnownChanges(self._layers, self._policy)
-        self._outcome = Outcome(settings)
-        self._sites: CallSites = CallSites() if earlier is None else earlier._sites
-        self._has_warned_of_program = False
-        self._has_named = False
-        self._regions: dict[int, Region] = {}  # checkpointed, held, and not recomputed so far
-        self._kept: list[Again] = []  # for the next block; at most one, which is taken out in one step
+        self.resting: list[Again] = []
 
-    def take_again(self) -> Again | None:
-        """What the next block needs to go the short way, if this one has ended it; only the first to ask gets it."""
+    def claim(self) -> bool:
+        """Takes this block, to enter it once more, as if it were a new one; only the first to ask gets it.
+
+        Returns:
+            False, for ever, if it has not ended the short way, or if the model is not as it was.
+        """
         try:
-            return self._kept.pop()
+            again = self.resting.pop()  # in one step: another thread may ask as well
         except IndexError:
-            return None
+            return False
+        if not again.is_ready():
+            return False
+        if self.has_news or self._counts:
+            self._start_over()
+            again.entry.counts = self._counts
+        self._again = again
+        return True
 
-    def hand_on(self) -> None:
-        """Leaves that to the next block on the model, whichever guard it is of. See Note [Kept blocks]."""
-        if (again := self.take_again()) is not None:
-            keep(again)
+    def forget(self) -> None:
+        """Drops all that a block that has ended the short way has to tell, and the copies that it would take for it."""
+        self._start_over()
+        for again in self.resting:
+            again.entry.counts = self._counts
 
-    def enter(self, manager: object = None) -> None:
-        """Guards the layers from now on, at most as long as ``manager`` lives. If it fails, ``abandon()`` it."""
-        again = self._again
-        if again is None and goes_short(self._tree.model, self._tree, self._layers, self._settings):
-            again = Again(self._tree, self._layers, self._settings, self._counts)
-        if again is not None and self._enter_again(again, manager):
+    def enter(self, manager: object) -> None:
+        """Guards the layers from now on, as long as ``manager`` lives. If it fails, ``abandon()`` it."""
+        again, self._again = self._again, None
+        if again is None and goes_short(self._tree.model, self._tree, self._layers, self.settings):
+            again = Again(self._tree, self._layers, self.settings, self._counts)
+        if again is None:
+            self._enter_long(manager)
             return
-        settings, layers = self._settings, self._layers
+        self._process = os.getpid()
+        self._guards = again.guards
+        self._entry = entry = again.entry
+        entry.block = self
+        entry.manager = weakref.ref(manager, self.abandon)
+        if not again.begin():
+            self._entry = None
+            self._enter_long(manager)
+            return
+        self._check = again.check_anew()
+        if self._check is None:  # it ends the long way
+            self._check = ExitCheck(self._layers, self.settings)
+        else:
+            self._again = again
+
+    def outlive(self) -> None:
+        """Makes the block last longer than its manager."""
+        if (entry := self._entry) is not None:
+            entry.manager = None
+
+    def _enter_long(self, manager: object) -> None:
+        """``enter`` where there is more to look after than ``Again`` does. See Note [The short way]."""
+        settings, layers = self.settings, self._layers
         self._process = os.getpid()
         self._on_cuda = torch.cuda.is_initialized() and are_on_cuda(
             tensor for layer in layers for tensor in own_tensors(layer.module, "_buffers").values()
@@ -121,7 +139,7 @@ class Block:
         entry = PolicyEntry(self, self._policy, settings.updates, self._counts, outermost=is_outermost)
         earlier, self._guards = self._guards, []
         self._entry = entry
-        entry.manager = None if manager is None else weakref.ref(manager, self.abandon)
+        entry.manager = weakref.ref(manager, self.abandon)
         # The entry first: what other threads run meanwhile is then held already.
         if not settings.frontend.compares_only:
             add_entry(layers, entry, self._guards, earlier)
@@ -161,7 +179,7 @@ class Block:
             again.end(self._tree.model)
             self._entry = self._again = self._check = None
             if again.rest():
-                self._kept.append(again)
+                self.resting.append(again)
             return
         if error is not None and not GUARDS_GRAPHS:
             explain_break(error)
@@ -169,10 +187,10 @@ class Block:
             self._let_go()
             return
         # While the entry is still there: what other threads run meanwhile is held.
-        is_left = self._settings.check == "deferred" and error is None and self._launch()
+        is_left = self.settings.check == "deferred" and error is None and self._launch()
         found = [] if is_left else self._verify(restores=self._policy.puts_back)
         self._let_go()
-        if error is None and self._settings.frontend.has_coverage_warnings:
+        if error is None and self.settings.frontend.has_coverage_warnings:
             self._warn_of_gaps(has_found=bool(found))
         try:
             self._act(found, error)
@@ -193,53 +211,11 @@ class Block:
                 self._entry, self._check, self._beside = None, None, []
 
     @property
-    def changes(self) -> tuple[StatsChange, ...]:
-        """What changed, or was about to, in the order of the layers."""
-        return self._known.listed(dict(self._counts), self._change)
-
-    @property
-    def has_changes(self) -> bool:
-        """Whether there are changes, of a block that has ended the short way."""
-        return not self._known.is_empty
-
-    @property
     def layers(self) -> tuple[GuardedLayer, ...]:
         """The layers, and how each is protected."""
-        return protected_layers(self._layers, self._settings, self._tree.model, self._without_values)
+        return protected_layers(self._layers, self.settings, self._tree.model, self._without_values)
 
-    @property
-    def stats_layers(self) -> Sequence[StatsLayer]:
-        """The guarded layers."""
-        return self._layers
-
-    @property
-    def guards_every_model(self) -> bool:
-        """Whether the user has not named the model: the pytest plugin, or ``bnguard run``."""
-        return self._settings.frontend.is_outermost
-
-    def take_late(self, found: Mapping[int, StatsChange]) -> None:
-        """Adds what a comparison has found, by owner, to the changes of the block."""
-        self._known.take(found, self._counts)
-
-    # What a forward calls.
-
-    def stopped(self, layer: int) -> StatsChangedError:
-        """Records an update that is stopped of the layer with this id; returns the error to raise."""
-        count_update(self._counts[layer], call_site())
-        found = self._layer(layer)
-        return self._outcome.stopped(self._change(found), _mode(found), self._settings.updates)
-
-    def updated(self, layer: int) -> None:
-        """Records an update that is let through; the first one of the block is warned about, at the user's line."""
-        count = self._counts[layer]
-        if count.site is not None:
-            count_update(count, count.site)
-            return
-        site = self._sites.find()
-        count_update(count, site)
-        if self._outcome.claims_warning():
-            found = self._layer(layer)
-            self._outcome.updated(self._change(found), _mode(found), self._settings.updates, site)
+    # What a forward calls, beside what Events has.
 
     def wrote(self, write: Write) -> None:
         """Takes what an update within the budget has written as the state to protect, on the short way."""
@@ -255,65 +231,27 @@ class Block:
         """The statistics of the beginning, by buffer name; not to be written to."""
         return {} if (check := self._check) is None else check.captured(self._owner(layer))
 
-    def recorded(self, layer: int) -> None:
-        """Warns, once a block, that a layer in train mode is traced or exported although it is held in eval mode."""
-        if not self._has_warned_of_program:
-            self._has_warned_of_program = True
-            found = self._layer(layer)
-            text = messages.recorded_text(found.names, type(found.module).__name__, self._settings.frontend.phrases)
-            warnings.warn(text, BNGuardWarning, stacklevel=call_site().stacklevel)
-
-    def checkpointed(self, region: Region) -> None:
-        """Keeps a checkpointed region in mind until its backward pass."""
-        if region.is_recomputed:
-            self._regions.pop(region.key, None)
-        elif self._settings.use_running_stats or not region.is_recomputed_held:
-            self._regions.setdefault(region.key, region)
-
     # Parts.
-
-    def _enter_again(self, again: Again, manager: object) -> bool:
-        """Enters the short way; False, with nothing done, where there is none any more. See Note [The short way]."""
-        self._again = None
-        self._process = os.getpid()
-        self._guards = again.guards
-        self._entry = entry = again.entry
-        entry.block = self
-        entry.manager = None if manager is None else weakref.ref(manager, self.abandon)
-        if not again.begin():
-            self._entry = None
-            return False
-        self._check = again.check_anew()
-        if self._check is None:  # it ends the long way
-            self._check = ExitCheck(self._layers, self._settings)
-        else:
-            self._again = again
-        return True
 
     def _ends_short(self, again: Again) -> bool:
         """Whether the end of the block has nothing to say and nothing to put back. See Note [The short way].
 
         Updates that stand have been told of at the first one. What they are is looked at when somebody asks.
         """
-        is_otherwise = self._known.is_compared or self._regions or self._has_warned_of_program or self._has_named
-        check, policy, outcome = self._check, self._policy, self._outcome
-        if check is None or is_otherwise or not (self._may_compare() and again.is_quiet()):
+        check = self._check
+        if check is None or os.getpid() != self._process or sys.is_finalizing() or not again.is_quiet():
             return False
-        counts = dict(self._counts)
-        seen = {layer: count.beyond for layer, count in counts.items() if count.beyond}
+        if self.has_news and self._takes_long():
+            return False
         try:
             moved = check.moved()
         except RuntimeError:
             return False
-        if moved is None and not (seen or outcome.has_spoken):
-            return True
-        if policy.puts_back or not outcome.has_warned or outcome.is_due or is_distributed():
-            return False
-        self._known.take_later(moved, counts, seen)
-        return True
+        return (moved is None and not self.has_news) or self._takes_as_told(moved)
 
     def _verify(self, *, restores: bool) -> list[StatsChange]:
         """Compares, and puts back if asked to. Returns what differed."""
+        self.has_news = True
         self._refuse_capture()
         check = self._check
         if check is None:
@@ -335,7 +273,7 @@ class Block:
                 guard.restored()
         from bnguard.guard.deferred import Verdict, keep_verdict
 
-        about = self._tree.model, self._layers, comparisons, self._counts, self._outcome, self._settings
+        about = self._tree.model, self._layers, comparisons, self._counts, self._outcome, self.settings
         keep_verdict(self._tree.model, Verdict(self, *about))
         return True
 
@@ -366,35 +304,12 @@ class Block:
 
     def _warn_of_gaps(self, *, has_found: bool) -> None:
         if self._check is not None and self._layers:
-            coverage.warn_about_added_layers(self._tree.model, self._settings, self._tree, self._check.statistics)
+            coverage.warn_about_added_layers(self._tree.model, self.settings, self._tree, self._check.statistics)
         if self._regions and not is_any_held(self._layers):
-            coverage.warn_about_pending_regions(self._regions.values(), self._settings)
+            coverage.warn_about_pending_regions(self._regions.values(), self.settings)
         for tell in () if has_found else self._beside:  # one finding at a time
             tell()
 
     def _refuse_capture(self) -> None:
         if self._on_cuda and is_capturing():
-            raise BNGuardError(messages.capture_text(self._settings.frontend.phrases))
-
-    def _owner(self, layer: int) -> int:
-        """The index of the layer with this id."""
-        if self._owners is None:
-            self._owners = {id(found.module): owner for owner, found in enumerate(self._layers)}
-        return self._owners[layer]
-
-    def _name_layers(self) -> None:
-        """Names the layers as parts of the whole model where the user did not say which one that is."""
-        if self.guards_every_model and not self._has_named:
-            self._has_named = True
-            name_as_parts(self._layers, registered_root(self._tree.model))
-
-    def _layer(self, layer: int) -> StatsLayer:
-        return self._layers[self._owner(layer)]
-
-    def _change(self, layer: StatsLayer) -> StatsChange:
-        self._name_layers()
-        return change_of_forward(layer, self._counts[id(layer.module)], prevented=self._policy.stops)
-
-
-def _mode(layer: StatsLayer) -> str:
-    return "train" if layer.module.training else "eval"
+            raise BNGuardError(messages.capture_text(self.settings.frontend.phrases))

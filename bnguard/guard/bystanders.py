@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from operator import attrgetter
 from typing import Any, Final, NamedTuple
 
@@ -36,7 +36,7 @@ _ATTRIBUTES: Final = attrgetter("__dict__")
 _GROWING: Final = frozenset({list, dict, set})
 
 
-class _Found(NamedTuple):
+class Search(NamedTuple):
     """What a search has found.
 
     Attributes:
@@ -52,7 +52,7 @@ class _Found(NamedTuple):
     searches: int
 
 
-_known: Final[ByIdentity[_Found]] = ByIdentity()  # of a model or another object
+_known: Final[ByIdentity[Search]] = ByIdentity()  # of a model or another object
 _told: Final[ByIdentity[bool]] = ByIdentity()  # layers of which a user has been told
 
 
@@ -94,7 +94,7 @@ def bystanders_of(owner: Any, models: Iterable[nn.Module], tree: Tree | None = N
         parts = [owner] if tree is None else tree.modules
         references = _search(owner, list(models))
         containers = tuple([(weakref.ref(part), key) for part in parts for key in _containers_of(part)])
-        known = _Found(references, containers, 0, 1 if known is None else known.searches + 1)
+        known = Search(references, containers, 0, 1 if known is None else known.searches + 1)
         known = known._replace(size=_size(known, owner, tree))
         try:
             _known.put(owner, known)
@@ -116,9 +116,8 @@ def is_alone(model: nn.Module, tree: Tree) -> bool:
     return known is not None and not (known.references or _has_grown(known, model, tree))
 
 
-def search_of(model: nn.Module) -> object:
-    """Identifies the last search of a model: what another one finds may have been there before, uncounted."""
-    return _known.get(model)
+# The last search of a model: what another one finds may have been there before, uncounted.
+search_of: Final[Callable[[nn.Module], Search | None]] = _known.get
 
 
 def has_grown(model: nn.Module, tree: Tree) -> bool:
@@ -127,28 +126,22 @@ def has_grown(model: nn.Module, tree: Tree) -> bool:
     return known is not None and _has_grown(known, model, tree)
 
 
-def counted_in(model: nn.Module, tree: Tree) -> list[Collection[Any]]:
-    """What is counted of a model that was searched. The attributes of layers are not: guards put some there."""
-    known, layers = _known.get(model), {id(layer.module) for layer in tree.layers}
-    return [part.__dict__ for part in tree.modules if id(part) not in layers] + _containers(known)
-
-
-def _has_grown(known: _Found, owner: Any, tree: Tree | None) -> bool:
+def _has_grown(known: Search, owner: Any, tree: Tree | None) -> bool:
     return known.searches < _MOST and known.size != _size(known, owner, tree)
 
 
-def _size(known: _Found, owner: Any, tree: Tree | None) -> int:
+def _size(known: Search, owner: Any, tree: Tree | None) -> int:
     if tree is None:
         size = len(getattr(owner, "__dict__", ()))
     else:
         layers = [layer.module for layer in tree.layers]
         size = sum(map(len, map(_ATTRIBUTES, tree.modules))) - sum(map(len, map(_ATTRIBUTES, layers)))
-    return size + sum(map(len, _containers(known))) if known.containers else size
+    return size + sum(map(len, containers_in(known))) if known.containers else size
 
 
-def _containers(known: _Found | None) -> list[Collection[Any]]:
+def containers_in(search: Search | None) -> list[Collection[Any]]:
     """The containers that are counted, as far as they are still there."""
-    containers = () if known is None else known.containers
+    containers = () if search is None else search.containers
     values: list[Any] = [getattr(place(), "__dict__", {}).get(key) for place, key in containers]
     return [value for value in values if type(value) in _GROWING]
 

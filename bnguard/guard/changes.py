@@ -47,11 +47,6 @@ class KnownChanges:
         """Whether a comparison has found something, or has confirmed updates."""
         return bool(self._found or self._verified)
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether no comparison has found anything, or may have."""
-        return not self.is_compared and self._found_later is None
-
     def take(self, found: Mapping[int, StatsChange], counts: Counts) -> None:
         """Adds what a comparison has found, by owner, after the updates in ``counts``."""
         if not (found or self._found or counts):

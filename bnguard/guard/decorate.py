@@ -47,17 +47,21 @@ def guard_function(function: Any, opener: Opener, decorator: str) -> Any:
         raise TypeError(f"{decorator} decorates functions, got {inner!r}")
     codes = (inner, type(inner).__call__)  # of a function, or of an object that can be called
     if any(map(inspect.isasyncgenfunction, codes)):
-        run: Callable[..., Any] = _run_async_generator
+        run: Callable[..., Any] | None = _run_async_generator
     elif any(map(inspect.iscoroutinefunction, codes)):
         run = _run_coroutine
     elif any(map(inspect.isgeneratorfunction, codes)):
         run = _run_generator
     else:
-        run = _run_function
+        run = None
 
     @skip_frame
     def wrapper(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return run(opener(wrapped, instance, args, kwargs), wrapped, args, kwargs)
+        make_guard = opener(wrapped, instance, args, kwargs)
+        if run is not None:
+            return run(make_guard, wrapped, args, kwargs)
+        with make_guard():
+            return wrapped(*args, **kwargs)
 
     return _GuardedFunction(function, wrapper)
 
@@ -74,12 +78,6 @@ class _GuardedFunction(OutsideGraphs, _Wrapper):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.__wrapped__.__qualname__
-
-
-@skip_frame
-def _run_function(make_guard: MakeGuard, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    with make_guard():
-        return function(*args, **kwargs)
 
 
 def _run_generator(

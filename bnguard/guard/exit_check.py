@@ -64,11 +64,12 @@ class ExitCheck:
         parameters: Their weights and biases, if ``affine=True`` freezes them; else None.
         broadcast: The rank whose statistics ``DistributedDataParallel`` has written to a layer, by the layer's first
             name, as of the last comparison.
+        is_used: Whether there is something to ``forget()``.
     """
 
     __slots__ = (
-        "_budget", "_differing", "_layers", "_lock", "_pairs", "_policy", "_writes", "broadcast", "parameters",
-        "statistics",
+        "_budget", "_differing", "_layers", "_lock", "_pairs", "_policy", "_usual", "_writes", "broadcast",
+        "is_used", "parameters", "statistics",
     )  # fmt: skip
 
     def __init__(self, layers: Sequence[StatsLayer], settings: Settings) -> None:
@@ -80,7 +81,9 @@ class ExitCheck:
         self._differing: tuple[Snapshot, ...] = ()  # as of the last comparison
         self._pairs: dict[int, list[tuple[dict[str, Tensor], Mapping[str, Tensor]]]] = {}  # by owner
         self._writes: list[Write] = []  # within the budget, and not yet looked at
+        self._usual: UsualCopy  # of ``of_usual`` layers
         self.broadcast: Mapping[str, int] = {}
+        self.is_used = False
         phrases = settings.frontend.phrases
         is_flat = settings.check == "deferred"
         self.statistics = Snapshot(modules, [layer.buffers for layer in layers], is_flat=is_flat)
@@ -111,17 +114,18 @@ class ExitCheck:
         check = cls.__new__(cls)
         check._layers, check._policy, check._budget = layers, settings.policy, settings.updates
         check._lock, check._differing, check._pairs, check._writes, check.broadcast = RLock(), (), {}, [], {}
-        check.statistics, check.parameters = statistics, None
+        check.statistics, check.parameters, check._usual, check.is_used = statistics, None, copy, False
         return check
 
     def renew(self, copy: UsualCopy) -> None:
         """Takes another copy of the same statistics to compare with."""
-        self.statistics.renew((copy,))
+        self._usual = copy
+        self.statistics.renew(copy)
 
     def forget(self) -> None:
-        """Drops the copy."""
-        self.statistics.renew(())
-        self._pairs, self._writes = {}, []
+        """Drops what refers to the copy, or was made of it."""
+        self.statistics.forget()
+        self._pairs, self._writes, self.is_used = {}, [], False
 
     def moved(self) -> FlatDifference | None:
         """What the statistics ``of_usual`` layers have moved to, beyond the budget; None if they have not.
@@ -129,24 +133,31 @@ class ExitCheck:
         Raises:
             RuntimeError: This takes ``compare``.
         """
-        self._absorb()
+        if self._writes:
+            self._absorb()
         if self._pairs:
             raise RuntimeError("an update within the budget may have built on what somebody else had written")
-        return self.statistics.moved()
+        return self._usual.moved()
 
     def captured(self, owner: int) -> Mapping[str, Tensor]:
         """What is to be the state of a layer, by buffer name; not to be written to. With a budget that may change."""
-        self._absorb()
-        return self.statistics.captured(owner) if self._budget else self.statistics.views(owner)
+        self.is_used = True
+        if not self._budget:
+            return self.statistics.views(owner)
+        with self._lock:  # no other thread captures meanwhile
+            self._absorb()
+            return self.statistics.captured(owner)
 
     def allowed(self, owner: int, before: Mapping[str, Tensor] | None) -> None:
         """Captures a layer again after an update within its budget. See Note [Budgets]."""
         with self._lock:  # of several threads the last one to capture must be the last one to read
+            self.is_used = True
             self._absorb()
             self._allow(owner, before)
 
     def wrote(self, write: Write) -> None:
         """Captures a layer ``of_usual`` ones again after an update within its budget, later: together with others."""
+        self.is_used = True
         self._writes.append(write)
         if len(self._writes) >= _PAIRS * len(self._layers):
             self._absorb()
@@ -158,8 +169,8 @@ class ExitCheck:
         with self._lock:
             writes = self._writes[:]  # another thread may have been faster
             if writes and (self._pairs or not self.statistics.absorb(writes)):
-                for write in writes:
-                    self._allow(write.row, *write.values())
+                for row, before, after, layout in writes:  # its own: the layer may have been converted since
+                    self._allow(row, layout.by_name(0, before), layout.by_name(0, after))
             del self._writes[: len(writes)]
 
     def _allow(
@@ -187,6 +198,7 @@ class ExitCheck:
         """
         self._absorb()
         self._differing = tuple(filter(None, (self.statistics, self.parameters)))
+        self.is_used = True
         intact = self._intact(counts)
         changes: dict[int, StatsChange] = {}
         self._differing = tuple(itertools.compress(self._differing, map(not_, intact)))
@@ -250,6 +262,7 @@ class ExitCheck:
 
     def restore(self, *, is_compared: bool = True) -> None:
         """Restores what has changed; of what has just been compared, only what was found to differ."""
+        self.is_used = True
         snapshots = self._differing if is_compared else tuple(filter(None, (self.statistics, self.parameters)))
         if snapshots:
             self._absorb()

@@ -19,27 +19,25 @@ from __future__ import annotations
 import copy
 import itertools
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
+from inspect import CO_OPTIMIZED
 from sys import getrefcount
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Self, TypeVar
 
-import torch
 from torch import nn
 
-from bnguard.errors import BNGuardWarning, StatsChangedError, hides_frame
+from bnguard.errors import StatsChangedError, hides_frame
 from bnguard.guard import messages
 from bnguard.guard.block import Block
-from bnguard.guard.options import PLAIN, Check, Frontend, OnChange, Settings, check_settings, guarded_layers
-from bnguard.guard.phrases import Phrases
+from bnguard.guard.kept import keep, take
+from bnguard.guard.model_checks import check_is_module, check_model
+from bnguard.guard.options import PLAIN, Check, Frontend, OnChange, Settings, check_settings
 from bnguard.layers.kinds import StatsLayer
 from bnguard.layers.select import Selector
-from bnguard.layers.tree import any_layer, find_layers
-from bnguard.torch_internals.callsite import call_site, end_in_users_line
+from bnguard.torch_internals.callsite import end_in_users_line
 from bnguard.torch_internals.compile import outside_graphs
-from bnguard.words import short_repr
 
 if TYPE_CHECKING:
     from bnguard.records import GuardedLayer, StatsChange
@@ -73,6 +71,22 @@ def _references_in_exit() -> int:
 
 
 _IN_WITH: Final = _references_in_exit()
+
+
+# From Python 3.14 on, what a function does with a local variable may take no reference of its own.
+_BORROWS: Final = sys.version_info >= (3, 14)
+
+
+def _is_known_to_caller(manager: object) -> bool:
+    """Whether what has called ``__exit__`` is no ``with`` statement, or one whose function has the manager as well."""
+    try:
+        caller = sys._getframe(2)
+    except ValueError:  # no Python code has: such as atexit
+        return True
+    code = caller.f_code
+    if "__exit__" in code.co_names or "__exit__" in code.co_consts:
+        return True
+    return _BORROWS and bool(code.co_flags & CO_OPTIMIZED) and id(manager) in map(id, caller.f_locals.values())
 
 
 class frozen:  # noqa: N801  # lower case, as torch.no_grad
@@ -175,7 +189,7 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
         buffers: str | Iterable[str] | None = None,
         check: Check = "exit",
     ) -> None:
-        _check_is_module(model, self._frontend.phrases)
+        check_is_module(model, self._frontend.phrases)
         settings = check_settings(
             on_change, use_running_stats, affine, updates, include, exclude, buffers, check, frontend=self._frontend
         )
@@ -183,13 +197,15 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
         self._set(model, settings)
 
     @classmethod
+    @outside_graphs
     def _with(cls, model: nn.Module, settings: Settings) -> Self:
         """A guard with settings that are checked already, on a model that is not. See the class for errors."""
-        _check_is_module(model, settings.frontend.phrases)
+        check_is_module(model, settings.frontend.phrases)
         check_model(model, settings)
         return cls._of(model, settings)
 
     @classmethod
+    @outside_graphs
     def _of(cls, model: nn.Module, settings: Settings) -> Self:
         """A guard with settings and a model that are checked already."""
         guard = cls.__new__(cls)
@@ -205,16 +221,16 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
 
     @outside_graphs
     def __enter__(self) -> Self:
-        return self._enter()
-
-    def _enter(self, *, is_started: bool = False) -> Self:
-        """Begins a block. One that was started stays until it is stopped, with or without a reference to the guard."""
-        self._read_verdicts(at_entry=True)
-        block, number = Block(self._model, self._settings, self._last), next(_numbers)
+        if self._settings.check == "deferred":
+            self._read_verdicts(at_entry=True)
+        last, number = self._last, next(_numbers)
+        block = take(self._model, self._settings) if last is None else last
+        if block is None or not block.claim():
+            block = Block(self._model, self._settings, last)
         self._open[block] = None
         self._last = block
         try:
-            block.enter(None if is_started else self)
+            block.enter(self)
             _own.set((*_own.get()[1 - _MOST_OWN :], number))
             self._open[block] = number
             return self
@@ -230,7 +246,7 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
         try:  # not in a function: see rule 2 of Note [Ctrl-C]
             if kind is not None and isinstance(error, StatsChangedError):  # of a with statement, not of the plugin
                 end_in_users_line(error)
-            is_kept = getrefcount(self) > _IN_WITH
+            is_kept = getrefcount(self) > _IN_WITH or _is_known_to_caller(self)
             self._leave(error, left, is_kept=is_kept)
         except BaseException as failure:
             self._abandon(left)
@@ -246,14 +262,21 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
             left: Receives the block, first.
             is_kept: Whether somebody may ask this guard about the block.
         """
-        while (block := self._innermost()) is not None:
+        while True:
+            opened = tuple(self._open.items())
+            is_only = len(opened) == 1 and opened[0][1] is not None
+            block = opened[0][0] if is_only else self._innermost()
+            if block is None:
+                return
             left.append(block)
             if (number := self._open.pop(block, None)) is not None:
-                _own.set(tuple([other for other in _own.get() if other != number]))
+                own = _own.get()
+                _own.set(own[:-1] if own[-1:] == (number,) else tuple([other for other in own if other != number]))
                 self._last = block
                 block.leave(error)
-                if not (is_kept or self._open or block.has_changes):
-                    self._hand_on()
+                if not (is_kept or self._open):
+                    self._last = None  # first: a guard must not be asked about a block that it does not have
+                    keep(block, self._model)
                 return
             left.pop()  # another thread or a signal handler has ended it in the meantime
 
@@ -273,8 +296,11 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
 
     @outside_graphs
     def start(self) -> Self:
-        """Enters a block that lasts until ``stop()``; returns the guard."""
-        return self._enter(is_started=True)
+        """Enters a block that lasts until ``stop()``, with or without a reference to the guard; returns the guard."""
+        self.__enter__()
+        if (block := self._innermost()) is not None:
+            block.outlive()
+        return self
 
     @outside_graphs
     def stop(self) -> None:
@@ -347,10 +373,10 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
         self._set(*state)
 
     def _hand_on(self) -> None:
-        """Forgets the last block, and leaves what it needed to the next one on the model. See Note [Kept blocks]."""
-        block, self._last = self._last, None  # first: what is handed on refers to no model
+        """Leaves the last block to the next guard of the model. See Note [Kept blocks]."""
+        block, self._last = self._last, None  # first: a guard must not be asked about a block that it does not have
         if block is not None:
-            block.hand_on()
+            keep(block, self._model)
 
     @property
     def _stats_layers(self) -> Sequence[StatsLayer]:
@@ -365,36 +391,7 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
 
     def _innermost(self) -> Block | None:
         """The block that this thread or task entered last, else the last of all."""
-        if len(opened := tuple(self._open.items())) == 1:
-            block, number = opened[0]
-            return None if number is None else block
         numbers = _own.get()
-        entered = [(block, number) for block, number in opened if number is not None]
+        entered = [(block, number) for block, number in tuple(self._open.items()) if number is not None]
         own = [block for block, number in entered if number in numbers]
         return own[-1] if own else entered[-1][0] if entered else None
-
-
-def _check_is_module(value: Any, phrases: Phrases) -> None:
-    if not isinstance(value, nn.Module):
-        raise TypeError(f"{phrases.place} takes {_no_module_text(value)}")
-
-
-def check_model(model: nn.Module, settings: Settings) -> None:
-    """Warns of one without layers; of a selection that finds none ``select_layers`` says what is wrong."""
-    if not (settings.buffers or any_layer(model)):
-        text = messages.unguarded_text(type(model).__name__, settings.frontend.phrases)
-        warnings.warn(text, BNGuardWarning, stacklevel=call_site().stacklevel)
-    elif settings.include or settings.exclude or settings.buffers:
-        guarded_layers(model, find_layers(model), settings)
-
-
-def _no_module_text(value: Any) -> str:
-    if isinstance(value, type) and issubclass(value, nn.Module):
-        return f"a model, got the class {value.__name__}: make an instance of it first"
-    if isinstance(value, (list, tuple)) and value and all(isinstance(item, nn.Module) for item in value):
-        return f"one model, got a {type(value).__name__} of {len(value)}: wrap them in nn.ModuleList"
-    text = f"a torch.nn.Module, got {type(value).__name__}: {short_repr(value)}"
-    if isinstance(value, torch.jit.ScriptFunction):
-        return f"{text}; guard the model that it calls"
-    is_program = hasattr(value, "graph_module") and callable(getattr(value, "module", None))  # torch.export's
-    return f"{text}; guard the module that its .module() returns" if is_program else text

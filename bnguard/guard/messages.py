@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -83,6 +84,7 @@ def stopped_text(change: StatsChange, mode: str, budget: int, phrases: Phrases) 
     return "\n".join([what, f"  at {change.place}", *advice])
 
 
+@functools.lru_cache(maxsize=64)  # where there is a block at each step, it says the same each time
 def kept_text(change: StatsChange, mode: str, budget: int, phrases: Phrases) -> str:
     """The only warning of a block with ``on_change="warn"``, at the line of the first update."""
     place = phrases.inside(budget)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from bnguard.guard.hold import copies_outside_modes
 from bnguard.layers.bits import has_values, same_bits
 from bnguard.layers.kinds import BATCH_NORM_STATISTICS
-from bnguard.layers.swaps import is_swapped, own_tensors
-from bnguard.layers.usual_copy import UsualCopy, UsualTensors
+from bnguard.layers.swaps import own_tensors, swaps
+from bnguard.layers.usual_copy import UsualCopy, UsualTensors, usual_copy_of
 from bnguard.torch_internals.tracing import is_calm, outside_modes, unseen
 from bnguard.torch_internals.transforms import is_wrapped, unwrapped_tensor
 
@@ -33,7 +33,7 @@ class Original:
         is_awaited: Whether it is to be put back by the last of them: not while another one is reading.
     """
 
-    __slots__ = ("_copy", "_names", "_pointers", "_values", "has_changed", "is_awaited", "is_shared", "tensors")
+    __slots__ = ("_copied", "_copy", "_pointers", "_values", "has_changed", "is_awaited", "is_shared", "tensors")
 
     def __init__(
         self,
@@ -45,40 +45,40 @@ class Original:
         self.tensors = tensors
         self.has_changed = self.is_shared = self.is_awaited = False
         self._copy = copy
-        self._names = tuple(tensors)
+        self._copied = tensors
         self._values, self._pointers = values, pointers
 
     @property
     def values(self) -> Mapping[str, Tensor]:
         """Copies of the statistics that can be read, by name."""
         if self._values is None:
-            views = () if self._copy is None else self._copy.views()
-            self._values = dict(zip(self._names, [value for _, value in views], strict=True))
+            views = {} if self._copy is None else dict(self._copy.views())
+            self._values = {name: views[id(tensor)] for name, tensor in self._copied.items()}
         return self._values
 
     @property
     def pointers(self) -> Mapping[str, int]:
         """Where these were in memory."""
         if self._pointers is None:
-            places = () if self._copy is None else self._copy.pointers()
-            self._pointers = dict(zip(self._names, [place for _, place in places], strict=True))
+            places = {} if self._copy is None else dict(self._copy.pointers())
+            self._pointers = {name: places[id(tensor)] for name, tensor in self._copied.items()}
         return self._pointers
 
     def moved(self, module: nn.Module) -> tuple[str, ...]:
         """The statistics of the layer that have other bits now."""
-        if self._copy is not None and self._is_intact(module, self._copy):
-            return ()
+        copy, own = self._copy, module._buffers
+        if (
+            copy is not None
+            and id(module) not in swaps
+            and is_calm()
+            and all(map(is_, map(own.get, self.tensors), self.tensors.values()))
+        ):
+            try:
+                if copy.moved() is None:
+                    return ()
+            except RuntimeError:  # converted in place
+                pass
         return self._moved(module)
-
-    def _is_intact(self, module: nn.Module, copy: UsualCopy) -> bool:
-        """Whether a quick look finds no difference."""
-        own = module._buffers
-        if not is_calm() or is_swapped(module) or not all(map(is_, map(own.get, self.tensors), self.tensors.values())):
-            return False
-        try:
-            return copy.is_unchanged()
-        except RuntimeError:  # converted in place
-            return False
 
     @outside_modes
     def _moved(self, module: nn.Module) -> tuple[str, ...]:
@@ -106,7 +106,7 @@ class OriginalCopier:
 
     def copy_of(self, module: Any) -> Original:
         """What the layer has now."""
-        is_quick = is_calm() and not is_swapped(module)
+        is_quick = id(module) not in swaps and is_calm()
         own = module._buffers if is_quick else own_tensors(module, "_buffers")
         found = list(map(own.get, self._names))
         if len(found) != len(self._found) or not all(map(is_, found, self._found)):
@@ -117,13 +117,15 @@ class OriginalCopier:
 
     def _usual_copy(self) -> UsualCopy | None:
         """A copy in few steps; None where that takes more. A test compares the two ways."""
-        usual = self._usual
-        try:
-            if usual is None or not usual.are_in_place():
-                self._usual = usual = UsualTensors([[tensor] for tensor in self._tensors.values()])
-            return UsualCopy(usual)
-        except (ValueError, RuntimeError):
-            return None
+        if self._usual is not None:
+            try:
+                return UsualCopy(self._usual)
+            except RuntimeError:  # they have other memory now
+                self._usual = None
+        copy = usual_copy_of([[tensor] for tensor in self._tensors.values()])
+        if copy is not None:
+            self._usual = copy.tensors
+        return copy
 
 
 @unseen

@@ -140,7 +140,7 @@ class Reporter(Protocol):
         """Records that a forward was held in a checkpointed region."""
 
 
-_numbers: Final = itertools.count(1)
+orders: Final = itertools.count(1)  # of entries: negative for one inside all others that there are
 
 
 class UpdateCount:
@@ -206,12 +206,7 @@ class PolicyEntry:
         self.budget = budget
         self.counts = Counts() if counts is None else counts
         self.manager: weakref.ref[object] | None = None
-        self.order = next(_numbers) if outermost else innermost_order()
-
-
-def innermost_order() -> int:
-    """The order of an entry inside all others that there are."""
-    return -next(_numbers)
+        self.order = next(orders) if outermost else -next(orders)
 
 
 Entries = tuple[PolicyEntry, ...]

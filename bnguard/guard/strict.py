@@ -7,6 +7,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
+from itertools import chain
 from types import CodeType, FunctionType, TracebackType
 from typing import Any, Final, TypeVar, overload
 
@@ -15,7 +16,7 @@ from torch import nn
 from bnguard.errors import hides_frame
 from bnguard.guard.bystanders import bystanders_of
 from bnguard.guard.decorate import guard_function
-from bnguard.guard.frozen import check_model, frozen
+from bnguard.guard.frozen import frozen
 from bnguard.guard.options import Check, Frontend, OnChange, Settings, check_settings
 from bnguard.guard.phrases import Phrases
 from bnguard.guard.policy import POLICIES
@@ -127,7 +128,12 @@ def strict(
             wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
         ) -> Callable[[], AbstractContextManager[Any]]:
             models, holder, has_layers = _models(model, settings, wrapped, instance, args, kwargs)
-            return functools.partial(_AllFrozen, models, settings, holder, has_layers=has_layers)
+            # Models with layers, which have been looked for: a choice among them is what is left to check.
+            is_checked = has_layers and not (settings.include or settings.exclude or settings.buffers)
+            make_guard = frozen._of if is_checked else frozen._with
+            if holder is None and len(models) == 1:
+                return functools.partial(make_guard, models[0], settings)
+            return functools.partial(_AllFrozen, models, settings, holder, make_guard)
 
         return guard_function(function, opener, "strict")
 
@@ -135,24 +141,26 @@ def strict(
 
 
 class _AllFrozen:
-    """One block around several models.
+    """One block around several models, or with an eye on what else an object holds.
 
     Args:
         models: The models.
         settings: The options.
         holder: An object, among whose attributes further layers are looked for; None for no such object.
-        has_layers: Whether each model is known to have running statistics.
+        make_guard: Makes the guard of a model.
     """
 
     @outside_graphs
-    def __init__(self, models: list[nn.Module], settings: Settings, holder: Any, *, has_layers: bool) -> None:
+    def __init__(
+        self,
+        models: list[nn.Module],
+        settings: Settings,
+        holder: Any,
+        make_guard: Callable[[nn.Module, Settings], frozen],
+    ) -> None:
         self._models = models
         self._holder = holder
-        # Models with layers, which have been looked for: a choice among them is what is left to check.
-        if not has_layers or settings.include or settings.exclude or settings.buffers:
-            for model in models:
-                check_model(model, settings)
-        self._guards = [frozen._of(model, settings) for model in models]
+        self._guards = [make_guard(model, settings) for model in models]
 
     @outside_graphs
     def __enter__(self) -> None:
@@ -213,11 +221,15 @@ def _models(
             raise TypeError(f"strict: model={what} gave no torch.nn.Module at the call of {_name_of(wrapped)}()")
         return roots_of(named), None, False
     bare: list[nn.Module] = []
-    for number, place in enumerate(_places(wrapped, instance, args, kwargs)):
+    for number, place in enumerate(chain(([*args, *kwargs.values()],), _other_places(wrapped, instance))):
         found = modules_in(place)
-        guarded = [module for module in found if settings.buffers or any_layer(module)]
+        guarded = found if settings.buffers else list(filter(any_layer, found))
         if guarded:
-            return roots_of(guarded), instance if number > 1 else None, not settings.buffers
+            return (
+                guarded if len(guarded) == 1 else roots_of(guarded),
+                instance if number > 1 else None,
+                not settings.buffers,
+            )
         bare = bare or found
     if not bare:
         raise TypeError(
@@ -242,8 +254,8 @@ def _named(source: ModelSource, wrapped: Any, instance: Any, args: tuple[Any, ..
     return source(*args, **kwargs) if instance is None else source(instance, *args, **kwargs)
 
 
-def _places(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:
-    yield [*args, *kwargs.values()]
+def _other_places(wrapped: Any, instance: Any) -> Iterator[Any]:
+    """Where to look for models, after the arguments."""
     yield instance
     if instance is not None and not isinstance(instance, type):
         yield list(getattr(instance, "__dict__", {}).values())

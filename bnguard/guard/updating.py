@@ -6,19 +6,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from operator import is_
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from bnguard.errors import hides_frame
 from bnguard.guard.hold import normalise_and_update
-from bnguard.guard.policy import Ruling, count_within, give_back
-from bnguard.guard.watching import WatchedLayer
-from bnguard.layers.bits import same_bits
+from bnguard.guard.policy import Reporter, Ruling, count_within, give_back
+from bnguard.guard.watching import WatchedLayer, forwards_lock
 from bnguard.layers.kinds import BATCH_NORM_STATISTICS
-from bnguard.layers.usual_copy import Write
+from bnguard.layers.usual_copy import UsualTensors
 from bnguard.torch_internals.tracing import has_function_mode, is_calm
 
 __tracebackhide__ = hides_frame
@@ -33,6 +31,7 @@ class UpdatingLayer(WatchedLayer):
     """
 
     _known: tuple[Any, ...]
+    _usual: UsualTensors | None = None  # once there was an update within a budget
     run: Callable[[tuple[Any, ...], dict[str, Any]], Any]
     run_held: Callable[[tuple[Any, ...], dict[str, Any]], Any]
 
@@ -60,13 +59,15 @@ class UpdatingLayer(WatchedLayer):
             return self.run((input,), {})
         if updates.within >= entry.budget and entry.policy.action == "hold":
             return self.run_held((input,), {})
-        passing = self.begin_passing() if mean.shape == var.shape else None
+        passing = self.begin_passing()
         if passing is None:
             return self.run((input,), {})
         try:
-            before, number_before = torch.cat((mean, var)), number.item()
+            usual = self._usual_tensors(mean, var, number)
+            before = usual.read()
             is_within = count_within(updates, entry.budget)
-        except RuntimeError:  # converted in place
+        except RuntimeError:  # converted or cut in place
+            self._usual = None
             is_within = False
         if not is_within:
             self._passing = None  # the forward does not copy them itself
@@ -74,11 +75,30 @@ class UpdatingLayer(WatchedLayer):
         try:
             return normalise_and_update(self.module, input)
         except Exception:
-            if same_bits(before, torch.cat((mean, var))):  # torch has refused the batch
+            if usual.has_statistics(before):  # torch has refused the batch
                 give_back((entry,), self.layer_id)
             raise
         finally:
-            block = entry.block
-            write = Write(row, before, torch.cat((mean, var)), number_before, number.item())
-            if block is not None:
-                self.end_passing(passing, partial(block.wrote, write), partial(block.allowed, self.layer_id, None))
+            if (block := entry.block) is not None:
+                with forwards_lock:  # before another one begins
+                    self._passing = None
+                    if passing.is_shared:  # what overlapping ones leave together
+                        block.allowed(self.layer_id, None)
+                    else:
+                        self._keep(block, row, before, usual)
+
+    def _usual_tensors(self, mean: Tensor, var: Tensor, number: Tensor) -> UsualTensors:
+        """The statistics, to read their memory. Mostly the same: unless the user has replaced one."""
+        usual = self._usual
+        if usual is None or not all(map(is_, usual.tensors, (number, mean, var))):
+            self._usual = usual = UsualTensors([[mean], [var], [number]])
+        return usual
+
+    def _keep(self, block: Reporter, row: int, before: bytes, usual: UsualTensors) -> None:
+        """Has the block take what an update within its budget has written."""
+        try:
+            write = row, before, usual.read_here(), usual.layout
+        except RuntimeError:  # they have other memory now
+            block.allowed(self.layer_id, usual.layout.by_name(0, before))
+        else:
+            block.wrote(write)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -24,8 +24,8 @@ from bnguard.torch_internals.transforms import unwrapped_tensor
 __tracebackhide__ = hides_frame
 
 COUNTER_ALONE: Final = ("num_batches_tracked",)
-_lock: Final = RLock()
-renew_after_fork(_lock)
+forwards_lock: Final = RLock()
+renew_after_fork(forwards_lock)
 
 
 class Before:
@@ -98,21 +98,15 @@ class WatchedLayer(Surroundings):
     def begin_passing(self) -> Passing | None:
         """Begins a forward that copies the statistics itself; None if another one of the layer is under way."""
         passing = Passing()
-        with _lock:
-            if self.is_under_way():
+        with forwards_lock:
+            if (self.under_way or self._passing is not None) and self.is_under_way():
                 return None
             self._passing = weakref.ref(passing)
             return passing
 
-    def end_passing(self, passing: Passing, keep: Callable[[], None], accept: Callable[[], None]) -> None:
-        """Ends such a forward, before another one begins: keeps its copies, or accepts what overlapping ones leave."""
-        with _lock:
-            self._passing = None
-            (accept if passing.is_shared else keep)()
-
     def look(self, entries: Entries) -> Before:
         """Copies the statistics right before a forward."""
-        with _lock:
+        with forwards_lock:
             original = self._original
             if original is not None and self._is_watched_now():
                 original.is_shared = True
@@ -136,8 +130,11 @@ class WatchedLayer(Surroundings):
         """Ends the watch over a forward."""
         if before.swap is not None:
             end_swap(self.module, before.swap)
-        with _lock:
-            self.under_way = [other for other in self.under_way if other() not in (before, None)]
+        with forwards_lock:
+            if len(self.under_way) == 1 and self.under_way[0]() is before:
+                self.under_way = ()
+            else:
+                self.under_way = [other for other in self.under_way if other() not in (before, None)]
             if not self.under_way:
                 self._original = None
                 if before.original.is_awaited:
@@ -147,7 +144,7 @@ class WatchedLayer(Surroundings):
         """The end of a block has restored the layer: forwards that go on after it are to leave it like this."""
         original = self._original
         if original is not None:
-            with _lock:
+            with forwards_lock:
                 own = own_tensors(self.module, "_buffers")
                 original.tensors = {
                     name: old if (now := own.get(name)) is None else now for name, old in original.tensors.items()
@@ -176,7 +173,7 @@ class WatchedLayer(Surroundings):
 
     def allow(self, decision: Decision, before: Before) -> None:
         """Has the blocks whose budgets allowed an update take over what it has written."""
-        with _lock:  # before another forward begins, with which it would be shared
+        with forwards_lock:  # before another forward begins, with which it would be shared
             for entry in decision.within:
                 if entry.block is not None:
                     entry.block.allowed(self.layer_id, None if before.original.is_shared else before.original.values)

@@ -100,11 +100,11 @@ class LayerRegistration:
 
     def remove(self) -> None:
         """Removes the registration, unless a later one for the same class has replaced it."""
-        if _registered.get(self._cls) is self._rule:
-            del _registered[self._cls]
+        if registered_rules.get(self._cls) is self._rule:
+            del registered_rules[self._cls]
 
 
-_registered: dict[type[nn.Module], _Rule] = {}
+registered_rules: Final[dict[type[nn.Module], _Rule]] = {}  # by register_layer, by class
 
 
 def register_layer(
@@ -143,7 +143,7 @@ def register_layer(
     if updates is not None and not callable(updates):
         raise TypeError(f"updates must be callable, as in updates=lambda layer: layer.training, got {updates!r}")
     rule = _Rule(tuple(buffers), LayerKind(updates))
-    _registered[cls] = rule
+    registered_rules[cls] = rule
     return LayerRegistration(cls, rule)
 
 
@@ -152,7 +152,7 @@ def statistics_of(module: nn.Module) -> tuple[tuple[str, ...], LayerKind]:
     buffers = module._buffers
     if not buffers:
         return (), OWN_FORWARD
-    if _registered:
+    if registered_rules:
         rule = _registered_rule(module)
         if rule is not None:
             return tuple([name for name in rule.buffers if buffers.get(name) is not None]), rule.kind
@@ -171,7 +171,7 @@ def statistics_of(module: nn.Module) -> tuple[tuple[str, ...], LayerKind]:
 
 
 def _registered_rule(module: nn.Module) -> _Rule | None:
-    return next((_registered[base] for base in type(module).__mro__ if base in _registered), None)
+    return next((registered_rules[base] for base in type(module).__mro__ if base in registered_rules), None)
 
 
 def refuse_misregistered(module: nn.Module) -> None:
@@ -195,11 +195,6 @@ def refuse_misregistered(module: nn.Module) -> None:
 def is_statistic(name: str) -> bool:
     """Whether a buffer with this name is treated as a running statistic."""
     return _STATISTIC.fullmatch(name) is not None
-
-
-def registered_rules() -> Mapping[type[nn.Module], object]:
-    """The rules registered by ``register_layer``, by class."""
-    return _registered
 
 
 @functools.lru_cache(maxsize=4096)

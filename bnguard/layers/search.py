@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from contextlib import suppress
+from operator import itemgetter
 from types import FunctionType, ModuleType
 from typing import Any, Final
 
@@ -14,6 +15,7 @@ from torch.nn import Parameter
 LARGEST: Final = 256  # entries of a container, and containers: data is not searched
 _CONTAINERS: Final = (list, tuple, set, frozenset, dict)
 TABLES: Final = frozenset(nn.Module().__dict__)  # attributes of every module
+_MODULE: Final = itemgetter(1)
 _NO_CONTAINERS: Final = frozenset({bool, bytes, complex, float, int, str, type(None), FunctionType, Tensor, Parameter})
 
 
@@ -23,7 +25,9 @@ def modules_in(value: Any) -> list[nn.Module]:
     A container of more than ``LARGEST`` entries is data, and is not searched. A module is recognised by its type;
     ``isinstance()`` would accept a mock that has ``nn.Module`` as its spec.
     """
-    return [module for _, module in named_modules_in(value, "")]
+    found: dict[int, tuple[str, nn.Module]] = {}
+    _search(value, "", found, set())
+    return list(map(_MODULE, found.values()))
 
 
 def named_modules_in(value: Any, name: str) -> list[tuple[str, nn.Module]]:
@@ -55,8 +59,6 @@ def modules_reachable_from(values: Iterable[Any]) -> list[nn.Module]:
 
 def roots_of(models: list[nn.Module]) -> list[nn.Module]:
     """Lists the models that are not a submodule of another one in the list."""
-    if len(models) == 1:
-        return models
     parts = {id(part) for model in models for part in model.modules() if part is not model}
     return [model for model in models if id(model) not in parts] or models[:1]
 
@@ -67,12 +69,13 @@ def _search(value: Any, name: str, found: dict[int, tuple[str, nn.Module]], seen
         found.setdefault(id(value), (name, value))
     elif issubclass(cls, _CONTAINERS) and id(value) not in seen and len(seen) < LARGEST:
         seen.add(id(value))
-        with suppress(Exception):  # a subclass may raise anything when it is measured or iterated
-            if len(value) > LARGEST:
-                return
-            for key, item in list(value.items() if issubclass(cls, dict) else enumerate(value)):
-                if type(item) not in _NO_CONTAINERS:
-                    _search(item, f"{name}.{key}", found, seen)
+        try:
+            items = list(value.items() if issubclass(cls, dict) else enumerate(value)) if len(value) <= LARGEST else ()
+        except Exception:  # a subclass may raise anything when it is measured or iterated
+            return
+        for key, item in items:
+            if type(item) not in _NO_CONTAINERS:
+                _search(item, f"{name}.{key}", found, seen)
 
 
 def _in_or_beside(value: Any, name: str) -> list[tuple[str, nn.Module]]:

@@ -16,7 +16,7 @@ from bnguard.layers.comparison import Comparison, grouped
 from bnguard.layers.flat_copy import FlatCopy, copies_of, copy_of_columns
 from bnguard.layers.kinds import BATCH_NORM_STATISTICS
 from bnguard.layers.swaps import Table, own_tables, own_tensors, put_tensor, swap_lock
-from bnguard.layers.usual_copy import FlatDifference, UsualCopy, UsualTensors, Write
+from bnguard.layers.usual_copy import UsualCopy, Write, usual_copy_of
 from bnguard.torch_internals.tracing import outside_modes
 from bnguard.torch_internals.transforms import PLAIN, unwrapped_tensor
 
@@ -78,13 +78,11 @@ class Snapshot:
         self._saved_by_id: dict[int, Tensor | None] | None = None
         self._compared: Comparison | None = None  # right after changed(): what is on a device
         self._copies: Sequence[FlatCopy | UsualCopy]
-        if not is_flat and len(self._groups) == 1 and names[0] == BATCH_NORM_STATISTICS:
-            try:
-                self._copies = (UsualCopy(UsualTensors(self._columns)),)
-            except (ValueError, RuntimeError):
-                pass
-            else:
-                return
+        is_usual = not is_flat and len(self._groups) == 1 and names[0] == BATCH_NORM_STATISTICS
+        usual = usual_copy_of(self._columns) if is_usual else None
+        if usual is not None:
+            self._copies = (usual,)
+            return
         copy = copy_of_columns(self._columns)
         if copy is not None:
             self._copies = (copy,)
@@ -113,10 +111,14 @@ class Snapshot:
         snapshot._transient, snapshot._odd, snapshot._compared = {}, {}, None
         return snapshot
 
-    def renew(self, copies: Sequence[UsualCopy]) -> None:
-        """Replaces the copies with others of the same tensors."""
-        self._copies = copies
-        self._pointers = self._saved_by_id = None
+    def renew(self, copy: UsualCopy) -> None:
+        """Replaces the copy of ``of_usual`` layers with another one of the same tensors."""
+        self._copies = (copy,)
+        self._pointers = None
+
+    def forget(self) -> None:
+        """Drops what refers to the copy of ``of_usual`` layers."""
+        self._saved_by_id = None
 
     def has_same_values(self) -> bool:
         """Whether the captured tensor objects have the captured bits. The caller sees to modes and autograd."""
@@ -124,11 +126,6 @@ class Snapshot:
             return all([copy.is_unchanged() for copy in self._copies])
         except RuntimeError:  # converted in place through .data: other shapes or devices
             return False
-
-    def moved(self) -> FlatDifference | None:
-        """What the values of a snapshot ``of_usual`` layers have moved to; see ``UsualCopy.moved`` and above."""
-        (copy,) = self._copies
-        return copy.moved() if isinstance(copy, UsualCopy) else None
 
     @outside_modes
     def absorb(self, writes: Sequence[Write]) -> bool:

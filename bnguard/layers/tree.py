@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator
-from itertools import repeat
-from operator import attrgetter, is_, is_not
+from itertools import compress, repeat
+from operator import attrgetter, call, is_, is_not, not_
 from typing import Any, Final, TypeAlias
 
 from torch import nn
@@ -16,6 +16,7 @@ from bnguard.torch_internals.wrappers import WRAPPERS
 _FORWARD: Final = attrgetter("forward")
 _BUFFERS: Final = attrgetter("_buffers")
 _MODULES: Final = attrgetter("_modules")
+_MODULE: Final = attrgetter("module")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -32,10 +33,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
 _RELEASED: Final = nn.Module()
 
 # Of the modules of a tree: weak references; of those that have children, their places, with names and places of the
-# children; the places of the layers.
-_Outline: TypeAlias = tuple[
-    list[weakref.ref[nn.Module]], list[tuple[int, tuple[str, ...], tuple[int | None, ...]]], list[int]
-]
+# children, -1 for None; the places of the layers.
+_Outline: TypeAlias = tuple[list[weakref.ref[nn.Module]], list[tuple[int, tuple[str, ...], tuple[int, ...]]], list[int]]
 
 
 class Tree:
@@ -44,11 +43,13 @@ class Tree:
     Attributes:
         layers: The layers that own running statistics, in the order of ``state_dict()``. A layer that is reached under
             several names is listed once, with all of them.
+        model: The model itself.
+        modules: All of its modules, each once, itself the first.
     """
 
     __slots__ = (
-        "_branches", "_buffer_counts", "_buffer_tables", "_can_stay", "_forwards", "_missing", "_module_tables",
-        "_modules", "_outline", "_rules", "_types", "layers",
+        "_branches", "_buffer_counts", "_buffer_tables", "_can_stay", "_classes", "_forwards", "_is_leaf", "_leaves",
+        "_missing", "_module_tables", "_outline", "_rules", "_types", "layers", "model", "modules",
     )  # fmt: skip
 
     def __init__(self, model: nn.Module) -> None:
@@ -58,29 +59,35 @@ class Tree:
         if buffers:
             found[id(model)] = StatsLayer(model, ("",), buffers, kind)
         _visit(model, "", found, modules, set())
+        self.model = model
         self.layers = list(found.values())
-        self._modules = list(modules.values())
-        self._rules = dict(registered_rules())
-        _refuse_misregistered(self._modules)
+        self.modules: list[Any] = list(modules.values())
+        self._rules = dict(registered_rules)
+        if self._rules:
+            _refuse_misregistered(self.modules)
         # False: a layer without a forward may get one, and a ScriptModule makes new dictionaries at each access.
         self._can_stay = not any([layer.kind.hold == "none" for layer in self.layers])
         self._types = [type(layer.module) for layer in self.layers]
-        self._forwards = list(map(_FORWARD, self._types)) if self._can_stay else []  # a ScriptModule has none
-        self._buffer_tables: list[Any] = list(map(_BUFFERS, self._modules))
+        self._classes = list(dict.fromkeys(self._types)) if self._can_stay else []  # a ScriptModule has no forward
+        self._forwards = list(map(_FORWARD, self._classes))
+        self._buffer_tables: list[Any] = list(map(_BUFFERS, self.modules))
         self._buffer_counts = list(map(len, self._buffer_tables))
         # Registered as None: a layer that does not track yet.
         self._missing = [
             (table, name) for table in self._buffer_tables for name, tensor in table.items() if tensor is None
         ]
-        self._module_tables: list[Any] = list(map(_MODULES, self._modules))
+        self._module_tables: list[Any] = list(map(_MODULES, self.modules))
         self._branches = [(table, tuple(table.keys()), tuple(table.values())) for table in self._module_tables if table]
+        self._is_leaf = list(map(not_, self._module_tables))
+        self._leaves = list(compress(self._module_tables, self._is_leaf))
         self._outline: _Outline | None = None  # once there was a release()
 
     def release(self) -> None:
         """Refers to the modules weakly from now on, and to no model, until ``recover()``."""
         if self._outline is None:
-            self._outline = _outline_of(self._modules, self._module_tables, self.layers)
-        self._modules, self._module_tables, self._branches = [], [], []
+            self._outline = _outline_of(self.modules, self._module_tables, self.layers)
+        self.modules, self._module_tables, self._branches, self._leaves = [], [], [], []
+        self.model = _RELEASED
         for layer in self.layers:
             layer.module = _RELEASED
 
@@ -89,27 +96,18 @@ class Tree:
         if self._outline is None:
             return True
         references, branches, layers = self._outline
-        modules: list[Any] = [reference() for reference in references]
+        modules: list[Any] = list(map(call, references))
         if not all(map(is_not, modules, repeat(None))):
             return False
-        self._modules, self._module_tables = modules, list(map(_MODULES, modules))
-        self._branches = [
-            (self._module_tables[place], keys, tuple([None if child is None else modules[child] for child in children]))
-            for place, keys, children in branches
-        ]
+        self.model = modules[0]
+        self.modules, self._module_tables = modules, list(map(_MODULES, modules))
+        child = [*modules, None].__getitem__
+        for place, keys, children in branches:
+            self._branches.append((self._module_tables[place], keys, tuple(map(child, children))))
+        self._leaves = list(compress(self._module_tables, self._is_leaf))
         for layer, place in zip(self.layers, layers, strict=True):
             layer.module = modules[place]
         return True
-
-    @property
-    def model(self) -> nn.Module:
-        """The model itself."""
-        return self._modules[0]
-
-    @property
-    def modules(self) -> tuple[nn.Module, ...]:
-        """All modules of the model, each once."""
-        return tuple(self._modules)
 
     def has_other_buffers(self) -> bool:
         """Whether the modules have buffers that are no running statistics."""
@@ -124,37 +122,38 @@ class Tree:
 
     def is_current(self) -> bool:
         """Whether a new walk would give the same result."""
-        modules = self._modules
-        if not (
-            self._can_stay
-            and self.has_same_modules()
-            and self._rules == registered_rules()
-            and all(map(is_, map(_BUFFERS, modules), self._buffer_tables))
-        ):
+        if not self.has_same_structure():
             return False
-        if any([table.get(name) is not None for table, name in self._missing]):
-            return False
-        # Somebody may have replaced the forward of a class.
-        if not all(map(is_, map(_FORWARD, self._types), self._forwards)):
-            return False
-        for layer, cls in zip(self.layers, self._types, strict=True):
-            module = layer.module
-            if type(module) is not cls:
-                return False
-            buffers = module._buffers
+        for layer in self.layers:
+            buffers = layer.module._buffers
             for name in layer.buffers:
                 if buffers.get(name) is None:
                     return False
         return True
 
+    def has_same_structure(self) -> bool:
+        """Whether a new walk would find the same layers, if they still have their statistics."""
+        modules = self.modules
+        if not (
+            self._can_stay
+            and self.has_same_modules()
+            and self._rules == registered_rules
+            and all(map(is_, map(_BUFFERS, modules), self._buffer_tables))
+            and all(map(is_, map(type, map(_MODULE, self.layers)), self._types))
+        ):
+            return False
+        for table, name in self._missing:
+            if table.get(name) is not None:
+                return False
+        # Somebody may have replaced the forward of a class.
+        return all(map(is_, map(_FORWARD, self._classes), self._forwards))
+
     def has_same_modules(self) -> bool:
         """Whether no module was added, removed or moved since the walk, and no module has more or fewer buffers."""
-        if list(map(len, self._buffer_tables)) != self._buffer_counts:
+        if list(map(len, self._buffer_tables)) != self._buffer_counts or any(self._leaves):
             return False
         # A new table, as Sequential makes one when an item is deleted: the old one says nothing any more.
-        if self._can_stay and not all(map(is_, map(_MODULES, self._modules), self._module_tables)):
-            return False
-        if sum(map(bool, self._module_tables)) > len(self._branches):
+        if self._can_stay and not all(map(is_, map(_MODULES, self.modules), self._module_tables)):
             return False
         for table, keys, children in self._branches:
             if tuple(table.keys()) != keys or not all(map(is_, table.values(), children)):
@@ -165,7 +164,7 @@ class Tree:
 def _outline_of(modules: list[nn.Module], tables: list[Any], layers: list[StatsLayer]) -> _Outline:
     places = {key: place for place, key in enumerate(map(id, modules))}
     branches = [
-        (place, tuple(table.keys()), tuple([places.get(id(child)) for child in table.values()]))
+        (place, tuple(table.keys()), tuple([places.get(id(child), -1) for child in table.values()]))
         for place, table in enumerate(tables)
         if table
     ]
@@ -213,24 +212,25 @@ def ancestors_of(layer: nn.Module, model: nn.Module) -> list[nn.Module]:
 
 def any_layer(model: nn.Module) -> bool:
     """Whether at least one layer of ``model`` owns running statistics."""
-    _refuse_misregistered(model.modules())
-    return _any_layer(model, set())
+    if registered_rules:
+        _refuse_misregistered(model.modules())
+    seen, waiting = {id(model)}, [model]
+    if model._buffers and statistics_of(model)[0]:
+        return True
+    for module in waiting:  # which gets longer: the top of the model first
+        for child in module._modules.values():
+            if child is None or id(child) in seen:
+                continue
+            if child._buffers and statistics_of(child)[0]:
+                return True
+            seen.add(id(child))
+            waiting.append(child)
+    return False
 
 
 def _refuse_misregistered(modules: Iterable[nn.Module]) -> None:
-    if registered_rules():
-        for module in modules:
-            refuse_misregistered(module)
-
-
-def _any_layer(module: nn.Module, seen: set[int]) -> bool:
-    if module._buffers and statistics_of(module)[0]:
-        return True
-    seen.add(id(module))
-    for child in module._modules.values():
-        if child is not None and id(child) not in seen and _any_layer(child, seen):
-            return True
-    return False
+    for module in modules:
+        refuse_misregistered(module)
 
 
 def walk_names(model: nn.Module) -> Iterator[str]:

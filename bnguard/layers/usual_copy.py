@@ -1,169 +1,239 @@
-"""Copy the statistics of torch's own BatchNorm layers on the CPU, and compare them: ``flat_copy`` in one function each.
+"""Copy the statistics of torch's own BatchNorm layers on the CPU, and compare them: ``flat_copy`` past torch.
 
-A block around one training step mostly holds such layers. There it is not torch that takes time, but how much Python
-runs; a test compares the two ways on random layers.
+A test compares the two ways on random layers.
+
+Note [Memory]
+~~~~~~~~~~~~~
+A block around one training step mostly holds such layers. There it takes longer to call torch than to copy: so what is
+copied and compared is memory. That is the same to the bit where the tensors are ordinary, contiguous ones. As long as
+they live and have the pointer of the beginning the memory is theirs: so both are seen to before each read. Whatever
+gives a tensor other memory (``.data``, ``set_()``, ``resize_()``, ``share_memory_()``, freeing its storage) shows in
+its pointer, or its length; another dtype or stride over the same memory is looked for as well.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, chain
 from operator import attrgetter
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from bnguard.layers.bits import comparison_dtype, same_flat_bits
 from bnguard.layers.comparison import Moved
 from bnguard.layers.kinds import BATCH_NORM_STATISTICS
+from bnguard.torch_internals.tensor_forms import form_check
+from bnguard.torch_internals.tracing import outside_modes
 from bnguard.torch_internals.transforms import is_wrapped
 
-_ORDINARY: Final = {Tensor}
 _DTYPE: Final[attrgetter[Any]] = attrgetter("dtype")
+_BYTES: Final[attrgetter[Any]] = attrgetter("nbytes")
+_IS_CPU: Final[attrgetter[Any]] = attrgetter("is_cpu")
+_LAYOUT: Final[attrgetter[Any]] = attrgetter("layout")
 _FLOATS: Final = {torch.float32, torch.float64, torch.float16, torch.bfloat16}
-_INTEGERS: Final = {torch.int64}
-_BITS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_UNUSUAL: Final = "tensors that cannot be copied as memory"
+_COUNTER: Final = torch.int64.itemsize
 
-Values = dict[str, Tensor]
+Bytes: TypeAlias = bytes | bytearray
 
 
-class Write:
-    """What one forward has made of the statistics of one layer.
+class _Arrays(dict[int, type[ctypes.Array[ctypes.c_char]]]):
+    """The classes of arrays of bytes, by size: it takes long to make one."""
+
+    def __missing__(self, size: int) -> type[ctypes.Array[ctypes.c_char]]:
+        self[size] = array = ctypes.c_char * size
+        return array
+
+
+_arrays: Final = _Arrays()
+
+
+class Layout(NamedTuple):
+    """Where the statistics of layers are in their memory put together: first the numbers of batches, then the others.
 
     Attributes:
-        row: The position of the layer among the copied ones.
-        before: The layer's mean and variance, which have one length, right before the forward, concatenated.
-        after: These right after it.
-        number: The number of batches right before it.
-        number_after: The number of batches right after it.
+        dtype: The dtype of means and variances.
+        sizes: How many bytes the mean and the variance of each layer take.
     """
 
-    __slots__ = ("after", "before", "number", "number_after", "row")
+    dtype: torch.dtype
+    sizes: list[int]
 
-    def __init__(self, row: int, before: Tensor, after: Tensor, number: int, number_after: int) -> None:
-        self.row = row
-        self.before = before
-        self.after = after
-        self.number = number
-        self.number_after = number_after
+    def parts(self, values: Bytes) -> list[bytes]:
+        """The memory of each layer: number of batches, mean and variance."""
+        count = len(self.sizes) // 2
+        ends = list(accumulate(map(int.__add__, self.sizes[::2], self.sizes[1::2]), initial=_COUNTER * count))
+        numbers = [values[_COUNTER * row : _COUNTER * (row + 1)] for row in range(count)]
+        return [bytes(number + values[start:end]) for number, start, end in zip(numbers, ends, ends[1:], strict=False)]
 
-    def values(self) -> tuple[Values, Values]:
-        """The statistics before and after, by name."""
-        before, after = (
-            dict(zip(BATCH_NORM_STATISTICS, (*flat.chunk(2), _counter(number)), strict=True))
-            for flat, number in ((self.before, self.number), (self.after, self.number_after))
-        )
-        return before, after
+    @outside_modes
+    def views(self, values: bytearray) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """The numbers of batches, and the mean and the variance of each layer: tensors that are this memory."""
+        count = len(self.sizes) // 2
+        numbers = torch.frombuffer(values, dtype=torch.int64, count=count)
+        flat = torch.frombuffer(values, dtype=self.dtype, offset=_COUNTER * count)
+        return numbers.unbind(), flat.split([size // self.dtype.itemsize for size in self.sizes])
+
+    def by_name(self, row: int, part: Bytes) -> dict[str, Tensor]:
+        """The statistics of one layer, of which this is the memory."""
+        numbers, statistics = Layout(self.dtype, self.sizes[2 * row : 2 * row + 2]).views(bytearray(part))
+        return dict(zip(BATCH_NORM_STATISTICS, (*statistics, *numbers), strict=True))
+
+
+# What one forward has made of the statistics of one layer: the position of the layer among the copied ones, its memory
+# right before and right after the forward, as in ``Layout.parts``, and the layout of these. Each forward makes one.
+Write: TypeAlias = tuple[int, bytes, bytes, Layout]
 
 
 class FlatDifference(NamedTuple):
-    """Values of statistics at two points in time, not all of which are equal.
+    """Statistics at two points in time, not all of which are equal.
 
     Attributes:
-        then: Means and variances at the first point in time, concatenated layer by layer.
-        now: These at the second one.
-        sizes: The number of channels of each of them.
-        numbers: The numbers of batches at both points in time.
+        then: Their memory at the first point in time.
+        now: Their memory at the second one.
+        layout: That of the memory.
     """
 
-    then: Tensor
-    now: Tensor
-    sizes: list[int]
-    numbers: tuple[list[int], list[int]]
+    then: bytes
+    now: bytes
+    layout: Layout
 
-    def layers(self) -> Iterator[Moved]:
+    @outside_modes
+    def layers(self) -> list[Moved]:
         """The layers that have moved, by their positions."""
-        bits = _BITS[self.then.itemsize]
-        differing = self.then.view(bits).ne(self.now.view(bits)).cumsum(0).tolist()
-        upto = [differing[end - 1] if end else 0 for end in accumulate(self.sizes, initial=0)]
-        flats = [flat.split(self.sizes) for flat in (self.then, self.now)]
-        for row, numbers in enumerate(zip(*self.numbers, strict=True)):
-            start = 2 * row
-            moved = (upto[start + 1] > upto[start], upto[start + 2] > upto[start + 1], numbers[0] != numbers[1])
-            if any(moved):
-                names = tuple([name for name, has in zip(BATCH_NORM_STATISTICS, moved, strict=True) if has])
-                then, now = (
-                    dict(zip(BATCH_NORM_STATISTICS, (*flat[start : start + 2], _counter(number)), strict=True))
-                    for flat, number in zip(flats, numbers, strict=True)
-                )
-                yield Moved(row, names, then, now)
+        found = []
+        for row, (then, now) in enumerate(zip(self.layout.parts(self.then), self.layout.parts(self.now), strict=True)):
+            if then != now:
+                end = _COUNTER + self.layout.sizes[2 * row]
+                places = (slice(_COUNTER, end), slice(end, None), slice(_COUNTER))
+                names = [
+                    name for name, place in zip(BATCH_NORM_STATISTICS, places, strict=True) if then[place] != now[place]
+                ]
+                found.append(Moved(row, tuple(names), self.layout.by_name(row, then), self.layout.by_name(row, now)))
+        return found
 
 
 class UsualTensors:
-    """Means, variances and numbers of batches of layers, in the form in which they are copied.
+    """Means, variances and numbers of batches of layers, and the memory that they are in.
 
     Args:
         columns: The means, the variances and the numbers of batches of the layers.
 
     Attributes:
-        statistics: Mean and variance of each layer.
-        counts: Its number of batches.
-        everything: All of these.
+        tensors: All of these: first the numbers of batches, then the mean and the variance of each layer.
         places: Where they are in memory.
-        sizes: The lengths of the statistics.
-        shape: The shape of all of them concatenated.
+        layout: That of their memory put together.
 
     Raises:
-        ValueError: They are not what torch's own layers have, on the CPU and with values.
+        RuntimeError: They are not what torch's own layers have, on the CPU and with values.
     """
 
-    __slots__ = ("counts", "everything", "places", "shape", "sizes", "statistics")
+    __slots__ = ("_columns", "_has_same_forms", "_memory", "layout", "places", "tensors")
 
     def __init__(self, columns: list[list[Tensor]]) -> None:
-        means, variances, counts = columns
-        tensors = list(chain.from_iterable(zip(means, variances, strict=True)))
-        if set(map(type, tensors)) != _ORDINARY or set(map(type, counts)) != _ORDINARY:
-            raise ValueError
-        dtypes = set(map(_DTYPE, tensors))
-        if len(dtypes) > 1 or not dtypes <= _FLOATS or set(map(_DTYPE, counts)) != _INTEGERS:
-            raise ValueError
-        self.statistics, self.counts, self.everything = tensors, counts, tensors + counts
-        self.places = places = list(map(Tensor.data_ptr, self.everything))
-        if 0 in places or not counts[0].is_cpu or any(map(Tensor.dim, counts)):
-            raise ValueError
-        self.sizes = list(map(Tensor.numel, tensors))
-        self.shape = torch.Size((sum(self.sizes),))
+        self._columns = columns
+        means, variances, numbers = columns
+        statistics = list(chain.from_iterable(zip(means, variances, strict=True)))
+        self.tensors = tensors = numbers + statistics
+        if set(map(type, tensors)) != {Tensor} or any(map(is_wrapped, tensors)):
+            raise RuntimeError(_UNUSUAL)
+        dtypes = set(map(_DTYPE, statistics))
+        if len(dtypes) > 1 or not dtypes <= _FLOATS or set(map(_DTYPE, numbers)) != {torch.int64}:
+            raise RuntimeError(_UNUSUAL)
+        if not all(map(_IS_CPU, tensors)) or set(map(_LAYOUT, tensors)) != {torch.strided}:
+            raise RuntimeError(_UNUSUAL)
+        if not all(map(Tensor.is_contiguous, tensors)) or any(map(Tensor.is_neg, tensors)):
+            raise RuntimeError(_UNUSUAL)
+        if any(map(Tensor.dim, numbers)) or set(map(Tensor.dim, statistics)) != {1}:
+            raise RuntimeError(_UNUSUAL)
+        self.places = list(map(Tensor.data_ptr, tensors))
+        if 0 in self.places:
+            raise RuntimeError(_UNUSUAL)
+        self._has_same_forms = form_check(tensors)
+        sizes = list(map(_BYTES, tensors))
+        self.layout = Layout(dtypes.pop(), sizes[len(numbers) :])
+        self._memory = [_arrays[size].from_address(place) for size, place in zip(sizes, self.places, strict=True)]
 
-    def lengths(self) -> list[int]:
-        """The length of the mean and the variance of each layer together."""
-        return list(map(int.__add__, self.sizes[::2], self.sizes[1::2]))
+    def read(self) -> bytes:
+        """Copies their memory.
 
-    def are_in_place(self) -> bool:
-        """Whether none was given other memory since."""
-        return list(map(Tensor.data_ptr, self.everything)) == self.places
+        Raises:
+            RuntimeError: One of them was given other memory, or more or less of it, or none.
+        """
+        tensors = self.tensors
+        if list(map(Tensor.data_ptr, tensors)) != self.places or not self._has_same_forms(*tensors):
+            raise RuntimeError("a tensor is elsewhere in memory, or may have been converted in place")
+        return b"".join(self._memory)
 
-    def have_memory(self) -> bool:
-        """Whether each has memory, whichever: torch would crash where one has none."""
-        return 0 not in map(Tensor.data_ptr, self.everything)
+    def read_here(self) -> bytes:
+        """Copies their memory again, after a forward that has only written to it.
+
+        Raises:
+            RuntimeError: One of them was given other memory, or none.
+        """
+        if list(map(Tensor.data_ptr, self.tensors)) != self.places:
+            raise RuntimeError("a tensor is elsewhere in memory")
+        return b"".join(self._memory)
+
+    def read_elsewhere(self) -> bytes:
+        """Copies their memory, wherever it is.
+
+        Raises:
+            RuntimeError: They are no usual ones any more, or were converted.
+        """
+        moved = UsualTensors(self._columns)
+        if moved.layout != self.layout:
+            raise RuntimeError("a tensor was converted in place")
+        return moved.read()
+
+    def has_statistics(self, values: bytes) -> bool:
+        """Whether means and variances are as they were when the memory was copied."""
+        start = _COUNTER * len(self._columns[0])
+        try:
+            return self.read_here()[start:] == values[start:]
+        except RuntimeError:
+            return False
 
 
 class UsualCopy:
     """A copy of means, variances and numbers of batches, taken when it is made.
 
     Args:
-        tensors: The tensors, all of which are in place.
+        tensors: The tensors.
+
+    Attributes:
+        tensors: See above.
 
     Raises:
-        ValueError: They are not on the CPU, or not ordinary ones.
-        RuntimeError: They cannot be concatenated.
+        RuntimeError: See ``UsualTensors.read``.
     """
 
-    __slots__ = ("_flat", "_numbers", "_of", "_viewed")
+    __slots__ = ("_then", "_views", "tensors")
 
     def __init__(self, tensors: UsualTensors) -> None:
-        self._of = tensors
-        self._flat = flat = torch.cat(tensors.statistics)
-        if flat.shape != tensors.shape or not flat.is_cpu or flat.requires_grad or is_wrapped(flat):
-            raise ValueError
-        self._numbers = list(map(Tensor.item, tensors.counts))
-        self._viewed: Tensor | None = None  # replaces _numbers once views() has been called: callers may write to them
+        self.tensors = tensors
+        self._then: Bytes = tensors.read()
+        self._views: tuple[Sequence[Tensor], Sequence[Tensor]] | None = None
+
+    def take(self) -> None:
+        """Copies the values that the tensors have now.
+
+        Raises:
+            RuntimeError: See ``UsualTensors.read``.
+        """
+        self._then = self.tensors.read()
+
+    def drop(self) -> None:
+        """Gives the memory of the copied values back, until ``take()``."""
+        self._then, self._views = b"", None
 
     def is_unchanged(self) -> bool:
         """Whether the tensors still have the copied bits.
 
         Raises:
-            RuntimeError: They cannot be concatenated or compared any more. See ``moved``.
+            RuntimeError: See ``moved``.
         """
         return self.moved() is None
 
@@ -171,21 +241,13 @@ class UsualCopy:
         """What the tensors have moved to; None if they still have the copied bits.
 
         Raises:
-            RuntimeError: They cannot be concatenated or compared any more, because the dtype, shape or device of one
-                has changed in place, or its memory has been given back: torch would crash.
+            RuntimeError: See ``UsualTensors.read_elsewhere``.
         """
-        if not self._of.have_memory():
-            raise RuntimeError("a tensor has no memory")
-        numbers: list[Any] = self._numbers if self._viewed is None else self._viewed.tolist()
-        numbers_now: list[Any] = list(map(Tensor.item, self._of.counts))
-        now, then = torch.cat(self._of.statistics), self._flat
-        if now.dtype is not then.dtype or now.shape != then.shape:
-            raise RuntimeError("a tensor was converted in place")
-        if list(map(Tensor.numel, self._of.statistics)) != self._of.sizes:
-            raise RuntimeError("a tensor has another length")
-        if numbers_now == numbers and _same(now, then):
-            return None
-        return FlatDifference(then, now, self._of.sizes, (numbers, numbers_now))
+        try:
+            now = self.tensors.read()
+        except RuntimeError:
+            now = self.tensors.read_elsewhere()
+        return None if self._then == now else FlatDifference(bytes(self._then), now, self.tensors.layout)
 
     def absorb(self, writes: Sequence[Write]) -> bool:
         """Replaces the copied values with those that a series of writes has left.
@@ -194,63 +256,33 @@ class UsualCopy:
             Whether each of them began with the copied values or with those that the one before it left; else nothing
             is replaced.
         """
-        numbers: list[Any] = list(self._numbers if self._viewed is None else self._viewed.tolist())
-        befores = [write.before for write in writes]
-        if [write.row for write in writes] == list(range(len(numbers))):  # the usual case: each layer once, in order
-            sizes = self._of.lengths()
-            expected, rows = self._flat, [write.after for write in writes]
-            is_alike = numbers == [write.number for write in writes]
-            numbers = [write.number_after for write in writes]
+        parts = self.tensors.layout.parts(self._then)
+        for row, before, then, _ in writes:
+            if before != parts[row]:
+                return False
+            parts[row] = then
+        after = b"".join([part[:_COUNTER] for part in parts] + [part[_COUNTER:] for part in parts])
+        if isinstance(self._then, bytearray):
+            self._then[:] = after  # in place: there are views
         else:
-            expected, rows, sizes, is_alike = self._followed(writes, numbers)
-        now, after = torch.cat(befores), torch.cat(rows)
-        if not (is_alike and now.dtype is expected.dtype is after.dtype is self._flat.dtype):
-            return False
-        if after.nbytes != self._flat.nbytes or list(map(Tensor.numel, befores)) != sizes or not _same(now, expected):
-            return False
-        self._flat.copy_(after)
-        self._numbers = numbers
-        if self._viewed is not None:
-            self._viewed.copy_(_counter(numbers))
+            self._then = after
         return True
-
-    def _followed(self, writes: Sequence[Write], numbers: list[int]) -> tuple[Tensor, list[Tensor], list[int], bool]:
-        """What each of the writes should have begun with, concatenated, and what all of them leave.
-
-        Args:
-            writes: The writes.
-            numbers: The copied numbers of batches; replaced with those that the writes leave.
-
-        Returns:
-            What they should have begun with; mean and variance of each layer after them, concatenated; the lengths of
-            the first; and whether they began with the right numbers of batches.
-        """
-        rows = list(self._flat.split(self._of.lengths()))
-        begins, are_right = [], True
-        for write in writes:
-            begins.append(rows[write.row])
-            are_right = are_right and write.number == numbers[write.row]
-            rows[write.row], numbers[write.row] = write.after, write.number_after
-        return torch.cat(begins), rows, list(map(Tensor.numel, begins)), are_right
 
     def views(self) -> Iterator[tuple[int, Tensor]]:
         """The id of each tensor and its copied values, a view: writing to it changes what is compared with."""
-        if self._viewed is None:
-            self._viewed = _counter(self._numbers)
-        yield from zip(map(id, self._of.statistics), self._flat.split(self._of.sizes), strict=True)
-        yield from zip(map(id, self._of.counts), self._viewed.unbind(), strict=True)
+        if self._views is None:
+            self._then = then = bytearray(self._then)
+            self._views = self.tensors.layout.views(then)
+        return zip(map(id, self.tensors.tensors), chain(*self._views), strict=True)
 
     def pointers(self) -> Iterator[tuple[int, int]]:
         """The id of each tensor, and where its values were in memory when they were copied."""
-        return zip(map(id, self._of.everything), self._of.places, strict=True)
+        return zip(map(id, self.tensors.tensors), self.tensors.places, strict=True)
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
-    """Whether two flat tensors of one dtype and length have the same bits."""
-    if one.nbytes % 8:
-        return same_flat_bits(one, other, comparison_dtype(other))
-    return torch.equal(one.view(torch.int64), other.view(torch.int64))
-
-
-def _counter(numbers: Any) -> Tensor:
-    return torch.tensor(numbers, device="cpu")  # not the device of a torch.device() block
+def usual_copy_of(columns: list[list[Tensor]]) -> UsualCopy | None:
+    """A copy of the means, variances and numbers of batches of layers; None if they are not usual ones."""
+    try:
+        return UsualCopy(UsualTensors(columns))
+    except RuntimeError:
+        return None

@@ -53,12 +53,12 @@ class FixtureGuard(frozen):
         self.start()
         self._is_fresh = True
 
-    def _enter(self, *args: Any, **options: Any) -> Self:
+    def __enter__(self) -> Self:
         if self._is_fresh:
             self._is_fresh = False
             return self
         self._on_enter()
-        return super()._enter(*args, **options)
+        return super().__enter__()
 
     def _leave(self, error: BaseException | None, *args: Any, **options: Any) -> None:
         self._is_fresh = False

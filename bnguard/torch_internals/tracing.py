@@ -48,6 +48,7 @@ has_dispatch_mode: Final[Callable[[], int]] = _len_torch_dispatch_stack
 tracing_state: Final[Callable[[], Any]] = _get_tracing_state
 
 # Up to torch 2.13 all threads share one flag; from 2.14 on, each thread has its own.
+_HAS_FLAGS: Final = not hasattr(_symbolic_trace, "_get_is_fx_tracing") and hasattr(torch.compiler, "_is_exporting_flag")
 _is_fx_tracing: Final[Callable[[], bool]] = getattr(_symbolic_trace, "_get_is_fx_tracing", _flag_of_all_threads)
 
 
@@ -69,7 +70,8 @@ def is_traced() -> bool:
 
 def is_symbolic(args: Iterable[Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether ``torch.fx.symbolic_trace`` is running a forward with proxies instead of tensors."""
-    return _is_fx_tracing() and any(  # the flag may be shared by all threads
+    is_tracing = _symbolic_trace._is_fx_tracing_flag if _HAS_FLAGS else _is_fx_tracing()
+    return is_tracing and any(  # the flag may be shared by all threads
         isinstance(value, torch.fx.Proxy) for value in (*args, *kwargs.values())
     )
 
@@ -82,8 +84,11 @@ def is_calm() -> bool:
         and not _len_torch_function_stack()
         and not is_inference_mode_enabled()
         and _functorch.peek_interpreter_stack() is None
-        and not _is_fx_tracing()
-        and not is_exporting()
+        and not (
+            _symbolic_trace._is_fx_tracing_flag or torch.compiler._is_exporting_flag
+            if _HAS_FLAGS
+            else _is_fx_tracing() or is_exporting()
+        )
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Final
 
 import torch
@@ -18,9 +19,8 @@ def is_fake(tensor: Any) -> bool:
     return isinstance(tensor, (FakeTensor, FunctionalTensor))
 
 
-def is_wrapped(tensor: Any) -> bool:
-    """Whether the tensor is wrapped by a ``torch.func`` transform."""
-    return _functorch.is_functorch_wrapped_tensor(tensor)
+# Whether a tensor is wrapped by a ``torch.func`` transform. Not a function of ours: forwards ask.
+is_wrapped: Final[Callable[[Any], bool]] = _functorch.is_functorch_wrapped_tensor
 
 
 def is_batched(value: Any) -> bool:

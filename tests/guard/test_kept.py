@@ -1,13 +1,15 @@
-"""What a block has found out is kept for the next guard of the model, weakly: it does what a block of its own does.
+"""A block that has ended is kept for the next guard of the model, weakly: entered again, it does what a new one does.
 
 A run in which nothing is kept is the plain way that the other one must equal.
 """
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import gc
 import random
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -18,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 import bnguard
-from bnguard.guard import block, kept
+from bnguard.guard import frozen as frozen_module
+from bnguard.guard import kept
 from bnguard.layers.by_identity import ByIdentity
 from bnguard.layers.tree import Tree
 from tests.asserts import assert_clean, assert_same_bits, state_of, told
@@ -114,7 +117,7 @@ def assert_alike(events: list[Any], way: str, policy: str, seed: int, monkeypatc
     """A program goes the same whether anything is kept or not."""
     found = run(events, way, OPTIONS[policy], seed)
     with monkeypatch.context() as patch:
-        patch.setattr(block, "take", lambda model, settings: None)
+        patch.setattr(frozen_module, "take", lambda model, settings: None)
         fresh = run(events, way, OPTIONS[policy], seed)
     assert_same(found, fresh)
 
@@ -158,7 +161,8 @@ def test_new_guard_of_a_model_walks_it_once(options: dict[str, Any], walks: list
     walks.clear()
     for _ in range(5):
         step()
-    assert len(walks) == (5 if "include" in options else 0) + 5  # to check what is selected
+    selections = (5 if "include" in options else 0) + 5  # each is checked
+    assert len(walks) == selections + (5 if sys.version_info >= (3, 14) else 0)  # ExitStack: a reference
 
 
 def test_guard_that_somebody_has_can_be_asked_after_its_block() -> None:
@@ -186,6 +190,113 @@ def test_guard_that_somebody_has_can_be_asked_after_its_block() -> None:
         assert [layer.names for layer in guard.layers] == [("1",), ("3",)]
         assert "guards 2 layers" in guard.report()
     assert named.changes == quiet.changes == ()
+
+
+class _Wrapper:
+    """A context manager of the user's around a guard."""
+
+    def __init__(self, net: nn.Module) -> None:
+        self.guard = bnguard.frozen(net, "warn")
+
+    def __enter__(self) -> bnguard.frozen:
+        self.guard.__enter__()
+        return self.guard
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        self.guard.__exit__(kind, error, traceback)
+
+
+class _OtherWrapper(_Wrapper):
+    """Ends the guard by a name in a string."""
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        getattr(self.guard, "__exit__")(kind, error, traceback)  # noqa: B009  # so that it is a constant of the code
+
+
+@pytest.mark.parametrize("wrapper", [_Wrapper, _OtherWrapper])
+def test_guard_that_the_users_code_ends_describes_its_own_block(wrapper: type[_Wrapper]) -> None:
+    """Not the model as it is later; another guard has not taken its block."""
+    net = mlp()
+    for _ in range(2):
+        with bnguard.frozen(net, "warn"):
+            net.eval()(torch.ones(2, 6))
+    held = wrapper(net)
+    with told(), held:
+        net.train()(torch.randn(3, 6))
+    changes = held.guard.changes
+    assert [change.names for change in changes] == [("1",), ("3",)]
+    with told(), bnguard.frozen(net, "warn"):
+        net.eval()(torch.ones(2, 6))
+    net.append(nn.BatchNorm1d(6))
+    assert held.guard.changes == changes
+    assert [layer.names for layer in held.guard.layers] == [("1",), ("3",)]
+    assert "1 (BatchNorm1d)" in held.guard.report()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_model_under_warn_is_walked_once(way: str, walks: list[nn.Module]) -> None:
+    """A block whose updates were told of is kept as well; each says what it has seen, and counts for itself."""
+    net = mlp()
+    step = WAYS[way]({"on_change": "warn"})
+    for number in range(6):
+        with told() as said:
+            step(net, random.Random(0), lambda net, random_: net(torch.randn(3, 6)))
+        assert ["1 (BatchNorm1d) is in train mode" in text for text in said.warnings] == [True]
+        if number == 1:  # the first block on a model looks at more
+            walks.clear()
+    assert walks == []
+    assert int(net[1].num_batches_tracked) == 6  # type: ignore[arg-type]
+    with told() as said:
+        step(net.eval(), random.Random(0), lambda net, random_: net(torch.randn(3, 6)))
+    assert said.warnings == []
+
+
+def _in_a_variable(guard: Any, net: nn.Module) -> Any:
+    with guard:
+        net(torch.ones(2, 6))
+    return guard
+
+
+def _in_the_variable_of_a_caller(guard: Any, net: nn.Module) -> Any:
+    _in_a_variable(guard, net)
+    return guard
+
+
+def _in_a_new_variable(guard: Any, net: nn.Module) -> Any:
+    own = bnguard.frozen(net, "warn")
+    with own:
+        net(torch.ones(2, 6))
+    return own
+
+
+@pytest.mark.parametrize("run", [_in_a_variable, _in_the_variable_of_a_caller, _in_a_new_variable])
+def test_guard_in_a_variable_can_be_asked_after_its_block(run: Any) -> None:
+    """Though from Python 3.14 on a ``with`` statement may take no reference to it."""
+    net = mlp()
+    for _ in range(3):
+        with told():
+            guard = run(bnguard.frozen(net, "warn"), net)
+        with told(), bnguard.frozen(net, "warn"):
+            net(torch.ones(2, 6))
+        assert [change.updates for change in guard.changes] == [1, 1]
+
+
+def test_block_may_be_ended_by_no_python_code() -> None:
+    """As by ``atexit``, or by a thread that runs nothing else."""
+    net = mlp().eval()
+    done = threading.Event()
+    for _ in range(3):
+        with bnguard.frozen(net):
+            net(torch.ones(2, 6))
+
+    def begin() -> Any:
+        guard = bnguard.frozen(net)
+        weakref.finalize(guard, done.set)
+        return guard.__enter__().__exit__
+
+    _thread.start_new_thread(begin(), (None, None, None))
+    assert done.wait(60)
+    assert_clean(net)
 
 
 def test_no_more_is_kept_than_a_few_blocks_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,6 +51,7 @@ import bnguard
 from bnguard.integrations import lightning as integration
 from bnguard.integrations._wrapped import Wrapped
 from bnguard.integrations.lightning import BNGuardCallback
+from bnguard.layers.usual_copy import UsualTensors
 from tests import forks
 from tests.asserts import assert_clean, assert_same_bits, statistics, values
 
@@ -1552,7 +1553,11 @@ def test_every_batch_is_logged_where_it_steps_twice(tmp_path):
     assert set(ours) == {*own[1:], "6"}  # all but the first batch, of one step; and the end
 
 
-READS = [(torch, "equal"), *[(Tensor, name) for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__")]]
+READS = [
+    (torch, "equal"),
+    (UsualTensors, "read"),
+    *[(Tensor, name) for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__")],
+]
 
 
 @pytest.mark.parametrize(("options", "reads"), [({}, False), ({"log_every": 1}, True)])
