@@ -135,7 +135,7 @@ class ExitCheck:
         """
         if self._writes:
             self._absorb()
-        if self._pairs:
+        if self._pairs or self.statistics.has_other_forms:
             raise RuntimeError("an update within the budget may have built on what somebody else had written")
         return self._usual.moved()
 

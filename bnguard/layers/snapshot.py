@@ -45,11 +45,15 @@ class Snapshot:
         names: For each module the names of its tensors, all of which must exist.
         table: Whether these are buffers or parameters.
         is_flat: Whether ``compared()`` is to be used on the CPU as well.
+
+    Attributes:
+        modules: See above.
+        has_other_forms: Whether values were captured again in another dtype or shape: the copies do not have them.
     """
 
     __slots__ = (
         "_columns", "_compared", "_copies", "_groups", "_names", "_odd", "_places", "_pointers", "_saved_by_id",
-        "_table", "_transient", "modules",
+        "_table", "_transient", "has_other_forms", "modules",
     )  # fmt: skip
 
     @outside_modes
@@ -62,6 +66,7 @@ class Snapshot:
         is_flat: bool = False,
     ) -> None:
         self.modules = modules
+        self.has_other_forms = False
         self._names = names
         self._table = table
         # Modules with the same names form a group. Their tensors with one name form a column, mostly of one dtype.
@@ -108,7 +113,7 @@ class Snapshot:
         snapshot.modules, snapshot._names, snapshot._table = modules, [names] * len(modules), "_buffers"
         snapshot._groups, snapshot._columns, snapshot._copies = {names: range(len(modules))}, columns, (copy,)
         snapshot._places = snapshot._pointers = snapshot._saved_by_id = None
-        snapshot._transient, snapshot._odd, snapshot._compared = {}, {}, None
+        snapshot._transient, snapshot._odd, snapshot._compared, snapshot.has_other_forms = {}, {}, None, False
         return snapshot
 
     def renew(self, copy: UsualCopy) -> None:
@@ -119,9 +124,12 @@ class Snapshot:
     def forget(self) -> None:
         """Drops what refers to the copy of ``of_usual`` layers."""
         self._saved_by_id = None
+        self.has_other_forms = False
 
     def has_same_values(self) -> bool:
         """Whether the captured tensor objects have the captured bits. The caller sees to modes and autograd."""
+        if self.has_other_forms:
+            return False
         try:
             return all([copy.is_unchanged() for copy in self._copies])
         except RuntimeError:  # converted in place through .data: other shapes or devices
@@ -157,7 +165,7 @@ class Snapshot:
         another object, has another shape or dtype by now, or is elsewhere in memory. ``changed()`` compares these.
         """
         copies = [copy for copy in self._copies if isinstance(copy, FlatCopy)]
-        if self._odd or len(copies) < len(self._copies) or not self._has_same_objects():
+        if self._odd or self.has_other_forms or len(copies) < len(self._copies) or not self._has_same_objects():
             return None
         try:
             pairs = [copy.beside_current() for copy in copies]
@@ -236,10 +244,12 @@ class Snapshot:
             if saved is None:
                 if has_values(original):  # it was uninitialised at capture
                     self._index_of_saved()[id(original)] = value.clone()
+                    self.has_other_forms = True
             elif value.shape != saved.shape or _is_converted(value, saved):
                 # A dtype that represents both exactly: the layer may be converted back.
                 dtype = torch.promote_types(wide(saved).dtype, wide(value).dtype)
                 self._index_of_saved()[id(original)] = value.to(dtype, copy=True)
+                self.has_other_forms = True
             else:
                 saved.copy_(value)
 

@@ -247,3 +247,24 @@ def test_whatever_a_forward_makes_of_its_statistics_is_rolled_back(change: str) 
     dtype = torch.float64 if change == "dtype" else torch.float32
     assert_same_bits(statistics(net), {**before, "running_var": before["running_var"].to(dtype)})
     assert_clean(net)
+
+
+@pytest.mark.parametrize("converts", [False, True])
+@pytest.mark.parametrize("make", [nn.BatchNorm1d, nn.InstanceNorm1d])
+def test_what_goes_back_under_a_guard_that_goes_on_is_a_change(make: Callable[..., nn.Module], converts: bool) -> None:
+    """It has accepted the update, whatever dtype the layer had then: so that is put back once more, and told."""
+    net, twin = (nn.Sequential(make(3, affine=False, track_running_stats=True)) for _ in range(2))
+    batch = torch.randn(2, 3, 4)
+    outer = bnguard.frozen(net, "rollback").start()
+    inner = bnguard.frozen(net, updates=1).start()
+    for model in (net, twin):
+        if converts:
+            model.double()(batch.double())
+            model.float()
+        else:
+            model(batch)
+    outer.stop()
+    with pytest.raises(bnguard.StatsChangedError, match="running_mean"):
+        inner.stop()
+    assert_same_bits(state_of(net), state_of(twin))
+    assert_clean(net)
