@@ -242,7 +242,7 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        left: list[Block] = []
+        left: list[Block | None] = []
         try:  # not in a function: see rule 2 of Note [Ctrl-C]
             if kind is not None and isinstance(error, StatsChangedError):  # of a with statement, not of the plugin
                 end_in_users_line(error)
@@ -254,12 +254,12 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
                 failure.__traceback__ = None  # Python adds this frame again, and those around it
             raise
 
-    def _leave(self, error: BaseException | None, left: list[Block], *, is_kept: bool) -> None:
+    def _leave(self, error: BaseException | None, left: list[Block | None], *, is_kept: bool) -> None:
         """Ends the innermost block.
 
         Args:
             error: The exception that leads out of it.
-            left: Receives the block, first.
+            left: Receives the block, first; None in its place once it has ended.
             is_kept: Whether somebody may ask this guard about the block.
         """
         while True:
@@ -274,13 +274,14 @@ class frozen:  # noqa: N801  # lower case, as torch.no_grad
                 _own.set(own[:-1] if own[-1:] == (number,) else tuple([other for other in own if other != number]))
                 self._last = block
                 block.leave(error)
+                left[0] = None  # from here on another thread may enter it
                 if not (is_kept or self._open):
                     self._last = None  # first: a guard must not be asked about a block that it does not have
                     keep(block, self._model)
                 return
             left.pop()  # another thread or a signal handler has ended it in the meantime
 
-    def _abandon(self, left: Sequence[Block] = ()) -> None:
+    def _abandon(self, left: Sequence[Block | None] = ()) -> None:
         """Completes the end of a block that was interrupted: of the one in ``left``, else of the innermost."""
         block = left[0] if left else self._innermost()
         if block is not None:

@@ -299,6 +299,30 @@ def test_block_may_be_ended_by_no_python_code() -> None:
     assert_clean(net)
 
 
+def test_interrupt_once_a_block_was_handed_on_is_none_of_the_next_guard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C after another thread has entered the block that was left: it goes on holding."""
+    net = mlp()
+    for _ in range(3):
+        with bnguard.frozen(net, "restore"):
+            net(torch.randn(3, 6))
+    others: list[bnguard.frozen] = []
+
+    def keep_too_long(*args: Any) -> None:
+        kept.keep(*args)
+        others.append(bnguard.frozen(net, "restore").start())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(frozen_module, "keep", keep_too_long)
+    with pytest.raises(KeyboardInterrupt), bnguard.frozen(net, "restore"):
+        pass
+    monkeypatch.undo()
+    before = state_of(net)
+    net(torch.randn(3, 6))
+    assert_same_bits(state_of(net), before)
+    others[0].stop()
+    assert_clean(net)
+
+
 def test_no_more_is_kept_than_a_few_blocks_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever options the guards have."""
     net = mlp().eval()
