@@ -85,16 +85,14 @@ class Block(Events):
         if not again.is_ready():
             return False
         if self.has_news or self._counts:
-            self._start_over()
-            again.entry.counts = self._counts
+            self.forget(again)
         self._again = again
         return True
 
-    def forget(self) -> None:
+    def forget(self, again: Again) -> None:
         """Drops all that a block that has ended the short way has to tell, and the copies that it would take for it."""
         self._start_over()
-        for again in self.resting:
-            again.entry.counts = self._counts
+        again.entry.counts = self._counts
 
     def enter(self, manager: object) -> None:
         """Guards the layers from now on, as long as ``manager`` lives. If it fails, ``abandon()`` it."""

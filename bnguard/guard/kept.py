@@ -29,7 +29,7 @@ def keep(block: Block, model: nn.Module) -> None:
     """Keeps a block on a model that has ended, as long as the model lives. Nobody else must use it any more."""
     if block.resting and block.resting[0].release():
         if block.has_news:
-            block.forget()
+            block.forget(block.resting[0])
         place = _kept.get(model)
         if place is None:
             _kept.put(model, place := [])

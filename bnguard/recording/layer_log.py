@@ -145,7 +145,16 @@ class LayerLog(UsualForwards):
         count: int,
         tick: int,
     ) -> None:
-        """Records an update that was noted."""
+        """Records an update that was noted.
+
+        Args:
+            own: The layer, or a clone that shares its statistics.
+            update: The update.
+            shape: The shape of the batch, if it is known.
+            momentum: The momentum of the layer.
+            count: How many rounds of optimizer steps had begun.
+            tick: How many steps all optimizers had made.
+        """
         module = own()
         if module is not None and self._optimizers_of != self._steps.changes:
             self._find_optimizers(module)

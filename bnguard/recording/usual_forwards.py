@@ -11,8 +11,7 @@ by one; the record is the same.
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -32,12 +31,19 @@ from bnguard.torch_internals.tracing import has_dispatch_mode, tracing_state
 
 
 class UsualForwards(SeenLayer):
-    """A layer, and what its updates so far have in common. See Note [Usual forwards]."""
+    """A layer, and what its updates so far have in common. See Note [Usual forwards].
+
+    Attributes:
+        record_update: Records an update that was noted. This and ``_is_frozen`` are methods of a subclass.
+    """
 
     __slots__ = (
         "_backwards", "_copies", "_journal", "_last", "_last_noted", "_optimizers_of", "_run",
         "_steps", "_tick_noted", "_usual_site", "_was_evaluated",
     )  # fmt: skip
+
+    record_update: Callable[..., None]
+    _is_frozen: Callable[[nn.Module | None], bool]
 
     def __init__(self, layer: StatsLayer, run: Run) -> None:
         super().__init__(layer)
@@ -133,31 +139,6 @@ class UsualForwards(SeenLayer):
         record = self.record_update, (self._module, update, args[0].shape, fields["momentum"], steps.count, tick)
         self._journal.entries.append(record)
         return True
-
-    def record_update(
-        self,
-        own: weakref.ref[nn.Module],
-        update: Update,
-        shape: Sequence[int] | None,
-        momentum: Any,
-        count: int,
-        tick: int,
-    ) -> None:
-        """Records an update that was noted.
-
-        Args:
-            own: The layer, or a clone that shares its statistics.
-            update: The update.
-            shape: The shape of the batch, if it is known.
-            momentum: The momentum of the layer.
-            count: How many rounds of optimizer steps had begun.
-            tick: How many steps all optimizers had made.
-        """
-        raise NotImplementedError
-
-    def _is_frozen(self, module: nn.Module | None) -> bool:
-        """Whether no parameter is trained; for a layer without any, none of the part of the model around it."""
-        raise NotImplementedError
 
     def _place(self, module: nn.Module | None) -> tuple[int, int, int] | None:
         """The first statistic, its version and its place in memory, if it has them."""
