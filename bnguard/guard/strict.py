@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import dis
 import functools
-import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from itertools import chain
-from types import CodeType, FunctionType, TracebackType
-from typing import Any, Final, TypeVar, overload
+from types import TracebackType
+from typing import Any, Final, TypeAlias, TypeVar, overload
 
 from torch import nn
 
 from bnguard.errors import hides_frame
-from bnguard.guard.bystanders import bystanders_of
+from bnguard.guard.bystanders import Bystanders, bystanders_of
 from bnguard.guard.decorate import guard_function
 from bnguard.guard.frozen import frozen
+from bnguard.guard.models_of_call import ModelSource, check_parameter, models_of_call
 from bnguard.guard.options import Check, Frontend, OnChange, Settings, check_settings
 from bnguard.guard.phrases import Phrases
 from bnguard.guard.policy import POLICIES
-from bnguard.layers.search import LARGEST, modules_in, roots_of
 from bnguard.layers.select import Selector
-from bnguard.layers.tree import any_layer
 from bnguard.torch_internals.compile import outside_graphs
 from bnguard.words import short_repr
 
@@ -34,7 +30,6 @@ _FRONTEND: Final = Frontend(
         "@bnguard.strict", "@bnguard.strict(updates={})", "@bnguard.strict({})", (), "bnguard.watch() lists them all"
     )
 )
-ModelSource = nn.Module | str | Callable[..., Any]
 
 
 @overload
@@ -121,53 +116,64 @@ def strict(
 
     def decorate(function: Any) -> Any:
         if isinstance(model, str):
-            _check_parameter(function, model)
+            check_parameter(function, model)
+
+        takes_any = bool(settings.buffers)
+        selects = bool(settings.include or settings.exclude)  # which is to be checked for each model
 
         @outside_graphs
         def opener(
             wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
         ) -> Callable[[], AbstractContextManager[Any]]:
-            models, holder, has_layers = _models(model, settings, wrapped, instance, args, kwargs)
-            # Models with layers, which have been looked for: a choice among them is what is left to check.
-            is_checked = has_layers and not (settings.include or settings.exclude or settings.buffers)
-            make_guard = frozen._of if is_checked else frozen._with
+            models, holder, has_layers = models_of_call(model, wrapped, instance, args, kwargs, takes_any=takes_any)
+            make_guard = frozen._of if has_layers and not selects else frozen._with
             if holder is None and len(models) == 1:
                 return functools.partial(make_guard, models[0], settings)
-            return functools.partial(_AllFrozen, models, settings, holder, make_guard)
+            return functools.partial(_guard_of, models, settings, holder, make_guard)
 
         return guard_function(function, opener, "strict")
 
     return decorate if function is None else decorate(function)
 
 
-class _AllFrozen:
-    """One block around several models, or with an eye on what else an object holds.
+MakeGuard: TypeAlias = Callable[[nn.Module, Settings], frozen]
+
+
+@outside_graphs
+def _guard_of(
+    models: list[nn.Module], settings: Settings, holder: Any, make_guard: MakeGuard
+) -> AbstractContextManager[Any]:
+    """The guard around one part of a call.
 
     Args:
         models: The models.
         settings: The options.
         holder: An object, among whose attributes further layers are looked for; None for no such object.
-        make_guard: Makes the guard of a model.
+        make_guard: Makes the guard of one model.
+    """
+    bystanders = None if holder is None else bystanders_of(holder, models)
+    if bystanders is None and len(models) == 1:
+        return make_guard(models[0], settings)
+    return _AllFrozen([make_guard(model, settings) for model in models], bystanders)
+
+
+class _AllFrozen:
+    """One block of several guards, or with an eye on what else an object holds.
+
+    Args:
+        guards: The guards.
+        bystanders: What else it holds; None for nothing.
     """
 
-    @outside_graphs
-    def __init__(
-        self,
-        models: list[nn.Module],
-        settings: Settings,
-        holder: Any,
-        make_guard: Callable[[nn.Module, Settings], frozen],
-    ) -> None:
-        self._models = models
-        self._holder = holder
-        self._guards = [make_guard(model, settings) for model in models]
+    def __init__(self, guards: list[frozen], bystanders: Bystanders | None) -> None:
+        self._guards = guards
+        self._bystanders = bystanders
 
     @outside_graphs
     def __enter__(self) -> None:
         try:
             for guard in self._guards:
                 guard.__enter__()
-            self._bystanders = None if self._holder is None else bystanders_of(self._holder, self._models)
         except BaseException:
             self._abandon()
             raise
@@ -200,104 +206,3 @@ class _AllFrozen:
         """Completes what an interrupt has kept from being done."""
         for guard in reversed(self._guards):
             guard._abandon()
-
-
-_PLACES: Final = "its arguments, self, the attributes of self, and what it reads from its closure and globals"
-
-
-def _models(
-    source: ModelSource | None,
-    settings: Settings,
-    wrapped: Any,
-    instance: Any,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> tuple[list[nn.Module], Any, bool]:
-    """What a call is about: models, none a part of another; ``self``, if it may hold more; whether all have layers."""
-    if source is not None:
-        named = modules_in(_named(source, wrapped, instance, args, kwargs))
-        if not named:
-            what = f"{source!r}" if isinstance(source, str) else "the callable"
-            raise TypeError(f"strict: model={what} gave no torch.nn.Module at the call of {_name_of(wrapped)}()")
-        return roots_of(named), None, False
-    bare: list[nn.Module] = []
-    for number, place in enumerate(chain(([*args, *kwargs.values()],), _other_places(wrapped, instance))):
-        found = modules_in(place)
-        guarded = found if settings.buffers else list(filter(any_layer, found))
-        if guarded:
-            return (
-                guarded if len(guarded) == 1 else roots_of(guarded),
-                instance if number > 1 else None,
-                not settings.buffers,
-            )
-        bare = bare or found
-    if not bare:
-        raise TypeError(
-            f"strict: {_name_of(wrapped)}() has no model: looked in {_PLACES}; "
-            "say which with strict(model=...), a module, the name of a parameter, or a callable. "
-            f"Containers of more than {LARGEST} entries are data, and are not searched."
-        )
-    return bare[:1], instance, False
-
-
-def _named(source: ModelSource, wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if isinstance(source, nn.Module):
-        return source
-    if isinstance(source, str):
-        name, *path = source.split(".")
-        arguments = inspect.signature(wrapped).bind(*args, **kwargs)
-        arguments.apply_defaults()
-        value = arguments.arguments.get(name, instance)
-        for attribute in path:
-            value = getattr(value, attribute)
-        return value
-    return source(*args, **kwargs) if instance is None else source(instance, *args, **kwargs)
-
-
-def _other_places(wrapped: Any, instance: Any) -> Iterator[Any]:
-    """Where to look for models, after the arguments."""
-    yield instance
-    if instance is not None and not isinstance(instance, type):
-        yield list(getattr(instance, "__dict__", {}).values())
-    elif isinstance(instance, type):
-        yield list(vars(instance).values())
-    yield list(_read_by(wrapped))
-
-
-def _read_by(function: Any) -> Iterator[Any]:
-    """What a function reads from its closure and its globals, functions defined inside it included."""
-    plain = inspect.unwrap(getattr(function, "__func__", function))
-    if not isinstance(plain, FunctionType):
-        return
-    for cell in plain.__closure__ or ():
-        try:
-            yield cell.cell_contents
-        except ValueError:  # not yet assigned
-            continue
-    for name in _global_names(plain.__code__):
-        if name in plain.__globals__:
-            yield plain.__globals__[name]
-
-
-@functools.lru_cache(maxsize=1024)
-def _global_names(code: CodeType) -> tuple[str, ...]:
-    names = {step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
-    inner = [name for const in code.co_consts if isinstance(const, CodeType) for name in _global_names(const)]
-    return tuple(sorted(names.union(inner)))
-
-
-def _name_of(function: Any) -> str:
-    """Its qualified name; for a partial or another object that can be called, its type's."""
-    name: str = getattr(function, "__qualname__", type(function).__name__)
-    return name
-
-
-def _check_parameter(function: Any, path: str) -> None:
-    inner = function.__func__ if isinstance(function, (classmethod, staticmethod)) else function
-    name = path.split(".")[0]
-    parameters = inspect.signature(inner).parameters if callable(inner) else {}
-    if callable(inner) and name not in parameters:
-        raise ValueError(
-            f"strict(model={path!r}): {_name_of(inner)}() has no parameter {name!r}; "
-            f"it has {', '.join(parameters) or 'none'}"
-        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from operator import itemgetter
 from types import FunctionType, ModuleType
@@ -19,19 +19,27 @@ _MODULE: Final = itemgetter(1)
 _NO_CONTAINERS: Final = frozenset({bool, bytes, complex, float, int, str, type(None), FunctionType, Tensor, Parameter})
 
 
-def modules_in(value: Any) -> list[nn.Module]:
-    """Lists the modules in a value and in nested lists, tuples, sets and dicts, each once.
+def modules_in(values: Sequence[Any]) -> list[nn.Module]:
+    """Lists the modules among values and in nested lists, tuples, sets and dicts, each once.
 
     A container of more than ``LARGEST`` entries is data, and is not searched. A module is recognised by its type;
     ``isinstance()`` would accept a mock that has ``nn.Module`` as its spec.
     """
     found: dict[int, tuple[str, nn.Module]] = {}
-    _search(value, "", found, set())
+    seen: set[int] = set()
+    for value in values if len(values) <= LARGEST else ():
+        cls = type(value)
+        if cls in _NO_CONTAINERS:
+            continue
+        if issubclass(cls, nn.Module):
+            found.setdefault(id(value), ("", value))
+        elif issubclass(cls, _CONTAINERS):
+            _search(value, "", found, seen)
     return list(map(_MODULE, found.values()))
 
 
 def named_modules_in(value: Any, name: str) -> list[tuple[str, nn.Module]]:
-    """Lists what ``modules_in`` does, each with its place: ``"norms.0"`` in a list that is called ``"norms"``."""
+    """Lists the modules in a value as ``modules_in`` does, each with its place, such as ``"norms.0"``."""
     found: dict[int, tuple[str, nn.Module]] = {}
     _search(value, name, found, set())
     return list(found.values())

@@ -6,7 +6,7 @@ import dataclasses
 import gc
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -156,6 +156,30 @@ def test_model_in_an_object_of_self_is_named_by_strict() -> None:
     assert said.error is None
     (text,) = said.warnings
     assert text.startswith("also moved inside @bnguard.strict, not guarded: options.model.0 (BatchNorm1d).\n")
+
+
+def test_model_that_self_gets_between_two_items_is_named_by_strict() -> None:
+    """Each resumption of a generator is a block, which looks at what self has by then."""
+
+    class Epochs:
+        def __init__(self) -> None:
+            self.options = SimpleNamespace()
+            self.head = nn.BatchNorm1d(3).eval()
+
+        @bnguard.strict
+        def run(self) -> Iterator[Tensor]:
+            yield self.head(rows())
+            yield self.loss.net(rows())  # type: ignore[attr-defined]
+
+    epochs = Epochs()
+    with told() as said:
+        items = epochs.run()
+        next(items)
+        epochs.loss = SimpleNamespace(net=nn.BatchNorm1d(3))  # type: ignore[attr-defined]
+        list(items)
+    assert said.error is None
+    (text,) = said.warnings
+    assert text.startswith("also moved inside @bnguard.strict, not guarded: loss.net (BatchNorm1d).\n")
 
 
 class Slotted:

@@ -12,6 +12,7 @@ import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -537,6 +538,13 @@ def test_strict_refuses_what_turns_out_to_be_no_model(model: Any, what: str) -> 
 
     with pytest.raises(TypeError, match=rf"^strict: model={what} gave no torch.nn.Module at the call of .*step\(\)$"):
         step(3)
+
+
+def test_strict_takes_no_mock_for_a_model() -> None:
+    """It says that it is a module, and has no layers."""
+    step = bnguard.strict(model=mock.MagicMock(spec=nn.Module))(lambda: pytest.fail("the function ran"))
+    with pytest.raises(TypeError, match=r"^strict: model=the callable gave no torch.nn.Module at the call of "):
+        step()
 
 
 def test_strict_refuses_a_wrong_model() -> None:
