@@ -245,7 +245,7 @@ class Block(Events):
             moved = check.moved()
         except RuntimeError:
             return False
-        return (moved is None and not self.has_news) or self._takes_as_told(moved)
+        return not (moved or self.has_news) or self._takes_as_told(moved)
 
     def _verify(self, *, restores: bool) -> list[StatsChange]:
         """Compares, and puts back if asked to. Returns what differed."""

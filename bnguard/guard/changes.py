@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Final
 
 from torch import nn
@@ -56,11 +57,11 @@ class KnownChanges:
         self._verified = {layer: count.beyond for layer, count in dict(counts).items() if count.beyond}
 
     def take_later(
-        self, moved: FlatDifference | None, counts: Mapping[int, UpdateCount], seen: Mapping[int, int]
+        self, moved: Sequence[FlatDifference], counts: Mapping[int, UpdateCount], seen: Mapping[int, int]
     ) -> None:
         """Takes what has moved, if anything has, as all that was found; see ``changes_of``."""
         self._verified = seen
-        self._found_later = None if moved is None else partial(changes_of, moved, self._layers, counts, seen)
+        self._found_later = partial(changes_of, moved, self._layers, counts, seen)
 
     def listed(
         self, counts: Mapping[int, UpdateCount], change: Callable[[StatsLayer], StatsChange]
@@ -90,12 +91,15 @@ class KnownChanges:
 
 
 def changes_of(
-    difference: FlatDifference, layers: Sequence[StatsLayer], counts: Mapping[int, UpdateCount], seen: Mapping[int, int]
+    differences: Sequence[FlatDifference],
+    layers: Sequence[StatsLayer],
+    counts: Mapping[int, UpdateCount],
+    seen: Mapping[int, int],
 ) -> dict[int, StatsChange]:
     """What ``ExitCheck.compare`` would have listed under ``"warn"``, from the values of then and now.
 
     Args:
-        difference: What has moved.
+        differences: What has moved.
         layers: The layers of the block.
         counts: Where its updates came from, by the id of the layer.
         seen: How many it had seen, likewise.
@@ -103,7 +107,7 @@ def changes_of(
     from bnguard.layers.drift import eps_of
 
     changes = {}
-    for moved in difference.layers():
+    for moved in chain.from_iterable([difference.layers() for difference in differences]):
         layer = layers[moved.owner]
         about = layer.names, type(layer.module).__name__, eps_of(layer.module)
         key = id(layer.module)

@@ -127,12 +127,12 @@ class Events:
         """Whether there is more to look at, at the end of the block, than updates that were told of."""
         return bool(self._known.is_compared or self._regions or self._has_warned_of_program or self._has_named)
 
-    def _takes_as_told(self, moved: FlatDifference | None) -> bool:
+    def _takes_as_told(self, moved: Sequence[FlatDifference]) -> bool:
         """Whether all that there is to say at the end has been said. What has moved is looked at when asked for."""
         policy, outcome = self._policy, self._outcome
         counts = dict(self._counts)
         seen = {layer: count.beyond for layer, count in counts.items() if count.beyond}
-        if moved is None and not (seen or outcome.has_spoken):
+        if not (moved or seen or outcome.has_spoken):
             return True
         if policy.puts_back or not outcome.has_warned or outcome.is_due or is_distributed():
             return False

@@ -127,8 +127,8 @@ class ExitCheck:
         self.statistics.forget()
         self._pairs, self._writes, self.is_used = {}, [], False
 
-    def moved(self) -> FlatDifference | None:
-        """What the statistics ``of_usual`` layers have moved to, beyond the budget; None if they have not.
+    def moved(self) -> list[FlatDifference]:
+        """What the statistics ``of_usual`` layers have moved to, beyond the budget; nothing if they have not.
 
         Raises:
             RuntimeError: This takes ``compare``.

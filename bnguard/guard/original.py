@@ -74,7 +74,7 @@ class Original:
             and all(map(is_, map(own.get, self.tensors), self.tensors.values()))
         ):
             try:
-                if copy.moved() is None:
+                if copy.is_unchanged():
                     return ()
             except RuntimeError:  # converted in place
                 pass
@@ -119,12 +119,12 @@ class OriginalCopier:
         """A copy in few steps; None where that takes more. A test compares the two ways."""
         if self._usual is not None:
             try:
-                return UsualCopy(self._usual)
+                return UsualCopy([self._usual])
             except RuntimeError:  # they have other memory now
                 self._usual = None
         copy = usual_copy_of([[tensor] for tensor in self._tensors.values()])
         if copy is not None:
-            self._usual = copy.tensors
+            (self._usual,) = copy.batches
         return copy
 
 

@@ -35,6 +35,7 @@ _LAYOUT: Final[attrgetter[Any]] = attrgetter("layout")
 _FLOATS: Final = {torch.float32, torch.float64, torch.float16, torch.bfloat16}
 _UNUSUAL: Final = "tensors that cannot be copied as memory"
 _COUNTER: Final = torch.int64.itemsize
+_BATCH: Final = 128  # layers
 
 Bytes: TypeAlias = bytes | bytearray
 
@@ -91,11 +92,13 @@ class FlatDifference(NamedTuple):
     """Statistics at two points in time, not all of which are equal.
 
     Attributes:
-        then: Their memory at the first point in time.
+        row: The position of the first layer among all.
+        then: The memory of their statistics at the first point in time.
         now: Their memory at the second one.
         layout: That of the memory.
     """
 
+    row: int
     then: bytes
     now: bytes
     layout: Layout
@@ -111,7 +114,8 @@ class FlatDifference(NamedTuple):
                 names = [
                     name for name, place in zip(BATCH_NORM_STATISTICS, places, strict=True) if then[place] != now[place]
                 ]
-                found.append(Moved(row, tuple(names), self.layout.by_name(row, then), self.layout.by_name(row, now)))
+                values = self.layout.by_name(row, then), self.layout.by_name(row, now)
+                found.append(Moved(self.row + row, tuple(names), *values))
         return found
 
 
@@ -201,21 +205,22 @@ class UsualCopy:
     """A copy of means, variances and numbers of batches, taken when it is made.
 
     Args:
-        tensors: The tensors.
+        batches: The tensors, so many layers together that what is read of them one after the other stays in the caches
+            of the processor: all but the last of ``_BATCH`` layers.
 
     Attributes:
-        tensors: See above.
+        batches: See above.
 
     Raises:
         RuntimeError: See ``UsualTensors.read``.
     """
 
-    __slots__ = ("_then", "_views", "tensors")
+    __slots__ = ("_then", "_views", "batches")
 
-    def __init__(self, tensors: UsualTensors) -> None:
-        self.tensors = tensors
-        self._then: Bytes = tensors.read()
-        self._views: tuple[Sequence[Tensor], Sequence[Tensor]] | None = None
+    def __init__(self, batches: Sequence[UsualTensors]) -> None:
+        self.batches = batches
+        self._then: list[Bytes] = list(map(UsualTensors.read, batches))
+        self._views: list[tuple[Sequence[Tensor], Sequence[Tensor]]] | None = None
 
     def take(self) -> None:
         """Copies the values that the tensors have now.
@@ -223,11 +228,11 @@ class UsualCopy:
         Raises:
             RuntimeError: See ``UsualTensors.read``.
         """
-        self._then = self.tensors.read()
+        self._then = list(map(UsualTensors.read, self.batches))
 
     def drop(self) -> None:
         """Gives the memory of the copied values back, until ``take()``."""
-        self._then, self._views = b"", None
+        self._then, self._views = [], None
 
     def is_unchanged(self) -> bool:
         """Whether the tensors still have the copied bits.
@@ -235,19 +240,23 @@ class UsualCopy:
         Raises:
             RuntimeError: See ``moved``.
         """
-        return self.moved() is None
+        return not self.moved()
 
-    def moved(self) -> FlatDifference | None:
-        """What the tensors have moved to; None if they still have the copied bits.
+    def moved(self) -> list[FlatDifference]:
+        """What the tensors have moved to, where they do not have the copied bits.
 
         Raises:
             RuntimeError: See ``UsualTensors.read_elsewhere``.
         """
-        try:
-            now = self.tensors.read()
-        except RuntimeError:
-            now = self.tensors.read_elsewhere()
-        return None if self._then == now else FlatDifference(bytes(self._then), now, self.tensors.layout)
+        found = []
+        for number, tensors in enumerate(self.batches):
+            try:
+                now = tensors.read()
+            except RuntimeError:
+                now = tensors.read_elsewhere()
+            if self._then[number] != now:
+                found.append(FlatDifference(_BATCH * number, bytes(self._then[number]), now, tensors.layout))
+        return found
 
     def absorb(self, writes: Sequence[Write]) -> bool:
         """Replaces the copied values with those that a series of writes has left.
@@ -256,33 +265,44 @@ class UsualCopy:
             Whether each of them began with the copied values or with those that the one before it left; else nothing
             is replaced.
         """
-        parts = self.tensors.layout.parts(self._then)
+        written: dict[int, list[bytes]] = {}  # by number of a batch
         for row, before, then, _ in writes:
-            if before != parts[row]:
+            number, place = divmod(row, _BATCH)
+            parts = written.get(number)
+            if parts is None:
+                written[number] = parts = self.batches[number].layout.parts(self._then[number])
+            if before != parts[place]:
                 return False
-            parts[row] = then
-        after = b"".join([part[:_COUNTER] for part in parts] + [part[_COUNTER:] for part in parts])
-        if isinstance(self._then, bytearray):
-            self._then[:] = after  # in place: there are views
-        else:
-            self._then = after
+            parts[place] = then
+        after = self._then[:]
+        for number, parts in written.items():
+            known = after[number]
+            values = b"".join([part[:_COUNTER] for part in parts] + [part[_COUNTER:] for part in parts])
+            if isinstance(known, bytearray):
+                known[:] = values  # in place: there are views
+            else:
+                after[number] = values
+        self._then = after
         return True
 
     def views(self) -> Iterator[tuple[int, Tensor]]:
         """The id of each tensor and its copied values, a view: writing to it changes what is compared with."""
         if self._views is None:
-            self._then = then = bytearray(self._then)
-            self._views = self.tensors.layout.views(then)
-        return zip(map(id, self.tensors.tensors), chain(*self._views), strict=True)
+            then = list(map(bytearray, self._then))
+            self._views = [batch.layout.views(values) for batch, values in zip(self.batches, then, strict=True)]
+            self._then = [*then]
+        views = chain.from_iterable(chain.from_iterable(self._views))
+        return zip(map(id, chain.from_iterable([batch.tensors for batch in self.batches])), views, strict=True)
 
     def pointers(self) -> Iterator[tuple[int, int]]:
         """The id of each tensor, and where its values were in memory when they were copied."""
-        return zip(map(id, self.tensors.tensors), self.tensors.places, strict=True)
+        return chain.from_iterable([zip(map(id, batch.tensors), batch.places, strict=True) for batch in self.batches])
 
 
 def usual_copy_of(columns: list[list[Tensor]]) -> UsualCopy | None:
     """A copy of the means, variances and numbers of batches of layers; None if they are not usual ones."""
     try:
-        return UsualCopy(UsualTensors(columns))
+        starts = range(0, len(columns[0]), _BATCH)
+        return UsualCopy([UsualTensors([column[row : row + _BATCH] for column in columns]) for row in starts])
     except RuntimeError:
         return None

@@ -251,7 +251,7 @@ def test_accepted_snapshot_is_intact() -> None:
 def test_values_of_counters_are_handed_out_as_one() -> None:
     """Who writes to what ``views()`` gave, once or again, changes what is compared with."""
     counter = torch.tensor(3)
-    copy = UsualCopy(UsualTensors([[torch.zeros(2)], [torch.ones(2)], [counter]]))
+    copy = UsualCopy([UsualTensors([[torch.zeros(2)], [torch.ones(2)], [counter]])])
     first, second = (dict(copy.views())[id(counter)] for _ in range(2))
     counter.fill_(5)
     assert not copy.is_unchanged()

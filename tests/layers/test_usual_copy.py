@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bnguard.layers import snapshot
+from bnguard.layers import snapshot, usual_copy
 from bnguard.layers.snapshot import Snapshot
-from bnguard.layers.usual_copy import UsualCopy, UsualTensors, Write
+from bnguard.layers.usual_copy import UsualCopy, UsualTensors, Write, usual_copy_of
 from tests.asserts import assert_same_bits
 
 NAMES = ("running_mean", "running_var", "num_batches_tracked")
@@ -59,6 +59,12 @@ def make_layers(dtype: torch.dtype = torch.float32) -> list[nn.Module]:
     return layers
 
 
+@pytest.fixture(params=[1, 2, 128], ids="{} in a batch".format)
+def batch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So many layers are read together."""
+    monkeypatch.setattr(usual_copy, "_BATCH", request.param)
+
+
 def _has_memory(tensor: Tensor) -> bool:
     return not tensor.is_meta and tensor.data_ptr() != 0
 
@@ -73,6 +79,7 @@ def outcome(layers: list[nn.Module], change: Callable[[nn.Module], object]) -> o
     return found, values, [taken.captured(owner) for owner in range(len(layers))]
 
 
+@pytest.mark.usefixtures("batch")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("change", CHANGES)
 def test_both_copies_find_and_put_back_the_same(
@@ -107,12 +114,19 @@ def test_what_is_not_usual_is_refused(make: Callable[[nn.Module], object]) -> No
     make(layers[0])
     columns = [[getattr(layer, name) for layer in layers] for name in NAMES]
     with pytest.raises(RuntimeError):
-        UsualCopy(UsualTensors(columns))
+        UsualCopy([UsualTensors(columns)])
 
 
 def columns_of(layers: list[nn.Module]) -> list[list[Tensor]]:
     """What a copy is made of."""
     return [[getattr(layer, name) for layer in layers] for name in NAMES]
+
+
+def copy_of(layers: list[nn.Module]) -> UsualCopy:
+    """A copy of all their statistics."""
+    copy = usual_copy_of(columns_of(layers))
+    assert copy is not None
+    return copy
 
 
 def updated(layers: list[nn.Module], row: int) -> Write:
@@ -124,13 +138,14 @@ def updated(layers: list[nn.Module], row: int) -> Write:
     return row, before, tensors.read(), tensors.layout
 
 
+@pytest.mark.usefixtures("batch")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("has_views", [False, True])
 @pytest.mark.parametrize("rows", [[0, 1, 2], [2, 0], [1, 1, 1, 0], [0, 1, 2, 0, 1, 2]], ids=str)
 def test_copy_absorbs_what_a_series_of_updates_has_left(rows: list[int], has_views: bool, dtype: torch.dtype) -> None:
     """In any order: it then compares with that, and nothing is different."""
     layers = make_layers(dtype)
-    copy = UsualCopy(UsualTensors(columns_of(layers)))
+    copy = copy_of(layers)
     views = dict(copy.views()) if has_views else {}
     assert copy.absorb([updated(layers, row) for row in rows])
     assert copy.is_unchanged()
@@ -140,12 +155,13 @@ def test_copy_absorbs_what_a_series_of_updates_has_left(rows: list[int], has_vie
     assert not copy.is_unchanged()
 
 
+@pytest.mark.usefixtures("batch")
 @pytest.mark.parametrize("at", range(4))
 @pytest.mark.parametrize("name", NAMES)
 def test_copy_absorbs_nothing_if_somebody_else_has_written_in_between(name: str, at: int) -> None:
     """Before the first update of a layer or between two: the copy stays as it was."""
     layers = make_layers()
-    copy = UsualCopy(UsualTensors(columns_of(layers)))
+    copy = copy_of(layers)
     before = [view.clone() for _, view in copy.views()]
     writes = []
     for position, row in enumerate([1, 0, 2, 1]):
@@ -156,19 +172,23 @@ def test_copy_absorbs_nothing_if_somebody_else_has_written_in_between(name: str,
     assert_same_bits([view for _, view in copy.views()], before)
 
 
+@pytest.mark.usefixtures("batch")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("row", [0, 2])
 @pytest.mark.parametrize("change", [change for change in CHANGES if change.startswith(("the ", "minus", "not"))])
-def test_what_has_moved_is_what_differs(change: str, dtype: torch.dtype) -> None:
+def test_what_has_moved_is_what_differs(change: str, row: int, dtype: torch.dtype) -> None:
     """The names, and the values of then and now, which later writes do not change."""
     layers = make_layers(dtype)
-    copy, taken = UsualCopy(UsualTensors(columns_of(layers))), Snapshot(layers, [NAMES] * len(layers))
-    CHANGES[change](layers[0])
+    layers.insert(row, layer := layers.pop(0))
+    copy, taken = copy_of(layers), Snapshot(layers, [NAMES] * len(layers))
+    CHANGES[change](layer)
     moved, expected = copy.moved(), taken.changed()
-    assert (moved is None) is (not expected)
-    now = {name: getattr(layers[0], name).clone() for name in NAMES}
-    layers[0].running_mean.fill_(7)
-    found = [] if moved is None else [(each.owner, each.names, each.before, each.now) for each in moved.layers()]
-    assert [(row, names) for row, names, _, _ in found] == [(one.owner, one.names) for one in expected]
-    for row, _, before, after in found:
-        assert_same_bits(before, taken.before(row))
+    assert bool(moved) is bool(expected)
+    now = {name: getattr(layer, name).clone() for name in NAMES}
+    layer.running_mean.fill_(7)
+    found = [(each.owner, each.names, each.before, each.now) for some in moved for each in some.layers()]
+    assert [(owner, names) for owner, names, _, _ in found] == [(one.owner, one.names) for one in expected]
+    for owner, _, before, after in found:
+        assert owner == row
+        assert_same_bits(before, taken.before(owner))
         assert_same_bits(after, now)
