@@ -18,8 +18,8 @@ hook. So where the user's code replaces the ``forward`` of a layer inside such a
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from itertools import compress
-from operator import attrgetter, is_, itemgetter
+from itertools import chain, compress
+from operator import attrgetter, itemgetter
 from sys import getrefcount
 from types import MethodType
 from typing import Any, Final
@@ -67,8 +67,9 @@ class Again:
     """
 
     __slots__ = (
-        "_attributes", "_check", "_columns", "_copy", "_counted", "_has_forward", "_ids", "_is_no_layer",
-        "_is_released", "_modules", "_ruling", "_search", "_size", "entry", "guards", "layers", "settings", "tree",
+        "_attributes", "_check", "_columns", "_copy", "_counted", "_getstates", "_has_forward", "_holders", "_ids",
+        "_is_no_layer", "_is_released", "_modules", "_replicas", "_ruling", "_search", "_size", "entry", "guards",
+        "layers", "settings", "tree",
     )  # fmt: skip
 
     def __init__(self, tree: Tree, layers: Sequence[StatsLayer], settings: Settings, counts: Counts) -> None:
@@ -83,7 +84,16 @@ class Again:
         self._attributes: list[dict[str, Any]] = list(map(_ATTRIBUTES, self._modules))
         tables = list(map(_TABLE, self._attributes))
         self._columns: list[list[Tensor]] = [list(map(column, tables)) for column in _COLUMNS]
-        self.guards = list(map(LayerGuard, layers, zip(*self._columns, strict=True)))
+        self.guards = guards = list(map(LayerGuard, layers, zip(*self._columns, strict=True)))
+        # What is put on each layer: made once, so that a block leaves nothing to the garbage collector. Not the mark,
+        # to which references are counted.
+        self._getstates = [guard.getstate for guard in guards]
+        self._replicas: list[Any] = [guard.replicate if self._has_forward else None for guard in guards]
+        self._holders: list[Any] = (
+            [MethodType(forward_of_batch_norm, guard) for guard in guards]
+            if self._has_forward
+            else list(map(BeforeForward, guards))
+        )
         self._ids = list(map(id, self._modules))
         self._copy: UsualCopy | None = None  # once there was one
         self._check: ExitCheck | None = None  # likewise
@@ -110,7 +120,11 @@ class Again:
 
         ``rest()`` was called before. The block is the only one that refers to the tree, too.
         """
-        if not all(map(_IN_ONE_LIST.__eq__, map(getrefcount, self.guards))):
+        put = [self._getstates, self._holders, *([self._replicas] if self._has_forward else [])]
+        if not (
+            all(map((_IN_ONE_LIST + len(put)).__eq__, map(getrefcount, self.guards)))
+            and all(map(_IN_ONE_LIST.__eq__, map(getrefcount, chain.from_iterable(put))))
+        ):
             return False  # such as a forward that is kept
         if getrefcount(self.tree) > ONE_REFERENCE + 1:
             return False  # an earlier block of the guard, in which a forward goes on
@@ -182,20 +196,21 @@ class Again:
                 ):
                     return False
             entry.order = -next(orders)
-            for guard, attributes in zip(self.guards, self._attributes, strict=True):
+            for guard, attributes, getstate, holder, replicate in zip(
+                self.guards, self._attributes, self._getstates, self._holders, self._replicas, strict=True
+            ):
                 guard.members[entry] = {} if is_running else None
                 guard.ruling = ruling
                 guards[guard.layer_id] = guard
                 guard.mark = attributes[MARK] = guard.refuse_script
-                attributes["__getstate__"] = guard.getstate
+                attributes["__getstate__"] = getstate
                 if has_forward:
-                    forward = MethodType(forward_of_batch_norm, guard)
                     guard.has_forward = True  # right before it is: the garbage collector may run another block here
-                    attributes["forward"] = forward
-                    attributes["_replicate_for_data_parallel"] = guard.replicate
+                    attributes["forward"] = holder
+                    attributes["_replicate_for_data_parallel"] = replicate
                 else:
                     guard.has_hooks = True
-                    attributes["_forward_pre_hooks"][KEY] = BeforeForward(guard)
+                    attributes["_forward_pre_hooks"][KEY] = holder
         return True
 
     def check_anew(self) -> ExitCheck | None:
@@ -225,20 +240,22 @@ class Again:
         entry, has_forward = self.entry, self._has_forward
         others = []
         with entries_lock:
-            for guard, attributes in zip(self.guards, self._attributes, strict=True):
+            for guard, attributes, getstate, holder, replicate in zip(
+                self.guards, self._attributes, self._getstates, self._holders, self._replicas, strict=True
+            ):
                 hooks = attributes["_forward_pre_hooks"]
                 try:
                     is_as_put = (
-                        attributes["forward"].__self__ is guard
-                        and attributes["_replicate_for_data_parallel"].__self__ is guard
+                        attributes["forward"] is holder
+                        and attributes["_replicate_for_data_parallel"] is replicate
                         and guard.has_forward
                         if has_forward
-                        else hooks[KEY].guard is guard
+                        else hooks[KEY] is holder
                     )
                     if not (
                         is_as_put
                         and attributes[MARK] is guard.mark
-                        and attributes["__getstate__"].__self__ is guard
+                        and attributes["__getstate__"] is getstate
                         and guard._original is None
                         and not guard._before
                         and getrefcount(guard.mark) <= NO_CLONES
@@ -246,7 +263,7 @@ class Again:
                     ):
                         others.append(guard)
                         continue
-                except (KeyError, AttributeError):  # the user's code has put something else there, or taken it off
+                except KeyError:  # the user's code has taken it off
                     others.append(guard)
                     continue
                 guard.members.pop(entry, None)
@@ -269,12 +286,18 @@ class Again:
                 drop_entry(others, entry, model)
 
     def _has_same_statistics(self) -> bool:
-        if not all(map(is_, map(_ATTRIBUTES, self._modules), self._attributes)):
-            return False  # the user has replaced the dictionary of a layer, to which the rest refers
-        tables = list(map(_TABLE, self._attributes))
         try:
-            for column, known in zip(_COLUMNS, self._columns, strict=True):
-                if not all(map(is_, map(column, tables), known)):
+            for module, attributes, mean, var, number in zip(
+                self._modules, self._attributes, *self._columns, strict=True
+            ):
+                if module.__dict__ is not attributes:
+                    return False  # the user has replaced it, and the rest refers to it
+                table = attributes["_buffers"]
+                if (
+                    table["running_mean"] is not mean
+                    or table["running_var"] is not var
+                    or table["num_batches_tracked"] is not number
+                ):
                     return False
         except KeyError:
             return False

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator
-from itertools import compress, repeat
-from operator import attrgetter, call, is_, is_not, not_
+from itertools import compress
+from operator import attrgetter, call, is_, not_
 from typing import Any, Final, TypeAlias
 
 from torch import nn
@@ -97,10 +97,11 @@ class Tree:
             return True
         references, branches, layers = self._outline
         modules: list[Any] = list(map(call, references))
-        if not all(map(is_not, modules, repeat(None))):
+        try:
+            self._module_tables = list(map(_MODULES, modules))
+        except AttributeError:  # of None
             return False
-        self.model = modules[0]
-        self.modules, self._module_tables = modules, list(map(_MODULES, modules))
+        self.model, self.modules = modules[0], modules
         child = [*modules, None].__getitem__
         for place, keys, children in branches:
             self._branches.append((self._module_tables[place], keys, tuple(map(child, children))))

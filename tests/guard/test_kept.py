@@ -485,6 +485,39 @@ def test_forward_that_is_kept_goes_on_working() -> None:
     assert_same_bits(state_of(net), state)
 
 
+KEPT: dict[str, tuple[str, Callable[[nn.Module], Any], Callable[[Any, nn.Module], None]]] = {
+    "state": (
+        "restore",
+        lambda layer: layer.__getstate__,
+        lambda kept, layer: assert_same_bits(kept()["_buffers"], layer._buffers),
+    ),
+    "replica": (
+        "restore",
+        lambda layer: layer._replicate_for_data_parallel,
+        lambda kept, layer: assert_same_bits(kept()._buffers, layer._buffers),
+    ),
+    "hook": (
+        "raise",
+        lambda layer: layer._forward_pre_hooks["bnguard"],
+        lambda kept, layer: kept(layer, (torch.randn(3, 6),)),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", KEPT)
+def test_what_is_kept_of_a_layer_goes_on_working(what: str) -> None:
+    """Somebody has it from inside of a block, and calls it after later blocks on the model, or without one."""
+    policy, take, use = KEPT[what]
+    net, found = mlp().eval(), []
+    for _ in range(4):
+        with bnguard.frozen(net, policy):
+            found.append(take(net[1]))
+    net.train()
+    for each in found:
+        use(each, net[1])
+    assert_clean(net)
+
+
 def test_call_inside_of_a_call_has_a_guard_of_its_own() -> None:
     """A function that calls itself, and two threads that call it at the same time."""
     net = mlp()
