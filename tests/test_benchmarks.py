@@ -18,11 +18,11 @@ from torch import nn
 
 import bnguard
 from benchmarks import __main__ as main
-from benchmarks import race, readme, results, rivals, step, suite, transcript, watch
+from benchmarks import enter_exit, race, readme, results, rivals, step, suite, transcript, watch
 from benchmarks.__main__ import _ALL
 from benchmarks.models import NETS, BatchNormAct2d, bn_chain, make_step, sample
 from tests import forks
-from tests.asserts import assert_same_bits, state_of
+from tests.asserts import assert_clean, assert_same_bits, state_of
 from tests.readme import PAGES
 
 
@@ -190,6 +190,19 @@ def test_committed_results_come_from_benchmarks_that_exist() -> None:
     for path in (Path(results.__file__).parent / "results").glob("*.json"):
         for item in json.loads(path.read_text())["rows"]:
             assert results.from_json(item).benchmark in _ALL
+
+
+def test_parts_of_a_block_begin_and_end_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each can be run again and again, by itself, and nothing is left on the net."""
+    net = bn_chain(3)
+    for part in enter_exit._parts_of_a_block(net) * 2:
+        part.step()
+        assert_clean(net)
+    monkeypatch.setattr(enter_exit, "_EFFORT", {2: (2, 1), 3: (2, 1)})
+    monkeypatch.setattr(enter_exit, "_MICROSECONDS", {3: {}})
+    rows = enter_exit.parts()
+    assert len(rows) == 14
+    assert {row.reference for row in rows} == {"2 layers", "3 layers"}
 
 
 @pytest.mark.parametrize("name", ["bn_mlp", "small_cnn"])
