@@ -26,6 +26,7 @@ from bnguard.torch_internals.wrappers import WRAPPERS
 from bnguard.words import roots
 
 Origin = Literal["machinery", "library", "user"]
+_MOST: Final = 1024  # stacks that are known at once
 
 
 class CallSite(NamedTuple):
@@ -86,58 +87,40 @@ def call_site() -> CallSite:
 class CallSites:
     """Finds the user's line again and again, for calls that mostly come from the same one.
 
-    Names are looked up once a caller: later calls compare the instructions on the stack with those of an earlier one
-    with the same innermost line of the user's code. No frame is kept, which would keep what is in its variables alive.
+    Names are looked up once a caller: for the same instructions on the stack the answer is the same. No frame is kept,
+    which would keep what is in its variables alive.
     """
 
     __slots__ = ("_known",)
 
     def __init__(self) -> None:
-        self._known: dict[tuple[CodeType, int, int, bool], tuple[list[tuple[CodeType, int]], CallSite]] = {}
+        # By ids of code objects and offsets of instructions, from the innermost frame on. The code is kept, so that no
+        # other has its id.
+        self._known: dict[tuple[int, ...], tuple[CallSite, list[CodeType]]] = {}
 
     def find(self) -> CallSite:
         """The line of the user's code that is running, as ``call_site()`` finds it."""
         frame: FrameType | None = sys._getframe(1)
-        depth, is_called = 0, False
-        while frame is not None and (origin := origin_of(frame.f_code.co_filename)) != "user":
-            if origin == "library":  # which may be the user's line
-                frame = None
-                break
-            if not is_called and frame.f_code is MODULE_CALL:
-                is_called = type(frame.f_locals.get("self")).__name__ not in WRAPPERS
+        codes, key = [], []
+        while frame is not None:
+            code = frame.f_code
+            codes.append(code)
+            key.append(id(code))
+            key.append(frame.f_lasti)
             frame = frame.f_back
-            depth += 1
-        if frame is None:
-            return _one_further_out(call_site())
-        key = frame.f_code, frame.f_lasti, depth, is_called
-        known = self._known.get(key)
-        if known is not None and _is_stack(frame, known[0]):
-            return known[1]
+        known = self._known.get(stack := tuple(key))
+        if known is not None:
+            return known[0]
         site = _one_further_out(call_site())
-        self._known[key] = _stack_of(frame), site
+        if len(self._known) >= _MOST:  # code that is compiled again and again
+            self._known.clear()
+        self._known[stack] = site, codes
         return site
 
 
 def _one_further_out(site: CallSite) -> CallSite:
     inside = None if site.inside is None else _one_further_out(site.inside)
     return site._replace(stacklevel=site.stacklevel - 1, inside=inside)
-
-
-def _is_stack(frame: FrameType | None, stack: list[tuple[CodeType, int]]) -> bool:
-    """Whether a frame and those around it are at these instructions."""
-    for code, offset in stack:
-        if frame is None or frame.f_code is not code or frame.f_lasti != offset:
-            return False
-        frame = frame.f_back
-    return frame is None
-
-
-def _stack_of(frame: FrameType | None) -> list[tuple[CodeType, int]]:
-    stack = []
-    while frame is not None:
-        stack.append((frame.f_code, frame.f_lasti))
-        frame = frame.f_back
-    return stack
 
 
 # Every call of a module runs this function once.
