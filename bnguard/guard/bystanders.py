@@ -26,7 +26,7 @@ from bnguard.layers.by_identity import ByIdentity
 from bnguard.layers.kinds import StatsLayer, statistics_of
 from bnguard.layers.search import TABLES, named_modules_beside, named_modules_in
 from bnguard.layers.snapshot import Snapshot
-from bnguard.layers.tree import Tree, find_layers
+from bnguard.layers.tree import Tree, find_layers, parts_of
 from bnguard.torch_internals.callsite import call_site
 from bnguard.torch_internals.tracing import unseen
 from bnguard.words import first_of
@@ -81,7 +81,7 @@ class Bystanders:
         warnings.warn(_bystanders_text(described, phrases), BNGuardWarning, stacklevel=call_site().stacklevel)
 
 
-def bystanders_of(owner: Any, models: Iterable[nn.Module], tree: Tree | None = None) -> Bystanders | None:
+def bystanders_of(owner: Any, models: Sequence[nn.Module], tree: Tree | None = None) -> Bystanders | None:
     """The layers that an object holds beside its models, unless another block guards them; None if there are none.
 
     Args:
@@ -92,7 +92,7 @@ def bystanders_of(owner: Any, models: Iterable[nn.Module], tree: Tree | None = N
     known = _known.get(owner)
     if known is None or _has_grown(known, owner, tree):
         parts = [owner] if tree is None else tree.modules
-        references = _search(owner, list(models))
+        references = _search(owner, models)
         containers = tuple([(weakref.ref(part), key) for part in parts for key in _containers_of(part)])
         known = Search(references, containers, 0, 1 if known is None else known.searches + 1)
         known = known._replace(size=_size(known, owner, tree))
@@ -101,9 +101,11 @@ def bystanders_of(owner: Any, models: Iterable[nn.Module], tree: Tree | None = N
         except TypeError:  # it has slots
             return None
     layers = []
+    # A layer that was beside the models when they were searched may be one of theirs now.
+    own = {id(part) for model in models for part in parts_of(model)} if known.references else ()
     for name, place in known.references:
         module = place()
-        if module is not None and id(module) not in guards and not _told.get(module):
+        if module is not None and id(module) not in guards and id(module) not in own and not _told.get(module):
             buffers, kind = statistics_of(module)
             if buffers:
                 layers.append(StatsLayer(module, (name,), buffers, kind))

@@ -47,15 +47,14 @@ def models_of_call(
     Raises:
         TypeError: There is none.
     """
-    given: Any = source
-    if issubclass(type(given), nn.Module):  # no mock of one: see modules_in
-        return [given], None, False
     if source is not None:
-        named = modules_in([_named(source, wrapped, instance, args, kwargs)])
+        # What passes for a module, as a proxy does, is not called.
+        is_module = isinstance(source, nn.Module)
+        named = modules_in([source if is_module else _named(source, wrapped, instance, args, kwargs)])
         if not named:
             what = repr(source) if isinstance(source, str) else "the callable"
             raise TypeError(f"strict: model={what} gave no torch.nn.Module at the call of {name_of(wrapped)}()")
-        return roots_of(named), None, False
+        return named if len(named) == 1 else roots_of(named), None, False
     bare: list[nn.Module] = []
     for place in ("arguments", "self", "attributes", "names"):
         if place == "arguments":

@@ -182,6 +182,26 @@ def test_model_that_self_gets_between_two_items_is_named_by_strict() -> None:
     assert text.startswith("also moved inside @bnguard.strict, not guarded: loss.net (BatchNorm1d).\n")
 
 
+def test_model_that_was_beside_another_one_is_not_named_once_it_is_guarded() -> None:
+    """Two models change their places: what the search of self has found is a model of the call by then."""
+
+    class Averaging:
+        def __init__(self) -> None:
+            self.model = nn.BatchNorm1d(3)
+            self.average = SimpleNamespace(net=nn.BatchNorm1d(3))
+
+        @bnguard.strict(updates=1)
+        def step(self) -> None:
+            self.model(rows())
+
+    averaging = Averaging()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            averaging.step()
+            averaging.model, averaging.average.net = averaging.average.net, averaging.model
+
+
 class Slotted:
     """Can be held by no weak reference, and has no dictionary of attributes."""
 

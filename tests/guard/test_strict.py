@@ -547,6 +547,16 @@ def test_strict_takes_no_mock_for_a_model() -> None:
         step()
 
 
+def test_strict_does_not_call_what_passes_for_a_model() -> None:
+    """A proxy of a model is refused, and the model is not run."""
+    net = mlp()
+    before = state_of(net)
+    step = bnguard.strict(model=weakref.proxy(net), on_change="restore")(lambda rows: pytest.fail("the function ran"))
+    with pytest.raises(TypeError, match=r"^strict: model=the callable gave no torch.nn.Module at the call of "):
+        step(torch.randn(4, 6))
+    assert_same_bits(state_of(net), before)
+
+
 def test_strict_refuses_a_wrong_model() -> None:
     """``model`` is a module, a name or a callable."""
     with pytest.raises(TypeError, match=r"^model must be a module, the name of a parameter or a callable, got 3$"):
