@@ -289,8 +289,8 @@ class UsualCopy:
         """The id of each tensor and its copied values, a view: writing to it changes what is compared with."""
         if self._views is None:
             then = list(map(bytearray, self._then))
+            self._then = [*then]  # first: what there are views of is what is compared
             self._views = [batch.layout.views(values) for batch, values in zip(self.batches, then, strict=True)]
-            self._then = [*then]
         views = chain.from_iterable(chain.from_iterable(self._views))
         return zip(map(id, chain.from_iterable([batch.tensors for batch in self.batches])), views, strict=True)
 

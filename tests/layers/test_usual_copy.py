@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
 from collections.abc import Callable
+from types import FrameType
+from typing import Any
 
 import pytest
 import torch
@@ -153,6 +157,43 @@ def test_copy_absorbs_what_a_series_of_updates_has_left(rows: list[int], has_vie
         assert_same_bits(views[id(tensor)], tensor)
     layers[rows[0]].running_var[-1] += 1
     assert not copy.is_unchanged()
+
+
+def interrupt(copy: UsualCopy, line: int) -> bool:
+    """Interrupts ``views()`` at the line that it comes to in this place; False if it comes to fewer."""
+    lines = iter(range(1, line + 1))
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        if frame.f_code is not UsualCopy.views.__code__:
+            return None
+        if event == "line" and next(lines, 0) == line:
+            raise KeyboardInterrupt
+        return trace
+
+    sys.settrace(trace)
+    try:
+        copy.views()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(None)
+    return False
+
+
+def test_interrupted_views_are_made_again() -> None:
+    """At whichever line: later ones are of what the copy compares with."""
+    layers = make_layers()
+    tensors = {id(tensor): tensor for column in columns_of(layers) for tensor in column}
+    for line in itertools.count(1):
+        copy = copy_of(layers)
+        was_interrupted = interrupt(copy, line)
+        assert copy.absorb([updated(layers, 1)])
+        assert copy.is_unchanged()
+        for key, view in copy.views():
+            assert_same_bits(view, tensors[key])
+        if not was_interrupted:
+            break
+    assert line > 4
 
 
 @pytest.mark.usefixtures("batch")
