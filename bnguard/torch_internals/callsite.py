@@ -26,7 +26,7 @@ from bnguard.torch_internals.wrappers import WRAPPERS
 from bnguard.words import roots
 
 Origin = Literal["machinery", "library", "user"]
-_MOST: Final = 1024  # stacks that are known at once
+_MOST: Final = 2**15  # frames, in all stacks that are known at once
 
 
 class CallSite(NamedTuple):
@@ -91,9 +91,10 @@ class CallSites:
     which would keep what is in its variables alive.
     """
 
-    __slots__ = ("_known",)
+    __slots__ = ("_frames", "_known")
 
     def __init__(self) -> None:
+        self._frames = 0
         # By ids of code objects and offsets of instructions, from the innermost frame on. The code is kept, so that no
         # other has its id.
         self._known: dict[tuple[int, ...], tuple[CallSite, list[CodeType]]] = {}
@@ -112,8 +113,10 @@ class CallSites:
         if known is not None:
             return known[0]
         site = _one_further_out(call_site())
-        if len(self._known) >= _MOST:  # code that is compiled again and again
+        self._frames += len(codes)
+        if self._frames > _MOST:  # code that is compiled again and again, or a deep recursion
             self._known.clear()
+            self._frames = len(codes)
         self._known[stack] = site, codes
         return site
 
