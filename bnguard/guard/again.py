@@ -23,6 +23,7 @@ from operator import attrgetter, itemgetter
 from sys import getrefcount
 from types import MethodType
 from typing import Any, Final
+from weakref import getweakrefcount
 
 from torch import Tensor, nn
 
@@ -124,8 +125,9 @@ class Again:
         if not (
             all(map((_IN_ONE_LIST + len(put)).__eq__, map(getrefcount, self.guards)))
             and all(map(_IN_ONE_LIST.__eq__, map(getrefcount, chain.from_iterable(put))))
+            and not any(map(getweakrefcount, chain(self.guards, self._holders)))
         ):
-            return False  # such as a forward that is kept
+            return False  # such as a forward that is kept, or referred to weakly
         if getrefcount(self.tree) > ONE_REFERENCE + 1:
             return False  # an earlier block of the guard, in which a forward goes on
         for guard in self.guards:

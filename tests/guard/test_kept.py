@@ -11,6 +11,7 @@ import gc
 import random
 import sys
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -515,6 +516,27 @@ def test_what_is_kept_of_a_layer_goes_on_working(what: str) -> None:
     net.train()
     for each in found:
         use(each, net[1])
+    assert_clean(net)
+
+
+@pytest.mark.parametrize("policy", ["restore", "warn"])
+def test_weak_reference_to_a_forward_goes_on_working(policy: str) -> None:
+    """One to a method, or to the object: after the block, and in later ones."""
+    net, twin = mlp()[1:2], mlp()[1:2]
+    methods, objects = [], []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(4):
+            with bnguard.frozen(net, policy):
+                methods.append(weakref.WeakMethod(net[0].forward))
+                objects.append(weakref.ref(net[0].forward))
+                net(torch.ones(3, 6))
+    batch = torch.randn(3, 6)
+    expected = twin(batch)
+    for reference in [*methods, *objects]:
+        forward = reference()
+        if forward is not None:
+            assert_same_bits(forward(batch), expected)
     assert_clean(net)
 
 
