@@ -31,7 +31,8 @@ def _draw(rows: Sequence[Row], path: Path) -> Path:
     for axis, panel in zip(axes[:, 0], panels, strict=True):
         for position, row in enumerate(panel):
             ratio = row.ratio
-            colour = _OURS if any([word in row.subject for word in ("frozen(", "watch(", "guard")]) else _OTHERS
+            names_us = any([word in row.subject for word in ("frozen(", "watch(", "guard")])
+            colour = _OURS if names_us or row.benchmark.endswith("/parts") else _OTHERS
             axis.plot([ratio.low, ratio.high], [position, position], color=colour, linewidth=3, alpha=0.5)
             axis.plot(ratio.median, position, "o", color=colour, markersize=5)
             axis.annotate(
